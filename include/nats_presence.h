@@ -1,0 +1,1159 @@
+/*
+ * nats-presence: stop work for clients who have left.
+ *
+ * Generated from src/ffi by cbindgen; do not edit. Link with `pkg-config --cflags --libs nats-presence`.
+ *
+ * Rules for all of it
+ *   - Every function may be called from any thread at any time, unless its comment says otherwise. None calls back.
+ *   - Functions that return int32_t return PRESENCE_OK (0) or a negative presence_status. NULL for a handle is
+ *     PRESENCE_INVALID; freeing NULL does nothing. A call that fails has changed nothing.
+ *   - A presence_error, where one is taken, may be NULL. It is filled when the call fails, and left alone otherwise.
+ *   - Handles are opaque and each is ended by exactly one call to its _free or _close. Except for presence_sender and
+ *     presence_config, whose use after free is undefined, a handle that has ended is recognised: PRESENCE_CLOSED.
+ *   - Text is UTF-8. It is given by pointer and length where a length parameter follows, and NUL-terminated elsewhere.
+ *     What is passed in is copied before the call returns.
+ *   - A client's id is 1 to 1024 bytes of UTF-8 without control characters. The empty id is "no client": always online.
+ *   - Times are milliseconds. A negative timeout waits without limit, 0 does not wait.
+ *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing.
+ */
+
+
+#ifndef NATS_PRESENCE_H
+#define NATS_PRESENCE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* The number of the ABI, which is the number in the library's SONAME. */
+#define PRESENCE_ABI 0
+
+
+/**
+ * Bytes in a presence_error's message, its NUL included.
+ */
+#define PRESENCE_ERROR_MESSAGE 508
+
+/**
+ * How a call ended, or why a stream did. The numbers are fixed for ever.
+ */
+enum presence_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * Done.
+   */
+  PRESENCE_OK = 0,
+  /**
+   * An argument is wrong: NULL, not UTF-8, empty, too long, or with a character that may not be there.
+   */
+  PRESENCE_INVALID = -1,
+  /**
+   * The client is offline: it was marked so in this process, or an announcement of another one said it.
+   */
+  PRESENCE_OFFLINE = -2,
+  /**
+   * The sender, stream, service, connection or queue has ended already.
+   */
+  PRESENCE_CLOSED = -3,
+  /**
+   * The stream was cancelled on this side.
+   */
+  PRESENCE_CANCELLED = -4,
+  /**
+   * No room. A sender has it again at PRESENCE_EVENT_WRITABLE; a stream whose reader was too slow ends with it.
+   */
+  PRESENCE_FULL = -5,
+  /**
+   * The payload is larger than nats-server's max_payload.
+   */
+  PRESENCE_TOO_LARGE = -6,
+  /**
+   * The payload begins with "__STREAM_END__" or "__STREAM_ERROR__" and would end the stream at the other end.
+   */
+  PRESENCE_RESERVED = -7,
+  /**
+   * There is no connection to nats-server now, or it was lost while the stream ran.
+   */
+  PRESENCE_DISCONNECTED = -8,
+  /**
+   * The process at the other end is gone.
+   */
+  PRESENCE_PEER_GONE = -9,
+  /**
+   * Nobody serves the subject.
+   */
+  PRESENCE_NO_RESPONDERS = -10,
+  /**
+   * In use: a queue has one waiter at a time.
+   */
+  PRESENCE_BUSY = -11,
+  /**
+   * The time given was over.
+   */
+  PRESENCE_TIMEOUT = -12,
+  /**
+   * The worker ended the stream with an error; the event's data is its text.
+   */
+  PRESENCE_REMOTE = -13,
+  /**
+   * The handle belongs to the parent of this forked process, or the parent had connected before the fork.
+   */
+  PRESENCE_FORKED = -14,
+  /**
+   * A defect of this library. It remains usable.
+   */
+  PRESENCE_INTERNAL = -15,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum presence_status presence_status;
+#else
+typedef int32_t presence_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * What an event tells.
+ */
+enum presence_event_kind
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * A request arrived at a service: `sender` belongs to the receiver from now on, who frees it; `client` is the
+   * request's client (empty: anonymous), `subject` the one it came on, `data` its payload.
+   */
+  PRESENCE_EVENT_REQUEST = 1,
+  /**
+   * A message of a stream: `stream`, `data`.
+   */
+  PRESENCE_EVENT_DATA = 2,
+  /**
+   * The worker ended the stream. Nothing follows for it.
+   */
+  PRESENCE_EVENT_END = 3,
+  /**
+   * The stream ended otherwise: `status` is why, `data` a text for people. Nothing follows for it.
+   */
+  PRESENCE_EVENT_ERROR = 4,
+  /**
+   * A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed.
+   */
+  PRESENCE_EVENT_STOPPED = 5,
+  /**
+   * A sender that was refused with PRESENCE_FULL may try again: `sender`.
+   */
+  PRESENCE_EVENT_WRITABLE = 6,
+  /**
+   * A client came online in this process: `client`. Only on queues given to presence_watch.
+   */
+  PRESENCE_EVENT_ONLINE = 7,
+  /**
+   * A client went offline in this process: `client`. Only on queues given to presence_watch.
+   */
+  PRESENCE_EVENT_OFFLINE = 8,
+  /**
+   * The connection has reached nats-server. Only on queues given to presence_conn_watch, as the next.
+   */
+  PRESENCE_EVENT_CONNECTED = 9,
+  /**
+   * The connection to nats-server is lost: `data` is why. Until it was made again, streams and senders end with
+   * PRESENCE_DISCONNECTED. With `status` PRESENCE_CLOSED it will not be made again.
+   */
+  PRESENCE_EVENT_DISCONNECTED = 10,
+  /**
+   * Something that people should know: `data` is a text; `status` and `tag` say what it is about.
+   */
+  PRESENCE_EVENT_LOG = 11,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum presence_event_kind presence_event_kind;
+#else
+typedef int32_t presence_event_kind;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
+ * A set of options. Not for use by several threads at once. Made by presence_config_new.
+ */
+typedef struct presence_config presence_config;
+
+/**
+ * A connection to nats-server, kept up until presence_close. Made by presence_connect.
+ */
+typedef struct presence_conn presence_conn;
+
+/**
+ * Where events arrive. Any number of services, streams and watches may share one. Made by presence_queue_new.
+ */
+typedef struct presence_queue presence_queue;
+
+/**
+ * The worker's end of one stream. It comes with PRESENCE_EVENT_REQUEST, and is freed by presence_sender_free.
+ *
+ * It may be used from any thread, before and after the next wait. Whatever ends it, it stays ended.
+ */
+typedef struct presence_sender presence_sender;
+
+/**
+ * A subject that this process serves. Made by presence_serve.
+ */
+typedef struct presence_service presence_service;
+
+/**
+ * One of several connections of the same client (two tabs of a browser). Made by presence_session_open.
+ */
+typedef struct presence_session presence_session;
+
+/**
+ * A stream that this process requested. Made by presence_request.
+ */
+typedef struct presence_stream presence_stream;
+
+/**
+ * What was wrong: filled by a call that fails.
+ */
+typedef struct presence_error {
+  /**
+   * A presence_status; the same as the call returned.
+   */
+  int32_t status;
+  /**
+   * Which value was wrong and what would be right, for people: UTF-8, NUL-terminated, cut where it is too long.
+   */
+  char message[PRESENCE_ERROR_MESSAGE];
+} presence_error;
+
+/**
+ * What a connection has done since presence_connect, and what it has in hand.
+ */
+typedef struct presence_stats {
+  /**
+   * 1 while there is a connection to nats-server, else 0.
+   */
+  uint64_t connected;
+  /**
+   * How often a connection to nats-server was made; above 1: it was lost in between.
+   */
+  uint64_t connects;
+  /**
+   * Running streams that were requested here.
+   */
+  uint64_t streams;
+  /**
+   * Running streams that are served here.
+   */
+  uint64_t senders;
+  /**
+   * Requests that came to the services here.
+   */
+  uint64_t requests;
+  /**
+   * Requests answered with "server busy".
+   */
+  uint64_t requests_busy;
+  /**
+   * Requests not answered or refused: no reply subject, one that must not be answered to, a wrong Connect-ID.
+   */
+  uint64_t requests_ignored;
+  /**
+   * Messages given to the NATS client, of all kinds.
+   */
+  uint64_t messages_out;
+  /**
+   * Messages that came in, of all kinds.
+   */
+  uint64_t messages_in;
+  /**
+   * Messages that came in for no running stream, or that nobody should have sent.
+   */
+  uint64_t messages_ignored;
+  /**
+   * Offline announcements sent.
+   */
+  uint64_t offline_out;
+  /**
+   * Offline announcements of other processes that came in.
+   */
+  uint64_t offline_in;
+  /**
+   * Bytes that wait to be given to the NATS client.
+   */
+  uint64_t bytes_waiting;
+  /**
+   * 0.
+   */
+  uint64_t reserved[7];
+} presence_stats;
+
+/**
+ * Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL.
+ *
+ * `client`, `subject` and `data` (none of them NUL-terminated), and `sender` and `stream` as names of handles already
+ * freed, are valid until the next wait on the same queue.
+ */
+typedef struct presence_event {
+  /**
+   * A presence_event_kind. More may come: ignore what you do not know.
+   */
+  int32_t kind;
+  /**
+   * A presence_status.
+   */
+  int32_t status;
+  /**
+   * The caller's number, from presence_serve, presence_request, presence_watch or presence_conn_watch.
+   */
+  uint64_t tag;
+  /**
+   * REQUEST: belongs to the receiver from now on. STOPPED, WRITABLE: which.
+   */
+  struct presence_sender *sender;
+  /**
+   * DATA, END, ERROR: which.
+   */
+  struct presence_stream *stream;
+  /**
+   * REQUEST, STOPPED, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
+   */
+  const char *client;
+  /**
+   * Bytes in `client`.
+   */
+  size_t client_len;
+  /**
+   * REQUEST: the subject it came on.
+   */
+  const char *subject;
+  /**
+   * Bytes in `subject`.
+   */
+  size_t subject_len;
+  /**
+   * REQUEST, DATA: the payload. ERROR, DISCONNECTED, LOG: a text.
+   */
+  const uint8_t *data;
+  /**
+   * Bytes in `data`.
+   */
+  size_t data_len;
+  /**
+   * 0.
+   */
+  uint64_t reserved[2];
+} presence_event;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * What a status means, in a few English words. Never NULL; static, not to be freed.
+ */
+const char *presence_status_text(int32_t status);
+
+/**
+ * The library's version, "major.minor.patch". Static, not to be freed.
+ */
+const char *presence_version(void);
+
+/**
+ * Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
+ */
+struct presence_config *presence_config_new(void);
+
+/**
+ * Sets one option. Files are read when they are used. An unknown key or a wrong value is PRESENCE_INVALID, changes
+ * nothing, and presence_config_error tells what was wrong.
+ *
+ * For presence_connect
+ *   - name: the connection's name in the server's monitoring. Default "nats-presence".
+ *   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
+ *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files.
+ *   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
+ *   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
+ *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random
+ *     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once.
+ *   - max_reconnects: failed attempts in a row before giving up for good. Default 0: never.
+ *   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
+ *   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
+ *   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
+ *   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
+ *     were requested here; never.
+ *   - send_buffer_bytes: how much may wait to be sent; beyond, sends are PRESENCE_FULL. Default 4194304.
+ *   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
+ *   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
+ *
+ * For presence_request
+ *   - timeout_ms: from request to end; beyond, the stream ends with PRESENCE_TIMEOUT. Default 0: none.
+ *   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
+ *     worker is busy, and no message has come. Defaults 0 and 100.
+ *   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message; beyond, the stream ends
+ *     with PRESENCE_FULL. Default 67108864.
+ *   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
+ *
+ * # Safety
+ * `config` is NULL or was made by presence_config_new; `key` and `value` are NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t presence_config_set(struct presence_config *config, const char *key, const char *value);
+
+/**
+ * Tells what the last failed presence_config_set on this set of options found wrong.
+ *
+ * Returns its status, which is PRESENCE_OK when none failed; then `error` is left alone.
+ *
+ * # Safety
+ * `config` is NULL (PRESENCE_INVALID) or was made by presence_config_new; `error` is NULL or writable.
+ */
+int32_t presence_config_error(const struct presence_config *config, struct presence_error *error);
+
+/**
+ * Frees a set of options. What was made with it does not need it any longer.
+ *
+ * # Safety
+ * `config` is NULL or was made by presence_config_new and not freed yet.
+ */
+void presence_config_free(struct presence_config *config);
+
+/**
+ * Connects to nats-server, waiting until it is reached or cannot be.
+ *
+ * `url` is one URL or several with commas between, as in "nats://a:4222,tls://b:4222"; user and password, or a token,
+ * may stand in it. Servers are tried in random order. The connection is made anew whenever it is lost.
+ * Errors: PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (cannot be reached, or refuses us), PRESENCE_TIMEOUT,
+ * PRESENCE_FORKED.
+ *
+ * # Safety
+ * `url` is NULL (PRESENCE_INVALID) or NUL-terminated; `config` is NULL (defaults) or was made by presence_config_new;
+ * `out` is NULL (PRESENCE_INVALID) or writable; `error` is NULL or writable.
+ */
+int32_t presence_connect(const char *url,
+                         const struct presence_config *config,
+                         struct presence_conn **out,
+                         struct presence_error *error);
+
+/**
+ * Applies the offline announcements of other processes in this one. presence_serve does it too; a second call is fine.
+ *
+ * Waits until the server has the subscription. Without a connection now it returns at once, and it is done later.
+ */
+int32_t presence_listen_offline(struct presence_conn *conn);
+
+/**
+ * Has the queue tell from now on, with `tag`, when this connection is made and lost, and what else people should know
+ * of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). A second call for the same queue changes its tag.
+ */
+int32_t presence_conn_watch(struct presence_conn *conn, struct presence_queue *queue, uint64_t tag);
+
+/**
+ * Closes a connection and frees it. Services stop; senders and streams that still run end with PRESENCE_CLOSED, and the
+ * other ends are told; then it waits, at most `drain_ms`, until the server has all that was sent before.
+ *
+ * PRESENCE_OK: the server has it all. PRESENCE_TIMEOUT, PRESENCE_DISCONNECTED: it may not; the connection is closed all
+ * the same. PRESENCE_CLOSED: it was closed already. The handles of its services, senders and streams remain to be freed.
+ */
+int32_t presence_close(struct presence_conn *conn,
+                       int64_t drain_ms);
+
+/**
+ * Reads what a connection has done so far.
+ *
+ * # Safety
+ * `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_conn_stats(const struct presence_conn *conn, struct presence_stats *out);
+
+/**
+ * Requests a stream for a client. Its messages are PRESENCE_EVENT_DATA, with `tag`, on `queue`, and then exactly one
+ * PRESENCE_EVENT_END or PRESENCE_EVENT_ERROR. Does not wait for the worker.
+ *
+ * The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
+ * stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
+ * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
+ * That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
+ *
+ * # Safety
+ * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated; `data` is readable for `len` bytes and `client_id` for
+ * `id_len`; `config` is NULL (defaults) or was made by presence_config_new; `out` is NULL (PRESENCE_INVALID) or writable;
+ * `error` is NULL or writable.
+ */
+int32_t presence_request(struct presence_conn *conn,
+                         struct presence_queue *queue,
+                         const char *subject,
+                         const void *data,
+                         size_t len,
+                         const char *client_id,
+                         size_t id_len,
+                         const struct presence_config *config,
+                         uint64_t tag,
+                         struct presence_stream **out,
+                         struct presence_error *error);
+
+/**
+ * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
+ *
+ * The wire's level 0 can only tell the worker that the client left: the client is announced offline, unless another
+ * stream, a session or a mark keeps it online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+ */
+int32_t presence_stream_cancel(struct presence_stream *stream);
+
+/**
+ * Frees a stream; one that runs is cancelled. No wait that begins after this gives an event of it.
+ */
+void presence_stream_free(struct presence_stream *stream);
+
+/**
+ * What a status means, in a few English words. Never NULL; static, not to be freed.
+ */
+const char *presence_status_text(int32_t status);
+
+/**
+ * The library's version, "major.minor.patch". Static, not to be freed.
+ */
+const char *presence_version(void);
+
+/**
+ * Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
+ */
+struct presence_config *presence_config_new(void);
+
+/**
+ * Sets one option. Files are read when they are used. An unknown key or a wrong value is PRESENCE_INVALID, changes
+ * nothing, and presence_config_error tells what was wrong.
+ *
+ * For presence_connect
+ *   - name: the connection's name in the server's monitoring. Default "nats-presence".
+ *   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
+ *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files.
+ *   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
+ *   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
+ *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random
+ *     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once.
+ *   - max_reconnects: failed attempts in a row before giving up for good. Default 0: never.
+ *   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
+ *   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
+ *   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
+ *   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
+ *     were requested here; never.
+ *   - send_buffer_bytes: how much may wait to be sent; beyond, sends are PRESENCE_FULL. Default 4194304.
+ *   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
+ *   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
+ *
+ * For presence_request
+ *   - timeout_ms: from request to end; beyond, the stream ends with PRESENCE_TIMEOUT. Default 0: none.
+ *   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
+ *     worker is busy, and no message has come. Defaults 0 and 100.
+ *   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message; beyond, the stream ends
+ *     with PRESENCE_FULL. Default 67108864.
+ *   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
+ *
+ * # Safety
+ * `config` is NULL or was made by presence_config_new; `key` and `value` are NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t presence_config_set(struct presence_config *config, const char *key, const char *value);
+
+/**
+ * Tells what the last failed presence_config_set on this set of options found wrong.
+ *
+ * Returns its status, which is PRESENCE_OK when none failed; then `error` is left alone.
+ *
+ * # Safety
+ * `config` is NULL (PRESENCE_INVALID) or was made by presence_config_new; `error` is NULL or writable.
+ */
+int32_t presence_config_error(const struct presence_config *config, struct presence_error *error);
+
+/**
+ * Frees a set of options. What was made with it does not need it any longer.
+ *
+ * # Safety
+ * `config` is NULL or was made by presence_config_new and not freed yet.
+ */
+void presence_config_free(struct presence_config *config);
+
+/**
+ * Connects to nats-server, waiting until it is reached or cannot be.
+ *
+ * `url` is one URL or several with commas between, as in "nats://a:4222,tls://b:4222"; user and password, or a token,
+ * may stand in it. Servers are tried in random order. The connection is made anew whenever it is lost.
+ * Errors: PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (cannot be reached, or refuses us), PRESENCE_TIMEOUT,
+ * PRESENCE_FORKED.
+ *
+ * # Safety
+ * `url` is NULL (PRESENCE_INVALID) or NUL-terminated; `config` is NULL (defaults) or was made by presence_config_new;
+ * `out` is NULL (PRESENCE_INVALID) or writable; `error` is NULL or writable.
+ */
+int32_t presence_connect(const char *url,
+                         const struct presence_config *config,
+                         struct presence_conn **out,
+                         struct presence_error *error);
+
+/**
+ * Applies the offline announcements of other processes in this one. presence_serve does it too; a second call is fine.
+ *
+ * Waits until the server has the subscription. Without a connection now it returns at once, and it is done later.
+ */
+int32_t presence_listen_offline(struct presence_conn *conn);
+
+/**
+ * Has the queue tell from now on, with `tag`, when this connection is made and lost, and what else people should know
+ * of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). A second call for the same queue changes its tag.
+ */
+int32_t presence_conn_watch(struct presence_conn *conn, struct presence_queue *queue, uint64_t tag);
+
+/**
+ * Closes a connection and frees it. Services stop; senders and streams that still run end with PRESENCE_CLOSED, and the
+ * other ends are told; then it waits, at most `drain_ms`, until the server has all that was sent before.
+ *
+ * PRESENCE_OK: the server has it all. PRESENCE_TIMEOUT, PRESENCE_DISCONNECTED: it may not; the connection is closed all
+ * the same. PRESENCE_CLOSED: it was closed already. The handles of its services, senders and streams remain to be freed.
+ */
+int32_t presence_close(struct presence_conn *conn,
+                       int64_t drain_ms);
+
+/**
+ * Reads what a connection has done so far.
+ *
+ * # Safety
+ * `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_conn_stats(const struct presence_conn *conn, struct presence_stats *out);
+
+/**
+ * Requests a stream for a client. Its messages are PRESENCE_EVENT_DATA, with `tag`, on `queue`, and then exactly one
+ * PRESENCE_EVENT_END or PRESENCE_EVENT_ERROR. Does not wait for the worker.
+ *
+ * The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
+ * stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
+ * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
+ * That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
+ *
+ * # Safety
+ * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated; `data` is readable for `len` bytes and `client_id` for
+ * `id_len`; `config` is NULL (defaults) or was made by presence_config_new; `out` is NULL (PRESENCE_INVALID) or writable;
+ * `error` is NULL or writable.
+ */
+int32_t presence_request(struct presence_conn *conn,
+                         struct presence_queue *queue,
+                         const char *subject,
+                         const void *data,
+                         size_t len,
+                         const char *client_id,
+                         size_t id_len,
+                         const struct presence_config *config,
+                         uint64_t tag,
+                         struct presence_stream **out,
+                         struct presence_error *error);
+
+/**
+ * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
+ *
+ * The wire's level 0 can only tell the worker that the client left: the client is announced offline, unless another
+ * stream, a session or a mark keeps it online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+ */
+int32_t presence_stream_cancel(struct presence_stream *stream);
+
+/**
+ * Frees a stream; one that runs is cancelled. No wait that begins after this gives an event of it.
+ */
+void presence_stream_free(struct presence_stream *stream);
+
+/**
+ * Marks a client online in this process, until mark_client_offline or an announcement says otherwise.
+ *
+ * Marking it twice is the same as once. The empty id has no effect and is PRESENCE_OK. Nothing is announced to other
+ * processes: a request tells the worker who its client is.
+ *
+ * # Safety
+ * `client_id` is NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t mark_client_online(const char *client_id);
+
+/**
+ * Marks a client offline: its senders and streams in this process stop before this returns, its sessions are over, and
+ * every open connection announces it to the other processes (unless its `announce` says otherwise).
+ *
+ * Marking an unknown client offline announces it all the same, for other processes may know it. The empty id has no
+ * effect and is PRESENCE_OK. Announcing never blocks; without a connection to the server it waits for the next one.
+ *
+ * # Safety
+ * `client_id` is NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t mark_client_offline(const char *client_id);
+
+/**
+ * Whether a client is online in this process: it is marked so, has an open session, or has a running stream here.
+ *
+ * The empty id is always online; NULL, an invalid id and an unknown one are not.
+ *
+ * # Safety
+ * `client_id` is NULL or NUL-terminated.
+ */
+bool is_client_online(const char *client_id);
+
+/**
+ * mark_client_online for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+int32_t presence_mark_online(const char *id, size_t len);
+
+/**
+ * mark_client_offline for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+int32_t presence_mark_offline(const char *id, size_t len);
+
+/**
+ * is_client_online for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+bool presence_is_online(const char *id, size_t len);
+
+/**
+ * How many clients are online in this process.
+ */
+uint64_t presence_online_count(void);
+
+/**
+ * Opens a session of a client, who is online as long as one of its sessions is open.
+ *
+ * The empty id gives a session without effect.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes; `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_session_open(const char *id, size_t len, struct presence_session **out);
+
+/**
+ * Closes a session and frees it. With a client's last one the client goes offline as by mark_client_offline, after
+ * `session_grace_ms` (see presence_config_set; default 0: at once) without a new session, unless it is also marked online.
+ */
+void presence_session_close(struct presence_session *session);
+
+/**
+ * Makes a queue.
+ *
+ * # Safety
+ * `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_queue_new(struct presence_queue **out);
+
+/**
+ * A file descriptor that is readable (poll, epoll, kqueue, asyncio, libuv) as long as events wait in the queue.
+ *
+ * It belongs to the queue: do not read, write or close it. A negative presence_status when there is none to be had.
+ */
+int presence_queue_fd(const struct presence_queue *queue);
+
+/**
+ * Waits for events, and takes up to `max` of them into `events`. What an earlier wait gave becomes invalid now.
+ *
+ * Returns how many were taken; 0 when `timeout_ms` passed or presence_queue_wake was called; or PRESENCE_INVALID,
+ * PRESENCE_BUSY (another thread is waiting), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
+ *
+ * # Safety
+ * `events` is writable for `max` elements. While another thread still reads what an earlier wait gave, do not wait.
+ */
+int64_t presence_queue_wait(struct presence_queue *queue,
+                            struct presence_event *events,
+                            size_t max,
+                            int64_t timeout_ms);
+
+/**
+ * Makes the thread that waits on the queue return, or the next one that would.
+ */
+void presence_queue_wake(struct presence_queue *queue);
+
+/**
+ * Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns.
+ *
+ * Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
+ */
+void presence_queue_free(struct presence_queue *queue);
+
+/**
+ * Has the queue tell from now on, with `tag`, when clients come online and go offline in this process.
+ *
+ * A queue watches once; a second call changes its tag. At most 65,536 such events wait; then they are dropped, and a
+ * PRESENCE_EVENT_LOG with PRESENCE_FULL says so.
+ */
+int32_t presence_watch(struct presence_queue *queue, uint64_t tag);
+
+/**
+ * Serves a subject: each request for it is a PRESENCE_EVENT_REQUEST, with `tag`, on `queue`.
+ *
+ * Requests are spread over all processes that serve the subject in the same `group`; NULL or "" is no group: each of
+ * them gets every request. The subject may have wildcards. At most `max_streams` streams (0: 10,000) run at once; a
+ * request beyond is answered with "server busy". It waits until the server has the subscription; without a connection
+ * now it returns at once, and it is done later. Offline announcements are listened to from now on.
+ *
+ * # Safety
+ * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated, `group` is NULL or NUL-terminated; `out` is NULL
+ * (PRESENCE_INVALID) or writable; `error` is NULL or writable.
+ */
+int32_t presence_serve(struct presence_conn *conn,
+                       struct presence_queue *queue,
+                       const char *subject,
+                       const char *group,
+                       uint32_t max_streams,
+                       uint64_t tag,
+                       struct presence_service **out,
+                       struct presence_error *error);
+
+/**
+ * Takes no more requests. Streams that run go on. A second call is PRESENCE_CLOSED.
+ */
+int32_t presence_service_stop(struct presence_service *service);
+
+/**
+ * Stops a service and frees it. Its senders live on.
+ */
+void presence_service_free(struct presence_service *service);
+
+/**
+ * Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
+ *
+ * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
+ * stream goes on after these), PRESENCE_CLOSED, PRESENCE_DISCONNECTED.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
+ */
+int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+
+/**
+ * As presence_sender_send, but where that would be PRESENCE_FULL it waits for room, at most `timeout_ms`.
+ *
+ * PRESENCE_TIMEOUT when there was none in that time; the sender's end, by whomever, ends the wait too.
+ *
+ * # Safety
+ * As presence_sender_send; it is not freed while this waits.
+ */
+int32_t presence_sender_send_wait(struct presence_sender *sender, const void *data, size_t len, int64_t timeout_ms);
+
+/**
+ * Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text.
+ *
+ * PRESENCE_CLOSED when it has ended already; why it was stopped, when it was.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `message` is readable for `len` bytes.
+ */
+int32_t presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
+
+/**
+ * Ends the stream. Once more is fine: PRESENCE_OK. Why it was stopped, when it was.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet.
+ */
+int32_t presence_sender_end(struct presence_sender *sender);
+
+/**
+ * Whether the sender may send no more, for whatever reason. true for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+bool presence_sender_is_closed(const struct presence_sender *sender);
+
+/**
+ * How many messages were sent (accepted) so far. 0 for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+uint64_t presence_sender_send_count(const struct presence_sender *sender);
+
+/**
+ * The sender's status word: 0 while it may send; then, for ever, the presence_status that says why not, as uint32_t.
+ *
+ * Reading it is the cheapest way to ask: an aligned 32-bit load, relaxed and atomic, from any thread, until the sender
+ * is freed. NULL for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+const uint32_t *presence_sender_status_word(const struct presence_sender *sender);
+
+/**
+ * Reads a header of the request, by its name as it was sent. `*value` (not NUL-terminated) is NULL when there is none, and valid
+ * until the sender is freed. Of several with the name it is the first.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `name` is NULL (PRESENCE_INVALID) or NUL-terminated; `value` and
+ * `len` are NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_sender_header(const struct presence_sender *sender,
+                               const char *name,
+                               const char **value,
+                               size_t *len);
+
+/**
+ * Frees a sender. A stream that was not ended is ended with an error, which the reader gets. Its status word is gone.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet, and no other thread uses it or its status word any longer.
+ */
+void presence_sender_free(struct presence_sender *sender);
+
+/**
+ * Marks a client online in this process, until mark_client_offline or an announcement says otherwise.
+ *
+ * Marking it twice is the same as once. The empty id has no effect and is PRESENCE_OK. Nothing is announced to other
+ * processes: a request tells the worker who its client is.
+ *
+ * # Safety
+ * `client_id` is NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t mark_client_online(const char *client_id);
+
+/**
+ * Marks a client offline: its senders and streams in this process stop before this returns, its sessions are over, and
+ * every open connection announces it to the other processes (unless its `announce` says otherwise).
+ *
+ * Marking an unknown client offline announces it all the same, for other processes may know it. The empty id has no
+ * effect and is PRESENCE_OK. Announcing never blocks; without a connection to the server it waits for the next one.
+ *
+ * # Safety
+ * `client_id` is NULL (PRESENCE_INVALID) or NUL-terminated.
+ */
+int32_t mark_client_offline(const char *client_id);
+
+/**
+ * Whether a client is online in this process: it is marked so, has an open session, or has a running stream here.
+ *
+ * The empty id is always online; NULL, an invalid id and an unknown one are not.
+ *
+ * # Safety
+ * `client_id` is NULL or NUL-terminated.
+ */
+bool is_client_online(const char *client_id);
+
+/**
+ * mark_client_online for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+int32_t presence_mark_online(const char *id, size_t len);
+
+/**
+ * mark_client_offline for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+int32_t presence_mark_offline(const char *id, size_t len);
+
+/**
+ * is_client_online for an id of `len` bytes that needs no NUL.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes.
+ */
+bool presence_is_online(const char *id, size_t len);
+
+/**
+ * How many clients are online in this process.
+ */
+uint64_t presence_online_count(void);
+
+/**
+ * Opens a session of a client, who is online as long as one of its sessions is open.
+ *
+ * The empty id gives a session without effect.
+ *
+ * # Safety
+ * `id` is readable for `len` bytes; `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_session_open(const char *id, size_t len, struct presence_session **out);
+
+/**
+ * Closes a session and frees it. With a client's last one the client goes offline as by mark_client_offline, after
+ * `session_grace_ms` (see presence_config_set; default 0: at once) without a new session, unless it is also marked online.
+ */
+void presence_session_close(struct presence_session *session);
+
+/**
+ * Makes a queue.
+ *
+ * # Safety
+ * `out` is NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_queue_new(struct presence_queue **out);
+
+/**
+ * A file descriptor that is readable (poll, epoll, kqueue, asyncio, libuv) as long as events wait in the queue.
+ *
+ * It belongs to the queue: do not read, write or close it. A negative presence_status when there is none to be had.
+ */
+int presence_queue_fd(const struct presence_queue *queue);
+
+/**
+ * Waits for events, and takes up to `max` of them into `events`. What an earlier wait gave becomes invalid now.
+ *
+ * Returns how many were taken; 0 when `timeout_ms` passed or presence_queue_wake was called; or PRESENCE_INVALID,
+ * PRESENCE_BUSY (another thread is waiting), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
+ *
+ * # Safety
+ * `events` is writable for `max` elements. While another thread still reads what an earlier wait gave, do not wait.
+ */
+int64_t presence_queue_wait(struct presence_queue *queue,
+                            struct presence_event *events,
+                            size_t max,
+                            int64_t timeout_ms);
+
+/**
+ * Makes the thread that waits on the queue return, or the next one that would.
+ */
+void presence_queue_wake(struct presence_queue *queue);
+
+/**
+ * Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns.
+ *
+ * Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
+ */
+void presence_queue_free(struct presence_queue *queue);
+
+/**
+ * Has the queue tell from now on, with `tag`, when clients come online and go offline in this process.
+ *
+ * A queue watches once; a second call changes its tag. At most 65,536 such events wait; then they are dropped, and a
+ * PRESENCE_EVENT_LOG with PRESENCE_FULL says so.
+ */
+int32_t presence_watch(struct presence_queue *queue, uint64_t tag);
+
+/**
+ * Serves a subject: each request for it is a PRESENCE_EVENT_REQUEST, with `tag`, on `queue`.
+ *
+ * Requests are spread over all processes that serve the subject in the same `group`; NULL or "" is no group: each of
+ * them gets every request. The subject may have wildcards. At most `max_streams` streams (0: 10,000) run at once; a
+ * request beyond is answered with "server busy". It waits until the server has the subscription; without a connection
+ * now it returns at once, and it is done later. Offline announcements are listened to from now on.
+ *
+ * # Safety
+ * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated, `group` is NULL or NUL-terminated; `out` is NULL
+ * (PRESENCE_INVALID) or writable; `error` is NULL or writable.
+ */
+int32_t presence_serve(struct presence_conn *conn,
+                       struct presence_queue *queue,
+                       const char *subject,
+                       const char *group,
+                       uint32_t max_streams,
+                       uint64_t tag,
+                       struct presence_service **out,
+                       struct presence_error *error);
+
+/**
+ * Takes no more requests. Streams that run go on. A second call is PRESENCE_CLOSED.
+ */
+int32_t presence_service_stop(struct presence_service *service);
+
+/**
+ * Stops a service and frees it. Its senders live on.
+ */
+void presence_service_free(struct presence_service *service);
+
+/**
+ * Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
+ *
+ * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
+ * stream goes on after these), PRESENCE_CLOSED, PRESENCE_DISCONNECTED.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
+ */
+int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+
+/**
+ * As presence_sender_send, but where that would be PRESENCE_FULL it waits for room, at most `timeout_ms`.
+ *
+ * PRESENCE_TIMEOUT when there was none in that time; the sender's end, by whomever, ends the wait too.
+ *
+ * # Safety
+ * As presence_sender_send; it is not freed while this waits.
+ */
+int32_t presence_sender_send_wait(struct presence_sender *sender, const void *data, size_t len, int64_t timeout_ms);
+
+/**
+ * Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text.
+ *
+ * PRESENCE_CLOSED when it has ended already; why it was stopped, when it was.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `message` is readable for `len` bytes.
+ */
+int32_t presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
+
+/**
+ * Ends the stream. Once more is fine: PRESENCE_OK. Why it was stopped, when it was.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet.
+ */
+int32_t presence_sender_end(struct presence_sender *sender);
+
+/**
+ * Whether the sender may send no more, for whatever reason. true for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+bool presence_sender_is_closed(const struct presence_sender *sender);
+
+/**
+ * How many messages were sent (accepted) so far. 0 for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+uint64_t presence_sender_send_count(const struct presence_sender *sender);
+
+/**
+ * The sender's status word: 0 while it may send; then, for ever, the presence_status that says why not, as uint32_t.
+ *
+ * Reading it is the cheapest way to ask: an aligned 32-bit load, relaxed and atomic, from any thread, until the sender
+ * is freed. NULL for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+const uint32_t *presence_sender_status_word(const struct presence_sender *sender);
+
+/**
+ * Reads a header of the request, by its name as it was sent. `*value` (not NUL-terminated) is NULL when there is none, and valid
+ * until the sender is freed. Of several with the name it is the first.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `name` is NULL (PRESENCE_INVALID) or NUL-terminated; `value` and
+ * `len` are NULL (PRESENCE_INVALID) or writable.
+ */
+int32_t presence_sender_header(const struct presence_sender *sender,
+                               const char *name,
+                               const char **value,
+                               size_t *len);
+
+/**
+ * Frees a sender. A stream that was not ended is ended with an error, which the reader gets. Its status word is gone.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet, and no other thread uses it or its status word any longer.
+ */
+void presence_sender_free(struct presence_sender *sender);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* NATS_PRESENCE_H */

@@ -1,0 +1,141 @@
+//! What can go wrong, told as a fixed status and a message that names the value at fault.
+
+use std::borrow::Cow;
+use std::fmt;
+
+/// How a call ended, or why a stream did. 0 is success; the errors are negative and fixed for ever.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Status {
+    /// Done.
+    Ok = 0,
+    /// An argument is wrong.
+    Invalid = -1,
+    /// The client is offline.
+    Offline = -2,
+    /// The sender, stream, service, connection or queue has ended already.
+    Closed = -3,
+    /// The stream was cancelled on this side.
+    Cancelled = -4,
+    /// A buffer or a limit is reached.
+    Full = -5,
+    /// The payload is larger than the server takes.
+    TooLarge = -6,
+    /// The payload begins like a marker of the wire's level 0.
+    Reserved = -7,
+    /// There is no connection to nats-server, or it was lost while the stream ran.
+    Disconnected = -8,
+    /// The process at the other end is gone.
+    PeerGone = -9,
+    /// Nobody serves the subject.
+    NoResponders = -10,
+    /// Somebody else is using it.
+    Busy = -11,
+    /// The time given was over.
+    Timeout = -12,
+    /// The worker ended the stream with an error.
+    Remote = -13,
+    /// The handle belongs to the parent of this forked process.
+    Forked = -14,
+    /// A defect of this library.
+    Internal = -15,
+}
+
+impl Status {
+    /// Every status; the one with code `-n` stands at index `n`.
+    pub const ALL: [Status; 16] = [
+        Status::Ok,
+        Status::Invalid,
+        Status::Offline,
+        Status::Closed,
+        Status::Cancelled,
+        Status::Full,
+        Status::TooLarge,
+        Status::Reserved,
+        Status::Disconnected,
+        Status::PeerGone,
+        Status::NoResponders,
+        Status::Busy,
+        Status::Timeout,
+        Status::Remote,
+        Status::Forked,
+        Status::Internal,
+    ];
+
+    /// The number that crosses the C ABI.
+    #[must_use]
+    pub const fn code(self) -> i32 {
+        self as i32
+    }
+
+    /// The status with this number, if there is one.
+    #[must_use]
+    pub fn from_code(code: i32) -> Option<Status> {
+        let index = usize::try_from(code.checked_neg()?).ok()?;
+        Status::ALL.get(index).copied()
+    }
+
+    /// What it means, in a few words without a full stop, NUL-terminated for C.
+    pub(crate) const fn c_text(self) -> &'static std::ffi::CStr {
+        match self {
+            Status::Ok => c"ok",
+            Status::Invalid => c"invalid argument",
+            Status::Offline => c"client is offline",
+            Status::Closed => c"already ended",
+            Status::Cancelled => c"cancelled",
+            Status::Full => c"no room",
+            Status::TooLarge => c"payload too large",
+            Status::Reserved => c"payload begins like a marker of the wire",
+            Status::Disconnected => c"not connected to nats-server",
+            Status::PeerGone => c"the process at the other end is gone",
+            Status::NoResponders => c"nobody serves the subject",
+            Status::Busy => c"in use by another thread",
+            Status::Timeout => c"timed out",
+            Status::Remote => c"the worker ended the stream with an error",
+            Status::Forked => c"not usable in a forked process",
+            Status::Internal => c"defect in nats-presence",
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.c_text().to_str().unwrap_or_default())
+    }
+}
+
+/// A status, and a message that says which value was wrong and what would be right. It never holds a secret.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Error {
+    /// What kind of error it is.
+    pub status: Status,
+    /// For people; its wording may change.
+    pub message: Cow<'static, str>,
+}
+
+impl Error {
+    pub(crate) fn new(status: Status, message: impl Into<Cow<'static, str>>) -> Error {
+        Error { status, message: message.into() }
+    }
+
+    pub(crate) fn invalid(message: impl Into<Cow<'static, str>>) -> Error {
+        Error::new(Status::Invalid, message)
+    }
+}
+
+impl From<Status> for Error {
+    fn from(status: Status) -> Error {
+        Error::new(status, status.c_text().to_str().unwrap_or_default())
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// What fallible calls return.
+pub type Result<T> = std::result::Result<T, Error>;

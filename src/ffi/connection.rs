@@ -1,0 +1,184 @@
+//! Options and the connection to nats-server.
+
+use super::guard::{
+    Handle, boxed, c_text, free_boxed, guard, guard_error, guard_or, borrow, handle, mut_boxed, out_ref, presence_error,
+    ref_boxed, release, report, take,
+};
+use super::queue::presence_queue;
+use crate::config::Config;
+use crate::connection::Connection;
+use std::ffi::c_char;
+
+/// A set of options. Not for use by several threads at once. Made by presence_config_new.
+pub struct presence_config {
+    _opaque: [u8; 0],
+}
+
+/// A connection to nats-server, kept up until presence_close. Made by presence_connect.
+pub struct presence_conn {
+    _opaque: [u8; 0],
+}
+
+/// What a connection has done since presence_connect, and what it has in hand.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct presence_stats {
+    /// 1 while there is a connection to nats-server, else 0.
+    pub connected: u64,
+    /// How often a connection to nats-server was made; above 1: it was lost in between.
+    pub connects: u64,
+    /// Running streams that were requested here.
+    pub streams: u64,
+    /// Running streams that are served here.
+    pub senders: u64,
+    /// Requests that came to the services here.
+    pub requests: u64,
+    /// Requests answered with "server busy".
+    pub requests_busy: u64,
+    /// Requests not answered or refused: no reply subject, one that must not be answered to, a wrong Connect-ID.
+    pub requests_ignored: u64,
+    /// Messages given to the NATS client, of all kinds.
+    pub messages_out: u64,
+    /// Messages that came in, of all kinds.
+    pub messages_in: u64,
+    /// Messages that came in for no running stream, or that nobody should have sent.
+    pub messages_ignored: u64,
+    /// Offline announcements sent.
+    pub offline_out: u64,
+    /// Offline announcements of other processes that came in.
+    pub offline_in: u64,
+    /// Bytes that wait to be given to the NATS client.
+    pub bytes_waiting: u64,
+    /// 0.
+    pub reserved: [u64; 7],
+}
+
+/// Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_config_new() -> *mut presence_config {
+    guard_or(std::ptr::null_mut(), || Ok(boxed(Config::new())))
+}
+
+/// Sets one option. Files are read when they are used. An unknown key or a wrong value is PRESENCE_INVALID, changes
+/// nothing, and presence_config_error tells what was wrong.
+///
+/// For presence_connect
+///   - name: the connection's name in the server's monitoring. Default "nats-presence".
+///   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
+///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files.
+///   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
+///   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
+///   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random
+///     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once.
+///   - max_reconnects: failed attempts in a row before giving up for good. Default 0: never.
+///   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
+///   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
+///   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
+///   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
+///     were requested here; never.
+///   - send_buffer_bytes: how much may wait to be sent; beyond, sends are PRESENCE_FULL. Default 4194304.
+///   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
+///   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
+///
+/// For presence_request
+///   - timeout_ms: from request to end; beyond, the stream ends with PRESENCE_TIMEOUT. Default 0: none.
+///   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
+///     worker is busy, and no message has come. Defaults 0 and 100.
+///   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message; beyond, the stream ends
+///     with PRESENCE_FULL. Default 67108864.
+///   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
+///
+/// # Safety
+/// `config` is NULL or was made by presence_config_new; `key` and `value` are NULL (PRESENCE_INVALID) or NUL-terminated.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_config_set(
+    config: *mut presence_config,
+    key: *const c_char,
+    value: *const c_char,
+) -> i32 {
+    // SAFETY: the caller's promises are those of mut_boxed and c_text.
+    guard(|| unsafe { mut_boxed::<presence_config>(config)?.set(c_text("key", key)?, c_text("value", value)?) })
+}
+
+/// Tells what the last failed presence_config_set on this set of options found wrong.
+///
+/// Returns its status, which is PRESENCE_OK when none failed; then `error` is left alone.
+///
+/// # Safety
+/// `config` is NULL (PRESENCE_INVALID) or was made by presence_config_new; `error` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_config_error(config: *const presence_config, error: *mut presence_error) -> i32 {
+    // SAFETY: the caller's promises are those of guard_error and ref_boxed.
+    unsafe { guard_error(error, || ref_boxed(config)?.last_error().map_or(Ok(()), Err)) }
+}
+
+/// Frees a set of options. What was made with it does not need it any longer.
+///
+/// # Safety
+/// `config` is NULL or was made by presence_config_new and not freed yet.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_config_free(config: *mut presence_config) {
+    // SAFETY: the caller's promise is free_boxed's.
+    guard_or((), || unsafe { free_boxed(config) });
+}
+
+/// Connects to nats-server, waiting until it is reached or cannot be.
+///
+/// `url` is one URL or several with commas between, as in "nats://a:4222,tls://b:4222"; user and password, or a token,
+/// may stand in it. Servers are tried in random order. The connection is made anew whenever it is lost.
+/// Errors: PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (cannot be reached, or refuses us), PRESENCE_TIMEOUT,
+/// PRESENCE_FORKED.
+///
+/// # Safety
+/// `url` is NULL (PRESENCE_INVALID) or NUL-terminated; `config` is NULL (defaults) or was made by presence_config_new;
+/// `out` is NULL (PRESENCE_INVALID) or writable; `error` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_connect(
+    url: *const c_char,
+    config: *const presence_config,
+    out: *mut *mut presence_conn,
+    error: *mut presence_error,
+) -> i32 {
+    // SAFETY: the caller's promises are those of the guard's functions.
+    unsafe {
+        guard_error(error, || {
+            let config = if config.is_null() { &Config::new() } else { ref_boxed(config)? };
+            handle(out, || Connection::connect(c_text("url", url)?, config))
+        })
+    }
+}
+
+/// Applies the offline announcements of other processes in this one. presence_serve does it too; a second call is fine.
+///
+/// Waits until the server has the subscription. Without a connection now it returns at once, and it is done later.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> i32 {
+    guard(|| borrow(conn)?.listen_offline())
+}
+
+/// Has the queue tell from now on, with `tag`, when this connection is made and lost, and what else people should know
+/// of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). A second call for the same queue changes its tag.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut presence_queue, tag: u64) -> i32 {
+    guard(|| borrow(conn)?.watch(&borrow(queue)?, tag))
+}
+
+/// Closes a connection and frees it. Services stop; senders and streams that still run end with PRESENCE_CLOSED, and the
+/// other ends are told; then it waits, at most `drain_ms`, until the server has all that was sent before.
+///
+/// PRESENCE_OK: the server has it all. PRESENCE_TIMEOUT, PRESENCE_DISCONNECTED: it may not; the connection is closed all
+/// the same. PRESENCE_CLOSED: it was closed already. The handles of its services, senders and streams remain to be freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> i32 {
+    guard(|| take(conn)?.close(drain_ms.into()))
+}
+
+/// Reads what a connection has done so far.
+///
+/// # Safety
+/// `out` is NULL (PRESENCE_INVALID) or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_conn_stats(conn: *const presence_conn, out: *mut presence_stats) -> i32 {
+    // SAFETY: the caller's promise is out_ref's.
+    guard(|| unsafe { out_ref(out, || Ok(export(&borrow(conn)?.stats()))) })
+}

@@ -1,0 +1,69 @@
+//! The gateway's side: streams requested from workers.
+
+use super::connection::presence_conn;
+use super::connection::presence_config;
+use super::guard::{Handle, borrow, bytes, c_text, guard, guard_error, guard_or, handle, presence_error, ref_boxed, release};
+use super::queue::presence_queue;
+use crate::config::Config;
+use std::ffi::{c_char, c_void};
+
+/// A stream that this process requested. Made by presence_request.
+pub struct presence_stream {
+    _opaque: [u8; 0],
+}
+
+/// Requests a stream for a client. Its messages are PRESENCE_EVENT_DATA, with `tag`, on `queue`, and then exactly one
+/// PRESENCE_EVENT_END or PRESENCE_EVENT_ERROR. Does not wait for the worker.
+///
+/// The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
+/// stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
+/// Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
+/// That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
+///
+/// # Safety
+/// `subject` is NULL (PRESENCE_INVALID) or NUL-terminated; `data` is readable for `len` bytes and `client_id` for
+/// `id_len`; `config` is NULL (defaults) or was made by presence_config_new; `out` is NULL (PRESENCE_INVALID) or writable;
+/// `error` is NULL or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_request(
+    conn: *mut presence_conn,
+    queue: *mut presence_queue,
+    subject: *const c_char,
+    data: *const c_void,
+    len: usize,
+    client_id: *const c_char,
+    id_len: usize,
+    config: *const presence_config,
+    tag: u64,
+    out: *mut *mut presence_stream,
+    error: *mut presence_error,
+) -> i32 {
+    // SAFETY: the caller's promises are those of the guard's functions.
+    unsafe {
+        guard_error(error, || {
+            let config = if config.is_null() { &Config::new() } else { ref_boxed(config)? };
+            let (subject, data, client) = (c_text("subject", subject)?, bytes(data, len)?, bytes(client_id.cast(), id_len)?);
+            handle(out, || borrow(conn)?.request(&borrow(queue)?, subject, data, client, config, tag))
+        })
+    }
+}
+
+/// Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
+///
+/// The wire's level 0 can only tell the worker that the client left: the client is announced offline, unless another
+/// stream, a session or a mark keeps it online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_stream_cancel(stream: *mut presence_stream) -> i32 {
+    guard(|| borrow(stream)?.cancel())
+}
+
+/// Frees a stream; one that runs is cancelled. No wait that begins after this gives an event of it.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_stream_free(stream: *mut presence_stream) {
+    guard_or((), || {
+        if let Some(stream) = release(stream) {
+            stream.free();
+        }
+        Ok(())
+    });
+}

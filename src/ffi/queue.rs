@@ -1,0 +1,128 @@
+//! Events out of the library: the queue, what it delivers, and whom to ask for it.
+
+use super::gateway::presence_stream;
+use super::guard::{Handle, borrow, guard, guard_or, handle, pointer, release, slice_out};
+use super::worker::{give_sender, presence_sender, sender_pointer};
+use crate::queue::{Event, Queue, Source};
+use crate::registry;
+use std::ffi::{c_char, c_int};
+
+/// Where events arrive. Any number of services, streams and watches may share one. Made by presence_queue_new.
+pub struct presence_queue {
+    _opaque: [u8; 0],
+}
+
+/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL.
+///
+/// `client`, `subject` and `data` (none of them NUL-terminated), and `sender` and `stream` as names of handles already
+/// freed, are valid until the next wait on the same queue.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct presence_event {
+    /// A presence_event_kind. More may come: ignore what you do not know.
+    pub kind: i32,
+    /// A presence_status.
+    pub status: i32,
+    /// The caller's number, from presence_serve, presence_request, presence_watch or presence_conn_watch.
+    pub tag: u64,
+    /// REQUEST: belongs to the receiver from now on. STOPPED, WRITABLE: which.
+    pub sender: *mut presence_sender,
+    /// DATA, END, ERROR: which.
+    pub stream: *mut presence_stream,
+    /// REQUEST, STOPPED, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
+    pub client: *const c_char,
+    /// Bytes in `client`.
+    pub client_len: usize,
+    /// REQUEST: the subject it came on.
+    pub subject: *const c_char,
+    /// Bytes in `subject`.
+    pub subject_len: usize,
+    /// REQUEST, DATA: the payload. ERROR, DISCONNECTED, LOG: a text.
+    pub data: *const u8,
+    /// Bytes in `data`.
+    pub data_len: usize,
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// Makes a queue.
+///
+/// # Safety
+/// `out` is NULL (PRESENCE_INVALID) or writable.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> i32 {
+    // SAFETY: the caller's promise is handle's.
+    guard(|| unsafe { handle(out, || Ok(Queue::new())) })
+}
+
+/// A file descriptor that is readable (poll, epoll, kqueue, asyncio, libuv) as long as events wait in the queue.
+///
+/// It belongs to the queue: do not read, write or close it. A negative presence_status when there is none to be had.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_queue_fd(queue: *const presence_queue) -> c_int {
+    match guard_value(|| borrow(queue)?.fd()) {
+        Ok(fd) => fd,
+        Err(status) => status,
+    }
+}
+
+/// Waits for events, and takes up to `max` of them into `events`. What an earlier wait gave becomes invalid now.
+///
+/// Returns how many were taken; 0 when `timeout_ms` passed or presence_queue_wake was called; or PRESENCE_INVALID,
+/// PRESENCE_BUSY (another thread is waiting), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
+///
+/// # Safety
+/// `events` is writable for `max` elements. While another thread still reads what an earlier wait gave, do not wait.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_queue_wait(
+    queue: *mut presence_queue,
+    events: *mut presence_event,
+    max: usize,
+    timeout_ms: i64,
+) -> i64 {
+    let taken = guard_value(|| {
+        let queue = borrow(queue)?;
+        // SAFETY: the caller's promise is slice_out's.
+        let mut events = unsafe { slice_out(events, max) }?.iter_mut();
+        queue.wait(max, timeout_ms.into(), |event| {
+            if let Some(slot) = events.next() {
+                slot.write(export(event));
+            }
+        })
+    });
+    match taken {
+        Ok(count) => i64::try_from(count).unwrap_or(i64::MAX),
+        Err(status) => status.into(),
+    }
+}
+
+/// Makes the thread that waits on the queue return, or the next one that would.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_queue_wake(queue: *mut presence_queue) {
+    guard_or((), || {
+        borrow(queue)?.wake();
+        Ok(())
+    });
+}
+
+/// Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns.
+///
+/// Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_queue_free(queue: *mut presence_queue) {
+    guard_or((), || {
+        if let Some(queue) = release(queue) {
+            queue.close();
+        }
+        Ok(())
+    });
+}
+
+/// Has the queue tell from now on, with `tag`, when clients come online and go offline in this process.
+///
+/// A queue watches once; a second call changes its tag. At most 65,536 such events wait; then they are dropped, and a
+/// PRESENCE_EVENT_LOG with PRESENCE_FULL says so.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
+    guard(|| registry::watch(&borrow(queue)?, tag))
+}
