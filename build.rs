@@ -30,17 +30,7 @@ fn header() -> Result<(), String> {
     let root = Path::new(&root);
     let path = root.join("include/nats_presence.h");
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml"))?;
-    let mut sources: Vec<_> = fs::read_dir(root.join("src/ffi"))
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| error.to_string())?
-        .into_iter()
-        .map(|entry| entry.path())
-        .collect();
-    sources.sort();
-    let mut builder = cbindgen::Builder::new().with_config(config);
-    for source in sources {
-        builder = builder.with_src(source);
-    }
+    let builder = cbindgen::Builder::new().with_config(config).with_src(root.join("src/ffi/mod.rs"));
     let mut text = Vec::new();
     builder.generate().map_err(|error| error.to_string())?.write(&mut text);
     // Read-only sources (a registry's copy) are built with the header they came with.
