@@ -138,4 +138,4 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 /// What fallible calls return.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

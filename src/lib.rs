@@ -1,0 +1,46 @@
+//! Stop work for clients who have left: presence, and streams that know of it, over NATS.
+//!
+//! A client's browser is connected to a *gateway*; the gateway asks a *worker* for a stream of messages; the client
+//! leaves. From then on the worker's [`Sender`] refuses to send, and its process is told.
+//!
+//! The map of the crate, from what depends on most to what depends on nothing:
+//!
+//! | room | what is in it |
+//! |---|---|
+//! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is made; the only place with `unsafe` |
+//! | `service`, `sender` | the worker's side |
+//! | `stream` | the gateway's side |
+//! | `connection` | nats-server: reached, kept, replaced, drained |
+//! | `outbox` | what waits to be sent |
+//! | `registry` | who is online; stops senders and streams |
+//! | `queue` | events out of the library |
+//! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
+//! | `runtime`, `fork` | the process: its tokio runtime, and what a forked child may still use |
+//!
+//! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
+//! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
+
+mod client;
+mod config;
+mod connection;
+mod error;
+pub mod ffi;
+mod fork;
+mod outbox;
+mod queue;
+mod registry;
+mod runtime;
+mod sender;
+mod service;
+mod stream;
+mod wire;
+
+pub use client::MAX_ID;
+pub use config::Config;
+pub use connection::{Connection, Stats};
+pub use error::{Error, Result, Status};
+pub use queue::{Event, Kind, Queue};
+pub use registry::{Session, is_online, mark_offline, mark_online, online_count, watch};
+pub use sender::Sender;
+pub use service::Service;
+pub use stream::Stream;

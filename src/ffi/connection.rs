@@ -1,12 +1,12 @@
 //! Options and the connection to nats-server.
 
 use super::guard::{
-    Handle, boxed, c_text, free_boxed, guard, guard_error, guard_or, borrow, handle, mut_boxed, out_ref, presence_error,
-    ref_boxed, release, report, take,
+    borrow, c_text, config_mut, config_ref, free_config, give_config, guard, guard_error, guard_or, handle, limit,
+    presence_error, take, write_out,
 };
 use super::queue::presence_queue;
 use crate::config::Config;
-use crate::connection::Connection;
+use crate::connection::{Connection, Stats};
 use std::ffi::c_char;
 
 /// A set of options. Not for use by several threads at once. Made by presence_config_new.
@@ -56,7 +56,7 @@ pub struct presence_stats {
 /// Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_config_new() -> *mut presence_config {
-    guard_or(std::ptr::null_mut(), || Ok(boxed(Config::new())))
+    guard_or(std::ptr::null_mut(), || Ok(give_config(Config::new())))
 }
 
 /// Sets one option. Files are read when they are used. An unknown key or a wrong value is PRESENCE_INVALID, changes
@@ -96,8 +96,8 @@ pub unsafe extern "C" fn presence_config_set(
     key: *const c_char,
     value: *const c_char,
 ) -> i32 {
-    // SAFETY: the caller's promises are those of mut_boxed and c_text.
-    guard(|| unsafe { mut_boxed::<presence_config>(config)?.set(c_text("key", key)?, c_text("value", value)?) })
+    // SAFETY: the caller's promises are those of config_mut and c_text.
+    guard(|| unsafe { config_mut(config)?.set(c_text("key", key)?, c_text("value", value)?) })
 }
 
 /// Tells what the last failed presence_config_set on this set of options found wrong.
@@ -108,8 +108,8 @@ pub unsafe extern "C" fn presence_config_set(
 /// `config` is NULL (PRESENCE_INVALID) or was made by presence_config_new; `error` is NULL or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_config_error(config: *const presence_config, error: *mut presence_error) -> i32 {
-    // SAFETY: the caller's promises are those of guard_error and ref_boxed.
-    unsafe { guard_error(error, || ref_boxed(config)?.last_error().map_or(Ok(()), Err)) }
+    // SAFETY: the caller's promises are those of guard_error and config_ref.
+    unsafe { guard_error(error, || config_ref(config)?.last_error().map_or(Ok(()), Err)) }
 }
 
 /// Frees a set of options. What was made with it does not need it any longer.
@@ -118,8 +118,8 @@ pub unsafe extern "C" fn presence_config_error(config: *const presence_config, e
 /// `config` is NULL or was made by presence_config_new and not freed yet.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_config_free(config: *mut presence_config) {
-    // SAFETY: the caller's promise is free_boxed's.
-    guard_or((), || unsafe { free_boxed(config) });
+    // SAFETY: the caller's promise is free_config's.
+    guard_or((), || unsafe { free_config(config) });
 }
 
 /// Connects to nats-server, waiting until it is reached or cannot be.
@@ -142,7 +142,7 @@ pub unsafe extern "C" fn presence_connect(
     // SAFETY: the caller's promises are those of the guard's functions.
     unsafe {
         guard_error(error, || {
-            let config = if config.is_null() { &Config::new() } else { ref_boxed(config)? };
+            let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
             handle(out, || Connection::connect(c_text("url", url)?, config))
         })
     }
@@ -170,7 +170,7 @@ pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut pres
 /// the same. PRESENCE_CLOSED: it was closed already. The handles of its services, senders and streams remain to be freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> i32 {
-    guard(|| take(conn)?.close(drain_ms.into()))
+    guard(|| take(conn)?.close(limit(drain_ms)))
 }
 
 /// Reads what a connection has done so far.
@@ -179,6 +179,25 @@ pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> i32
 /// `out` is NULL (PRESENCE_INVALID) or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_conn_stats(conn: *const presence_conn, out: *mut presence_stats) -> i32 {
-    // SAFETY: the caller's promise is out_ref's.
-    guard(|| unsafe { out_ref(out, || Ok(export(&borrow(conn)?.stats()))) })
+    // SAFETY: the caller's promise is write_out's.
+    guard(|| unsafe { write_out(out, || Ok(export(&borrow(conn)?.stats()))) })
+}
+
+fn export(stats: &Stats) -> presence_stats {
+    presence_stats {
+        connected: stats.connected.into(),
+        connects: stats.connects,
+        streams: stats.streams,
+        senders: stats.senders,
+        requests: stats.requests,
+        requests_busy: stats.requests_busy,
+        requests_ignored: stats.requests_ignored,
+        messages_out: stats.messages_out,
+        messages_in: stats.messages_in,
+        messages_ignored: stats.messages_ignored,
+        offline_out: stats.offline_out,
+        offline_in: stats.offline_in,
+        bytes_waiting: stats.bytes_waiting,
+        reserved: [0; 7],
+    }
 }

@@ -1,8 +1,7 @@
 //! The gateway's side: streams requested from workers.
 
-use super::connection::presence_conn;
-use super::connection::presence_config;
-use super::guard::{Handle, borrow, bytes, c_text, guard, guard_error, guard_or, handle, presence_error, ref_boxed, release};
+use super::connection::{presence_config, presence_conn};
+use super::guard::{borrow, bytes, c_text, config_ref, guard, guard_error, guard_or, handle, presence_error, release};
 use super::queue::presence_queue;
 use crate::config::Config;
 use std::ffi::{c_char, c_void};
@@ -41,8 +40,9 @@ pub unsafe extern "C" fn presence_request(
     // SAFETY: the caller's promises are those of the guard's functions.
     unsafe {
         guard_error(error, || {
-            let config = if config.is_null() { &Config::new() } else { ref_boxed(config)? };
-            let (subject, data, client) = (c_text("subject", subject)?, bytes(data, len)?, bytes(client_id.cast(), id_len)?);
+            let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
+            let (subject, data, client) =
+                (c_text("subject", subject)?, bytes(data, len)?, bytes(client_id.cast(), id_len)?);
             handle(out, || borrow(conn)?.request(&borrow(queue)?, subject, data, client, config, tag))
         })
     }

@@ -14,7 +14,7 @@ mod worker;
 pub use codes::{presence_event_kind, presence_status};
 pub use connection::*;
 pub use gateway::*;
-pub use guard::{presence_error, PRESENCE_ERROR_MESSAGE};
+pub use guard::{PRESENCE_ERROR_MESSAGE, presence_error};
 pub use presence::*;
 pub use queue::*;
 pub use worker::*;

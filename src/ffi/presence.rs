@@ -1,6 +1,6 @@
 //! Who is online: the mission's three functions, their forms with a length, sessions.
 
-use super::guard::{Handle, bytes, c_bytes, guard, guard_or, handle, release};
+use super::guard::{bytes, c_bytes, guard, guard_or, handle, release};
 use crate::registry::{self, Session};
 use std::ffi::c_char;
 
@@ -19,7 +19,7 @@ pub struct presence_session {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> i32 {
     // SAFETY: the caller's promise is c_bytes'.
-    guard(|| registry::mark_online(unsafe { c_bytes(client_id) }?))
+    guard(|| registry::mark_online(unsafe { c_bytes("client_id", client_id) }?))
 }
 
 /// Marks a client offline: its senders and streams in this process stop before this returns, its sessions are over, and
@@ -33,7 +33,7 @@ pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> i32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn mark_client_offline(client_id: *const c_char) -> i32 {
     // SAFETY: the caller's promise is c_bytes'.
-    guard(|| registry::mark_offline(unsafe { c_bytes(client_id) }?))
+    guard(|| registry::mark_offline(unsafe { c_bytes("client_id", client_id) }?))
 }
 
 /// Whether a client is online in this process: it is marked so, has an open session, or has a running stream here.
@@ -45,7 +45,7 @@ pub unsafe extern "C" fn mark_client_offline(client_id: *const c_char) -> i32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn is_client_online(client_id: *const c_char) -> bool {
     // SAFETY: the caller's promise is c_bytes'.
-    guard_or(false, || Ok(registry::is_online(unsafe { c_bytes(client_id) }?)))
+    guard_or(false, || Ok(registry::is_online(unsafe { c_bytes("client_id", client_id) }?)))
 }
 
 /// mark_client_online for an id of `len` bytes that needs no NUL.
@@ -106,8 +106,4 @@ pub extern "C" fn presence_session_close(session: *mut presence_session) {
         }
         Ok(())
     });
-}
-
-impl Handle for presence_session {
-    type Core = Session;
 }

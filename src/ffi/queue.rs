@@ -1,11 +1,15 @@
 //! Events out of the library: the queue, what it delivers, and whom to ask for it.
 
 use super::gateway::presence_stream;
-use super::guard::{Handle, borrow, guard, guard_or, handle, pointer, release, slice_out};
-use super::worker::{give_sender, presence_sender, sender_pointer};
-use crate::queue::{Event, Queue, Source};
+use super::guard::{
+    borrow, give_sender, guard, guard_or, guard_value, handle, limit, pointer, release, sender_pointer, slice_out,
+};
+use super::worker::presence_sender;
+use crate::error::Result;
+use crate::queue::{Event, Kind, Queue};
 use crate::registry;
 use std::ffi::{c_char, c_int};
+use std::ptr;
 
 /// Where events arrive. Any number of services, streams and watches may share one. Made by presence_queue_new.
 pub struct presence_queue {
@@ -84,7 +88,7 @@ pub unsafe extern "C" fn presence_queue_wait(
         let queue = borrow(queue)?;
         // SAFETY: the caller's promise is slice_out's.
         let mut events = unsafe { slice_out(events, max) }?.iter_mut();
-        queue.wait(max, timeout_ms.into(), |event| {
+        queue.wait(max, limit(timeout_ms), |event| {
             if let Some(slot) = events.next() {
                 slot.write(export(event));
             }
@@ -124,5 +128,36 @@ pub extern "C" fn presence_queue_free(queue: *mut presence_queue) {
 /// PRESENCE_EVENT_LOG with PRESENCE_FULL says so.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
-    guard(|| registry::watch(&borrow(queue)?, tag))
+    guard(|| -> Result<()> {
+        registry::watch(&borrow(queue)?, tag);
+        Ok(())
+    })
+}
+
+/// An event as C sees it. The sender of a request passes to the receiver here.
+fn export(event: &Event) -> presence_event {
+    let client = event.client.as_deref().unwrap_or_default();
+    let sender = match event.kind {
+        Kind::Request => event.sender().map(give_sender),
+        Kind::Stopped | Kind::Writable => event.sender().as_ref().map(sender_pointer),
+        _ => None,
+    };
+    let stream = match event.kind {
+        Kind::Data | Kind::End | Kind::Error => event.origin_number().map(pointer),
+        _ => None,
+    };
+    presence_event {
+        kind: event.kind as i32,
+        status: event.status.code(),
+        tag: event.tag,
+        sender: sender.unwrap_or(ptr::null_mut()),
+        stream: stream.unwrap_or(ptr::null_mut()),
+        client: client.as_ptr().cast(),
+        client_len: client.len(),
+        subject: event.subject.as_ptr().cast(),
+        subject_len: event.subject.len(),
+        data: event.data.as_ptr(),
+        data_len: event.data.len(),
+        reserved: [0; 2],
+    }
 }

@@ -1,9 +1,14 @@
 //! The worker's side: services, and the senders that answer their requests.
 
 use super::connection::presence_conn;
-use super::guard::{Handle, borrow, bytes, c_text, guard, guard_error, guard_or, handle, presence_error, release};
+use super::guard::{
+    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, handle, limit, presence_error, release,
+    sender_ref, write_out,
+};
 use super::queue::presence_queue;
-use std::ffi::c_char;
+use crate::error::Error;
+use std::ffi::{c_char, c_void};
+use std::ptr;
 
 /// A subject that this process serves. Made by presence_serve.
 pub struct presence_service {
@@ -72,11 +77,7 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 /// # Safety
 /// `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_sender_send(
-    sender: *mut presence_sender,
-    data: *const std::ffi::c_void,
-    len: usize,
-) -> i32 {
+pub unsafe extern "C" fn presence_sender_send(sender: *mut presence_sender, data: *const c_void, len: usize) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.send(bytes(data, len)?) })
 }
@@ -90,12 +91,12 @@ pub unsafe extern "C" fn presence_sender_send(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send_wait(
     sender: *mut presence_sender,
-    data: *const std::ffi::c_void,
+    data: *const c_void,
     len: usize,
     timeout_ms: i64,
 ) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
-    guard(|| unsafe { sender_ref(sender)?.send_wait(bytes(data, len)?, timeout_ms.into()) })
+    guard(|| unsafe { sender_ref(sender)?.send_wait(bytes(data, len)?, limit(timeout_ms)) })
 }
 
 /// Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text.
@@ -105,7 +106,11 @@ pub unsafe extern "C" fn presence_sender_send_wait(
 /// # Safety
 /// `sender` is NULL (PRESENCE_INVALID) or not freed yet; `message` is readable for `len` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_sender_error(sender: *mut presence_sender, message: *const c_char, len: usize) -> i32 {
+pub unsafe extern "C" fn presence_sender_error(
+    sender: *mut presence_sender,
+    message: *const c_char,
+    len: usize,
+) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.error(bytes(message.cast(), len)?) })
 }
@@ -150,7 +155,7 @@ pub unsafe extern "C" fn presence_sender_send_count(sender: *const presence_send
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_status_word(sender: *const presence_sender) -> *const u32 {
     // SAFETY: the caller's promise is sender_ref's.
-    guard_or(std::ptr::null(), || unsafe { Ok(sender_ref(sender)?.status_word().as_ptr().cast_const()) })
+    guard_or(ptr::null(), || unsafe { Ok(sender_ref(sender)?.status_word().as_ptr().cast_const()) })
 }
 
 /// Reads a header of the request, by its name as it was sent. `*value` (not NUL-terminated) is NULL when there is none, and valid
@@ -168,8 +173,13 @@ pub unsafe extern "C" fn presence_sender_header(
 ) -> i32 {
     // SAFETY: the caller's promises are those of the guard's functions.
     guard(|| unsafe {
-        let header = sender_ref(sender)?.header(c_text("name", name)?).unwrap_or_default();
-        text_out(header, value, len)
+        let (sender, name) = (sender_ref(sender)?, c_text("name", name)?);
+        if value.is_null() || len.is_null() {
+            return Err(Error::invalid("value or len is NULL"));
+        }
+        let header = sender.header(name);
+        write_out(len, || Ok(header.map_or(0, str::len)))?;
+        write_out(value, || Ok(header.map_or(ptr::null(), str::as_ptr).cast()))
     })
 }
 

@@ -1,0 +1,306 @@
+//! Options, by key and value. `presence_config_set` documents them to people.
+
+use crate::error::{Error, Result, Status};
+use crate::wire::{self, Use};
+use async_nats::HeaderMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Which offline marks a connection announces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Announce {
+    Always,
+    /// Those of clients with streams requested on it.
+    Streams,
+    Never,
+}
+
+/// A secret, which is not to be seen in any output.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Secret(pub(crate) String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// For a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct ConnectOptions {
+    pub(crate) name: String,
+    pub(crate) user: Option<String>,
+    pub(crate) password: Option<Secret>,
+    pub(crate) token: Option<Secret>,
+    pub(crate) nkey_seed: Option<Secret>,
+    pub(crate) creds_file: Option<PathBuf>,
+    pub(crate) tls_required: bool,
+    pub(crate) tls_first: bool,
+    pub(crate) tls_ca_file: Option<PathBuf>,
+    pub(crate) tls_cert_file: Option<PathBuf>,
+    pub(crate) tls_key_file: Option<PathBuf>,
+    pub(crate) connect_timeout: Duration,
+    pub(crate) retry_on_initial_connect: bool,
+    pub(crate) reconnect_min: Duration,
+    pub(crate) reconnect_max: Duration,
+    pub(crate) max_reconnects: u32,
+    pub(crate) ping_interval: Duration,
+    pub(crate) inbox_prefix: String,
+    pub(crate) offline_subject: String,
+    pub(crate) announce: Announce,
+    pub(crate) send_buffer: usize,
+    pub(crate) session_grace: Option<Duration>,
+    pub(crate) worker_threads: usize,
+}
+
+/// For a request.
+#[derive(Clone, Debug)]
+pub(crate) struct RequestOptions {
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) retries: u32,
+    pub(crate) retry_delay: Duration,
+    pub(crate) stream_buffer: usize,
+    pub(crate) headers: HeaderMap,
+}
+
+/// A set of options: each has its default until it is set.
+#[derive(Clone, Debug)]
+pub struct Config {
+    connect: ConnectOptions,
+    request: RequestOptions,
+    /// The first key that was set of each kind.
+    connect_key: Option<String>,
+    request_key: Option<String>,
+    last_error: Option<Error>,
+}
+
+const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
+     tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
+     ping_interval_ms, inbox_prefix, offline_subject, announce, send_buffer_bytes, session_grace_ms, worker_threads, \
+     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, header.NAME";
+
+impl Default for Config {
+    fn default() -> Config {
+        Config::new()
+    }
+}
+
+impl Config {
+    /// Makes a set of options with the defaults.
+    #[must_use]
+    pub fn new() -> Config {
+        Config {
+            connect: ConnectOptions {
+                name: "nats-presence".into(),
+                user: None,
+                password: None,
+                token: None,
+                nkey_seed: None,
+                creds_file: None,
+                tls_required: false,
+                tls_first: false,
+                tls_ca_file: None,
+                tls_cert_file: None,
+                tls_key_file: None,
+                connect_timeout: Duration::from_secs(5),
+                retry_on_initial_connect: false,
+                reconnect_min: Duration::from_millis(50),
+                reconnect_max: Duration::from_secs(4),
+                max_reconnects: 0,
+                ping_interval: Duration::from_secs(20),
+                inbox_prefix: "_INBOX".into(),
+                offline_subject: "client.offline".into(),
+                announce: Announce::Always,
+                send_buffer: 4 << 20,
+                session_grace: None,
+                worker_threads: 1,
+            },
+            request: RequestOptions {
+                timeout: None,
+                retries: 0,
+                retry_delay: Duration::from_millis(100),
+                stream_buffer: 64 << 20,
+                headers: HeaderMap::new(),
+            },
+            connect_key: None,
+            request_key: None,
+            last_error: None,
+        }
+    }
+
+    /// Sets one option.
+    ///
+    /// # Errors
+    /// `Status::Invalid` for an unknown key or a wrong value, which the message names (but for secrets).
+    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+        self.try_set(key, value).inspect_err(|error| self.last_error = Some(error.clone()))
+    }
+
+    /// What the last failed `set` found wrong.
+    #[must_use]
+    pub fn last_error(&self) -> Option<Error> {
+        self.last_error.clone()
+    }
+
+    /// The options of a connection; fails when others were set.
+    pub(crate) fn for_connect(&self) -> Result<&ConnectOptions> {
+        match &self.request_key {
+            Some(key) => Err(Error::invalid(format!("option {key} is for a request, not for connecting"))),
+            None => Ok(&self.connect),
+        }
+    }
+
+    /// The options of a request; fails when others were set.
+    pub(crate) fn for_request(&self) -> Result<&RequestOptions> {
+        match &self.connect_key {
+            Some(key) => Err(Error::invalid(format!("option {key} is for connecting, not for a request"))),
+            None => Ok(&self.request),
+        }
+    }
+
+    fn try_set(&mut self, key: &str, value: &str) -> Result<()> {
+        let (connect, request) = (&mut self.connect, &mut self.request);
+        let text = || Some(value.to_owned());
+        let secret =
+            || if value.is_empty() { Err(wrong(key, "***", "not empty")) } else { Ok(Some(Secret(value.into()))) };
+        let file = || if value.is_empty() { Err(wrong(key, value, "a file's path")) } else { Ok(Some(value.into())) };
+        let mut is_for_request = false;
+        match key {
+            "name" => connect.name = line(key, value)?,
+            "user" => connect.user = text(),
+            "password" => connect.password = Some(Secret(value.into())),
+            "token" => connect.token = secret()?,
+            "nkey_seed" => connect.nkey_seed = secret()?,
+            "creds_file" => connect.creds_file = file()?,
+            "tls_required" => connect.tls_required = boolean(key, value)?,
+            "tls_first" => connect.tls_first = boolean(key, value)?,
+            "tls_ca_file" => connect.tls_ca_file = file()?,
+            "tls_cert_file" => connect.tls_cert_file = file()?,
+            "tls_key_file" => connect.tls_key_file = file()?,
+            "connect_timeout_ms" => connect.connect_timeout = millis(key, value, 1)?,
+            "retry_on_initial_connect" => connect.retry_on_initial_connect = boolean(key, value)?,
+            "reconnect_min_ms" => connect.reconnect_min = millis(key, value, 1)?,
+            "reconnect_max_ms" => connect.reconnect_max = millis(key, value, 1)?,
+            "max_reconnects" => connect.max_reconnects = number(key, value, 0, u32::MAX.into())?,
+            "ping_interval_ms" => connect.ping_interval = millis(key, value, 10)?,
+            "inbox_prefix" => connect.inbox_prefix = subject(key, value)?,
+            "offline_subject" => connect.offline_subject = subject(key, value)?,
+            "announce" => {
+                connect.announce = match value {
+                    "always" => Announce::Always,
+                    "streams" => Announce::Streams,
+                    "never" => Announce::Never,
+                    _ => return Err(wrong(key, value, "always, streams or never")),
+                }
+            }
+            "send_buffer_bytes" => connect.send_buffer = number(key, value, 1, 1 << 40)?,
+            "session_grace_ms" => connect.session_grace = Some(millis(key, value, 0)?),
+            "worker_threads" => connect.worker_threads = number(key, value, 1, 64)?,
+            _ => {
+                is_for_request = true;
+                match key {
+                    "timeout_ms" => request.timeout = Some(millis(key, value, 0)?).filter(|timeout| !timeout.is_zero()),
+                    "retries" => request.retries = number(key, value, 0, u32::MAX.into())?,
+                    "retry_delay_ms" => request.retry_delay = millis(key, value, 0)?,
+                    "stream_buffer_bytes" => request.stream_buffer = number(key, value, 1, 1 << 40)?,
+                    _ => match key.strip_prefix("header.") {
+                        Some(name) => wire::add_header(&mut request.headers, name, value)?,
+                        None => return Err(Error::invalid(format!("option {key:?} is unknown; known are {KEYS}"))),
+                    },
+                }
+            }
+        }
+        let first = if is_for_request { &mut self.request_key } else { &mut self.connect_key };
+        first.get_or_insert_with(|| key.into());
+        Ok(())
+    }
+}
+
+fn wrong(key: &str, value: &str, right: &str) -> Error {
+    Error::new(Status::Invalid, format!("option {key} is {value:?}: it must be {right}"))
+}
+
+fn boolean(key: &str, value: &str) -> Result<bool> {
+    value.parse().map_err(|_| wrong(key, value, "true or false"))
+}
+
+fn number<T: TryFrom<u64>>(key: &str, value: &str, min: u64, max: u64) -> Result<T> {
+    let number = value.parse().ok().filter(|number| (min..=max).contains(number));
+    number
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| wrong(key, value, &format!("a whole number from {min} to {max}")))
+}
+
+/// At most ten years, so that no sum of times can overflow.
+fn millis(key: &str, value: &str, min: u64) -> Result<Duration> {
+    number(key, value, min, 10 * 366 * 86_400_000).map(Duration::from_millis)
+}
+
+fn line(key: &str, value: &str) -> Result<String> {
+    if value.chars().any(char::is_control) {
+        return Err(wrong(key, value, "without control characters"));
+    }
+    Ok(value.into())
+}
+
+fn subject(key: &str, value: &str) -> Result<String> {
+    wire::check_subject(&format!("option {key}"), value, Use::Publish)?;
+    Ok(value.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_are_named_and_change_nothing() {
+        for (key, value, told) in [
+            ("nonsense", "1", "\"nonsense\" is unknown; known are name, user"),
+            ("tls_first", "yes", "option tls_first is \"yes\": it must be true or false"),
+            ("connect_timeout_ms", "-1", "option connect_timeout_ms is \"-1\": it must be a whole number from 1"),
+            ("connect_timeout_ms", "5s", "\"5s\""),
+            ("worker_threads", "65", "from 1 to 64"),
+            ("announce", "sometimes", "always, streams or never"),
+            ("offline_subject", "client.*", "option offline_subject \"client.*\" has a wildcard"),
+            ("inbox_prefix", "", "is empty"),
+            ("creds_file", "", "a file's path"),
+            ("header.Connect-ID", "x", "not for callers"),
+            ("header.", "x", "header name"),
+        ] {
+            let mut config = Config::new();
+            let error = config.set(key, value).unwrap_err();
+            assert_eq!(error.status, Status::Invalid);
+            assert!(error.message.contains(told), "{key}: {error} does not tell {told}");
+            assert_eq!(config.last_error(), Some(error));
+            assert!(config.for_connect().is_ok() && config.for_request().is_ok());
+        }
+    }
+
+    #[test]
+    fn options_of_the_other_kind_are_refused() {
+        let mut config = Config::new();
+        config.set("timeout_ms", "5").unwrap();
+        assert!(config.for_connect().unwrap_err().message.contains("timeout_ms"));
+        config.set("user", "x").unwrap();
+        assert!(config.for_request().unwrap_err().message.contains("user"));
+    }
+
+    #[test]
+    fn every_key_in_the_list_is_known() {
+        for key in KEYS.split(", ").map(str::trim) {
+            let key = key.replace("NAME", "X");
+            let values = ["x", "1", "20", "true", "always"];
+            assert!(values.iter().any(|value| Config::new().set(&key, value).is_ok()), "{key}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_printed() {
+        let mut config = Config::new();
+        for key in ["password", "token", "nkey_seed"] {
+            config.set(key, "hunter2").unwrap();
+        }
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

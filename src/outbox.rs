@@ -1,0 +1,313 @@
+//! What waits to be given to the NATS client: callers append under a short lock, the connection's task takes it all.
+
+use crate::error::Status;
+use crate::wire;
+use async_nats::{HeaderMap, Subject};
+use bytes::{Bytes, BytesMut};
+use parking_lot::{Condvar, Mutex};
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::time::Instant;
+use tokio::sync::Notify;
+
+/// What one waiting message counts in addition to its bytes.
+const OVERHEAD: usize = 64;
+/// How many bytes of announcements may wait while there is no connection; then the oldest are dropped.
+const MAX_NOTES: usize = 16 << 20;
+
+/// One thing to do on the connection. Payloads of `Message` stand in the batch's bytes, in order.
+pub(crate) enum Item {
+    /// A message of a stream: so many bytes.
+    Message(Subject, usize),
+    /// A stream's last word or a client's; it survives the loss of a connection.
+    Note(Note),
+    /// A request, with its reply subject, headers and payload.
+    Request(Box<Request>),
+    /// Subscribe, or unsubscribe, the subscription with this number.
+    Subscribe(u64),
+    Unsubscribe(u64),
+    /// Send an empty message to this subject of our own, to see when the server has all that came before.
+    Echo(Subject),
+}
+
+/// What must reach the server even if the connection is lost on the way: it is kept until an echo confirms it.
+#[derive(Clone)]
+pub(crate) enum Note {
+    /// The stream with this reply subject ended.
+    End(Subject),
+    /// It ended with an error: the payload.
+    Error(Subject, Bytes),
+    /// The client is offline: the subject and the id.
+    Offline(Subject, Bytes),
+}
+
+impl From<Note> for Item {
+    fn from(note: Note) -> Item {
+        Item::Note(note)
+    }
+}
+
+impl Note {
+    fn after_loss(self) -> Note {
+        match self {
+            Note::End(to) => Note::Error(to, wire::error(LOST.as_bytes(), usize::MAX)),
+            note => note,
+        }
+    }
+}
+
+/// The text of a stream's error when the worker's connection was lost.
+pub(crate) const LOST: &str = "the worker lost its connection to nats-server";
+
+#[derive(Clone)]
+pub(crate) struct Request {
+    pub(crate) subject: Subject,
+    pub(crate) reply: Subject,
+    pub(crate) headers: Option<HeaderMap>,
+    pub(crate) payload: Bytes,
+}
+
+impl Item {
+    pub(crate) fn into_note(self) -> Option<Note> {
+        match self {
+            Item::Note(note) => Some(note),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn weight(&self) -> usize {
+        OVERHEAD
+            + match self {
+                Item::Message(_, length) => *length,
+                Item::Note(Note::End(_)) | Item::Subscribe(_) | Item::Unsubscribe(_) | Item::Echo(_) => 0,
+                Item::Note(Note::Error(_, payload) | Note::Offline(_, payload)) => payload.len(),
+                Item::Request(request) => request.payload.len(),
+            }
+    }
+}
+
+/// Whoever was refused for want of room.
+pub(crate) trait Writer: Send + Sync {
+    /// There is room again.
+    fn room(&self);
+}
+
+pub(crate) struct Outbox {
+    waiting: Mutex<Waiting>,
+    /// Bytes that wait, or were taken and not handed over yet.
+    weight: AtomicUsize,
+    limit: usize,
+    /// Some wait for room: when enough was handed over, see to them.
+    wanted: AtomicUsize,
+    room: Condvar,
+    arrived: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    batch: Batch,
+    /// Whether the connection's task knows that there is something.
+    announced: bool,
+    refused: Vec<Arc<dyn Writer>>,
+}
+
+/// What was taken at once.
+#[derive(Default)]
+pub(crate) struct Batch {
+    pub(crate) items: VecDeque<Item>,
+    pub(crate) bytes: BytesMut,
+}
+
+impl Outbox {
+    pub(crate) fn new(limit: usize) -> Outbox {
+        Outbox {
+            waiting: Mutex::default(),
+            weight: AtomicUsize::new(0),
+            limit,
+            wanted: AtomicUsize::new(0),
+            room: Condvar::new(),
+            arrived: Notify::new(),
+        }
+    }
+
+    /// Bytes that wait.
+    pub(crate) fn weight(&self) -> usize {
+        self.weight.load(Ordering::Relaxed)
+    }
+
+    /// Appends a message, if `word` is 0 and there is room; else the status in the word, or `Full`, and then `writer`, if
+    /// it gives one, hears when there is room.
+    ///
+    /// The word is read with the lock held: whoever ends the stream sets it, and appends its last note, under the same
+    /// lock. So no message ever follows the end.
+    pub(crate) fn send(
+        &self,
+        word: &AtomicU32,
+        to: &Subject,
+        data: &[u8],
+        writer: impl FnOnce() -> Option<Arc<dyn Writer>>,
+    ) -> Result<(), Status> {
+        let mut waiting = self.waiting.lock();
+        let sent = self.append(&mut waiting, word, to, data);
+        if sent != Err(Status::Full) {
+            return sent;
+        }
+        let Some(writer) = writer() else { return sent };
+        // First to be known as waiting, then to look again: otherwise the room could be made in between, unnoticed.
+        self.wanted.fetch_add(1, Ordering::SeqCst);
+        let sent = self.append(&mut waiting, word, to, data);
+        if sent == Err(Status::Full) {
+            waiting.refused.push(writer);
+        } else {
+            self.wanted.fetch_sub(1, Ordering::SeqCst);
+        }
+        sent
+    }
+
+    fn append(&self, waiting: &mut Waiting, word: &AtomicU32, to: &Subject, data: &[u8]) -> Result<(), Status> {
+        stopped(word)?;
+        self.check_room(data.len())?;
+        waiting.batch.bytes.extend_from_slice(data);
+        self.put(waiting, Item::Message(to.clone(), data.len()));
+        Ok(())
+    }
+
+    /// One message finds room in an empty outbox, however small its limit.
+    fn check_room(&self, length: usize) -> Result<(), Status> {
+        let weight = self.weight.load(Ordering::SeqCst);
+        if weight > 0 && weight + OVERHEAD + length > self.limit { Err(Status::Full) } else { Ok(()) }
+    }
+
+    /// As `send`, waiting for room until `deadline` (`None`: without limit).
+    pub(crate) fn send_wait(
+        &self,
+        word: &AtomicU32,
+        to: &Subject,
+        data: &[u8],
+        deadline: Option<Instant>,
+    ) -> Result<(), Status> {
+        let mut waiting = self.waiting.lock();
+        let mut sent = self.append(&mut waiting, word, to, data);
+        if sent != Err(Status::Full) {
+            return sent;
+        }
+        self.wanted.fetch_add(1, Ordering::SeqCst);
+        let mut timed_out = false;
+        loop {
+            sent = self.append(&mut waiting, word, to, data);
+            if sent != Err(Status::Full) {
+                break;
+            }
+            if timed_out {
+                sent = Err(Status::Timeout);
+                break;
+            }
+            match deadline {
+                None => self.room.wait(&mut waiting),
+                Some(deadline) => timed_out = self.room.wait_until(&mut waiting, deadline).timed_out(),
+            }
+        }
+        self.wanted.fetch_sub(1, Ordering::SeqCst);
+        sent
+    }
+
+    /// Sets `word` to `why` if it is 0, and then appends a note: so nothing of the stream follows it.
+    pub(crate) fn finish(&self, word: &AtomicU32, why: Status, note: impl FnOnce() -> Note) -> Result<(), Status> {
+        let mut waiting = self.waiting.lock();
+        let code = why.code().cast_unsigned();
+        match word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => {
+                self.put(&mut waiting, Item::Note(note()));
+                Ok(())
+            }
+            Err(_) => stopped(word),
+        }
+    }
+
+    /// Appends what is not a message of a stream. It always finds room: each is bounded by what it belongs to.
+    pub(crate) fn push(&self, item: Item) {
+        let mut waiting = self.waiting.lock();
+        self.put(&mut waiting, item);
+        // A sender that waits for room may have been stopped by whoever says this.
+        if self.wanted.load(Ordering::SeqCst) > 0 {
+            self.room.notify_all();
+        }
+    }
+
+    /// Appends a request, if `word` is 0 and there is room.
+    pub(crate) fn request(&self, word: &AtomicU32, request: Request) -> Result<(), Status> {
+        let mut waiting = self.waiting.lock();
+        stopped(word)?;
+        self.check_room(request.payload.len())?;
+        self.put(&mut waiting, Item::Request(Box::new(request)));
+        Ok(())
+    }
+
+    fn put(&self, waiting: &mut Waiting, item: Item) {
+        self.weight.fetch_add(item.weight(), Ordering::Relaxed);
+        waiting.batch.items.push_back(item);
+        if !mem::replace(&mut waiting.announced, true) {
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Waits until there is something, and takes it all.
+    pub(crate) async fn take(&self) -> Batch {
+        loop {
+            {
+                let mut waiting = self.waiting.lock();
+                if !waiting.batch.items.is_empty() {
+                    return mem::take(&mut waiting.batch);
+                }
+                waiting.announced = false;
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    /// Drops what belongs to a lost connection, and keeps the notes: those `handed_over` and not confirmed, then those
+    /// that wait. An end becomes an error, for what came before it may be lost.
+    pub(crate) fn lost(&self, handed_over: impl IntoIterator<Item = Note>) {
+        let mut waiting = self.waiting.lock();
+        let batch = mem::take(&mut waiting.batch);
+        let waited = batch.items.into_iter().filter_map(Item::into_note);
+        let mut notes: VecDeque<Item> =
+            handed_over.into_iter().chain(waited).map(Note::after_loss).map(Item::Note).collect();
+        let mut weight: usize = notes.iter().map(Item::weight).sum();
+        while weight > MAX_NOTES
+            && let Some(oldest) = notes.pop_front()
+        {
+            weight -= oldest.weight();
+        }
+        waiting.batch.items = notes;
+        self.weight.store(weight, Ordering::SeqCst);
+        let refused = mem::take(&mut waiting.refused);
+        self.wanted.fetch_sub(refused.len(), Ordering::SeqCst);
+        self.room.notify_all();
+    }
+
+    /// Notes that items of this weight were handed over, and tells those who wait when half of the room is free.
+    pub(crate) fn handed_over(&self, weight: usize) {
+        let before = self.weight.fetch_sub(weight, Ordering::SeqCst);
+        if self.wanted.load(Ordering::SeqCst) > 0 && before - weight <= self.limit / 2 {
+            let refused = {
+                let mut waiting = self.waiting.lock();
+                let refused = mem::take(&mut waiting.refused);
+                self.wanted.fetch_sub(refused.len(), Ordering::SeqCst);
+                self.room.notify_all();
+                refused
+            };
+            refused.iter().for_each(|writer| writer.room());
+        }
+    }
+}
+
+/// Fails with the status in a sender's word, if there is one.
+pub(crate) fn stopped(word: &AtomicU32) -> Result<(), Status> {
+    match word.load(Ordering::Acquire) {
+        0 => Ok(()),
+        code => Err(Status::from_code(code.cast_signed()).unwrap_or(Status::Internal)),
+    }
+}

@@ -1,0 +1,335 @@
+//! Events out of the library: any number of services, streams and watches put them in, one thread takes them out.
+
+use crate::error::{Error, Result, Status};
+use crate::fork;
+use bytes::Bytes;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::{Condvar, Mutex};
+use std::any::Any;
+use std::cmp::Ordering;
+use std::collections::VecDeque;
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How many ONLINE and OFFLINE events may wait in one queue.
+const MAX_WATCH_EVENTS: usize = 65_536;
+/// How many LOG events may wait in one queue.
+const MAX_LOG_EVENTS: usize = 1024;
+
+/// What an event tells.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A request arrived at a service.
+    Request = 1,
+    /// A message of a stream.
+    Data = 2,
+    /// The worker ended the stream.
+    End = 3,
+    /// The stream ended otherwise.
+    Error = 4,
+    /// A sender may send no more.
+    Stopped = 5,
+    /// A sender that had no room may try again.
+    Writable = 6,
+    /// A client came online in this process.
+    Online = 7,
+    /// A client went offline in this process.
+    Offline = 8,
+    /// The connection has reached nats-server.
+    Connected = 9,
+    /// The connection to nats-server is lost.
+    Disconnected = 10,
+    /// Something that people should know.
+    Log = 11,
+}
+
+/// The sender or stream that an event is about.
+pub(crate) trait Origin: Any + Send + Sync {
+    /// The number of its handle.
+    fn number(&self) -> u64;
+    /// Whether somebody still wants its events: it was not freed.
+    fn is_wanted(&self) -> bool;
+    /// One of its events, with so many bytes of data, has left the queue.
+    fn taken(&self, _kind: Kind, _bytes: usize) {}
+    /// Its request was dropped with the queue: nobody will answer it.
+    fn abandoned(&self) {}
+}
+
+/// Something that happened.
+pub struct Event {
+    /// What.
+    pub kind: Kind,
+    /// Why, for Error, Stopped, Disconnected and Log; else Ok.
+    pub status: Status,
+    /// The number that the caller gave to serve, request or watch.
+    pub tag: u64,
+    /// The client's id, where the event is about one that is not anonymous.
+    pub client: Option<Arc<str>>,
+    /// Request: the subject it came on.
+    pub subject: Bytes,
+    /// A payload or a text.
+    pub data: Bytes,
+    pub(crate) origin: Option<Arc<dyn Origin>>,
+}
+
+impl Event {
+    /// An event about no sender or stream.
+    pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Event {
+        Event { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), origin: None }
+    }
+
+    pub(crate) fn of(kind: Kind, status: Status, tag: u64, origin: Arc<dyn Origin>, data: Bytes) -> Event {
+        Event { origin: Some(origin), ..Event::new(kind, status, tag, data) }
+    }
+
+    /// The sender or stream it is about, if it is a `T`.
+    pub(crate) fn origin<T: Origin>(&self) -> Option<Arc<T>> {
+        let origin: Arc<dyn Any + Send + Sync> = self.origin.clone()?;
+        origin.downcast().ok()
+    }
+
+    /// The number of the sender or stream it is about.
+    pub(crate) fn origin_number(&self) -> Option<u64> {
+        self.origin.as_ref().map(|origin| origin.number())
+    }
+
+    fn is_wanted(&self) -> bool {
+        self.origin.as_ref().is_none_or(|origin| origin.is_wanted())
+    }
+}
+
+fn is_watch(event: &&Event) -> bool {
+    matches!(event.kind, Kind::Online | Kind::Offline)
+}
+
+/// Where events arrive.
+pub struct Queue {
+    number: u64,
+    inner: Mutex<Inner>,
+    arrived: Condvar,
+    /// What the last wait gave, kept until the next; locked by whoever waits.
+    given: Mutex<VecDeque<Event>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    events: VecDeque<Event>,
+    watch_events: usize,
+    log_events: usize,
+    woken: bool,
+    closed: bool,
+    /// Made when first asked for: a queue that is only waited on needs no system calls to signal it.
+    fd: Option<Signal>,
+}
+
+struct Signal {
+    event_fd: EventFd,
+    raised: bool,
+}
+
+impl Inner {
+    /// Makes the file descriptor readable exactly while a wait would return at once.
+    fn signal(&mut self) {
+        let ready = self.woken || self.closed || !self.events.is_empty();
+        if let Some(signal) = &mut self.fd
+            && signal.raised != ready
+        {
+            // Neither can fail: the counter is 0 or 1, and the descriptor is ours and does not block.
+            let _ = if ready { signal.event_fd.write(1).map(drop) } else { signal.event_fd.read().map(drop) };
+            signal.raised = ready;
+        }
+    }
+}
+
+impl Queue {
+    /// Makes a queue.
+    #[must_use]
+    pub fn new() -> Arc<Queue> {
+        Arc::new(Queue {
+            number: fork::number(),
+            inner: Mutex::default(),
+            arrived: Condvar::new(),
+            given: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// A file descriptor that is readable as long as a wait would return at once. It belongs to the queue.
+    ///
+    /// # Errors
+    /// `Status::Internal` when the system gives none.
+    pub fn fd(&self) -> Result<RawFd> {
+        let mut inner = self.inner.lock();
+        if inner.fd.is_none() {
+            let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+            let event_fd = EventFd::from_value_and_flags(0, flags).map_err(|error| {
+                Error::new(Status::Full, format!("no file descriptor to be had for the queue: {error}"))
+            })?;
+            inner.fd = Some(Signal { event_fd, raised: false });
+            inner.signal();
+        }
+        match &inner.fd {
+            Some(signal) => Ok(signal.event_fd.as_fd().as_raw_fd()),
+            None => Err(Status::Internal.into()),
+        }
+    }
+
+    /// Waits for events (`None`: without limit) and shows up to `max` of them, in their order, to `show`.
+    ///
+    /// Returns how many; 0 when the time passed or the queue was woken. What it showed stays allocated until the next wait.
+    ///
+    /// # Errors
+    /// `Status::Busy` while another thread waits, `Status::Closed` when the queue was closed.
+    pub fn wait(&self, max: usize, timeout: Option<Duration>, mut show: impl FnMut(&Event)) -> Result<usize> {
+        if max == 0 {
+            return Err(Error::invalid("max is 0: a wait takes at least one event"));
+        }
+        let Some(mut given) = self.given.try_lock() else {
+            return Err(Error::new(Status::Busy, "another thread waits on this queue: it has one waiter at a time"));
+        };
+        given.clear();
+        // A time too far away to be told is no limit.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        loop {
+            if !self.take(max, deadline, &mut given)? {
+                return Ok(0);
+            }
+            for event in given.iter() {
+                if let Some(origin) = &event.origin {
+                    origin.taken(event.kind, event.data.len());
+                }
+            }
+            given.retain(Event::is_wanted);
+            if !given.is_empty() {
+                given.iter().for_each(&mut show);
+                return Ok(given.len());
+            }
+        }
+    }
+
+    /// Waits, and moves up to `max` events into the empty `given`; false when there is none.
+    fn take(&self, max: usize, deadline: Option<Instant>, given: &mut VecDeque<Event>) -> Result<bool> {
+        let mut inner = self.inner.lock();
+        loop {
+            if inner.closed {
+                return Err(Error::new(Status::Closed, "the queue was freed"));
+            }
+            if !inner.events.is_empty() {
+                break;
+            }
+            if mem::take(&mut inner.woken) {
+                inner.signal();
+                return Ok(false);
+            }
+            match deadline {
+                None => self.arrived.wait(&mut inner),
+                Some(deadline) => {
+                    if self.arrived.wait_until(&mut inner, deadline).timed_out()
+                        && inner.events.is_empty()
+                        && !inner.woken
+                        && !inner.closed
+                    {
+                        return Ok(false);
+                    }
+                }
+            }
+        }
+        if inner.events.len() <= max {
+            mem::swap(&mut inner.events, given);
+            (inner.watch_events, inner.log_events) = (0, 0);
+        } else {
+            given.extend(inner.events.drain(..max));
+            inner.watch_events = inner.watch_events.saturating_sub(given.iter().filter(is_watch).count());
+            let logs = given.iter().filter(|event| event.kind == Kind::Log).count();
+            inner.log_events = inner.log_events.saturating_sub(logs);
+        }
+        inner.signal();
+        Ok(true)
+    }
+
+    /// Makes the waiting thread return, or the next one that would wait.
+    pub fn wake(&self) {
+        let mut inner = self.inner.lock();
+        inner.woken = true;
+        inner.signal();
+        self.arrived.notify_one();
+    }
+
+    /// Drops all events and takes no more. Returns when a waiting thread has left.
+    pub fn close(&self) {
+        let events = {
+            let mut inner = self.inner.lock();
+            inner.closed = true;
+            inner.signal();
+            self.arrived.notify_one();
+            mem::take(&mut inner.events)
+        };
+        for event in events.iter().filter(|event| event.kind == Kind::Request) {
+            if let Some(origin) = &event.origin {
+                origin.abandoned();
+            }
+        }
+        self.given.lock().clear();
+    }
+
+    /// Adds an event. False when the queue is closed.
+    pub(crate) fn push(&self, event: Event) -> bool {
+        self.push_if(|| Some(event))
+    }
+
+    /// Adds the event that `make` gives, if it gives one: it is asked with the queue locked, so that what it looks at and
+    /// the event's place in the queue agree. False when the queue is closed.
+    pub(crate) fn push_if(&self, make: impl FnOnce() -> Option<Event>) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.closed {
+            return false;
+        }
+        if let Some(event) = make() {
+            self.put(&mut inner, event);
+        }
+        true
+    }
+
+    fn put(&self, inner: &mut Inner, event: Event) {
+        inner.events.push_back(event);
+        if inner.events.len() == 1 {
+            inner.signal();
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Adds an ONLINE or OFFLINE event. Over the limit it is dropped, and a LOG event says so once.
+    pub(crate) fn push_watch(&self, kind: Kind, tag: u64, client: &str) -> bool {
+        let mut inner = self.inner.lock();
+        match inner.watch_events.cmp(&MAX_WATCH_EVENTS) {
+            Ordering::Less => {
+                inner.watch_events += 1;
+                let event = Event { client: Some(client.into()), ..Event::new(kind, Status::Ok, tag, "") };
+                self.put(&mut inner, event);
+            }
+            Ordering::Equal => {
+                inner.watch_events += 1;
+                let text = format!("{MAX_WATCH_EVENTS} presence events wait in the queue: further ones were dropped");
+                self.put(&mut inner, Event::new(Kind::Log, Status::Full, tag, text));
+            }
+            Ordering::Greater => {}
+        }
+        !inner.closed
+    }
+
+    /// Adds a LOG event. Over the limit it is dropped.
+    pub(crate) fn push_log(&self, status: Status, tag: u64, text: impl Into<Bytes>) -> bool {
+        let mut inner = self.inner.lock();
+        if inner.log_events < MAX_LOG_EVENTS {
+            inner.log_events += 1;
+            self.put(&mut inner, Event::new(Kind::Log, status, tag, text));
+        }
+        !inner.closed
+    }
+}

@@ -1,0 +1,349 @@
+//! Who is online in this process, and whose streams to stop when they leave.
+//!
+//! A client is online here while it is marked online, or has an open session, or has a running stream; an offline mark
+//! ends all three at once. One map, and no lock held but its shard's: what must agree with the map (a sender's status
+//! word, the order of announcements and requests, of ONLINE and OFFLINE events) is written under that lock; what takes
+//! longer comes after.
+
+use crate::client;
+use crate::error::{Result, Status};
+use crate::fork::{self, PerProcess};
+use crate::queue::{Kind, Queue};
+use crate::runtime;
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use parking_lot::RwLock;
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+/// A sender or a stream of a client.
+pub(crate) trait Running: Send + Sync {
+    /// Makes it refuse from now on; false if it had ended already. Called with the client's entry locked: only atomics.
+    fn forbid(&self, why: Status) -> bool;
+    /// Tells everybody whom it concerns, after `forbid`.
+    fn stopped(&self, why: Status);
+    /// The number of the connection that it was requested on, if this process requested it.
+    fn requested_on(&self) -> Option<u64>;
+}
+
+/// A connection, as seen from here.
+pub(crate) trait Announcer: Send + Sync {
+    /// Announces the client offline if its configuration says so. `requested`: it has streams that were requested on this
+    /// connection. Called with the client's entry locked: it must only queue the announcement.
+    fn announce(&self, id: &str, requested: bool);
+    /// The number of the connection.
+    fn number(&self) -> u64;
+}
+
+#[derive(Default)]
+struct Registry {
+    clients: DashMap<Box<str>, Presence>,
+    announcers: RwLock<Vec<Arc<dyn Announcer>>>,
+    watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
+    is_watched: AtomicBool,
+    session_grace_ms: AtomicU64,
+}
+
+/// Why a client is online.
+enum Presence {
+    /// It is marked online, and nothing else, as nearly all of a million clients are.
+    Marked,
+    /// It has, or had, sessions or streams.
+    Life(Box<Life>),
+}
+
+/// From a client's first session or stream to its going offline. A client that comes back has a new one.
+struct Life {
+    number: u64,
+    marked: bool,
+    sessions: usize,
+    /// The session whose close began the grace that runs now.
+    grace: Option<u64>,
+    running: HashMap<u64, Arc<dyn Running>>,
+}
+
+impl Presence {
+    fn life(&mut self) -> &mut Life {
+        if let Presence::Marked = self {
+            *self = Presence::new(true);
+        }
+        match self {
+            Presence::Life(life) => life,
+            Presence::Marked => unreachable!("made one above"),
+        }
+    }
+
+    fn new(marked: bool) -> Presence {
+        let life = Life { number: fork::number(), marked, sessions: 0, grace: None, running: HashMap::new() };
+        Presence::Life(Box::new(life))
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
+        let running = match self {
+            Presence::Marked => None,
+            Presence::Life(life) => Some(life.running.values()),
+        };
+        running.into_iter().flatten()
+    }
+}
+
+impl Life {
+    /// Whether nothing but streams that others requested keeps the client online here.
+    fn is_left(&self) -> bool {
+        !self.marked
+            && self.sessions == 0
+            && self.grace.is_none()
+            && self.running.values().all(|stream| stream.requested_on().is_none())
+    }
+}
+
+static REGISTRY: PerProcess<Registry> = PerProcess::new();
+
+fn registry() -> &'static Registry {
+    REGISTRY.get(Registry::default)
+}
+
+/// Marks a client online. The empty id has no effect.
+///
+/// # Errors
+/// `Status::Invalid` for an invalid id.
+pub fn mark_online(id: &[u8]) -> Result<()> {
+    let id = client::id(id)?;
+    if id.is_empty() {
+        return Ok(());
+    }
+    let registry = registry();
+    match registry.clients.entry(id.into()) {
+        Entry::Occupied(mut entry) => {
+            if let Presence::Life(life) = entry.get_mut() {
+                life.marked = true;
+            }
+        }
+        Entry::Vacant(entry) => {
+            let _locked = entry.insert(Presence::Marked);
+            registry.tell(Kind::Online, id);
+        }
+    }
+    Ok(())
+}
+
+/// Marks a client offline: stops its senders and streams here, ends its sessions, announces it. The empty id has no effect.
+///
+/// # Errors
+/// `Status::Invalid` for an invalid id.
+pub fn mark_offline(id: &[u8]) -> Result<()> {
+    let id = client::id(id)?;
+    let registry = registry();
+    if !id.is_empty() && !registry.leave(id, |_| true, |presence| registry.announce(id, presence)) {
+        registry.announce(id, &Presence::Marked);
+    }
+    Ok(())
+}
+
+/// Applies another process's announcement.
+pub(crate) fn apply_offline(id: &str) {
+    registry().leave(id, |_| true, |_| {});
+}
+
+/// Whether a client is online. The empty id is; an unknown or invalid one is not.
+#[must_use]
+pub fn is_online(id: &[u8]) -> bool {
+    id.is_empty() || std::str::from_utf8(id).is_ok_and(|id| registry().clients.contains_key(id))
+}
+
+/// How many clients are online.
+#[must_use]
+pub fn online_count() -> u64 {
+    registry().clients.len() as u64
+}
+
+/// Has the queue tell when clients come online and go offline. A second call changes its tag.
+pub fn watch(queue: &Arc<Queue>, tag: u64) {
+    let registry = registry();
+    add_watcher(&mut registry.watchers.write(), queue, tag);
+    registry.is_watched.store(true, Ordering::Release);
+}
+
+/// Adds a queue to a list of watchers, each of which is in it once.
+pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Queue>, tag: u64) {
+    watchers.retain(|(other, _)| other.upgrade().is_some_and(|other| !Arc::ptr_eq(&other, queue)));
+    watchers.push((Arc::downgrade(queue), tag));
+}
+
+/// Makes a client online as long as `running` runs here.
+pub(crate) fn attach(id: &str, number: u64, running: Arc<dyn Running>) {
+    if !id.is_empty() {
+        registry().enter(id, |life| life.running.insert(number, running));
+    }
+}
+
+/// Takes back `attach`, for a stream that ended by itself.
+pub(crate) fn detach(id: &str, number: u64) {
+    let is_over = |presence: &mut Presence| match presence {
+        Presence::Marked => false,
+        Presence::Life(life) => {
+            life.running.remove(&number);
+            life.running.is_empty() && life.is_left()
+        }
+    };
+    if !id.is_empty() {
+        registry().leave(id, is_over, |_| {});
+    }
+}
+
+/// Takes back `attach`, for a stream that its requester gave up: where nothing else keeps the client online here, it goes
+/// offline, and `connection` announces it.
+pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
+    let is_left = |presence: &mut Presence| match presence {
+        Presence::Marked => false,
+        Presence::Life(life) => life.running.remove(&number).is_some() && life.is_left(),
+    };
+    if !id.is_empty() {
+        registry().leave(id, is_left, |_| connection.announce(id, true));
+    }
+}
+
+/// Adds a connection to those that announce.
+pub(crate) fn add_announcer(announcer: Arc<dyn Announcer>) {
+    registry().announcers.write().push(announcer);
+}
+
+/// Takes back `add_announcer`.
+pub(crate) fn remove_announcer(number: u64) {
+    registry().announcers.write().retain(|announcer| announcer.number() != number);
+}
+
+/// Sets how long a client stays online after its last session.
+pub(crate) fn set_session_grace(grace: Duration) {
+    let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+    registry().session_grace_ms.store(grace_ms, Ordering::Relaxed);
+}
+
+impl Registry {
+    /// Changes a client's life, beginning one if it has none.
+    fn enter<T>(&self, id: &str, change: impl FnOnce(&mut Life) -> T) -> T {
+        match self.clients.entry(id.into()) {
+            Entry::Occupied(mut entry) => change(entry.get_mut().life()),
+            Entry::Vacant(entry) => {
+                let mut entry = entry.insert(Presence::new(false));
+                self.tell(Kind::Online, id);
+                change(entry.life())
+            }
+        }
+    }
+
+    /// Takes a client offline if it is known and `applies` says so, and stops what runs for it. False if it did not.
+    fn leave(&self, id: &str, applies: impl FnOnce(&mut Presence) -> bool, announce: impl FnOnce(&Presence)) -> bool {
+        let mut stopped = Vec::new();
+        let left = self.clients.remove_if_mut(id, |_, presence| {
+            if !applies(presence) {
+                return false;
+            }
+            stopped.extend(presence.running().filter(|running| running.forbid(Status::Offline)).cloned());
+            announce(presence);
+            self.tell(Kind::Offline, id);
+            true
+        });
+        for running in stopped {
+            running.stopped(Status::Offline);
+        }
+        left.is_some()
+    }
+
+    /// Has every open connection announce the client offline.
+    fn announce(&self, id: &str, presence: &Presence) {
+        for announcer in self.announcers.read().iter() {
+            let here = Some(announcer.number());
+            announcer.announce(id, presence.running().any(|running| running.requested_on() == here));
+        }
+    }
+
+    /// Tells the watchers. Called with the client's entry locked, so that their events come in the order of the changes.
+    fn tell(&self, kind: Kind, id: &str) {
+        if self.is_watched.load(Ordering::Acquire) {
+            for (queue, tag) in self.watchers.read().iter() {
+                if let Some(queue) = queue.upgrade() {
+                    queue.push_watch(kind, *tag, id);
+                }
+            }
+        }
+    }
+}
+
+/// One of several connections of the same client. Dropping it closes it.
+pub struct Session {
+    number: u64,
+    id: Box<str>,
+    /// The client's life that it belongs to: an offline mark ends it, and with it the session.
+    life: u64,
+    closed: AtomicBool,
+}
+
+impl Session {
+    /// Opens a session of a client. The empty id gives one without effect.
+    ///
+    /// # Errors
+    /// `Status::Invalid` for an invalid id.
+    pub fn open(id: &[u8]) -> Result<Session> {
+        let id = client::id(id)?;
+        let open = |life: &mut Life| {
+            life.sessions += 1;
+            life.grace = None;
+            life.number
+        };
+        let life = if id.is_empty() { 0 } else { registry().enter(id, open) };
+        Ok(Session { number: fork::number(), id: id.into(), life, closed: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Closes it; once more has no effect.
+    pub fn close(&self) {
+        if fork::check(self.number).is_err() || self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let registry = registry();
+        let grace = Duration::from_millis(registry.session_grace_ms.load(Ordering::Relaxed));
+        let mut begins_grace = false;
+        let is_last = |presence: &mut Presence| match presence {
+            Presence::Life(life) if life.number == self.life => {
+                life.sessions -= 1;
+                if life.sessions > 0 || life.marked {
+                    return false;
+                }
+                begins_grace = !grace.is_zero();
+                life.grace = begins_grace.then_some(self.number);
+                !begins_grace
+            }
+            _ => false,
+        };
+        registry.leave(&self.id, is_last, |presence| registry.announce(&self.id, presence));
+        if begins_grace {
+            let (id, life, number) = (self.id.clone(), self.life, self.number);
+            runtime::later(grace, move || end_grace(&id, life, number));
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// Takes a client offline whose grace is over, unless something happened in the meantime.
+fn end_grace(id: &str, life: u64, session: u64) {
+    let registry = registry();
+    let is_over = |presence: &mut Presence| match presence {
+        Presence::Life(own) if own.number == life && own.grace == Some(session) => {
+            own.grace = None;
+            !own.marked
+        }
+        _ => false,
+    };
+    registry.leave(id, is_over, |presence| registry.announce(id, presence));
+}

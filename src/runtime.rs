@@ -1,0 +1,52 @@
+//! The process's one tokio runtime: made by the first connection, never ended.
+
+use crate::error::{Error, Result, Status};
+use crate::fork::{self, PerProcess};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use once_cell::sync::OnceCell;
+use std::time::Duration;
+use tokio::runtime::{Builder, Handle, Runtime};
+
+static RUNTIME: PerProcess<OnceCell<Runtime>> = PerProcess::new();
+
+/// Starts the runtime with so many threads, or gives the one that runs.
+pub(crate) fn start(threads: usize) -> Result<&'static Handle> {
+    fork::claim_runtime()?;
+    let runtime = RUNTIME.get(OnceCell::new).get_or_try_init(|| build(threads))?;
+    Ok(runtime.handle())
+}
+
+/// The runtime's threads handle none of the host's signals: SIGPIPE of a lost connection would end the host, and the
+/// others are the host's to receive on its own threads. They inherit this thread's mask, which is as before afterwards.
+fn build(threads: usize) -> Result<Runtime> {
+    let mut blocked = SigSet::all();
+    // Blocking the signals of a fault would end the process at the fault, past any handler for crashes.
+    for fault in [
+        Signal::SIGSEGV,
+        Signal::SIGBUS,
+        Signal::SIGFPE,
+        Signal::SIGILL,
+        Signal::SIGTRAP,
+        Signal::SIGSYS,
+        Signal::SIGABRT,
+    ] {
+        blocked.remove(fault);
+    }
+    let before = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK);
+    let built = Builder::new_multi_thread().worker_threads(threads).thread_name("presence").enable_all().build();
+    if let Ok(before) = before {
+        // It cannot fail: this is the mask that the thread had.
+        let _ = before.thread_set_mask();
+    }
+    built.map_err(|error| Error::new(Status::Full, format!("no threads to be had for the runtime: {error}")))
+}
+
+/// Calls `then` after `delay`, if the runtime was started in this process.
+pub(crate) fn later(delay: Duration, then: impl FnOnce() + Send + 'static) {
+    if let Some(runtime) = RUNTIME.get(OnceCell::new).get() {
+        runtime.spawn(async move {
+            tokio::time::sleep(delay).await;
+            then();
+        });
+    }
+}

@@ -1,0 +1,185 @@
+//! The worker's side: a subject that is served, and what becomes of its requests.
+
+use crate::client;
+use crate::connection::{Connection, Receiver, count};
+use crate::error::{Error, Result, Status};
+use crate::fork;
+use crate::queue::{Event, Kind, Origin, Queue};
+use crate::registry;
+use crate::sender::Sender;
+use crate::wire::{self, Use};
+use async_nats::{Message, Subject};
+use dashmap::DashMap;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+
+/// How many streams run at once where the caller gives no number.
+const DEFAULT_MAX_STREAMS: u32 = 10_000;
+
+/// A subject that this process serves.
+pub struct Service {
+    number: u64,
+    this: Weak<Service>,
+    connection: Arc<Connection>,
+    queue: Arc<Queue>,
+    tag: u64,
+    max_streams: usize,
+    running: DashMap<u64, Arc<Sender>>,
+    running_count: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+impl Connection {
+    /// Serves a subject: each request is a `Request` event with `tag` on `queue`.
+    ///
+    /// `group`: requests are spread over all that serve in it; empty: each gets all. `max_streams`: run at once; 0: 10,000.
+    ///
+    /// # Errors
+    /// `Invalid`, `Closed`, `Timeout`.
+    pub fn serve(
+        &self,
+        queue: &Arc<Queue>,
+        subject: &str,
+        group: &str,
+        max_streams: u32,
+        tag: u64,
+    ) -> Result<Arc<Service>> {
+        wire::check_subject("subject", subject, Use::Subscribe)?;
+        if group.contains(|c: char| c.is_whitespace() || c.is_control()) {
+            return Err(Error::invalid(format!(
+                "group {group:?} has white space or a control character: it may have none"
+            )));
+        }
+        // First, so that no announcement about a request's client is missed.
+        self.listen_offline()?;
+        let connection = self.shared()?;
+        let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
+        let service = Arc::new_cyclic(|this| Service {
+            number: fork::number(),
+            this: this.clone(),
+            connection,
+            queue: Arc::clone(queue),
+            tag,
+            max_streams: max_streams as usize,
+            running: DashMap::new(),
+            running_count: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+        });
+        self.subscribe(service.number, subject.into(), group, Arc::clone(&service) as Arc<dyn Receiver>);
+        match self.settle() {
+            Ok(()) => Ok(service),
+            Err(error) => {
+                service.close();
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Service {
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// Takes no more requests. Streams that run go on.
+    ///
+    /// # Errors
+    /// `Closed` when it was stopped before, or its connection closed.
+    pub fn stop(&self) -> Result<()> {
+        self.connection.check_open()?;
+        if !self.close() {
+            return Err(Error::new(Status::Closed, "the service was stopped before"));
+        }
+        Ok(())
+    }
+
+    /// `stop`, whatever there was before; false when it had no effect.
+    pub fn close(&self) -> bool {
+        let is_first = !self.stopped.swap(true, Ordering::AcqRel);
+        if is_first {
+            self.connection.unsubscribe(self.number);
+        }
+        is_first
+    }
+
+    /// A sender of this service has ended.
+    pub(crate) fn forget(&self, number: u64) {
+        if self.running.remove(&number).is_some() {
+            self.running_count.fetch_sub(1, Ordering::AcqRel);
+            self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    fn request(self: Arc<Self>, message: Message) {
+        let connection = &self.connection;
+        count(&connection.counters.requests);
+        let Some(reply) = message.reply.filter(|reply| wire::may_answer(reply, connection.offline_subject())) else {
+            count(&connection.counters.requests_ignored);
+            connection.log(Status::Invalid, || {
+                format!(
+                    "a request on {:?} was ignored: it has no reply subject, or one that must not be answered to",
+                    message.subject
+                )
+            });
+            return;
+        };
+        let id = wire::header(message.headers.as_ref(), wire::CONNECT_ID).unwrap_or_default();
+        let id = match client::id(id.as_bytes()) {
+            Ok(id) => Arc::from(id),
+            Err(error) => {
+                count(&connection.counters.requests_ignored);
+                self.refuse(&reply, &format!("invalid {}: {error}", wire::CONNECT_ID));
+                return;
+            }
+        };
+        // Only this task adds, so there is no race between the question and the answer.
+        if self.running_count.load(Ordering::Acquire) >= self.max_streams {
+            count(&connection.counters.requests_busy);
+            self.refuse(&reply, wire::BUSY);
+            return;
+        }
+        let sender =
+            Sender::new(Arc::clone(&self), Arc::clone(&self.queue), self.tag, reply, Arc::clone(&id), message.headers);
+        self.running.insert(sender.number(), Arc::clone(&sender));
+        self.running_count.fetch_add(1, Ordering::AcqRel);
+        count(&connection.counters.senders);
+        registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
+        let event = Event {
+            client: Some(id),
+            subject: message.subject.into_string().into(),
+            ..Event::of(Kind::Request, Status::Ok, self.tag, Arc::clone(&sender) as _, message.payload)
+        };
+        if !self.queue.push(event) {
+            sender.abandon();
+        }
+    }
+
+    /// Answers a request with an error. Where so much waits that there is no room for it, it is dropped.
+    fn refuse(&self, reply: &Subject, text: &str) {
+        let payload = wire::error(text.as_bytes(), self.connection.max_payload());
+        let _ = self.connection.outbox().send(&0.into(), reply, &payload, || None);
+    }
+}
+
+impl Receiver for Service {
+    fn message(&self, message: Message) {
+        if let Some(this) = self.this.upgrade() {
+            if !self.stopped.load(Ordering::Acquire) {
+                this.request(message);
+            } else if let Some(reply) = &message.reply {
+                // It was on its way when the service stopped.
+                self.refuse(reply, "the service was stopped");
+            }
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        // Not while iterating: each forgets itself.
+        let running: Vec<_> = self.running.iter().map(|entry| Arc::clone(entry.value())).collect();
+        running.iter().for_each(|sender| sender.connection_ended(why));
+    }
+}

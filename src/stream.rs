@@ -1,0 +1,322 @@
+//! The gateway's side: a stream requested from a worker.
+
+use crate::client;
+use crate::config::{Config, RequestOptions};
+use crate::connection::{Connection, Receiver, count};
+use crate::error::{Error, Result, Status};
+use crate::fork;
+use crate::outbox::{Request, stopped};
+use crate::queue::{Event, Kind, Origin, Queue};
+use crate::registry::{self, Running};
+use crate::wire::{self, Answer, Use};
+use async_nats::{HeaderMap, Message, StatusCode};
+use bytes::Bytes;
+use parking_lot::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use tokio::task::AbortHandle;
+
+/// What a message in the queue counts in addition to its bytes.
+const OVERHEAD: usize = 64;
+/// Payloads up to this size are copied out of the NATS client's read buffer: a small one that waits would keep all of it.
+const COPY_BELOW: usize = 4096;
+
+/// A stream that this process requested.
+pub struct Stream {
+    number: u64,
+    tag: u64,
+    this: Weak<Stream>,
+    connection: Arc<Connection>,
+    queue: Arc<Queue>,
+    client: Box<str>,
+    subject: Box<str>,
+    /// 0 while it runs; then, for ever, the status that says why not.
+    word: AtomicU32,
+    is_freed: AtomicBool,
+    has_begun: AtomicBool,
+    /// What waits in the queue, and how much may.
+    waiting: AtomicUsize,
+    limit: usize,
+    retry: Mutex<Option<Retry>>,
+    timer: Mutex<Option<AbortHandle>>,
+}
+
+/// How to ask again.
+struct Retry {
+    request: Request,
+    left: u32,
+    delay: Duration,
+}
+
+impl Connection {
+    /// Requests a stream for a client (empty id: for nobody): its messages are `Data` events with `tag` on `queue`, and
+    /// then exactly one `End` or `Error`.
+    ///
+    /// # Errors
+    /// `Invalid`, `TooLarge`, `Full`, `Disconnected`, `Closed`.
+    pub fn request(
+        &self,
+        queue: &Arc<Queue>,
+        subject: &str,
+        data: &[u8],
+        client: &[u8],
+        config: &Config,
+        tag: u64,
+    ) -> Result<Arc<Stream>> {
+        wire::check_subject("subject", subject, Use::Publish)?;
+        let client = client::id(client)?;
+        let options = config.for_request()?;
+        let headers = headers(client, options)?;
+        self.check_connected()?;
+        let size = data.len() + headers.as_ref().map_or(0, wire_len);
+        if size > self.max_payload() {
+            let text = format!(
+                "request of {size} bytes, headers included, is too large: the server takes {}",
+                self.max_payload()
+            );
+            return Err(Error::new(Status::TooLarge, text));
+        }
+        let connection = self.shared()?;
+        let stream = Arc::new_cyclic(|this| Stream {
+            number: fork::number(),
+            tag,
+            this: this.clone(),
+            connection,
+            queue: Arc::clone(queue),
+            client: client.into(),
+            subject: subject.into(),
+            word: AtomicU32::new(0),
+            is_freed: AtomicBool::new(false),
+            has_begun: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
+            limit: options.stream_buffer,
+            retry: Mutex::new(None),
+            timer: Mutex::new(None),
+        });
+        let reply = self.expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
+        count(&self.counters.streams);
+        let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
+        if options.retries > 0 {
+            *stream.retry.lock() =
+                Some(Retry { request: request.clone(), left: options.retries, delay: options.retry_delay });
+        }
+        // Before it is sent: an offline mark from now on finds the stream.
+        registry::attach(client, stream.number, Arc::clone(&stream) as _);
+        // After `expect`: a connection lost before has not ended this stream.
+        let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
+        if let Err(error) = sent {
+            stream.free();
+            return Err(error);
+        }
+        if let Some(timeout) = options.timeout {
+            stream.end_after(timeout);
+        }
+        Ok(stream)
+    }
+}
+
+/// The request's headers: the client's id, and the caller's own.
+fn headers(client: &str, options: &RequestOptions) -> Result<Option<HeaderMap>> {
+    let mut headers = options.headers.clone();
+    if !client.is_empty() {
+        if client.trim() != client {
+            return Err(Error::invalid(format!(
+                "client id {client:?} begins or ends with white space, which is lost in a header: it may not in a request"
+            )));
+        }
+        headers.insert(wire::CONNECT_ID, wire::value_of(client)?);
+    }
+    Ok(Some(headers).filter(|headers| !headers.is_empty()))
+}
+
+/// What headers add to a payload, as the server counts.
+fn wire_len(headers: &HeaderMap) -> usize {
+    let lines = headers.iter().flat_map(|(name, values)| {
+        let name: &str = name.as_ref();
+        values.iter().map(move |value| name.len() + value.as_str().len() + ": \r\n".len())
+    });
+    "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>()
+}
+
+impl Stream {
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Cancels it: it ends with `Cancelled`, and its worker is told as far as the wire can.
+    ///
+    /// # Errors
+    /// `Closed` when it had ended.
+    pub fn cancel(&self) -> Result<()> {
+        if !self.finish(Kind::Error, Status::Cancelled, "the stream was cancelled") {
+            return Err(Error::new(Status::Closed, "the stream has ended already"));
+        }
+        Ok(())
+    }
+
+    /// Wants no more events of it. One that runs is cancelled.
+    pub fn free(&self) {
+        self.is_freed.store(true, Ordering::Release);
+        self.finish(Kind::Error, Status::Cancelled, "");
+    }
+
+    fn end_after(&self, timeout: Duration) {
+        let this = self.this.clone();
+        let task = self.connection.runtime().spawn(async move {
+            tokio::time::sleep(timeout).await;
+            if let Some(this) = this.upgrade() {
+                this.finish(Kind::Error, Status::Timeout, format!("the stream did not end within {timeout:?}"));
+            }
+        });
+        *self.timer.lock() = Some(task.abort_handle());
+        if stopped(&self.word).is_err() {
+            self.stop_timer();
+        }
+    }
+
+    fn stop_timer(&self) {
+        if let Some(timer) = self.timer.lock().take() {
+            timer.abort();
+        }
+    }
+
+    /// Ends it, if it runs, and puts the last event into the queue. False if it had ended.
+    fn finish(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
+        let why = if kind == Kind::End { Status::Closed } else { status };
+        if !self.forbid(why) {
+            return false;
+        }
+        match status {
+            // The worker has ended it, or there is none.
+            Status::Ok | Status::Remote | Status::NoResponders => registry::detach(&self.client, self.number),
+            _ => registry::give_up(&self.client, self.number, &*self.connection),
+        }
+        self.conclude(kind, status, text);
+        true
+    }
+
+    fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
+        self.connection.forget(self.number);
+        self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
+        self.stop_timer();
+        *self.retry.lock() = None;
+        if let Some(this) = self.this.upgrade() {
+            self.queue.push(Event::of(kind, status, self.tag, this, text.into()));
+        }
+    }
+
+    fn data(&self, payload: Bytes) {
+        let weight = payload.len() + OVERHEAD;
+        if self.waiting.load(Ordering::Relaxed) + weight > self.limit {
+            let text = format!(
+                "the reader of a stream of {} was too slow: more than {} bytes waited for it",
+                self.subject, self.limit
+            );
+            if self.finish(Kind::Error, Status::Full, text.clone()) {
+                self.queue.push_log(Status::Full, self.tag, text);
+            }
+            return;
+        }
+        let payload = if payload.len() < COPY_BELOW { Bytes::copy_from_slice(&payload) } else { payload };
+        let Some(this) = self.this.upgrade() else { return };
+        self.queue.push_if(|| {
+            // Asked with the queue locked: nothing comes after the last event.
+            stopped(&self.word).ok()?;
+            self.waiting.fetch_add(weight, Ordering::Relaxed);
+            Some(Event::of(Kind::Data, Status::Ok, self.tag, this, payload))
+        });
+    }
+
+    /// Asks again later, if it may; false if it may not, or messages have come.
+    fn ask_again(&self) -> bool {
+        if self.has_begun.load(Ordering::Relaxed) {
+            return false;
+        }
+        let mut retry = self.retry.lock();
+        let Some(Retry { request, left, delay }) = retry.as_mut().filter(|retry| retry.left > 0) else { return false };
+        *left -= 1;
+        let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
+        self.connection.runtime().spawn(async move {
+            tokio::time::sleep(delay).await;
+            if let Some(this) = this.upgrade()
+                && this.connection.outbox().request(&this.word, request) == Err(Status::Full)
+            {
+                this.finish(Kind::Error, Status::Full, "there was no room to send the request again");
+            }
+        });
+        true
+    }
+}
+
+impl Receiver for Stream {
+    fn message(&self, message: Message) {
+        if message.status == Some(StatusCode::NO_RESPONDERS) {
+            // Once messages have come this is not about our request, but somebody's lie.
+            if !self.has_begun.load(Ordering::Relaxed) && !self.ask_again() {
+                self.finish(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject));
+            }
+            return;
+        }
+        match wire::answer(&message.payload) {
+            Answer::Data => {
+                self.has_begun.store(true, Ordering::Relaxed);
+                self.data(message.payload);
+            }
+            Answer::End => {
+                self.finish(Kind::End, Status::Ok, "");
+            }
+            Answer::Error(text) => {
+                if text != wire::BUSY.as_bytes() || !self.ask_again() {
+                    self.finish(Kind::Error, Status::Remote, message.payload.slice_ref(text));
+                }
+            }
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        let text = match why {
+            Status::Closed => "the connection was closed",
+            _ => "the connection to nats-server was lost",
+        };
+        self.finish(Kind::Error, why, text);
+    }
+}
+
+impl Running for Stream {
+    fn forbid(&self, why: Status) -> bool {
+        self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    fn stopped(&self, why: Status) {
+        self.conclude(Kind::Error, why, "the client is offline");
+    }
+
+    fn requested_on(&self) -> Option<u64> {
+        Some(self.connection.number())
+    }
+}
+
+impl Origin for Stream {
+    fn number(&self) -> u64 {
+        self.number
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.is_freed.load(Ordering::Acquire)
+    }
+
+    fn taken(&self, kind: Kind, bytes: usize) {
+        if kind == Kind::Data {
+            self.waiting.fetch_sub(bytes + OVERHEAD, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Event {
+    /// The stream it is about.
+    #[must_use]
+    pub fn stream(&self) -> Option<Arc<Stream>> {
+        self.origin()
+    }
+}

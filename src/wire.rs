@@ -1,0 +1,198 @@
+//! Level 0 of the wire, byte for byte: subjects, headers and markers. `docs/wire.md` tells it to people.
+
+use crate::error::{Error, Result, Status};
+use async_nats::{HeaderMap, HeaderValue};
+use bytes::Bytes;
+
+/// The request's header with the client's id.
+pub const CONNECT_ID: &str = "Connect-ID";
+/// An announcement's header with the process that made it, so that it knows its own.
+pub const ORIGIN: &str = "Presence-Origin";
+/// The payload that ends a stream.
+pub const END: &[u8] = b"__STREAM_END__";
+/// What the payload begins with that ends a stream with an error; the text follows.
+pub const ERROR: &[u8] = b"__STREAM_ERROR__:";
+/// ERROR's beginning that data may not have: without the colon, to be on the safe side with peers that look no further.
+const ERROR_STEM: &[u8] = b"__STREAM_ERROR__";
+/// The text of a refusal over the service's limit.
+pub const BUSY: &str = "server busy";
+
+/// What a message to a stream's inbox means.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Answer<'a> {
+    /// A message of the stream.
+    Data,
+    /// Its end.
+    End,
+    /// Its end by an error with this text.
+    Error(&'a [u8]),
+}
+
+/// Reads a payload that came to a stream's inbox.
+#[must_use]
+pub fn answer(payload: &[u8]) -> Answer<'_> {
+    // Every payload that is no marker begins otherwise: one comparison decides for nearly all.
+    if !payload.starts_with(b"__STREAM_") {
+        Answer::Data
+    } else if payload == END {
+        Answer::End
+    } else if let Some(text) = payload.strip_prefix(ERROR) {
+        Answer::Error(text)
+    } else {
+        Answer::Data
+    }
+}
+
+/// Whether data may be sent on level 0 without being taken for a marker.
+#[must_use]
+pub fn is_reserved(data: &[u8]) -> bool {
+    data.starts_with(b"__STREAM_") && (data.starts_with(END) || data.starts_with(ERROR_STEM))
+}
+
+/// The payload that ends a stream with an error, cut to `max` bytes.
+#[must_use]
+pub fn error(text: &[u8], max: usize) -> Bytes {
+    let mut payload = [ERROR, text].concat();
+    payload.truncate(max.max(ERROR.len()));
+    payload.into()
+}
+
+/// Where a subject stands; it decides whether wildcards may be in it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// To publish to.
+    Publish,
+    /// To subscribe to.
+    Subscribe,
+}
+
+/// Checks a subject (`what` names it in the message).
+///
+/// # Errors
+/// `Status::Invalid`, with a message that names the subject and what is wrong with it.
+pub fn check_subject(what: &str, subject: &str, purpose: Use) -> Result<()> {
+    let wrong = |why: &str| Err(Error::invalid(format!("{what} {subject:?} {why}")));
+    if subject.is_empty() {
+        return wrong("is empty");
+    }
+    if subject.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return wrong("has white space or a control character: a subject may have none");
+    }
+    let mut tokens = subject.split('.').peekable();
+    while let Some(token) = tokens.next() {
+        match token {
+            "" => return wrong("has an empty token: dots stand between tokens only"),
+            "*" | ">" if purpose == Use::Publish => return wrong("has a wildcard: here it may have none"),
+            ">" if tokens.peek().is_some() => return wrong("has > before its end: it stands for all that follows"),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a request may be answered at this reply subject: whoever sends a request chooses it, so it must not make us
+/// announce clients offline or talk to the server's own subjects.
+#[must_use]
+pub fn may_answer(reply: &str, offline_subject: &str) -> bool {
+    !reply.starts_with('$') && reply != offline_subject && check_subject("reply", reply, Use::Publish).is_ok()
+}
+
+/// The first value of a header.
+#[must_use]
+pub fn header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str> {
+    let (_, values) = headers?.iter().find(|(key, _)| AsRef::<str>::as_ref(key) == name)?;
+    values.first().map(HeaderValue::as_str)
+}
+
+/// Checks a header that a caller wants to send with a request, and adds it.
+///
+/// # Errors
+/// `Status::Invalid` for a name or value that cannot be sent, or a name that is not the caller's.
+pub fn add_header(headers: &mut HeaderMap, name: &str, value: &str) -> Result<()> {
+    let token = |c: char| c.is_ascii_graphic() && c != ':';
+    if name.is_empty() || !name.chars().all(token) {
+        return Err(Error::invalid(format!("header name {name:?} is not of visible ASCII characters without a colon")));
+    }
+    let lower = name.to_ascii_lowercase();
+    if lower == "connect-id" || lower.starts_with("nats-") || lower.starts_with("presence-") {
+        return Err(Error::invalid(format!(
+            "header {name} is not for callers: Connect-ID, Nats-… and Presence-… are taken"
+        )));
+    }
+    if value.chars().any(char::is_control) {
+        return Err(Error::invalid(format!(
+            "value {value:?} of header {name} has a control character: it may have none"
+        )));
+    }
+    headers.append(name, value_of(value)?);
+    Ok(())
+}
+
+/// A header's value. Ids have no control characters, so this fails for none of them.
+pub(crate) fn value_of(text: &str) -> Result<HeaderValue> {
+    text.parse().map_err(|_| Error::new(Status::Invalid, format!("{text:?} cannot be a header's value")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn markers() {
+        assert_eq!(answer(b"__STREAM_END__"), Answer::End);
+        assert_eq!(answer(b"__STREAM_ERROR__:no such model"), Answer::Error(b"no such model"));
+        assert_eq!(answer(b"__STREAM_ERROR__:"), Answer::Error(b""));
+        for data in [&b""[..], b"token", b"__STREAM_", b"__STREAM_END", b"__STREAM_ERROR__", b"__STREAM_END__ "] {
+            assert_eq!(answer(data), Answer::Data, "{data:?}");
+        }
+        assert_eq!(error(b"server busy", 1024), "__STREAM_ERROR__:server busy");
+        assert_eq!(error(b"0123456789", 20), "__STREAM_ERROR__:012");
+        assert_eq!(error(b"0123456789", 1), "__STREAM_ERROR__:");
+    }
+
+    #[test]
+    fn what_looks_like_a_marker_is_reserved() {
+        for data in [&b"__STREAM_END__"[..], b"__STREAM_END__ and more", b"__STREAM_ERROR__", b"__STREAM_ERROR__:x"] {
+            assert!(is_reserved(data), "{data:?}");
+        }
+        for data in [&b""[..], b"__STREAM_", b"__STREAM_END_", b" __STREAM_END__", b"__STREAM_ERROR_"] {
+            assert!(!is_reserved(data), "{data:?}");
+        }
+    }
+
+    #[test]
+    fn subjects() {
+        for good in ["a", "a.b.c", "llm.generate", "a*b.c>d", "客户.离线"] {
+            assert!(check_subject("subject", good, Use::Publish).is_ok(), "{good}");
+        }
+        for bad in ["", ".", "a.", ".a", "a..b", "a b", "a\tb", "a\r\nb", "a\0", "a.*", ">", "a.>"] {
+            assert!(check_subject("subject", bad, Use::Publish).is_err(), "{bad:?}");
+        }
+        for good in ["*", ">", "a.*.c", "a.>"] {
+            assert!(check_subject("subject", good, Use::Subscribe).is_ok(), "{good}");
+        }
+        assert!(check_subject("subject", "a.>.b", Use::Subscribe).is_err());
+    }
+
+    #[test]
+    fn replies_that_must_not_be_answered() {
+        assert!(may_answer("_INBOX.x.1", "client.offline"));
+        for bad in ["", "client.offline", "$SYS.REQ", "$JS.API", "a.*", "a.>", "a b"] {
+            assert!(!may_answer(bad, "client.offline"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn headers_of_callers() {
+        let mut headers = HeaderMap::new();
+        add_header(&mut headers, "X-Model", "gpt").unwrap();
+        assert_eq!(header(Some(&headers), "X-Model"), Some("gpt"));
+        assert_eq!(header(Some(&headers), "x y"), None);
+        for (name, value) in [("", "x"), ("a b", "x"), ("a:", "x"), ("ä", "x"), ("X", "a\r\nb"), ("X", "a\rb")] {
+            assert!(add_header(&mut headers, name, value).is_err(), "{name:?} {value:?}");
+        }
+        for taken in ["Connect-ID", "connect-id", "Nats-Expected", "Presence-Lane"] {
+            assert!(add_header(&mut headers, taken, "x").is_err(), "{taken}");
+        }
+    }
+}
