@@ -147,6 +147,9 @@ impl Config {
     pub(crate) fn for_connect(&self) -> Result<&ConnectOptions> {
         match &self.request_key {
             Some(key) => Err(Error::invalid(format!("option {key} is for a request, not for connecting"))),
+            None if self.connect.tls_cert_file.is_some() != self.connect.tls_key_file.is_some() => {
+                Err(Error::invalid("tls_cert_file and tls_key_file go together: one is missing"))
+            }
             None => Ok(&self.connect),
         }
     }

@@ -8,66 +8,28 @@
 //! hands it over, so that messages of different subscriptions keep the order in which they arrived.
 
 use crate::config::{Announce, Config, ConnectOptions};
+use crate::dial::{self, Dialer};
 use crate::error::{Error, Result, Status};
+use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
 use crate::outbox::{Batch, Item, Note, Outbox, Request};
 use crate::queue::{Event, Kind, Queue};
+use crate::random::{self, jitter};
 use crate::registry::{self, Announcer};
-use crate::wire;
-use crate::{client, fork, runtime};
-use async_nats::{Client, HeaderMap, Message, PublishErrorKind, ServerAddr, Subject, Subscriber};
+use crate::{client, fork, runtime, wire};
+use async_nats::{Client, HeaderMap, Message, PublishErrorKind, Subject};
 use bytes::Bytes;
-use dashmap::DashMap;
-use futures_util::{FutureExt, StreamExt};
 use parking_lot::{Mutex, RwLock};
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::panic::resume_unwind;
-use std::pin::pin;
+use std::collections::{BTreeMap, VecDeque};
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
-use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::task::coop::unconstrained;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until};
 
-/// How many messages the NATS client buffers.
-const CLIENT_CAPACITY: usize = 2048;
 /// How often, at most, an echo asks the server what it has.
 const ECHO_INTERVAL: Duration = Duration::from_millis(10);
-/// The number of the inbox's own subscription, and of the echo that confirms notes.
-const INBOX: u64 = 0;
-const CONFIRM: u64 = 0;
-
-/// Whom messages are for: a service, a stream, or whoever waits for an echo.
-pub(crate) trait Receiver: Send + Sync {
-    /// A message came. Called in the order of arrival, with the connection's link locked.
-    fn message(&self, message: Message);
-    /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
-    fn ended(&self, why: Status);
-}
-
-/// What is to be subscribed as long as there is a connection.
-struct Subscription {
-    subject: Subject,
-    group: String,
-    receiver: Arc<dyn Receiver>,
-}
-
-/// The subscriptions of the present NATS client. Its lock is held while messages are handled.
-#[derive(Default)]
-struct Link {
-    /// Counts the NATS clients; wakers of an earlier one are ignored.
-    generation: u64,
-    active: HashMap<u64, Active>,
-}
-
-struct Active {
-    subscriber: Subscriber,
-    waker: Waker,
-    /// None: the inbox.
-    receiver: Option<Arc<dyn Receiver>>,
-}
 
 /// What a connection has done so far, and what it has in hand.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,19 +62,19 @@ pub struct Stats {
     pub bytes_waiting: u64,
 }
 
+/// What the parts of a connection count.
 #[derive(Default)]
 pub(crate) struct Counters {
-    pub(crate) connects: AtomicU64,
+    connects: AtomicU64,
     pub(crate) streams: AtomicU64,
     pub(crate) senders: AtomicU64,
     pub(crate) requests: AtomicU64,
     pub(crate) requests_busy: AtomicU64,
     pub(crate) requests_ignored: AtomicU64,
-    pub(crate) messages_out: AtomicU64,
-    pub(crate) messages_in: AtomicU64,
-    pub(crate) messages_ignored: AtomicU64,
-    pub(crate) offline_out: AtomicU64,
-    pub(crate) offline_in: AtomicU64,
+    messages_out: AtomicU64,
+    offline_out: AtomicU64,
+    offline_in: AtomicU64,
+    offline_ignored: AtomicU64,
 }
 
 /// Adds one to a counter.
@@ -125,26 +87,20 @@ pub struct Connection {
     number: u64,
     this: Weak<Connection>,
     options: ConnectOptions,
-    servers: Mutex<Vec<ServerAddr>>,
     runtime: &'static Handle,
+    dialer: Dialer,
+    inbound: Arc<Inbound>,
+    inbox: Arc<Inbox>,
     outbox: Outbox,
-    /// What the subjects of this connection's inbox begin with, dot included.
-    inbox: String,
     offline_subject: Subject,
-    link: Mutex<Link>,
-    subscriptions: Mutex<BTreeMap<u64, Arc<Subscription>>>,
-    /// Who gets what comes to the inbox, by the last token of its subject.
-    replies: DashMap<u64, Arc<dyn Receiver>>,
+    /// What is to be subscribed whenever there is a connection, in the order of their numbers.
+    subscriptions: Mutex<BTreeMap<u64, Subscription>>,
     listens: AtomicBool,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     log_limit: LogLimit,
     connected: AtomicBool,
     closed: AtomicBool,
     max_payload: AtomicUsize,
-    /// The present NATS client is dead.
-    died: Notify,
-    /// The echo that confirms notes came back.
-    confirmed: Notify,
     end: Notify,
     pub(crate) counters: Counters,
 }
@@ -156,7 +112,7 @@ impl Connection {
     /// `Invalid` for a wrong URL or option, `Disconnected` and `Timeout` when no server takes us, `Forked`.
     pub fn connect(url: &str, config: &Config) -> Result<Arc<Connection>> {
         let options = config.for_connect()?.clone();
-        let servers = parse_servers(url)?;
+        let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
         if let Some(grace) = options.session_grace {
             registry::set_session_grace(grace);
@@ -164,42 +120,41 @@ impl Connection {
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),
-            servers: Mutex::new(servers),
             runtime,
+            dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
+            inbound: Arc::default(),
+            inbox: Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token()))),
             outbox: Outbox::new(options.send_buffer),
-            inbox: format!("{}.{}.", options.inbox_prefix, random_token()),
             offline_subject: options.offline_subject.as_str().into(),
             options,
-            link: Mutex::default(),
             subscriptions: Mutex::default(),
-            replies: DashMap::new(),
             listens: AtomicBool::new(false),
             watchers: RwLock::default(),
             log_limit: LogLimit::default(),
             connected: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             max_payload: AtomicUsize::new(1 << 20),
-            died: Notify::new(),
-            confirmed: Notify::new(),
             end: Notify::new(),
             counters: Counters::default(),
         });
+        // Numbers rise: the inbox is subscribed before all else.
+        let inbox = Arc::clone(&connection.inbox);
+        connection.subscribe(fork::number(), inbox.wildcard(), "", inbox);
         let (ready, is_ready) = mpsc::channel();
         let task = Arc::clone(&connection);
         runtime.spawn(async move {
-            let first = if task.options.retry_on_initial_connect {
-                None
-            } else {
-                match task.dial().await {
-                    Ok(client) => Some(client),
+            let mut first = None;
+            if !task.options.retry_on_initial_connect {
+                match task.dialer.dial().await {
+                    Ok(client) => {
+                        task.install(&client).await;
+                        first = Some(client);
+                    }
                     Err(error) => {
                         let _ = ready.send(Err(error));
                         return;
                     }
                 }
-            };
-            if let Some(client) = &first {
-                task.install(client).await;
             }
             let _ = ready.send(Ok(()));
             task.supervise(first).await;
@@ -222,6 +177,10 @@ impl Connection {
         &self.outbox
     }
 
+    pub(crate) fn inbox(&self) -> &Inbox {
+        &self.inbox
+    }
+
     pub(crate) fn runtime(&self) -> &'static Handle {
         self.runtime
     }
@@ -238,7 +197,7 @@ impl Connection {
     /// Applies the offline announcements of other processes in this one. A second call has no effect.
     ///
     /// # Errors
-    /// `Closed`, `Timeout`, `Disconnected`.
+    /// `Closed`, `Timeout`.
     pub fn listen_offline(&self) -> Result<()> {
         self.check_open()?;
         if !self.listens.swap(true, Ordering::AcqRel) {
@@ -271,8 +230,8 @@ impl Connection {
             requests_busy: get(&self.counters.requests_busy),
             requests_ignored: get(&self.counters.requests_ignored),
             messages_out: get(&self.counters.messages_out),
-            messages_in: get(&self.counters.messages_in),
-            messages_ignored: get(&self.counters.messages_ignored),
+            messages_in: get(&self.inbound.messages),
+            messages_ignored: get(&self.inbox.ignored) + get(&self.counters.offline_ignored),
             offline_out: get(&self.counters.offline_out),
             offline_in: get(&self.counters.offline_in),
             bytes_waiting: self.outbox.weight() as u64,
@@ -316,7 +275,7 @@ impl Connection {
     /// Keeps a subject subscribed from now on.
     pub(crate) fn subscribe(&self, number: u64, subject: Subject, group: &str, receiver: Arc<dyn Receiver>) {
         let subscription = Subscription { subject, group: group.into(), receiver };
-        self.subscriptions.lock().insert(number, Arc::new(subscription));
+        self.subscriptions.lock().insert(number, subscription);
         self.outbox.push(Item::Subscribe(number));
     }
 
@@ -334,22 +293,11 @@ impl Connection {
         }
     }
 
-    /// Gives what comes to the inbox for `number` to `receiver`.
-    pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
-        self.replies.insert(number, receiver);
-        format!("{}{number}", self.inbox).into()
-    }
-
-    /// Takes back `expect`.
-    pub(crate) fn forget(&self, number: u64) {
-        self.replies.remove(&number);
-    }
-
     /// Waits until the server has all that was sent so far: a message of our own comes back after it.
     fn echo(&self, limit: Option<Duration>) -> Result<()> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let number = fork::number();
-        let subject = self.expect(number, Arc::new(Echo(sender)));
+        let subject = self.inbox.expect(number, Arc::new(Echo(sender)));
         // After `expect`: whoever loses the connection first says so, and then looks whom to tell.
         let came = if self.is_connected() {
             self.outbox.push(Item::Echo(subject));
@@ -360,22 +308,20 @@ impl Connection {
         } else {
             Ok(Err(Status::Disconnected))
         };
-        self.forget(number);
+        self.inbox.forget(number);
         match came.flatten() {
             Ok(()) => Ok(()),
-            Err(Status::Timeout) => {
-                Err(Error::new(Status::Timeout, format!("nats-server did not answer within {limit:?}")))
-            }
+            Err(Status::Timeout) => Err(Error::new(
+                Status::Timeout,
+                format!("nats-server did not answer within {:?}", limit.unwrap_or_default()),
+            )),
             Err(status) => Err(Error::new(status, "there is no connection to nats-server, or it was lost just now")),
         }
     }
 
     fn end_all(&self, why: Status) {
-        let subscriptions: Vec<_> = self.subscriptions.lock().values().cloned().collect();
-        subscriptions.iter().for_each(|subscription| subscription.receiver.ended(why));
-        // Not while iterating: each forgets itself.
-        let replies: Vec<_> = self.replies.iter().map(|entry| Arc::clone(entry.value())).collect();
-        replies.iter().for_each(|receiver| receiver.ended(why));
+        let receivers: Vec<_> = self.subscriptions.lock().values().map(|own| Arc::clone(&own.receiver)).collect();
+        receivers.iter().for_each(|receiver| receiver.ended(why));
     }
 
     fn tell(&self, kind: Kind, status: Status, text: &str) {
@@ -403,38 +349,33 @@ impl Connection {
 
 /// The connection's task: dial, drive, and begin again.
 impl Connection {
-    async fn supervise(self: Arc<Self>, mut first: Option<Client>) {
+    async fn supervise(self: Arc<Self>, mut client: Option<Client>) {
         loop {
-            let client = match first.take() {
-                Some(client) => client,
-                None => {
-                    let redialed = tokio::select! {
-                        client = self.redial() => client,
-                        () = self.end.notified() => return,
-                    };
-                    let Some(client) = redialed else {
-                        self.closed.store(true, Ordering::Release);
-                        registry::remove_announcer(self.number);
-                        self.end_all(Status::Closed);
-                        let text =
-                            format!("gave up after {} failed attempts to reconnect", self.options.max_reconnects);
-                        self.tell(Kind::Disconnected, Status::Closed, &text);
-                        return;
-                    };
-                    self.install(&client).await;
-                    client
+            if let Some(client) = client.take() {
+                let mut notes = VecDeque::new();
+                let is_over = tokio::select! {
+                    () = self.drive(&client, &mut notes) => false,
+                    () = self.end.notified() => true,
+                };
+                self.disconnect(notes);
+                if is_over {
+                    return;
                 }
-            };
-            let mut notes = VecDeque::new();
-            let ended = tokio::select! {
-                () = self.drive(&client, &mut notes) => false,
-                () = self.end.notified() => true,
-            };
-            self.disconnect(notes);
-            if ended {
-                return;
+                let why = runtime::last_panic().map(|panic| format!(": the NATS client failed: {panic}"));
+                let text = format!("the connection to nats-server is lost{}", why.unwrap_or_default());
+                self.tell(Kind::Disconnected, Status::Disconnected, &text);
             }
-            self.tell(Kind::Disconnected, Status::Disconnected, "the connection to nats-server is lost");
+            let next = tokio::select! {
+                client = self.redial() => client,
+                () = self.end.notified() => return,
+            };
+            match next {
+                Some(next) => {
+                    self.install(&next).await;
+                    client = Some(next);
+                }
+                None => return self.give_up(),
+            }
         }
     }
 
@@ -443,9 +384,9 @@ impl Connection {
         let mut delay = self.options.reconnect_min;
         let mut failed = 0;
         // The first attempt is made at once, but for a little jitter: a server's restart disconnects everybody together.
-        sleep(jitter(self.options.reconnect_min)).await;
+        sleep(jitter(delay)).await;
         loop {
-            match self.dial().await {
+            match self.dialer.dial().await {
                 Ok(client) => return Some(client),
                 Err(error) => self.log(error.status, || format!("cannot connect: {error}")),
             }
@@ -458,176 +399,68 @@ impl Connection {
         }
     }
 
-    /// Tries each server once, in random order.
-    async fn dial(&self) -> Result<Client> {
-        let mut servers = self.servers.lock().clone();
-        let start = usize::try_from(random()).unwrap_or_default() % servers.len().max(1);
-        servers.rotate_left(start);
-        let mut failures = Vec::new();
-        let mut status = Status::Timeout;
-        for server in &servers {
-            let name = format!("{}:{}", server.host(), server.port());
-            // The client limits each of its steps, but not the lookup of the name.
-            let dialed = match self.client_options(server).await {
-                Err(error) => return Err(error),
-                Ok(options) => timeout(self.options.connect_timeout * 2, options.connect(server.clone())).await,
-            };
-            match dialed {
-                Ok(Ok(client)) => return Ok(client),
-                Ok(Err(error)) => {
-                    if error.kind() != async_nats::ConnectErrorKind::TimedOut {
-                        status = Status::Disconnected;
-                    }
-                    failures.push(format!("{name}: {error}"));
-                }
-                Err(_) => failures.push(format!("{name}: timed out")),
-            }
-        }
-        Err(Error::new(status, failures.join("; ")))
-    }
-
-    async fn client_options(&self, server: &ServerAddr) -> Result<async_nats::ConnectOptions> {
-        let own = &self.options;
-        let this = self.this.clone();
-        let dialed = AtomicBool::new(false);
-        let mut options = async_nats::ConnectOptions::new()
-            .name(&own.name)
-            .connection_timeout(own.connect_timeout)
-            .ping_interval(own.ping_interval)
-            .client_capacity(CLIENT_CAPACITY)
-            .require_tls(own.tls_required)
-            .ignore_discovered_servers()
-            // Callers' subjects are checked when they come in; peers' reply subjects too.
-            .skip_subject_validation(true)
-            .event_callback(move |event| {
-                let this = this.clone();
-                async move {
-                    if let (async_nats::Event::ServerError(error), Some(this)) = (event, this.upgrade()) {
-                        this.log(Status::Disconnected, || format!("nats-server says: {error}"));
-                    }
-                }
-            })
-            // Called before each attempt. The second is the client's own reconnect, which must not be (see above): there is
-            // no option against it, so its task is ended here. This unwinds without a message; tokio contains it.
-            .reconnect_delay_callback(move |_| {
-                if dialed.swap(true, Ordering::Relaxed) {
-                    resume_unwind(Box::new("the connection is lost"));
-                }
-                Duration::ZERO
-            });
-        if own.tls_first {
-            options = options.tls_first();
-        }
-        if let Some(file) = &own.tls_ca_file {
-            options = options.add_root_certificates(file.clone());
-        }
-        match (&own.tls_cert_file, &own.tls_key_file) {
-            (Some(cert), Some(key)) => options = options.add_client_certificate(cert.clone(), key.clone()),
-            (None, None) => {}
-            _ => return Err(Error::invalid("tls_cert_file and tls_key_file go together: one is missing")),
-        }
-        if let Some(seed) = &own.nkey_seed {
-            options = options.nkey(seed.0.clone());
-        }
-        if let Some(file) = &own.creds_file {
-            options = options
-                .credentials_file(file)
-                .await
-                .map_err(|error| Error::invalid(format!("creds_file {}: {error}", file.display())))?;
-        }
-        let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
-        if let Some(user) = server.username() {
-            options = match server.password() {
-                Some(password) => options.user_and_password(decode(user), decode(password)),
-                None => options.token(decode(user)),
-            };
-        } else if let Some(token) = &own.token {
-            options = options.token(token.0.clone());
-        } else if let Some(user) = &own.user {
-            let password = own.password.as_ref().map_or("", |password| &password.0);
-            options = options.user_and_password(user.clone(), password.into());
-        }
-        Ok(options)
+    fn give_up(&self) {
+        self.closed.store(true, Ordering::Release);
+        registry::remove_announcer(self.number);
+        self.end_all(Status::Closed);
+        let text = format!("gave up after {} failed attempts to reconnect", self.options.max_reconnects);
+        self.tell(Kind::Disconnected, Status::Closed, &text);
     }
 
     /// Makes a NATS client the present one.
     async fn install(&self, client: &Client) {
         let info = client.server_info();
         self.max_payload.store(client.max_payload(), Ordering::Relaxed);
-        self.learn_servers(&info.connect_urls);
-        {
-            let mut link = self.link.lock();
-            link.generation += 1;
-            link.active.clear();
-        }
-        // The order of their numbers: announcements are listened to before the services that need them.
-        let numbers: Vec<u64> = self.subscriptions.lock().keys().copied().collect();
-        for number in [INBOX].into_iter().chain(numbers) {
-            self.activate(client, number).await;
+        self.dialer.learn(&info.connect_urls);
+        self.inbound.reset();
+        // In this order: announcements are listened to before the services that need them.
+        let subscriptions = self.subscriptions.lock().clone();
+        for (number, subscription) in subscriptions {
+            self.inbound.subscribe(client, number, subscription).await;
         }
         count(&self.counters.connects);
         self.connected.store(true, Ordering::SeqCst);
         self.tell(Kind::Connected, Status::Ok, &format!("{}:{}", info.host, info.port));
     }
 
-    /// Adds the servers of a cluster to those that are dialed.
-    fn learn_servers(&self, urls: &[String]) {
-        let mut servers = self.servers.lock();
-        let (scheme, userinfo) = servers.first().map_or(("nats", None), |first| {
-            (
-                if first.tls_required() { "tls" } else { "nats" },
-                first.username().map(|user| (user.to_owned(), first.password().map(str::to_owned))),
-            )
-        });
-        let userinfo = match userinfo {
-            None => String::new(),
-            Some((user, None)) => format!("{user}@"),
-            Some((user, Some(password))) => format!("{user}:{password}@"),
-        };
-        for url in urls {
-            if let Ok(server) = format!("{scheme}://{userinfo}{url}").parse::<ServerAddr>()
-                && !servers.iter().any(|known| (known.host(), known.port()) == (server.host(), server.port()))
-            {
-                servers.push(server);
-            }
-        }
+    /// Gives up the present client, and ends what ran on it. `notes`: what the server may not have.
+    fn disconnect(&self, notes: VecDeque<Note>) {
+        self.connected.store(false, Ordering::SeqCst);
+        self.inbound.reset();
+        self.end_all(Status::Disconnected);
+        self.outbox.lost(notes);
     }
 
     /// Gives the client what waits in the outbox until it is dead. Leaves in `notes` those that the server may not have.
     async fn drive(&self, client: &Client, notes: &mut VecDeque<Note>) {
+        let confirmed = Arc::new(Notify::new());
+        let number = fork::number();
+        let confirm = self.inbox.expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
         // How many of the notes the echo on its way confirms, and when the next may go.
         let mut asked = 0;
         let mut next_echo = Instant::now();
-        // What an earlier client left behind.
-        let _ = self.confirmed.notified().now_or_never();
-        let _ = self.died.notified().now_or_never();
-        if self.is_dead() {
-            return;
-        }
-        loop {
+        while !self.inbound.is_dead() {
             let is_due = asked == 0 && !notes.is_empty();
-            tokio::select! {
+            let is_alive = tokio::select! {
                 biased;
-                () = self.died.notified() => return,
-                () = self.confirmed.notified() => {
+                () = self.inbound.died.notified() => continue,
+                () = confirmed.notified() => {
                     notes.drain(..asked);
                     asked = 0;
+                    true
                 }
                 () = sleep_until(next_echo), if is_due => {
-                    let subject = Subject::from(format!("{}{CONFIRM}", self.inbox));
-                    if client.publish(subject, Bytes::new()).await.is_err() {
-                        return;
-                    }
                     asked = notes.len();
                     next_echo = Instant::now() + ECHO_INTERVAL;
+                    client.publish(confirm.clone(), Bytes::new()).await.is_ok()
                 }
-                batch = self.outbox.take() => {
-                    if !self.hand_over(client, batch, notes).await {
-                        return;
-                    }
-                }
+                batch = self.outbox.take() => self.hand_over(client, batch, notes).await,
+            };
+            if !is_alive {
+                break;
             }
         }
+        self.inbox.forget(number);
     }
 
     /// Gives the client a batch; false when it is dead. Notes go to `notes` as they are handed over, or cannot be.
@@ -640,13 +473,7 @@ impl Connection {
             messages += 1;
             let given = match item {
                 Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
-                Item::Request(request) => {
-                    let Request { subject, reply, headers, payload } = *request;
-                    match headers {
-                        None => client.publish_with_reply(subject, reply, payload).await,
-                        Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
-                    }
-                }
+                Item::Request(request) => publish_request(client, *request).await,
                 Item::Note(note) => {
                     notes.push_back(note.clone());
                     match note {
@@ -660,12 +487,14 @@ impl Connection {
                 }
                 Item::Echo(to) => client.publish(to, Bytes::new()).await,
                 Item::Subscribe(number) => {
-                    self.activate(client, number).await;
+                    let subscription = self.subscriptions.lock().get(&number).cloned();
+                    if let Some(subscription) = subscription {
+                        self.inbound.subscribe(client, number, subscription).await;
+                    }
                     Ok(())
                 }
                 Item::Unsubscribe(number) => {
-                    let removed = self.link.lock().active.remove(&number);
-                    drop(removed);
+                    self.inbound.unsubscribe(number);
                     Ok(())
                 }
             };
@@ -679,112 +508,29 @@ impl Connection {
                 Err(error) => self.log(Status::TooLarge, || format!("a message was not sent: {error}")),
             }
             if weight >= STEP {
-                self.outbox.handed_over(std::mem::take(&mut weight));
+                self.outbox.handed_over(mem::take(&mut weight));
             }
         }
         self.outbox.handed_over(weight);
         self.counters.messages_out.fetch_add(messages, Ordering::Relaxed);
         true
     }
+}
 
-    /// Subscribes on the present client, if it is not done yet and still wanted.
-    async fn activate(&self, client: &Client, number: u64) {
-        let (subject, group, receiver) = if number == INBOX {
-            (Subject::from(format!("{}*", self.inbox)), String::new(), None)
-        } else {
-            match self.subscriptions.lock().get(&number) {
-                None => return,
-                Some(own) => (own.subject.clone(), own.group.clone(), Some(Arc::clone(&own.receiver))),
-            }
-        };
-        loop {
-            {
-                // Locked, so that the client's task, should it have a message for another subscription meanwhile, waits
-                // until this one's waker is in place: else a request could be overtaken by an announcement.
-                let mut link = self.link.lock();
-                if link.active.contains_key(&number) {
-                    return;
-                }
-                let subscribed = if group.is_empty() {
-                    unconstrained(client.subscribe(subject.clone())).now_or_never()
-                } else {
-                    unconstrained(client.queue_subscribe(subject.clone(), group.clone())).now_or_never()
-                };
-                match subscribed {
-                    Some(Ok(subscriber)) => {
-                        let generation = link.generation;
-                        let doorbell = Doorbell { connection: self.this.clone(), number, generation };
-                        let active = Active { subscriber, waker: Waker::from(Arc::new(doorbell)), receiver };
-                        link.active.insert(number, active);
-                        self.receive(&mut link, number);
-                        return;
-                    }
-                    // The client is dead; its inbox tells.
-                    Some(Err(_)) => {
-                        self.died.notify_one();
-                        return;
-                    }
-                    None => {}
-                }
-            }
-            // The client's buffer is full.
-            tokio::task::yield_now().await;
+/// Tells what nats-server complains of, such as a missing permission.
+fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
+    Arc::new(move |text| {
+        if let Some(connection) = connection.upgrade() {
+            connection.log(Status::Disconnected, || format!("nats-server says: {text}"));
         }
-    }
+    })
+}
 
-    /// Whether the present client's inbox has ended.
-    fn is_dead(&self) -> bool {
-        !self.link.lock().active.contains_key(&INBOX)
-    }
-
-    /// Handles what a subscription has.
-    fn receive(&self, link: &mut Link, number: u64) {
-        let Some(Active { subscriber, waker, receiver }) = link.active.get_mut(&number) else { return };
-        let mut context = Context::from_waker(waker);
-        loop {
-            // Unconstrained: the budget of the task that we happen to run on is not ours.
-            match pin!(unconstrained(subscriber.next())).poll(&mut context) {
-                Poll::Ready(Some(message)) => {
-                    count(&self.counters.messages_in);
-                    match receiver {
-                        Some(receiver) => receiver.message(message),
-                        None => self.reply(message),
-                    }
-                }
-                Poll::Ready(None) => {
-                    link.active.remove(&number);
-                    self.died.notify_one();
-                    return;
-                }
-                Poll::Pending => return,
-            }
-        }
-    }
-
-    /// Handles what came to the inbox.
-    fn reply(&self, message: Message) {
-        let number = message.subject.strip_prefix(&*self.inbox).and_then(|token| token.parse().ok());
-        match number {
-            Some(CONFIRM) => self.confirmed.notify_one(),
-            Some(number) => match self.replies.get(&number).map(|entry| Arc::clone(entry.value())) {
-                Some(receiver) => receiver.message(message),
-                None => count(&self.counters.messages_ignored),
-            },
-            None => count(&self.counters.messages_ignored),
-        }
-    }
-
-    /// Gives up the present client, and ends what ran on it.
-    fn disconnect(&self, notes: VecDeque<Note>) {
-        self.connected.store(false, Ordering::SeqCst);
-        let active = {
-            let mut link = self.link.lock();
-            link.generation += 1;
-            std::mem::take(&mut link.active)
-        };
-        drop(active);
-        self.end_all(Status::Disconnected);
-        self.outbox.lost(notes);
+async fn publish_request(client: &Client, request: Request) -> std::result::Result<(), async_nats::PublishError> {
+    let Request { subject, reply, headers, payload } = request;
+    match headers {
+        None => client.publish_with_reply(subject, reply, payload).await,
+        Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
     }
 }
 
@@ -806,28 +552,6 @@ impl Announcer for Connection {
     }
 }
 
-/// The waker of a subscription: rung by the NATS client's task for each message that it hands over.
-struct Doorbell {
-    connection: Weak<Connection>,
-    number: u64,
-    generation: u64,
-}
-
-impl Wake for Doorbell {
-    fn wake(self: Arc<Self>) {
-        self.wake_by_ref();
-    }
-
-    fn wake_by_ref(self: &Arc<Self>) {
-        if let Some(connection) = self.connection.upgrade() {
-            let mut link = connection.link.lock();
-            if link.generation == self.generation {
-                connection.receive(&mut link, self.number);
-            }
-        }
-    }
-}
-
 /// Applies the announcements of other processes.
 struct Listener {
     connection: Weak<Connection>,
@@ -840,13 +564,13 @@ impl Receiver for Listener {
             return;
         }
         match client::id(&message.payload) {
-            Ok("") => count(&connection.counters.messages_ignored),
+            Ok("") => count(&connection.counters.offline_ignored),
             Ok(id) => {
                 count(&connection.counters.offline_in);
                 registry::apply_offline(id);
             }
             Err(error) => {
-                count(&connection.counters.messages_ignored);
+                count(&connection.counters.offline_ignored);
                 connection.log(Status::Invalid, || format!("an offline announcement was ignored: {error}"));
             }
         }
@@ -855,6 +579,7 @@ impl Receiver for Listener {
     fn ended(&self, _why: Status) {}
 }
 
+/// Somebody waits until the server has what was sent.
 struct Echo(mpsc::SyncSender<Result<(), Status>>);
 
 impl Receiver for Echo {
@@ -868,6 +593,17 @@ impl Receiver for Echo {
             let _ = self.0.try_send(Err(why));
         }
     }
+}
+
+/// The server has the notes that were sent before this came back.
+struct Confirmation(Arc<Notify>);
+
+impl Receiver for Confirmation {
+    fn message(&self, _message: Message) {
+        self.0.notify_one();
+    }
+
+    fn ended(&self, _why: Status) {}
 }
 
 /// Lets one message a second pass, and counts the others.
@@ -888,76 +624,14 @@ impl LogLimit {
     }
 }
 
-fn parse_servers(url: &str) -> Result<Vec<ServerAddr>> {
-    url.split(',').map(str::trim).map(parse_server).collect()
-}
-
-fn parse_server(url: &str) -> Result<ServerAddr> {
-    // What stands before the @ may be a secret.
-    let shown = url.rsplit_once('@').map_or_else(|| url.to_owned(), |(_, host)| format!("…@{host}"));
-    let wrong =
-        |why: &str| Error::invalid(format!("server URL {shown:?} {why}; right is nats://host:port or tls://host:port"));
-    if url.is_empty() {
-        return Err(wrong("is empty"));
-    }
-    let server: ServerAddr = url.parse().map_err(|_| wrong("cannot be read"))?;
-    if !matches!(server.scheme(), "nats" | "tls") {
-        return Err(wrong("has another scheme than nats and tls"));
-    }
-    if server.host().is_empty() {
-        return Err(wrong("has no host"));
-    }
-    Ok(server)
-}
-
 /// The name of this process among all that announce; a forked child has its own.
 fn process_token() -> &'static str {
     static TOKEN: fork::PerProcess<String> = fork::PerProcess::new();
-    TOKEN.get(random_token)
+    TOKEN.get(random::token)
 }
 
 fn origin_header() -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(wire::ORIGIN, process_token());
     headers
-}
-
-/// 128 bits from the system, in hex: unlike a generator's in memory, they are another process's own after a fork.
-fn random_token() -> String {
-    format!("{:016x}{:016x}", random(), random())
-}
-
-fn random() -> u64 {
-    // Without a source of randomness the time must do; uniqueness is all that is needed then.
-    getrandom::u64().unwrap_or_else(|_| {
-        let elapsed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        elapsed.as_nanos() as u64 ^ (u64::from(std::process::id()) << 32)
-    })
-}
-
-fn jitter(most: Duration) -> Duration {
-    most.mul_f64(random() as f64 / u64::MAX as f64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn server_urls() {
-        assert_eq!(parse_servers("nats://a:1, tls://u:p@b ,c:3").unwrap().len(), 3);
-        for bad in ["", "nats://", "http://a", "nats://a,", "nats://[::1", "nats://a:99999", "ws://a", "nats://a b"] {
-            let error = parse_servers(bad).unwrap_err();
-            assert_eq!(error.status, Status::Invalid, "{bad}");
-        }
-        let error = parse_servers("http://user:hunter2@a").unwrap_err();
-        assert!(!error.message.contains("hunter2") && error.message.contains("…@a"), "{error}");
-    }
-
-    #[test]
-    fn jitter_stays_below_its_limit() {
-        for _ in 0..1000 {
-            assert!(jitter(Duration::from_millis(50)) <= Duration::from_millis(50));
-        }
-    }
 }

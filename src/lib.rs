@@ -10,12 +10,12 @@
 //! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is made; the only place with `unsafe` |
 //! | `service`, `sender` | the worker's side |
 //! | `stream` | the gateway's side |
-//! | `connection` | nats-server: reached, kept, replaced, drained |
-//! | `outbox` | what waits to be sent |
+//! | `connection` | nats-server: the NATS client supervised, replaced, drained |
+//! | `dial`, `inbound`, `outbox` | how a server is reached · messages in · messages out |
 //! | `registry` | who is online; stops senders and streams |
 //! | `queue` | events out of the library |
 //! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
-//! | `runtime`, `fork` | the process: its tokio runtime, and what a forked child may still use |
+//! | `runtime`, `fork`, `random` | the process: its tokio runtime, what a forked child may still use, randomness |
 //!
 //! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
 //! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
@@ -23,11 +23,14 @@
 mod client;
 mod config;
 mod connection;
+mod dial;
 mod error;
 pub mod ffi;
 mod fork;
+mod inbound;
 mod outbox;
 mod queue;
+mod random;
 mod registry;
 mod runtime;
 mod sender;

@@ -154,14 +154,14 @@ impl Outbox {
         if sent != Err(Status::Full) {
             return sent;
         }
-        let Some(writer) = writer() else { return sent };
         // First to be known as waiting, then to look again: otherwise the room could be made in between, unnoticed.
         self.wanted.fetch_add(1, Ordering::SeqCst);
         let sent = self.append(&mut waiting, word, to, data);
-        if sent == Err(Status::Full) {
-            waiting.refused.push(writer);
-        } else {
-            self.wanted.fetch_sub(1, Ordering::SeqCst);
+        match (sent == Err(Status::Full)).then(writer).flatten() {
+            Some(writer) => waiting.refused.push(writer),
+            None => {
+                self.wanted.fetch_sub(1, Ordering::SeqCst);
+            }
         }
         sent
     }

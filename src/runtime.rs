@@ -4,8 +4,17 @@ use crate::error::{Error, Result, Status};
 use crate::fork::{self, PerProcess};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use once_cell::sync::OnceCell;
+use parking_lot::Mutex;
+use std::panic;
+use std::thread;
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
+
+/// The name of the runtime's threads.
+const THREAD: &str = "presence";
+
+/// What the last panic on one of the runtime's threads said.
+static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 static RUNTIME: PerProcess<OnceCell<Runtime>> = PerProcess::new();
 
@@ -32,13 +41,35 @@ fn build(threads: usize) -> Result<Runtime> {
     ] {
         blocked.remove(fault);
     }
+    listen_to_panics();
     let before = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let built = Builder::new_multi_thread().worker_threads(threads).thread_name("presence").enable_all().build();
+    let built = Builder::new_multi_thread().worker_threads(threads).thread_name(THREAD).enable_all().build();
     if let Ok(before) = before {
         // It cannot fail: this is the mask that the thread had.
         let _ = before.thread_set_mask();
     }
     built.map_err(|error| Error::new(Status::Full, format!("no threads to be had for the runtime: {error}")))
+}
+
+/// A NATS client can panic at what a peer sends. That ends its task only, and is told by DISCONNECTED; on the host's standard
+/// error, where a panic is printed, nobody expects it. Panics of other threads are printed as ever.
+fn listen_to_panics() {
+    let before = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if thread::current().name() == Some(THREAD) {
+            let payload = info.payload();
+            let what = payload.downcast_ref::<String>().map(String::as_str);
+            let what = what.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or_default();
+            *LAST_PANIC.lock() = Some(what.to_owned());
+        } else {
+            before(info);
+        }
+    }));
+}
+
+/// What the last panic on the runtime's threads said, told once.
+pub(crate) fn last_panic() -> Option<String> {
+    LAST_PANIC.lock().take()
 }
 
 /// Calls `then` after `delay`, if the runtime was started in this process.

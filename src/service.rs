@@ -1,9 +1,10 @@
 //! The worker's side: a subject that is served, and what becomes of its requests.
 
 use crate::client;
-use crate::connection::{Connection, Receiver, count};
+use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::fork;
+use crate::inbound::Receiver;
 use crate::queue::{Event, Kind, Origin, Queue};
 use crate::registry;
 use crate::sender::Sender;

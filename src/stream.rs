@@ -2,9 +2,10 @@
 
 use crate::client;
 use crate::config::{Config, RequestOptions};
-use crate::connection::{Connection, Receiver, count};
+use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::fork;
+use crate::inbound::Receiver;
 use crate::outbox::{Request, stopped};
 use crate::queue::{Event, Kind, Origin, Queue};
 use crate::registry::{self, Running};
@@ -94,7 +95,7 @@ impl Connection {
             retry: Mutex::new(None),
             timer: Mutex::new(None),
         });
-        let reply = self.expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
+        let reply = self.inbox().expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
         if options.retries > 0 {
@@ -197,7 +198,7 @@ impl Stream {
     }
 
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
-        self.connection.forget(self.number);
+        self.connection.inbox().forget(self.number);
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
         *self.retry.lock() = None;

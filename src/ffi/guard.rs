@@ -73,8 +73,10 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
     };
     if !error.is_null() {
         let mut message = [0; PRESENCE_ERROR_MESSAGE];
-        let end = failed.message.floor_char_boundary(PRESENCE_ERROR_MESSAGE - 1);
-        for (slot, byte) in message.iter_mut().zip(failed.message[..end].bytes()) {
+        // Cut between two characters, and the last byte stays NUL.
+        let whole = failed.message.char_indices().map(|(at, character)| at + character.len_utf8());
+        let end = whole.take_while(|end| *end < PRESENCE_ERROR_MESSAGE).last().unwrap_or_default();
+        for (slot, byte) in message.iter_mut().zip(failed.message.bytes().take(end)) {
             // A NUL within would cut the message for C.
             *slot = if byte == 0 { b'?' } else { byte }.cast_signed();
         }

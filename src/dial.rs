@@ -1,0 +1,188 @@
+//! How nats-server is reached: which servers, with which options, and a NATS client that does not outlive its connection.
+
+use crate::config::ConnectOptions;
+use crate::error::{Error, Result, Status};
+use crate::random;
+use async_nats::{Client, ConnectErrorKind, ServerAddr};
+use parking_lot::Mutex;
+use std::panic::resume_unwind;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// How many messages the NATS client buffers.
+const CLIENT_CAPACITY: usize = 2048;
+
+/// The servers that may be connected to.
+pub(crate) struct Dialer {
+    options: ConnectOptions,
+    servers: Mutex<Vec<ServerAddr>>,
+    /// Is told what a server complains of.
+    on_complaint: Arc<dyn Fn(String) + Send + Sync>,
+}
+
+impl Dialer {
+    pub(crate) fn new(
+        servers: Vec<ServerAddr>,
+        options: ConnectOptions,
+        on_complaint: Arc<dyn Fn(String) + Send + Sync>,
+    ) -> Dialer {
+        Dialer { options, servers: Mutex::new(servers), on_complaint }
+    }
+
+    /// Tries each server once, beginning with a random one.
+    pub(crate) async fn dial(&self) -> Result<Client> {
+        let mut servers = self.servers.lock().clone();
+        let start = random::number() % servers.len().max(1) as u64;
+        servers.rotate_left(start as usize);
+        let mut failures = Vec::new();
+        let mut status = Status::Timeout;
+        for server in servers {
+            let name = format!("{}:{}", server.host(), server.port());
+            let options = self.client_options(&server).await?;
+            // The client limits each of its steps, but not the lookup of the name.
+            match timeout(self.options.connect_timeout * 2, options.connect(server)).await {
+                Ok(Ok(client)) => return Ok(client),
+                Ok(Err(error)) => {
+                    if error.kind() != ConnectErrorKind::TimedOut {
+                        status = Status::Disconnected;
+                    }
+                    failures.push(format!("{name}: {error}"));
+                }
+                Err(_) => failures.push(format!("{name}: timed out")),
+            }
+        }
+        Err(Error::new(status, failures.join("; ")))
+    }
+
+    /// Adds the servers of a cluster, as the one we are connected to names them.
+    pub(crate) fn learn(&self, hosts: &[String]) {
+        let mut servers = self.servers.lock();
+        let Some(first) = servers.first().map(|first| first.clone().into_inner()) else { return };
+        for host in hosts {
+            // With the first one's scheme and credentials.
+            let mut url = first.clone();
+            let Ok(other) = host.parse::<ServerAddr>() else { continue };
+            let name = if other.host().contains(':') { format!("[{}]", other.host()) } else { other.host().into() };
+            if url.set_host(Some(&name)).is_ok()
+                && url.set_port(Some(other.port())).is_ok()
+                && let Ok(server) = ServerAddr::from_url(url)
+                && !servers.iter().any(|known| (known.host(), known.port()) == (server.host(), server.port()))
+            {
+                servers.push(server);
+            }
+        }
+    }
+
+    async fn client_options(&self, server: &ServerAddr) -> Result<async_nats::ConnectOptions> {
+        let own = &self.options;
+        let on_complaint = Arc::clone(&self.on_complaint);
+        let dialed = AtomicBool::new(false);
+        let mut options = async_nats::ConnectOptions::new()
+            .name(&own.name)
+            .connection_timeout(own.connect_timeout)
+            .ping_interval(own.ping_interval)
+            .client_capacity(CLIENT_CAPACITY)
+            .require_tls(own.tls_required)
+            // One client, one server: all the others are ours to try.
+            .ignore_discovered_servers()
+            // What callers and peers name is checked where it comes in.
+            .skip_subject_validation(true)
+            .event_callback(move |event| {
+                if let async_nats::Event::ServerError(error) = event {
+                    on_complaint(error.to_string());
+                }
+                std::future::ready(())
+            })
+            // Called before each attempt. The second is the client's own reconnect, which must not be (see `connection`):
+            // there is no option against it, so its task is ended here. This unwinds silently, and tokio contains it.
+            .reconnect_delay_callback(move |_| {
+                if dialed.swap(true, Ordering::Relaxed) {
+                    resume_unwind(Box::new("the connection is lost"));
+                }
+                Duration::ZERO
+            });
+        if own.tls_first {
+            options = options.tls_first();
+        }
+        if let Some(file) = &own.tls_ca_file {
+            options = options.add_root_certificates(file.clone());
+        }
+        if let (Some(cert), Some(key)) = (&own.tls_cert_file, &own.tls_key_file) {
+            options = options.add_client_certificate(cert.clone(), key.clone());
+        }
+        if let Some(seed) = &own.nkey_seed {
+            options = options.nkey(seed.0.clone());
+        }
+        if let Some(file) = &own.creds_file {
+            options = options
+                .credentials_file(file)
+                .await
+                .map_err(|error| Error::invalid(format!("creds_file {}: {error}", file.display())))?;
+        }
+        let decode = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
+        if let Some(user) = server.username() {
+            options = match server.password() {
+                Some(password) => options.user_and_password(decode(user), decode(password)),
+                None => options.token(decode(user)),
+            };
+        } else if let Some(token) = &own.token {
+            options = options.token(token.0.clone());
+        } else if let Some(user) = &own.user {
+            let password = own.password.as_ref().map_or("", |password| &password.0);
+            options = options.user_and_password(user.clone(), password.into());
+        }
+        Ok(options)
+    }
+}
+
+/// Reads one URL, or several with commas between.
+pub(crate) fn parse_servers(url: &str) -> Result<Vec<ServerAddr>> {
+    url.split(',').map(str::trim).map(parse_server).collect()
+}
+
+fn parse_server(url: &str) -> Result<ServerAddr> {
+    // What stands before the @ may be a secret.
+    let shown = url.rsplit_once('@').map_or_else(|| url.to_owned(), |(_, host)| format!("…@{host}"));
+    let wrong =
+        |why: &str| Error::invalid(format!("server URL {shown:?} {why}; right is nats://host:port or tls://host:port"));
+    if url.is_empty() {
+        return Err(wrong("is empty"));
+    }
+    let server: ServerAddr = url.parse().map_err(|_| wrong("cannot be read"))?;
+    if !matches!(server.scheme(), "nats" | "tls") {
+        return Err(wrong("has another scheme than nats and tls"));
+    }
+    if server.host().is_empty() {
+        return Err(wrong("has no host"));
+    }
+    Ok(server)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Config;
+
+    #[test]
+    fn server_urls() {
+        assert_eq!(parse_servers("nats://a:1, tls://u:p@b ,c:3").unwrap().len(), 3);
+        for bad in ["", "nats://", "http://a", "nats://a,", "nats://[::1", "nats://a:99999", "ws://a", "nats://a b"] {
+            let error = parse_servers(bad).unwrap_err();
+            assert_eq!(error.status, Status::Invalid, "{bad}");
+        }
+        let error = parse_servers("http://user:hunter2@a").unwrap_err();
+        assert!(!error.message.contains("hunter2") && error.message.contains("…@a"), "{error}");
+    }
+
+    #[test]
+    fn servers_of_a_cluster_are_learned_once_with_the_credentials_of_the_first() {
+        let options = Config::new().for_connect().unwrap().clone();
+        let dialer = Dialer::new(parse_servers("nats://u:p@a:1").unwrap(), options, Arc::new(|_| {}));
+        dialer.learn(&["a:1".into(), "b:2".into(), "[::1]:3".into(), "".into(), "b:2".into()]);
+        let servers = dialer.servers.lock();
+        let shown: Vec<_> = servers.iter().map(|server| (server.host(), server.port(), server.password())).collect();
+        assert_eq!(shown, [("a", 1, Some("p")), ("b", 2, Some("p")), ("::1", 3, Some("p"))]);
+    }
+}

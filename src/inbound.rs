@@ -1,0 +1,211 @@
+//! Messages in: what is subscribed on the present NATS client, and to whom each message goes.
+//!
+//! Each message is handled while the client hands it over, by the waker of its subscription, on the client's own task. So
+//! messages of different subscriptions keep the order in which they arrived: an announcement never overtakes a request, nor the
+//! other way round. (Tasks that wait for each subscription would see them in any order.)
+
+use async_nats::{Client, Message, Subject, Subscriber};
+use dashmap::DashMap;
+use futures_util::{FutureExt, StreamExt};
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::mem;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, Wake, Waker};
+use tokio::sync::Notify;
+use tokio::task::coop::unconstrained;
+
+use crate::error::Status;
+
+/// Whom messages are for: a service, a stream, or whoever waits for an echo.
+pub(crate) trait Receiver: Send + Sync {
+    /// A message came. Called in the order of arrival; it must not block.
+    fn message(&self, message: Message);
+    /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
+    fn ended(&self, why: Status);
+}
+
+/// What is to be subscribed as long as there is a connection.
+#[derive(Clone)]
+pub(crate) struct Subscription {
+    pub(crate) subject: Subject,
+    /// Empty: none.
+    pub(crate) group: String,
+    pub(crate) receiver: Arc<dyn Receiver>,
+}
+
+/// The subscriptions of the present NATS client.
+#[derive(Default)]
+pub(crate) struct Inbound {
+    /// Locked while a message is handled.
+    link: Mutex<Link>,
+    /// The present client is dead: a subscription ended that we did not end.
+    pub(crate) died: Notify,
+    pub(crate) messages: AtomicU64,
+}
+
+#[derive(Default)]
+struct Link {
+    /// Counts the clients; wakers of an earlier one are ignored.
+    generation: u64,
+    is_dead: bool,
+    active: HashMap<u64, Active>,
+}
+
+struct Active {
+    subscriber: Subscriber,
+    waker: Waker,
+    receiver: Arc<dyn Receiver>,
+}
+
+impl Inbound {
+    /// Forgets the client that was, and all its subscriptions.
+    pub(crate) fn reset(&self) {
+        let before = {
+            let mut link = self.link.lock();
+            link.generation += 1;
+            link.is_dead = false;
+            mem::take(&mut link.active)
+        };
+        drop(before);
+    }
+
+    /// Whether the present client has died.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.link.lock().is_dead
+    }
+
+    /// Subscribes on the present client, once for each number.
+    pub(crate) async fn subscribe(self: &Arc<Self>, client: &Client, number: u64, own: Subscription) {
+        while !self.try_subscribe(client, number, &own) {
+            // The client's buffer is full.
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn try_subscribe(self: &Arc<Self>, client: &Client, number: u64, own: &Subscription) -> bool {
+        // Locked, so that the client's task, should it have a message for another subscription meanwhile, waits until this
+        // one's waker is in place: else what this one has got by then could be overtaken.
+        let mut link = self.link.lock();
+        if link.active.contains_key(&number) {
+            return true;
+        }
+        let subscribed = if own.group.is_empty() {
+            unconstrained(client.subscribe(own.subject.clone())).now_or_never()
+        } else {
+            unconstrained(client.queue_subscribe(own.subject.clone(), own.group.clone())).now_or_never()
+        };
+        match subscribed {
+            None => return false,
+            Some(Err(_)) => self.note_death(&mut link),
+            Some(Ok(subscriber)) => {
+                let doorbell = Doorbell { inbound: Arc::downgrade(self), number, generation: link.generation };
+                let waker = Waker::from(Arc::new(doorbell));
+                link.active.insert(number, Active { subscriber, waker, receiver: Arc::clone(&own.receiver) });
+                self.receive(&mut link, number);
+            }
+        }
+        true
+    }
+
+    /// Ends a subscription.
+    pub(crate) fn unsubscribe(&self, number: u64) {
+        let ended = self.link.lock().active.remove(&number);
+        drop(ended);
+    }
+
+    /// Handles what a subscription has, and leaves its waker with it.
+    fn receive(&self, link: &mut Link, number: u64) {
+        let Some(Active { subscriber, waker, receiver }) = link.active.get_mut(&number) else { return };
+        let mut context = Context::from_waker(waker);
+        loop {
+            // Unconstrained: the budget of the task that we happen to run on is not ours.
+            match pin!(unconstrained(subscriber.next())).poll(&mut context) {
+                Poll::Ready(Some(message)) => {
+                    self.messages.fetch_add(1, Ordering::Relaxed);
+                    receiver.message(message);
+                }
+                Poll::Ready(None) => return self.note_death(link),
+                Poll::Pending => return,
+            }
+        }
+    }
+
+    fn note_death(&self, link: &mut Link) {
+        link.is_dead = true;
+        self.died.notify_one();
+    }
+}
+
+/// The waker of a subscription, rung by the client's task for each message that it hands over.
+struct Doorbell {
+    inbound: Weak<Inbound>,
+    number: u64,
+    generation: u64,
+}
+
+impl Wake for Doorbell {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if let Some(inbound) = self.inbound.upgrade() {
+            let mut link = inbound.link.lock();
+            if link.generation == self.generation {
+                inbound.receive(&mut link, self.number);
+            }
+        }
+    }
+}
+
+/// The connection's own subject for answers, one token below it for each that is expected.
+pub(crate) struct Inbox {
+    /// What its subjects begin with, dot included.
+    prefix: String,
+    expected: DashMap<u64, Arc<dyn Receiver>>,
+    /// Messages that nobody expected.
+    pub(crate) ignored: AtomicU64,
+}
+
+impl Inbox {
+    pub(crate) fn new(prefix: String) -> Inbox {
+        Inbox { prefix, expected: DashMap::new(), ignored: AtomicU64::new(0) }
+    }
+
+    /// What to subscribe for all that is expected.
+    pub(crate) fn wildcard(&self) -> Subject {
+        format!("{}*", self.prefix).into()
+    }
+
+    /// Gives what comes to the subject that this returns to `receiver`.
+    pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
+        self.expected.insert(number, receiver);
+        format!("{}{number}", self.prefix).into()
+    }
+
+    /// Takes back `expect`.
+    pub(crate) fn forget(&self, number: u64) {
+        self.expected.remove(&number);
+    }
+}
+
+impl Receiver for Inbox {
+    fn message(&self, message: Message) {
+        let number = message.subject.strip_prefix(&*self.prefix).and_then(|token| token.parse().ok());
+        // The entry is not held while its receiver is called: it may forget itself.
+        match number.and_then(|number: u64| self.expected.get(&number).map(|entry| Arc::clone(entry.value()))) {
+            Some(receiver) => receiver.message(message),
+            None => {
+                self.ignored.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        let expected: Vec<_> = self.expected.iter().map(|entry| Arc::clone(entry.value())).collect();
+        expected.iter().for_each(|receiver| receiver.ended(why));
+    }
+}
