@@ -101,6 +101,26 @@ impl Event {
     }
 }
 
+/// Until when to wait.
+#[derive(Clone, Copy)]
+enum Deadline {
+    /// Not at all: not even the clock is read.
+    Now,
+    At(Instant),
+    Never,
+}
+
+impl Deadline {
+    fn new(timeout: Option<Duration>) -> Deadline {
+        match timeout {
+            Some(Duration::ZERO) => Deadline::Now,
+            // A time too far away to be told is no limit.
+            Some(timeout) => Instant::now().checked_add(timeout).map_or(Deadline::Never, Deadline::At),
+            None => Deadline::Never,
+        }
+    }
+}
+
 fn is_watch(event: &&Event) -> bool {
     matches!(event.kind, Kind::Online | Kind::Offline)
 }
@@ -194,8 +214,7 @@ impl Queue {
             return Err(Error::new(Status::Busy, "another thread waits on this queue: it has one waiter at a time"));
         };
         given.clear();
-        // A time too far away to be told is no limit.
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = Deadline::new(timeout);
         loop {
             if !self.take(max, deadline, &mut given)? {
                 return Ok(0);
@@ -214,7 +233,7 @@ impl Queue {
     }
 
     /// Waits, and moves up to `max` events into the empty `given`; false when there is none.
-    fn take(&self, max: usize, deadline: Option<Instant>, given: &mut VecDeque<Event>) -> Result<bool> {
+    fn take(&self, max: usize, deadline: Deadline, given: &mut VecDeque<Event>) -> Result<bool> {
         let mut inner = self.inner.lock();
         loop {
             if inner.closed {
@@ -228,8 +247,9 @@ impl Queue {
                 return Ok(false);
             }
             match deadline {
-                None => self.arrived.wait(&mut inner),
-                Some(deadline) => {
+                Deadline::Never => self.arrived.wait(&mut inner),
+                Deadline::Now => return Ok(false),
+                Deadline::At(deadline) => {
                     if self.arrived.wait_until(&mut inner, deadline).timed_out()
                         && inner.events.is_empty()
                         && !inner.woken
