@@ -1,0 +1,251 @@
+package presence
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func TestConnectRefusesBadInput(t *testing.T) {
+	s := startServer(t, "--user", "me", "--pass", "secret")
+	closed, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	closed.Close()
+	for _, bad := range []struct {
+		url    string
+		opts   []Option
+		status Status
+		named  string
+	}{
+		{url: "", status: ErrInvalid, named: ""},
+		{url: "nats://\x00", status: ErrInvalid, named: "url"},
+		{url: "http://127.0.0.1:1", status: ErrInvalid, named: "http"},
+		{url: "nats://127.0.0.1:port", status: ErrInvalid, named: "port"},
+		{url: "nats://" + closed.Addr().String(), status: ErrDisconnected, named: closed.Addr().String()},
+		{url: s.url, status: ErrDisconnected, named: ""},
+		{url: s.url, opts: []Option{With("user", "me"), With("password", "wr0ng")}, status: ErrDisconnected, named: ""},
+		{url: s.url, opts: []Option{With("no_such", "x")}, status: ErrInvalid, named: "no_such"},
+		{url: s.url, opts: []Option{With("", "x")}, status: ErrInvalid, named: `""`},
+		{url: s.url, opts: []Option{With("announce", "loudly")}, status: ErrInvalid, named: "loudly"},
+		{url: s.url, opts: []Option{With("password", "wr0ng\x00")}, status: ErrInvalid, named: "password"},
+		{url: s.url, opts: []Option{With("tls_required", "maybe")}, status: ErrInvalid, named: "maybe"},
+		{url: s.url, opts: []Option{With("timeout_ms", "1")}, status: ErrInvalid, named: "timeout_ms"},
+		{url: s.url, opts: []Option{With("creds_file", "/no/such/file")}, status: ErrInvalid, named: "/no/such/file"},
+	} {
+		c, err := Connect(bad.url, bad.opts...)
+		if c != nil || err == nil {
+			t.Fatalf("%q %v: connected", bad.url, bad.opts)
+		}
+		wantError(t, err, bad.status, bad.named)
+		if strings.Contains(err.Error(), "wr0ng") {
+			t.Errorf("%q tells the password", err)
+		}
+	}
+	connect(t, s, With("user", "me"), With("password", "secret"))
+	c, err := Connect("nats://me:secret@127.0.0.1:" + s.port + ",nats://" + closed.Addr().String())
+	must(t, err)
+	must(t, closeNow(c))
+}
+
+func TestUseAfterClose(t *testing.T) {
+	s := startServer(t)
+	c := connect(t, s)
+	stream := ask(t, c, "nobody", "x")
+	must(t, closeNow(c.Conn))
+	wantError(t, closeNow(c.Conn), ErrClosed, "connection")
+	wantError(t, c.ListenOffline(), ErrClosed, "")
+	_, err := c.Request(t.Context(), "x", nil, "x")
+	wantError(t, err, ErrClosed, "connection")
+	wantError(t, c.Serve(t.Context(), "x", "", echo), ErrClosed, "")
+	if stats := c.Stats(); stats != (Stats{}) {
+		t.Errorf("%+v", stats)
+	}
+	must(t, stream.Close())
+	if _, err := stream.Next(t.Context()); err == nil || err == io.EOF {
+		t.Error(err)
+	}
+	for range stream.Messages() {
+		break
+	}
+}
+
+func TestListenOffline(t *testing.T) {
+	s := startServer(t)
+	c, other := connect(t, s), rawClient(t, s)
+	must(t, c.ListenOffline())
+	must(t, c.ListenOffline())
+	events := watch(t)
+	must(t, MarkClientOnline("listened"))
+	other.publish("client.offline", "", "", "listened")
+	expect(t, events, "listened", ClientOnline, ClientOffline)
+	if stats := c.Stats(); stats.OfflineIn != 1 {
+		t.Errorf("%+v", stats)
+	}
+}
+
+func TestMarkIsAnnounced(t *testing.T) {
+	s := startServer(t)
+	connect(t, s)
+	offline := rawClient(t, s).subscribe("client.offline")
+	must(t, MarkClientOffline("announced"))
+	if told := receive(t, offline); told.data != "announced" {
+		t.Error(told)
+	}
+	session, err := OpenSession("announced")
+	must(t, err)
+	must(t, session.Close())
+	if told := receive(t, offline); told.data != "announced" {
+		t.Error(told)
+	}
+}
+
+// What runs when its connection closes ends exactly once, at both ends.
+func TestCloseInFlight(t *testing.T) {
+	for name, closes := range map[string]struct {
+		worker             bool
+		handlers, messages Status
+	}{
+		"the worker's":  {worker: true, handlers: ErrClosed, messages: ErrRemote},
+		"the gateway's": {worker: false, handlers: ErrOffline, messages: ErrClosed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := startServer(t)
+			worker, gateway := connect(t, s), connect(t, s)
+			const n = 50
+			var handlers [n]atomic.Int32
+			var begun, ended sync.WaitGroup
+			serving := serve(t, worker, "flight", func(ctx context.Context, req *Request, s *Sender) error {
+				s.Send([]byte("one"))
+				begun.Done()
+				defer ended.Done()
+				if err := until(t, ctx); !errors.Is(err, closes.handlers) {
+					t.Error("handler: ", err)
+				}
+				handlers[req.Data[0]].Add(1)
+				if err := s.Send([]byte("two")); !errors.Is(err, closes.handlers) {
+					t.Error("Send: ", err)
+				}
+				return s.Err()
+			})
+			for i := range n {
+				begun.Add(2)
+				ended.Add(2)
+				stream, err := gateway.Request(t.Context(), "flight", []byte{byte(i)}, "flyer")
+				must(t, err)
+				go func() {
+					defer ended.Done()
+					var got []any
+					for message, err := range stream.Messages() {
+						if got = append(got, string(message), err); len(got) == 2 {
+							begun.Done()
+						}
+					}
+					err, _ := got[len(got)-1].(error)
+					if len(got) != 4 || got[0] != "one" || got[1] != nil || !errors.Is(err, closes.messages) {
+						t.Errorf("stream: %q", got)
+					}
+				}()
+			}
+			begun.Wait()
+			if closes.worker {
+				must(t, closeNow(worker.Conn))
+				wantError(t, receive(t, serving.result), ErrClosed, "connection")
+			} else {
+				must(t, closeNow(gateway.Conn))
+			}
+			ended.Wait()
+			for i := range handlers {
+				if handlers[i].Load() != 1 {
+					t.Errorf("handler %d ended %d times", i, handlers[i].Load())
+				}
+			}
+			eventually(t, "nothing is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
+			eventually(t, "the client is offline", func() bool { return !IsClientOnline("flyer") })
+		})
+	}
+}
+
+// Requests, sends and marks from all sides while the connection closes: nothing hangs, nothing is left.
+func TestCloseAgainstEverything(t *testing.T) {
+	s := startServer(t)
+	for range 5 {
+		c := connect(t, s)
+		serving := serve(t, c, "all", func(ctx context.Context, req *Request, s *Sender) error {
+			for s.Send([]byte("x")) == nil {
+			}
+			return nil
+		})
+		var all sync.WaitGroup
+		var once sync.Once
+		running := make(chan struct{})
+		for range 8 {
+			all.Add(1)
+			go func() {
+				defer all.Done()
+				for {
+					stream, err := c.Request(context.Background(), "all", nil, "busy")
+					if err != nil {
+						return
+					}
+					n := 0
+					for range stream.Messages() {
+						if n++; n == 20 {
+							once.Do(func() { close(running) })
+							break
+						}
+					}
+				}
+			}()
+		}
+		receive(t, running)
+		must(t, closeNow(c.Conn))
+		all.Wait()
+		wantError(t, receive(t, serving.result), ErrClosed, "connection")
+	}
+}
+
+func TestCloseFromHandlerAndLog(t *testing.T) {
+	s := startServer(t)
+	var c *Conn
+	closed := make(chan error, 1)
+	connected := make(chan struct{})
+	c, err := Connect(s.url, WithLog(func(Event) {
+		<-connected
+		closed <- c.Close(context.Background())
+	}))
+	must(t, err)
+	close(connected)
+	result := make(chan error, 1)
+	go func() { result <- c.Serve(context.Background(), "x", "", echo) }() // tells that it serves
+	must(t, receive(t, closed))
+	wantError(t, receive(t, result), ErrClosed, "connection")
+
+	other := connect(t, s)
+	serving := serve(t, other, "close.me", func(ctx context.Context, req *Request, s *Sender) error {
+		closed <- closeNow(other.Conn)
+		return ctx.Err()
+	})
+	ask(t, other, "close.me", "")
+	must(t, receive(t, closed))
+	wantError(t, receive(t, serving.result), ErrClosed, "connection")
+}
+
+func TestCloseTellsWhatWasNotDrained(t *testing.T) {
+	s := startServer(t)
+	c := connect(t, s)
+	s.pause(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	begin := time.Now()
+	wantError(t, c.Close(ctx), ErrTimeout, "connection")
+	if took := time.Since(begin); took > patience/2 {
+		t.Errorf("took %v", took)
+	}
+	receive(t, c.drained)
+}

@@ -1,0 +1,138 @@
+// A gateway for browsers, over server-sent events. It logs a line for each stream.
+//
+//	GET  /events  the browser's connection. Its first event is "id", with the client's id. When it ends, the client has left.
+//	POST /ask     requests a stream with the body, for the client in the header X-Connect-ID, to be forwarded to that
+//	              client's /events; answers when the stream has ended.
+//
+// Settings come from the environment: NATS_URL, SUBJECT, LISTEN.
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+
+	presence "github.com/nats-presence/nats-presence/bindings/go"
+)
+
+func main() {
+	log.SetFlags(log.Ltime | log.Lmicroseconds)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	conn, err := presence.Connect(setting("NATS_URL", "nats://127.0.0.1:4222"),
+		presence.With("name", "go-gateway"),
+		presence.WithLog(func(e presence.Event) { log.Print(e.Kind, " ", e.Text) }))
+	check(err)
+	// Clients that other gateways see leave.
+	check(conn.ListenOffline())
+
+	g := &gateway{conn: conn, subject: setting("SUBJECT", "pieces")}
+	http.HandleFunc("GET /events", g.events)
+	http.HandleFunc("POST /ask", g.ask)
+	listener, err := net.Listen("tcp", setting("LISTEN", "127.0.0.1:8080"))
+	check(err)
+	log.Print("listening on ", listener.Addr())
+	// Requests end with ctx, so that Close need not wait for browsers.
+	server := &http.Server{BaseContext: func(net.Listener) context.Context { return ctx }}
+	context.AfterFunc(ctx, func() { server.Shutdown(context.Background()) })
+	if err := server.Serve(listener); err != http.ErrServerClosed {
+		check(err)
+	}
+	check(conn.Close(context.Background()))
+}
+
+type gateway struct {
+	conn    *presence.Conn
+	subject string
+	clients sync.Map // by id: *client
+}
+
+// client is a browser with an open /events.
+type client struct {
+	messages chan []byte
+	left     <-chan struct{}
+}
+
+func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
+	id := rand.Text()
+	c := &client{messages: make(chan []byte), left: r.Context().Done()}
+	g.clients.Store(id, c)
+	defer g.clients.Delete(id)
+	check(presence.MarkClientOnline(id))
+	defer presence.MarkClientOffline(id) // stops the client's streams, here and at the workers
+
+	w.Header().Set("Content-Type", "text/event-stream")
+	fmt.Fprintf(w, "event: id\ndata: %s\n\n", id)
+	out := http.NewResponseController(w)
+	for out.Flush() == nil {
+		select {
+		case message := <-c.messages:
+			fmt.Fprintf(w, "data: %s\n\n", strings.ReplaceAll(string(message), "\n", "\ndata: "))
+		case <-c.left:
+			return
+		}
+	}
+}
+
+func (g *gateway) ask(w http.ResponseWriter, r *http.Request) {
+	id := r.Header.Get("X-Connect-ID")
+	found, ok := g.clients.Load(id)
+	if !ok {
+		http.Error(w, "X-Connect-ID names no client who is here", http.StatusNotFound)
+		return
+	}
+	question, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	received, err := g.forward(r.Context(), found.(*client), id, question)
+	log.Printf("stream client=%s received=%d why=%v", id, received, err)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadGateway)
+		return
+	}
+	fmt.Fprintln(w, received)
+}
+
+// forward gives the client what a worker answers; it returns how many messages, and why they ended early.
+func (g *gateway) forward(ctx context.Context, c *client, id string, question []byte) (received int, err error) {
+	stream, err := g.conn.Request(ctx, g.subject, question, id)
+	if err != nil {
+		return 0, err
+	}
+	for message, err := range stream.Messages() {
+		if err != nil {
+			return received, err
+		}
+		select {
+		case c.messages <- message:
+			received++
+		case <-c.left:
+			return received, presence.ErrOffline
+		}
+	}
+	return received, nil
+}
+
+func setting(name, otherwise string) string {
+	if value := os.Getenv(name); value != "" {
+		return value
+	}
+	return otherwise
+}
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}

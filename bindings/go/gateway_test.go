@@ -1,0 +1,299 @@
+package presence
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// echo answers with the request's data three times.
+func echo(ctx context.Context, req *Request, s *Sender) error {
+	for range 3 {
+		if err := s.Send(req.Data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestWireGateway(t *testing.T) {
+	s := startServer(t)
+	gateway, worker := connect(t, s), rawClient(t, s)
+	requests := worker.subscribe("wire")
+	stream := ask(t, gateway, "wire", "wire-gateway", With("header.X-Model", "gpt"))
+	req := receive(t, requests)
+	for _, header := range []string{"NATS/1.0\r\n", "\r\nConnect-ID: wire-gateway\r\n", "\r\nX-Model: gpt\r\n"} {
+		if !strings.Contains(req.header, header) {
+			t.Errorf("header %q, want %q in it", req.header, header)
+		}
+	}
+	if req.data != "question" {
+		t.Errorf("data %q", req.data)
+	}
+	online(t, "wire-gateway", true)
+	for _, answer := range []string{"one", "", "__STREAM_", "__STREAM_END__"} {
+		worker.publish(req.reply, "", "", answer)
+	}
+	got, err := read(t, stream)
+	if fmt.Sprintf("%q", got) != `["one" "" "__STREAM_"]` || err != nil {
+		t.Errorf("got %q, %v", got, err)
+	}
+	online(t, "wire-gateway", false)
+
+	stream = ask(t, gateway, "wire", "")
+	req = receive(t, requests)
+	if strings.Contains(req.header, "Connect-ID") {
+		t.Errorf("header %q for nobody's stream", req.header)
+	}
+	worker.publish(req.reply, "", "", "__STREAM_ERROR__:no such model")
+	got, err = read(t, stream)
+	var own *Error
+	if len(got) != 0 || !errors.Is(err, ErrRemote) || !errors.As(err, &own) || own.Message != "no such model" {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+func TestStream(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	serve(t, worker, "echo", echo)
+	var messages []string
+	for message, err := range ask(t, gateway, "echo", "reader").Messages() {
+		must(t, err)
+		messages = append(messages, string(message))
+	}
+	if fmt.Sprint(messages) != "[question question question]" {
+		t.Error(messages)
+	}
+	// Many at once, on one connection with one goroutine.
+	var all sync.WaitGroup
+	for i := range 200 {
+		all.Add(1)
+		go func() {
+			defer all.Done()
+			data := strconv.Itoa(i)
+			stream, err := gateway.Request(t.Context(), "echo", []byte(data), "many-"+data)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if got, err := read(t, stream); fmt.Sprint(got) != fmt.Sprint([]string{data, data, data}) || err != nil {
+				t.Error(i, got, err)
+			}
+			if _, err := stream.Next(t.Context()); err != io.EOF {
+				t.Error("after the end: ", err)
+			}
+		}()
+	}
+	all.Wait()
+	eventually(t, "all streams are forgotten", func() bool { return gateway.streamsLeft() == 0 })
+}
+
+func TestStreamEndsWithError(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	left := make(chan error, 1)
+	serve(t, worker, "error", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send([]byte("one")))
+		if req.ClientID == "failing" {
+			return errors.New("no such model")
+		}
+		left <- until(t, ctx)
+		return nil
+	})
+
+	var got []string
+	for message, err := range ask(t, gateway, "error", "failing").Messages() {
+		got = append(got, fmt.Sprintf("%s/%v", message, err))
+	}
+	if fmt.Sprint(got) != "[one/<nil> /presence: no such model]" {
+		t.Errorf("%q", got)
+	}
+
+	_, err := read(t, ask(t, gateway, "nobody", "x"))
+	wantError(t, err, ErrNoResponders, "nobody")
+
+	got, err = read(t, ask(t, gateway, "error", "waiting", With("timeout_ms", "50")))
+	wantError(t, err, ErrTimeout, "")
+	if len(got) > 1 || !errors.Is(receive(t, left), ErrOffline) {
+		t.Error(got)
+	}
+
+	stream := ask(t, gateway, "error", "marked")
+	stream.Next(t.Context())
+	must(t, MarkClientOffline("marked"))
+	_, err = read(t, stream)
+	wantError(t, err, ErrOffline, "offline")
+	if !errors.Is(receive(t, left), ErrOffline) {
+		t.Error("the worker was not told")
+	}
+
+	stream = ask(t, gateway, "error", "")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	stream.Next(t.Context())
+	if _, err := stream.Next(ctx); err != context.DeadlineExceeded {
+		t.Error("Next whose context ended: ", err)
+	}
+	if err := ctx.Err(); stream.err != nil {
+		t.Error("ended the stream: ", err)
+	}
+}
+
+func TestRetries(t *testing.T) {
+	s := startServer(t)
+	gateway := connect(t, s)
+	stream := ask(t, gateway, "later", "patient", With("retries", "1000"), With("retry_delay_ms", "10"))
+	serve(t, connect(t, s), "later", echo)
+	if got, err := read(t, stream); len(got) != 3 || err != nil {
+		t.Error(got, err)
+	}
+}
+
+func TestCancel(t *testing.T) {
+	s := startServer(t)
+	gateway, worker := connect(t, s), rawClient(t, s)
+	requests, offline := worker.subscribe("cancel"), worker.subscribe("client.offline")
+	cause := errors.New("the browser is gone")
+	for name, cancel := range map[string]func(*Stream, context.CancelCauseFunc){
+		"leaving the loop": func(s *Stream, _ context.CancelCauseFunc) {
+			for range s.Messages() {
+				break
+			}
+		},
+		"Close":   func(s *Stream, _ context.CancelCauseFunc) { s.Close() },
+		"context": func(_ *Stream, cancel context.CancelCauseFunc) { cancel(cause) },
+	} {
+		id := "cancel " + name
+		ctx, stop := context.WithCancelCause(t.Context())
+		stream, err := gateway.Request(ctx, "cancel", nil, id)
+		must(t, err)
+		req := receive(t, requests)
+		worker.publish(req.reply, "", "", "one")
+		worker.publish(req.reply, "", "", "two")
+		worker.flush()
+		cancel(stream, stop)
+		if told := receive(t, offline); told.data != id {
+			t.Errorf("%s: %q was announced", name, told.data)
+		}
+		_, err = read(t, stream)
+		wantError(t, err, ErrCancelled, "")
+		if (name == "context") != errors.Is(err, cause) {
+			t.Errorf("%s: %v", name, err)
+		}
+		worker.publish(req.reply, "", "", "three")
+		stream.Close()
+		stop(nil)
+		online(t, id, false)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	_, err := gateway.Request(ctx, "cancel", nil, "")
+	wantError(t, err, ErrCancelled, "")
+	if !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+
+	// A client that is marked online has not left with one of its streams.
+	must(t, MarkClientOnline("stays"))
+	ask(t, gateway, "cancel", "stays").Close()
+	must(t, MarkClientOffline("stays"))
+	if told := receive(t, offline); told.data != "stays" || len(offline) > 0 {
+		t.Error(told)
+	}
+}
+
+func TestSlowReader(t *testing.T) {
+	s := startServer(t)
+	gateway, worker := connect(t, s), rawClient(t, s)
+	requests := worker.subscribe("slow")
+	const limit, size = 10000, 100
+	slow := ask(t, gateway, "slow", "slow", With("stream_buffer_bytes", strconv.Itoa(limit)))
+	other := ask(t, gateway, "slow", "other")
+	first, second := receive(t, requests), receive(t, requests)
+	for range 2 * limit / size {
+		worker.publish(first.reply, "", "", strings.Repeat("x", size))
+	}
+	worker.publish(second.reply, "", "", "__STREAM_END__")
+	if got, err := read(t, other); len(got) != 0 || err != nil {
+		t.Error(got, err)
+	}
+	got, err := read(t, slow)
+	wantError(t, err, ErrFull, "slow")
+	if len(got) != limit/(size+64) {
+		t.Errorf("%d messages waited", len(got))
+	}
+	online(t, "slow", false)
+
+	// One that reads gets any number.
+	quick := ask(t, gateway, "slow", "quick", With("stream_buffer_bytes", strconv.Itoa(limit)))
+	req := receive(t, requests)
+	for i := range 1000 {
+		worker.publish(req.reply, "", "", strings.Repeat("x", size))
+		if i%20 == 0 {
+			for range 20 {
+				if i > 0 {
+					if _, err := quick.Next(t.Context()); err != nil {
+						t.Fatal(i, err)
+					}
+				}
+			}
+		}
+	}
+}
+
+func TestRequestRefusesBadInput(t *testing.T) {
+	s := startServer(t)
+	c, worker := connect(t, s), rawClient(t, s)
+	requests := worker.subscribe(">")
+	long := strings.Repeat("x", 1<<20)
+	for _, bad := range []struct {
+		subject, data, id string
+		opts              []Option
+		status            Status
+		named             string
+	}{
+		{subject: "", named: "subject"},
+		{subject: "a b", named: `"a b"`},
+		{subject: "a\r\nPUB b 0\r\n\r\n", named: "subject"},
+		{subject: "a\x00", named: "subject"},
+		{subject: "a\xff", named: "subject"},
+		{subject: "a.*", named: `"a.*"`},
+		{subject: "a.>", named: `"a.>"`},
+		{subject: "a", data: long + "x", status: ErrTooLarge, named: "1048577"},
+		{subject: "a", data: long, id: "x", status: ErrTooLarge, named: "headers included"},
+		{subject: "a", opts: []Option{With("timeout", "1")}, named: `"timeout"`},
+		{subject: "a", opts: []Option{With("timeout_ms", "soon")}, named: "timeout_ms"},
+		{subject: "a", opts: []Option{With("timeout_ms", "1\x00")}, named: "timeout_ms"},
+		{subject: "a", opts: []Option{With("timeout_ms\x00", "1")}, named: "timeout_ms"},
+		{subject: "a", opts: []Option{With("user", "u")}, named: "user"},
+		{subject: "a", opts: []Option{With("header.X", "a\r\nb")}, named: "X"},
+		{subject: "a", opts: []Option{With("header.Connect-ID", "y")}, named: "Connect-ID"},
+	} {
+		if bad.status == 0 {
+			bad.status = ErrInvalid
+		}
+		stream, err := c.Request(t.Context(), bad.subject, []byte(bad.data), bad.id, bad.opts...)
+		if stream != nil || err == nil {
+			t.Fatalf("%.40q %q is requested", bad.subject, bad.id)
+		}
+		wantError(t, err, bad.status, bad.named)
+	}
+	for name, id := range badIDs {
+		stream, err := c.Request(t.Context(), "a", nil, id)
+		if stream != nil || err == nil {
+			t.Fatalf("%s: requested", name)
+		}
+		wantError(t, err, ErrInvalid, "client id")
+	}
+	worker.flush()
+	if len(requests) != 0 || c.streamsLeft() != 0 || c.Stats().Streams != 0 {
+		t.Errorf("something was requested: %q", (<-requests).data)
+	}
+}

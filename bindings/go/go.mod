@@ -1,0 +1,3 @@
+module github.com/nats-presence/nats-presence/bindings/go
+
+go 1.24

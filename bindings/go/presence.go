@@ -1,0 +1,94 @@
+// Package presence stops work for clients who have left: presence and streams over NATS.
+//
+// A worker serves stream requests ([Conn.Serve]); a gateway requests streams for its clients ([Conn.Request]) and says
+// when a client leaves ([MarkClientOffline], [Session.Close]). From that moment the worker's [Sender] refuses to send and
+// its handler's context is cancelled, in whatever process and language it runs.
+//
+// Clients are named by an id that the gateway chose: 1 to 1024 bytes of UTF-8 without control characters. The empty id
+// means "no client": it is always online, and marking it has no effect.
+//
+// Everything may be called from any goroutine at any time, also after its owner was closed, unless its comment says
+// otherwise. Data passed in is copied before a call returns; data handed out belongs to the receiver. Errors are [*Error]
+// values, alone or wrapped: compare with errors.Is(err, presence.ErrOffline) and its kin.
+package presence
+
+// #include <nats_presence.h>
+// #cgo noescape presence_mark_online
+// #cgo nocallback presence_mark_online
+// #cgo noescape presence_mark_offline
+// #cgo nocallback presence_mark_offline
+// #cgo noescape presence_is_online
+// #cgo nocallback presence_is_online
+import "C"
+
+import (
+	"fmt"
+	"runtime"
+	"unsafe"
+)
+
+// MarkClientOnline marks a client online in this process, until [MarkClientOffline] or an announcement of another process
+// says otherwise. Once more is fine. Fails with ErrInvalid, for a bad id only.
+func MarkClientOnline(id string) error {
+	return idError(C.presence_mark_online(idText(id), C.size_t(len(id))), id)
+}
+
+// MarkClientOffline marks a client offline: its senders and streams in this process stop before this returns, its
+// sessions are over, and every open connection announces it to the other processes (unless its option "announce" says
+// otherwise). It does not block. Marking an unknown client offline announces it all the same. Fails with ErrInvalid, for
+// a bad id only.
+func MarkClientOffline(id string) error {
+	return idError(C.presence_mark_offline(idText(id), C.size_t(len(id))), id)
+}
+
+// IsClientOnline reports whether a client is online in this process: it is marked so, has an open session, or has a
+// running stream here. The empty id is always online, an unknown or bad one never.
+func IsClientOnline(id string) bool {
+	return bool(C.presence_is_online(idText(id), C.size_t(len(id))))
+}
+
+// OnlineCount returns how many clients are online in this process.
+func OnlineCount() uint64 { return uint64(C.presence_online_count()) }
+
+// Version returns the version of the C library, as in "1.2.3".
+func Version() string { return C.GoString(C.presence_version()) }
+
+// Session is one of several connections of the same client, such as two tabs of a browser.
+type Session struct {
+	handle  *C.presence_session
+	cleanup runtime.Cleanup
+}
+
+// OpenSession opens a session of a client, who is online as long as one of its sessions is open. Keep the session until
+// its Close: one that is garbage-collected is closed. The empty id gives a session without effect. Fails with
+// ErrInvalid, for a bad id only.
+func OpenSession(id string) (*Session, error) {
+	s := new(Session)
+	if err := idError(C.presence_session_open(idText(id), C.size_t(len(id)), &s.handle), id); err != nil {
+		return nil, err
+	}
+	s.cleanup = runtime.AddCleanup(s, func(handle *C.presence_session) { C.presence_session_close(handle) }, s.handle)
+	return s, nil
+}
+
+// Close closes the session. With a client's last one the client goes offline as by [MarkClientOffline], unless it is also
+// marked online; after the option "session_grace_ms" if [Connect] set it, and without a new session in that time. Once
+// more has no effect. It returns nil.
+func (s *Session) Close() error {
+	s.cleanup.Stop()
+	C.presence_session_close(s.handle)
+	runtime.KeepAlive(s)
+	return nil
+}
+
+func idText(id string) *C.char { return (*C.char)(unsafe.Pointer(unsafe.StringData(id))) }
+
+func idError(rc C.int32_t, id string) error {
+	if rc != C.PRESENCE_INVALID {
+		return failed(rc, "client")
+	}
+	if len(id) > 32 {
+		id = id[:32] + fmt.Sprintf("… (%d bytes)", len(id))
+	}
+	return invalid("client id %q is not 1 to 1024 bytes of UTF-8 without control characters", id)
+}

@@ -1,0 +1,241 @@
+package presence
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/nats-presence/nats-presence/bindings/go"
+
+// run runs a command to its end.
+func run(t *testing.T, dir string, command ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-buildvcs=false", "GOPROXY=off")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", command, err, out)
+	}
+	return string(out)
+}
+
+// program is one that runs until the test ends; lines is what it says on its standard error.
+type program struct{ lines chan string }
+
+func start(t *testing.T, path string, env ...string) *program {
+	t.Helper()
+	cmd := exec.Command(path)
+	cmd.Env = append(os.Environ(), env...)
+	out, err := cmd.StderrPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	p := &program{make(chan string, 1<<10)}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			p.lines <- lines.Text()
+		}
+		if err := cmd.Wait(); err != nil && cmd.ProcessState.Exited() {
+			t.Error(filepath.Base(path), ": ", err)
+		}
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Signal(os.Interrupt)
+		receive(t, done)
+	})
+	return p
+}
+
+// says waits for a line, and returns what the expression's group matched.
+func (p *program) says(t *testing.T, expression string) string {
+	t.Helper()
+	for {
+		if found := regexp.MustCompile(expression).FindStringSubmatch(receive(t, p.lines)); found != nil {
+			return found[len(found)-1]
+		}
+	}
+}
+
+// browser reads server-sent events until it leaves.
+type browser struct {
+	events *bufio.Scanner
+	leave  context.CancelFunc
+}
+
+func browse(t *testing.T, url string) *browser {
+	t.Helper()
+	ctx, leave := context.WithCancel(t.Context())
+	t.Cleanup(leave)
+	req, err := http.NewRequestWithContext(ctx, "GET", url, nil)
+	must(t, err)
+	var response *http.Response
+	eventually(t, "the gateway answers", func() bool {
+		response, err = http.DefaultClient.Do(req)
+		return err == nil
+	})
+	if response.StatusCode != 200 || response.Header.Get("Content-Type") != "text/event-stream" {
+		t.Fatal(response.Status, response.Header)
+	}
+	return &browser{bufio.NewScanner(response.Body), leave}
+}
+
+// data returns the data of the next event.
+func (b *browser) data(t *testing.T) string {
+	t.Helper()
+	for b.events.Scan() {
+		if data, ok := strings.CutPrefix(b.events.Text(), "data: "); ok {
+			return data
+		}
+	}
+	t.Fatal("no more events: ", b.events.Err())
+	return ""
+}
+
+func TestExamples(t *testing.T) {
+	dir := t.TempDir()
+	run(t, ".", "go", "build", "-o", dir+"/", "./examples/...")
+	s := startServer(t)
+	env := []string{"NATS_URL=" + s.url, "SUBJECT=example", "QUEUE=q", "LISTEN=127.0.0.1:0", "PIECES=100", "DELAY=1ms"}
+	worker := start(t, dir+"/worker", env...)
+	worker.says(t, "serving example")
+	gateway := start(t, dir+"/gateway", env...)
+	url := "http://" + gateway.says(t, "listening on (.*)")
+
+	b := browse(t, url+"/events")
+	id := b.data(t)
+	ask := func(id string) (status int, body string) {
+		req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", strings.NewReader("question"))
+		must(t, err)
+		req.Header.Set("X-Connect-ID", id)
+		response, err := http.DefaultClient.Do(req)
+		if err != nil {
+			return 0, err.Error()
+		}
+		defer response.Body.Close()
+		text, _ := io.ReadAll(response.Body)
+		return response.StatusCode, string(text)
+	}
+	if status, body := ask("nobody"); status != 404 {
+		t.Error(status, body)
+	}
+
+	answered := make(chan string, 1)
+	begin := func() {
+		go func() {
+			status, body := ask(id)
+			answered <- fmt.Sprint(status, " ", body)
+		}()
+	}
+	begin()
+	for i := range 100 {
+		if data := b.data(t); data != fmt.Sprint("piece ", i) {
+			t.Fatal(i, data)
+		}
+	}
+	if answer := receive(t, answered); answer != "200 100\n" {
+		t.Error(answer)
+	}
+	worker.says(t, "end client="+id+" sent=100 why=<nil>")
+	gateway.says(t, "stream client="+id+" received=100 why=<nil>")
+
+	begin()
+	b.data(t)
+	b.leave()
+	worker.says(t, "end client="+id+" sent=[0-9]+ why=presence: .*client is offline")
+	gateway.says(t, "stream client="+id+" received=[0-9]+ why=.*offline")
+	receive(t, answered)
+}
+
+// The README's programs, as they are but for the addresses.
+func TestReadme(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	must(t, err)
+	programs := regexp.MustCompile("(?s)```go\n(package main.*?)```").FindAllSubmatch(readme, -1)
+	if len(programs) != 2 {
+		t.Fatalf("%d programs in the README", len(programs))
+	}
+	s := startServer(t)
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	free.Close()
+	dir := t.TempDir()
+	here, err := filepath.Abs(".")
+	must(t, err)
+	must(t, os.WriteFile(dir+"/go.mod", fmt.Appendf(nil,
+		"module readme\n\ngo 1.24\n\nrequire %s v0.0.0\n\nreplace %s => %s\n", module, module, here), 0o644))
+	for i, name := range []string{"worker", "gateway"} {
+		text := programs[i][1]
+		code := regexp.MustCompile(`(?s)import \(.*?\)\n`).ReplaceAll(text, nil)
+		if lines := len(regexp.MustCompile(`(?m)^.*\S`).FindAll(code, -1)); lines > 20 {
+			t.Errorf("%s has %d lines without its imports", name, lines)
+		}
+		text = bytes.ReplaceAll(text, []byte("nats://127.0.0.1:4222"), []byte(s.url))
+		text = bytes.ReplaceAll(text, []byte("127.0.0.1:8080"), []byte(free.Addr().String()))
+		must(t, os.Mkdir(dir+"/"+name, 0o755))
+		must(t, os.WriteFile(dir+"/"+name+"/main.go", text, 0o644))
+	}
+	if bad := run(t, dir, "gofmt", "-l", "."); bad != "" {
+		t.Error("not formatted: ", bad)
+	}
+	run(t, dir, "go", "vet", "./...")
+	run(t, dir, "go", "build", "-o", dir+"/bin/", "./...")
+	worker := start(t, dir+"/bin/worker")
+	start(t, dir+"/bin/gateway")
+	probe := connect(t, s)
+	_, err = ask(t, probe, "count", "probe", With("retries", "1000"), With("retry_delay_ms", "10")).Next(t.Context())
+	must(t, err)
+	b := browse(t, "http://"+free.Addr().String()+"/count")
+	for i := range 3 {
+		if data := b.data(t); data != fmt.Sprint(i) {
+			t.Error(i, data)
+		}
+	}
+	b.leave()
+	worker.says(t, "[0-9A-Z]{26}: presence: .*client is offline")
+}
+
+// The package builds from another module's vendor folder, shared and static; the static program needs no file of ours.
+func TestVendor(t *testing.T) {
+	dir := t.TempDir()
+	here, err := filepath.Abs(".")
+	must(t, err)
+	must(t, os.WriteFile(dir+"/go.mod", fmt.Appendf(nil,
+		"module stranger\n\ngo 1.24\n\nrequire %s v0.0.0\n\nreplace %s => %s\n", module, module, here), 0o644))
+	must(t, os.WriteFile(dir+"/main.go", []byte(`package main
+
+import presence "`+module+`"
+
+func main() {
+	if presence.MarkClientOnline("me") != nil || !presence.IsClientOnline("me") {
+		panic("not online")
+	}
+	println("online", presence.Version())
+}
+`), 0o644))
+	run(t, dir, "go", "mod", "vendor")
+	run(t, dir, "go", "build", "-mod=vendor", "-o", "shared")
+	run(t, dir, "go", "build", "-mod=vendor", "-tags", "presence_static", "-o", "static")
+	want := "online " + Version() + "\n"
+	if out := run(t, dir, "./shared"); out != want {
+		t.Errorf("shared says %q", out)
+	}
+	if out := run(t, dir, "env", "-u", "LD_LIBRARY_PATH", "./static"); out != want {
+		t.Errorf("static says %q", out)
+	}
+	if out := run(t, dir, "ldd", "./static"); strings.Contains(out, "nats_presence") {
+		t.Errorf("static needs %s", out)
+	}
+}

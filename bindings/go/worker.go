@@ -1,0 +1,372 @@
+package presence
+
+// #include <nats_presence.h>
+// #cgo noescape presence_sender_send
+// #cgo nocallback presence_sender_send
+import "C"
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+)
+
+// Handler answers one request. It runs in a goroutine of its own.
+//
+// ctx ends when the client leaves or the stream is stopped otherwise (context.Cause(ctx) is then ErrOffline,
+// ErrDisconnected, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
+// stream: nil as by [Sender.End], an error or a panic as by [Sender.SendError], unless it was ended before. One that
+// wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
+type Handler func(ctx context.Context, req *Request, s *Sender) error
+
+// Request is what a stream was requested with.
+type Request struct {
+	Subject  string
+	ClientID string // empty: nobody's
+	Data     []byte // the handler's own
+	sender   *Sender
+}
+
+// Header returns a header of the request by its exact name, the first if there are several; "" if there is none, or if
+// the stream has ended and its handler has returned.
+func (r *Request) Header(name string) string { return r.sender.header(name) }
+
+// service is one call of Serve.
+type service struct {
+	ctx     context.Context
+	handler Handler
+	running sync.WaitGroup // handlers; added to with the connection's mutex held, while it is in its services
+}
+
+// Serve serves a subject, which may have wildcards, until ctx ends. Requests are spread over all processes that serve the
+// subject in the same queue; with the empty queue each of them gets every request. At most max_streams streams (see
+// [With]) run at once; a request beyond is answered with "server busy".
+//
+// When it returns, its handlers have returned (their ctx ends with Serve's, so they should look at it or at Send's error)
+// and all its streams have ended, detached ones too.
+//
+// It returns nil when ctx ended. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up
+// (option max_reconnects), ErrInvalid (subject, queue, options), ErrTimeout when the server did not answer.
+func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...Option) error {
+	if handler == nil {
+		return invalid("handler is nil")
+	}
+	maxStreams, err := maxStreams(opts)
+	if err != nil {
+		return err
+	}
+	cSubject, err := cText("subject", subject)
+	if err != nil {
+		return err
+	}
+	cQueue, err := cText("queue", queue)
+	if err != nil {
+		return err
+	}
+	serving, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(c.ctx, func() { stop(context.Cause(c.ctx)) })()
+
+	v := &service{ctx: serving, handler: handler}
+	c.mu.Lock()
+	c.lastTag++
+	tag := c.lastTag
+	c.services[tag] = v
+	c.mu.Unlock()
+
+	var handle *C.presence_service
+	var report C.presence_error
+	rc := C.presence_serve(c.handle, c.queue.handle, cSubject, cQueue, C.uint32_t(maxStreams), C.uint64_t(tag), &handle, &report)
+	if rc == C.PRESENCE_OK {
+		c.tell(Event{Kind: Serving, Text: subject})
+		<-serving.Done()
+		C.presence_service_free(handle)
+	}
+	c.mu.Lock()
+	delete(c.services, tag)
+	c.mu.Unlock()
+	if err := reported(rc, &report); err != nil {
+		return err
+	}
+	v.running.Wait()
+	for _, s := range c.sendersOf(v) {
+		s.SendError(errors.New("the worker stopped serving"))
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
+	return context.Cause(serving)
+}
+
+func maxStreams(opts []Option) (uint64, error) {
+	o := collect(opts)
+	for _, pair := range o.pairs {
+		if pair[0] != "max_streams" {
+			return 0, invalid("option %q is not one of Serve: max_streams is", pair[0])
+		}
+	}
+	value := o.value("max_streams")
+	if value == "" && len(o.pairs) == 0 {
+		return 0, nil
+	}
+	n, err := strconv.ParseUint(value, 10, 32)
+	if err != nil {
+		return 0, invalid("value %q of option max_streams is not a number from 0 to 4294967295", value)
+	}
+	return n, nil
+}
+
+// accept begins to answer a request.
+func (c *Conn) accept(e *C.presence_event) {
+	word := (*uint32)(unsafe.Pointer(C.presence_sender_status_word(e.sender)))
+	client := string(view(e.client, e.client_len))
+	c.mu.Lock()
+	v := c.services[uint64(e.tag)]
+	if v == nil || atomic.LoadUint32(word) != 0 {
+		c.mu.Unlock()
+		C.presence_sender_free(e.sender) // too late: the reader is told, if there still is one
+		return
+	}
+	s := &Sender{
+		conn: c, service: v, client: client, handle: e.sender, word: word,
+		writable: make(chan struct{}, 1), over: make(chan struct{}),
+	}
+	s.ctx, s.cancel = context.WithCancelCause(v.ctx)
+	s.holders.Store(2)
+	c.senders[e.sender] = s
+	v.running.Add(1)
+	c.mu.Unlock()
+	req := &Request{
+		Subject: string(view(e.subject, e.subject_len)), ClientID: client,
+		Data: bytes.Clone(view(e.data, e.data_len)), sender: s,
+	}
+	go s.serve(req)
+}
+
+func (c *Conn) sendersOf(v *service) (senders []*Sender) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.senders {
+		if s.service == v {
+			senders = append(senders, s)
+		}
+	}
+	return senders
+}
+
+// Sender is the worker's end of one stream. Whatever ends it, it stays ended: a client who comes back has new streams.
+type Sender struct {
+	conn     *Conn
+	service  *service
+	client   string
+	ctx      context.Context
+	cancel   context.CancelCauseFunc
+	writable chan struct{} // a token: there may be room again
+	over     chan struct{} // closed when it may send no more
+	end      sync.Once     // closes over
+	detached atomic.Bool
+	// The stream, until it is over, and the handler, until it has returned, hold the C sender; the last one frees it.
+	holders atomic.Int32
+
+	mu     sync.RWMutex       // held for reading while C is called, and for writing to free
+	handle *C.presence_sender // nil once freed; then the last three fields tell
+	word   *uint32            // C's status word: 0 while it may send
+	status Status             // why it may send no more
+	ended  Status             // what another End gives
+	count  uint64
+}
+
+// Send sends one message of the stream. Where there is no room it waits, without a thread, until there is or the stream
+// or its context ends.
+//
+// Once the client is offline it fails with ErrOffline, for ever. Others: ErrCancelled (Serve's context ended), ErrClosed,
+// ErrDisconnected; and, after which the stream goes on, ErrTooLarge and ErrReserved.
+func (s *Sender) Send(data []byte) error {
+	status := s.send(data)
+	for status == ErrFull {
+		select {
+		case <-s.writable:
+		case <-s.over:
+		case <-s.ctx.Done():
+		}
+		if status = s.send(data); status != ErrFull {
+			signal(s.writable) // for others who wait too
+		}
+	}
+	return s.failed(status)
+}
+
+// TrySend is Send, but fails with ErrFull where Send would wait.
+func (s *Sender) TrySend(data []byte) error { return s.failed(s.send(data)) }
+
+func (s *Sender) send(data []byte) Status {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if status := s.state(); status != C.PRESENCE_OK {
+		return status
+	}
+	return Status(C.presence_sender_send(s.handle, unsafe.Pointer(unsafe.SliceData(data)), C.size_t(len(data))))
+}
+
+// state tells why it may send no more, 0 while it may. The mutex is held.
+func (s *Sender) state() Status {
+	if s.handle == nil {
+		return s.status
+	}
+	if status := Status(atomic.LoadUint32(s.word)); status != C.PRESENCE_OK {
+		return status
+	}
+	if s.ctx.Err() != nil {
+		return ErrCancelled
+	}
+	return C.PRESENCE_OK
+}
+
+// SendError ends the stream with an error, whose text the reader gets. Fails with ErrClosed if it has ended already, with
+// why it was stopped if it was.
+func (s *Sender) SendError(err error) error {
+	if err == nil {
+		err = errors.New("unknown error")
+	}
+	return s.sendError(err.Error())
+}
+
+func (s *Sender) sendError(text string) error {
+	text = strings.ToValidUTF8(text, "\uFFFD")
+	s.mu.RLock()
+	status := s.status
+	if s.handle != nil {
+		status = Status(C.presence_sender_error(s.handle, (*C.char)(unsafe.Pointer(unsafe.StringData(text))), C.size_t(len(text))))
+	}
+	s.mu.RUnlock()
+	s.finish()
+	return s.failed(status)
+}
+
+// End ends the stream. Once more is fine. Fails with why the stream was stopped if it was.
+func (s *Sender) End() error {
+	s.mu.RLock()
+	status := s.ended
+	if s.handle != nil {
+		status = Status(C.presence_sender_end(s.handle))
+	}
+	s.mu.RUnlock()
+	s.finish()
+	return s.failed(status)
+}
+
+// Detach lets the stream go on after its handler has returned nil: whoever has the sender now ends it, with End or
+// SendError. It ends also when the client leaves, and when Serve returns. Its context lives on as long as the stream.
+func (s *Sender) Detach() { s.detached.Store(true) }
+
+// IsClosed reports whether the sender may send no more, for whatever reason. It costs a few nanoseconds.
+func (s *Sender) IsClosed() bool { return s.Err() != nil }
+
+// Err returns why the sender may send no more, as Send would: ErrOffline, ErrClosed, …; nil while it may. While it may
+// it costs a few nanoseconds: no call of C, no lookup.
+func (s *Sender) Err() error {
+	s.mu.RLock()
+	status := s.state()
+	s.mu.RUnlock()
+	return s.failed(status)
+}
+
+// SendCount returns how many messages were sent so far.
+func (s *Sender) SendCount() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.handle == nil {
+		return s.count
+	}
+	return uint64(C.presence_sender_send_count(s.handle))
+}
+
+func (s *Sender) header(name string) string {
+	text, err := cText("name", name)
+	if err != nil {
+		return ""
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.handle == nil {
+		return ""
+	}
+	var value *C.char
+	var length C.size_t
+	C.presence_sender_header(s.handle, text, &value, &length)
+	return string(view(value, length))
+}
+
+func (s *Sender) failed(status Status) error {
+	switch status {
+	case C.PRESENCE_OK:
+		return nil
+	case ErrCancelled:
+		return cancelled(s.ctx)
+	}
+	return failed(C.int32_t(status), fmt.Sprintf("stream of client %q", s.client))
+}
+
+// serve runs the handler and ends the stream as it says.
+func (s *Sender) serve(req *Request) {
+	failure, failed := "the handler did not return", true // runtime.Goexit
+	defer func() {
+		if cause := recover(); cause != nil {
+			failure = fmt.Sprint("the handler panicked: ", cause)
+			s.conn.tell(Event{Log, ErrInternal, s.client, failure + "\n" + string(debug.Stack())})
+		}
+		if failed {
+			s.sendError(failure)
+		} else if !s.detached.Load() {
+			s.End()
+		}
+		s.release()
+		s.service.running.Done()
+	}()
+	if err := s.service.handler(s.ctx, req, s); err != nil {
+		failure = err.Error()
+	} else {
+		failed = false
+	}
+}
+
+// stopped hears that the stream has ended for another reason than the handler's word.
+func (s *Sender) stopped() {
+	if err := s.Err(); err != nil {
+		s.cancel(err)
+		s.finish()
+	}
+}
+
+// finish is called when the stream is over.
+func (s *Sender) finish() {
+	s.end.Do(func() {
+		close(s.over)
+		s.release()
+	})
+}
+
+// release frees the C sender for the last of its holders. A call that is under way is waited for; none of them blocks.
+func (s *Sender) release() {
+	if s.holders.Add(-1) > 0 {
+		return
+	}
+	s.conn.mu.Lock()
+	delete(s.conn.senders, s.handle)
+	s.conn.mu.Unlock()
+	s.mu.Lock()
+	s.status = Status(atomic.LoadUint32(s.word))
+	s.ended = Status(C.presence_sender_end(s.handle))
+	s.count = uint64(C.presence_sender_send_count(s.handle))
+	C.presence_sender_free(s.handle)
+	s.handle, s.word = nil, nil
+	s.mu.Unlock()
+	s.cancel(nil)
+}

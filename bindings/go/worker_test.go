@@ -1,0 +1,532 @@
+package presence
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// until waits for a context's end and returns its cause.
+func until(t *testing.T, ctx context.Context) error {
+	t.Helper()
+	receive(t, ctx.Done())
+	return context.Cause(ctx)
+}
+
+// answers reads what a raw requester gets until the stream's end, which it returns too.
+func answers(t *testing.T, from <-chan rawMessage) (messages []string) {
+	t.Helper()
+	for {
+		message := receive(t, from)
+		messages = append(messages, message.data)
+		if strings.HasPrefix(message.data, "__STREAM_") {
+			return messages
+		}
+	}
+}
+
+func TestWireWorker(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	serve(t, worker, "wire.*", func(ctx context.Context, req *Request, s *Sender) error {
+		if s.IsClosed() || s.Err() != nil {
+			t.Error("closed at the begin: ", s.Err())
+		}
+		for _, text := range []string{req.Subject, req.ClientID, req.Header("X-Model"), req.Header("x\x00"), string(req.Data), ""} {
+			if err := s.Send([]byte(text)); err != nil {
+				t.Error(err)
+			}
+		}
+		if s.SendCount() != 6 {
+			t.Error("count ", s.SendCount())
+		}
+		switch string(req.Data) {
+		case "fail":
+			return errors.New("no such model")
+		case "panic":
+			panic("oh")
+		case "goexit":
+			runtime.Goexit()
+		case "say":
+			return s.SendError(errors.New("said"))
+		}
+		return nil
+	})
+	for data, end := range map[string]string{
+		"go\r\non": "__STREAM_END__",
+		"fail":     "__STREAM_ERROR__:no such model",
+		"panic":    "__STREAM_ERROR__:the handler panicked: oh",
+		"goexit":   "__STREAM_ERROR__:the handler did not return",
+		"say":      "__STREAM_ERROR__:said",
+	} {
+		inbox := "_INBOX.wire." + strings.Fields(data)[0]
+		from := gateway.subscribe(inbox)
+		gateway.publish("wire.x", inbox, "X-Model: gpt\r\nConnect-ID: wire-worker", data)
+		got := answers(t, from)
+		want := []string{"wire.x", "wire-worker", "gpt", "", data, "", end}
+		if fmt.Sprint(got) != fmt.Sprint(want) {
+			t.Errorf("%s: got %q, want %q", data, got, want)
+		}
+	}
+	got := answers(t, gateway.request("wire.x", "", "anonymous"))
+	if got[1] != "" || got[6] != "__STREAM_END__" {
+		t.Errorf("anonymous: %q", got)
+	}
+	worker.events.wait(t, Log, "the handler panicked: oh\n") // with its stack
+	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
+	online(t, "wire-worker", false)
+}
+
+func TestClientLeaves(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	type end struct{ cause, send, end, fail error }
+	ends := make(chan end, 1)
+	serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send([]byte("first")))
+		e := end{cause: until(t, ctx)}
+		e.send, e.fail, e.end = s.Send([]byte("more")), s.SendError(errors.New("late")), s.End()
+		if !s.IsClosed() || !errors.Is(s.Err(), ErrOffline) || s.SendCount() != 1 {
+			t.Error(s.IsClosed(), s.Err(), s.SendCount())
+		}
+		if req.Header("Connect-ID") != "leaver" {
+			t.Error("no header after the client left")
+		}
+		ends <- e
+		return ctx.Err()
+	})
+	from := gateway.request("leave", "leaver", "")
+	receive(t, from)
+	online(t, "leaver", true)
+	gateway.publish("client.offline", "", "", "leaver")
+	e := receive(t, ends)
+	for _, err := range []error{e.cause, e.send, e.end, e.fail} {
+		wantError(t, err, ErrOffline, `"leaver"`)
+	}
+	online(t, "leaver", false)
+	if got := answers(t, from); len(got) != 1 || !strings.HasPrefix(got[0], "__STREAM_ERROR__:") {
+		t.Errorf("after it left: %q", got)
+	}
+
+	// The same id again is a new life.
+	receive(t, gateway.request("leave", "leaver", ""))
+	must(t, MarkClientOffline("leaver"))
+	if e := receive(t, ends); !errors.Is(e.cause, ErrOffline) {
+		t.Error(e)
+	}
+	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
+}
+
+func TestDetach(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	type job struct {
+		ctx context.Context
+		req *Request
+		*Sender
+	}
+	jobs := make(chan job, 1)
+	serving := serve(t, worker, "detach", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Detach()
+		jobs <- job{ctx, req, s}
+		if string(req.Data) == "fail" {
+			return errors.New("failed all the same")
+		}
+		return nil
+	})
+	begin := func(data string) (job, <-chan rawMessage) {
+		from := gateway.request("detach", "detacher", data)
+		return receive(t, jobs), from
+	}
+
+	j, from := begin("")
+	serving.handlersReturned(t, worker)
+	for i := range 3 {
+		must(t, j.Send(fmt.Append(nil, i)))
+	}
+	if j.ctx.Err() != nil || j.req.Header("Connect-ID") != "detacher" {
+		t.Error("ended with its handler: ", j.ctx.Err())
+	}
+	must(t, j.End())
+	must(t, j.End())
+	if got := answers(t, from); fmt.Sprint(got) != "[0 1 2 __STREAM_END__]" {
+		t.Errorf("got %q", got)
+	}
+	// Freed now; it answers as before.
+	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+	until(t, j.ctx)
+	must(t, j.End())
+	wantError(t, j.Send(nil), ErrClosed, "detacher")
+	wantError(t, j.TrySend(nil), ErrClosed, "detacher")
+	wantError(t, j.Err(), ErrClosed, "detacher")
+	wantError(t, j.SendError(nil), ErrClosed, "detacher")
+	if !j.IsClosed() || j.SendCount() != 3 || j.req.Header("Connect-ID") != "" {
+		t.Error(j.IsClosed(), j.SendCount())
+	}
+
+	j, from = begin("")
+	must(t, j.SendError(errors.New("sorry")))
+	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:sorry]" {
+		t.Errorf("got %q", got)
+	}
+
+	j, _ = begin("")
+	serving.handlersReturned(t, worker)
+	gateway.publish("client.offline", "", "", "detacher")
+	wantError(t, until(t, j.ctx), ErrOffline, "detacher")
+	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+	wantError(t, j.Send(nil), ErrOffline, "detacher")
+	wantError(t, j.End(), ErrOffline, "detacher")
+
+	j, from = begin("fail")
+	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:failed all the same]" {
+		t.Errorf("got %q", got)
+	}
+	until(t, j.ctx)
+
+	j, from = begin("")
+	serving.stop()
+	must(t, receive(t, serving.result))
+	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the worker stopped serving]" {
+		t.Errorf("got %q", got)
+	}
+	wantError(t, j.Send(nil), ErrClosed, "detacher")
+}
+
+// handlersReturned waits until no handler runs.
+func (s *serving) handlersReturned(t *testing.T, c *client) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, v := range c.services {
+		v.running.Wait()
+	}
+}
+
+func TestServeEndsWithItsContext(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	begun := make(chan struct{})
+	var returned sync.WaitGroup
+	returned.Add(1)
+	serving := serve(t, worker, "stop", func(ctx context.Context, req *Request, s *Sender) error {
+		defer returned.Done()
+		close(begun)
+		until(t, ctx)
+		err := s.Send([]byte("too late"))
+		wantError(t, err, ErrCancelled, "context canceled")
+		if !errors.Is(err, context.Canceled) || !errors.Is(s.Err(), ErrCancelled) || !s.IsClosed() {
+			t.Error(err, s.Err())
+		}
+		return err
+	})
+	from := gateway.request("stop", "stopped", "")
+	receive(t, begun)
+	serving.stop()
+	must(t, receive(t, serving.result))
+	returned.Wait() // at once, for Serve waited
+	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:presence: cancelled: context canceled" {
+		t.Errorf("got %q", got)
+	}
+	// Nobody serves any more.
+	if got := receive(t, gateway.request("stop", "stopped", "")); !strings.Contains(got.header, "503") {
+		t.Errorf("got %q", got)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	must(t, worker.Serve(ctx, "stop", "", func(context.Context, *Request, *Sender) error { return nil }))
+}
+
+func TestServerBusy(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	serve(t, worker, "busy", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Send([]byte("mine"))
+		return until(t, ctx)
+	}, With("max_streams", "1"))
+	receive(t, gateway.request("busy", "first", ""))
+	if got := answers(t, gateway.request("busy", "second", "")); fmt.Sprint(got) != "[__STREAM_ERROR__:server busy]" {
+		t.Errorf("got %q", got)
+	}
+	gateway.publish("client.offline", "", "", "first")
+	eventually(t, "the first has ended", func() bool { return worker.Stats().Senders == 0 })
+	receive(t, gateway.request("busy", "third", ""))
+	if stats := worker.Stats(); stats.Requests != 3 || stats.RequestsBusy != 1 || stats.Senders != 1 || !stats.Connected {
+		t.Errorf("%+v", stats)
+	}
+}
+
+func TestPayloads(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	largest := strings.Repeat("x", 1<<20)
+	serve(t, worker, "payload", func(ctx context.Context, req *Request, s *Sender) error {
+		wantError(t, s.Send([]byte(largest+"x")), ErrTooLarge, "payload")
+		for _, reserved := range []string{"__STREAM_END__", "__STREAM_ERROR__", "__STREAM_ERROR__:x"} {
+			wantError(t, s.Send([]byte(reserved)), ErrReserved, "payload")
+		}
+		if s.SendCount() != 0 {
+			t.Error("refused, but counted")
+		}
+		must(t, s.Send(nil))
+		return s.Send([]byte(largest))
+	})
+	got := answers(t, gateway.request("payload", "payloads", ""))
+	if len(got) != 3 || got[0] != "" || got[1] != largest || got[2] != "__STREAM_END__" {
+		t.Errorf("got %d messages, the last is %.40q", len(got), got[len(got)-1])
+	}
+}
+
+// full sends until there is no room, with the server paused, and returns how many were sent.
+func full(t *testing.T, s *Sender, piece []byte) (sent int) {
+	t.Helper()
+	for ; ; sent++ {
+		err := s.TrySend(piece)
+		if errors.Is(err, ErrFull) {
+			return sent
+		}
+		must(t, err)
+	}
+}
+
+func TestSendWaitsForRoom(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s, With("send_buffer_bytes", "100000")), rawClient(t, s)
+	type job struct {
+		ctx context.Context
+		*Sender
+	}
+	jobs := make(chan job)
+	serving := serve(t, worker, "room", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Detach()
+		jobs <- job{ctx, s}
+		return nil
+	})
+	piece := make([]byte, 50000)
+	const waiters = 8
+	// begin leaves a stream with no room, and goroutines that wait for it to send.
+	begin := func(send func(*Sender) error) (j job, from <-chan rawMessage, resume func(), sent int, results chan error) {
+		from = gateway.request("room", "roomer", "")
+		j = receive(t, jobs)
+		resume = s.pause(t)
+		sent = full(t, j.Sender, piece)
+		results = make(chan error, waiters)
+		for range waiters {
+			go func() { results <- send(j.Sender) }()
+		}
+		return
+	}
+
+	j, from, resume, sent, results := begin(func(s *Sender) error { return s.Send(piece) })
+	resume()
+	for range waiters {
+		must(t, receive(t, results))
+	}
+	must(t, j.End())
+	if got := answers(t, from); len(got) != sent+waiters+1 || j.SendCount() != uint64(sent+waiters) {
+		t.Errorf("sent %d and %d, counted %d, got %d", sent, waiters, j.SendCount(), len(got)-1)
+	}
+
+	// There may be room for some more even now, but not for ever.
+	untilError := func(s *Sender) error {
+		for {
+			if err := s.Send(piece); err != nil {
+				return err
+			}
+		}
+	}
+	for name, stop := range map[string]struct {
+		stop func()
+		why  Status
+	}{
+		"the client leaves":         {func() { MarkClientOffline("roomer") }, ErrOffline},
+		"another goroutine ends it": {func() { j.End() }, ErrClosed},
+	} {
+		j, _, resume, _, results = begin(untilError)
+		stop.stop()
+		for range waiters {
+			if err := receive(t, results); !errors.Is(err, stop.why) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		resume()
+	}
+	j, _, resume, _, results = begin(untilError)
+	serving.stop()
+	for range waiters { // ErrClosed, where Serve has ended the stream first
+		if err := receive(t, results); !errors.Is(err, ErrCancelled) && !errors.Is(err, ErrClosed) {
+			t.Error(err)
+		}
+	}
+	resume()
+	must(t, receive(t, serving.result))
+}
+
+func TestSendersAgainstEnd(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	jobs := make(chan *Sender)
+	serve(t, worker, "race", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Detach()
+		jobs <- s
+		return nil
+	})
+	for round, end := range []func(*Sender){
+		func(s *Sender) { s.End() },
+		func(s *Sender) { s.SendError(errors.New("enough")) },
+		func(s *Sender) { MarkClientOffline("racer") },
+		func(s *Sender) { gateway.publish("client.offline", "", "", "racer") },
+	} {
+		from := gateway.request("race", "racer", "")
+		sender := receive(t, jobs)
+		var begun, over sync.WaitGroup
+		for range 8 {
+			begun.Add(1)
+			over.Add(1)
+			go func() {
+				defer over.Done()
+				for n := 0; ; n++ {
+					if n == 10 {
+						begun.Done()
+					}
+					if err := sender.Send([]byte("x")); err != nil {
+						if !errors.Is(err, ErrClosed) && !errors.Is(err, ErrOffline) || n < 10 {
+							t.Error(round, n, err)
+						}
+						break
+					}
+				}
+				// All of these after the end, some after the C sender is freed.
+				sender.Send(nil)
+				sender.Err()
+				sender.End()
+				sender.SendError(nil)
+				if !sender.IsClosed() {
+					t.Error("open after its end")
+				}
+			}()
+		}
+		begun.Wait()
+		end(sender)
+		over.Wait()
+		got := answers(t, from)
+		if uint64(len(got)-1) != sender.SendCount() {
+			t.Errorf("round %d: %d sent, %d came", round, sender.SendCount(), len(got)-1)
+		}
+		gateway.flush()
+		if len(from) > 0 {
+			t.Errorf("round %d: %q after the end", round, (<-from).data)
+		}
+	}
+	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
+}
+
+func TestConnectionLost(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	causes := make(chan error, 1)
+	serve(t, worker, "lost", func(ctx context.Context, req *Request, s *Sender) error {
+		if err := s.Send([]byte("answer")); err != nil || req.ClientID == "quick" {
+			return err
+		}
+		causes <- until(t, ctx)
+		return nil
+	})
+	// Of another process, so that its stream's end is not the reason for which the sender stops.
+	receive(t, rawClient(t, s).request("lost", "loser", ""))
+	unanswered := rawClient(t, s).subscribe("unanswered")
+	stream := ask(t, gateway, "unanswered", "gateway's loser")
+	receive(t, unanswered)
+	s.kill()
+	wantError(t, receive(t, causes), ErrDisconnected, `"loser"`)
+	_, err := read(t, stream)
+	wantError(t, err, ErrDisconnected, "")
+	worker.events.wait(t, Disconnected, "")
+	gateway.events.wait(t, Disconnected, "")
+	_, err = gateway.Request(t.Context(), "lost", nil, "")
+	wantError(t, err, ErrDisconnected, "")
+
+	startServer(t, "-p", s.port)
+	worker.events.wait(t, Connected, "")
+	gateway.events.wait(t, Connected, "")
+	got, err := read(t, ask(t, gateway, "lost", "quick", With("retries", "1000"), With("retry_delay_ms", "10")))
+	if err != nil || fmt.Sprint(got) != "[answer]" {
+		t.Error(got, err)
+	}
+	if stats := worker.Stats(); stats.Connects != 2 {
+		t.Errorf("%+v", stats)
+	}
+}
+
+func TestConnectionGivenUp(t *testing.T) {
+	s := startServer(t)
+	c := connect(t, s, With("max_reconnects", "1"), With("reconnect_min_ms", "1"))
+	serving := serve(t, c, "given.up", func(context.Context, *Request, *Sender) error { return nil })
+	s.kill()
+	wantError(t, receive(t, serving.result), ErrDisconnected, "gave up")
+	wantError(t, closeNow(c.Conn), ErrClosed, "connection")
+	receive(t, c.drained)
+}
+
+func TestServeRefusesBadInput(t *testing.T) {
+	s := startServer(t)
+	c := connect(t, s)
+	none := func(context.Context, *Request, *Sender) error { return nil }
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	for _, bad := range []struct {
+		subject, queue string
+		handler        Handler
+		opts           []Option
+		named          string
+	}{
+		{subject: "", named: "subject"},
+		{subject: "a b", named: `"a b"`},
+		{subject: "a\r\nb", named: "subject"},
+		{subject: "a\x00b", named: "subject"},
+		{subject: "a\xff", named: "subject"},
+		{subject: "a..b", named: `"a..b"`},
+		{subject: "a.>.b", named: `"a.>.b"`},
+		{subject: "a", queue: "b c", named: `"b c"`},
+		{subject: "a", queue: "b\x00", named: "queue"},
+		{subject: "a", opts: []Option{With("max_streams", "many")}, named: `"many"`},
+		{subject: "a", opts: []Option{With("max_streams", "-1")}, named: `"-1"`},
+		{subject: "a", opts: []Option{With("timeout_ms", "1")}, named: `"timeout_ms"`},
+	} {
+		if err := c.Serve(ctx, bad.subject, bad.queue, none, bad.opts...); err == nil {
+			t.Errorf("%+v is served", bad)
+		} else {
+			wantError(t, err, ErrInvalid, bad.named)
+		}
+	}
+	wantError(t, c.Serve(ctx, "a", "", nil), ErrInvalid, "handler")
+	if len(c.services) != 0 || ctx.Err() != nil {
+		t.Error("something is served")
+	}
+}
+
+func TestSenderNeedsNoC(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), rawClient(t, s)
+	serve(t, worker, "cheap", func(ctx context.Context, req *Request, s *Sender) error {
+		data := []byte("x")
+		if n := testing.AllocsPerRun(100, func() { s.Send(data) }); n != 0 {
+			t.Errorf("Send allocates %v times", n)
+		}
+		if n := testing.AllocsPerRun(100, func() { s.IsClosed() }); n != 0 {
+			t.Errorf("IsClosed allocates %v times", n)
+		}
+		begin, calls := time.Now(), 100000
+		for range calls {
+			s.IsClosed()
+		}
+		t.Logf("IsClosed: %v", time.Since(begin)/time.Duration(calls))
+		return nil
+	})
+	answers(t, gateway.request("cheap", "cheap", ""))
+}
