@@ -220,6 +220,9 @@ func (c *Conn) dispatch() {
 		for i := range events {
 			c.handleEvent(&events[i])
 		}
+		if err != nil {
+			c.end(err)
+		}
 		if err != nil || len(events) == 0 && c.closing.Load() {
 			break
 		}

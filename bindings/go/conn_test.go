@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -248,4 +249,50 @@ func TestCloseTellsWhatWasNotDrained(t *testing.T) {
 		t.Errorf("took %v", took)
 	}
 	receive(t, c.drained)
+}
+
+func TestCloseLeavesNothing(t *testing.T) {
+	s := startServer(t)
+	before := runtime.NumGoroutine()
+	for range 10 {
+		c := connect(t, s)
+		ctx, stop := context.WithCancel(context.Background())
+		_, err := Watch(ctx)
+		must(t, err)
+		serving := serve(t, c, "leak", echo)
+		for range 10 {
+			_, err := read(t, ask(t, c, "leak", "leaker"))
+			must(t, err)
+		}
+		stop()
+		must(t, closeNow(c.Conn))
+		receive(t, serving.result)
+	}
+	eventually(t, "all goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
+	online(t, "leaker", false)
+}
+
+// Handlers that do not hurry when Serve's context ends lose their streams with the connection all the same.
+func TestCloseWhileServeEnds(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	begun, release := make(chan *Sender, 1), make(chan struct{})
+	serving := serve(t, worker, "slow.end", func(ctx context.Context, req *Request, s *Sender) error {
+		begun <- s
+		<-release
+		return s.Err()
+	})
+	defer close(release)
+	stream := ask(t, gateway, "slow.end", "ender")
+	sender := receive(t, begun)
+	serving.stop()
+	eventually(t, "the service is gone", func() bool {
+		worker.mu.Lock()
+		defer worker.mu.Unlock()
+		return len(worker.services) == 0
+	})
+	must(t, closeNow(worker.Conn))
+	wantError(t, sender.Err(), ErrClosed, "ender")
+	_, err := read(t, stream)
+	wantError(t, err, ErrRemote, "")
 }

@@ -79,10 +79,13 @@ func cancelled(ctx context.Context) error {
 	return fmt.Errorf("%w: %w", &Error{Status: ErrCancelled}, context.Cause(ctx))
 }
 
-// cText gives s a NUL at its end, for C; what names it in the error if it has one inside, where C would see its end.
+// cString shows s to C, where its length goes with it.
+func cString(s string) *C.char { return (*C.char)(unsafe.Pointer(unsafe.StringData(s))) }
+
+// cText is cString for where C looks for a NUL; what names s in the error if it has one inside.
 func cText(what, s string) (*C.char, error) {
 	if at := strings.IndexByte(s, 0); at >= 0 {
 		return nil, invalid("%s has a NUL at byte %d: it may have none", what, at)
 	}
-	return (*C.char)(unsafe.Pointer(unsafe.StringData(s + "\x00"))), nil
+	return cString(s + "\x00"), nil
 }

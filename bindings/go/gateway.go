@@ -68,7 +68,7 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 	var handle *C.presence_stream
 	var report C.presence_error
 	rc := C.presence_request(c.handle, c.queue.handle, cSubject, unsafe.Pointer(unsafe.SliceData(data)), C.size_t(len(data)),
-		idText(clientID), C.size_t(len(clientID)), config, C.uint64_t(s.tag), &handle, &report)
+		cString(clientID), C.size_t(len(clientID)), config, C.uint64_t(s.tag), &handle, &report)
 	if err := reported(rc, &report); err != nil {
 		c.remove(s)
 		return nil, err

@@ -24,13 +24,12 @@ import "C"
 import (
 	"fmt"
 	"runtime"
-	"unsafe"
 )
 
 // MarkClientOnline marks a client online in this process, until [MarkClientOffline] or an announcement of another process
 // says otherwise. Once more is fine. Fails with ErrInvalid, for a bad id only.
 func MarkClientOnline(id string) error {
-	return idError(C.presence_mark_online(idText(id), C.size_t(len(id))), id)
+	return idError(C.presence_mark_online(cString(id), C.size_t(len(id))), id)
 }
 
 // MarkClientOffline marks a client offline: its senders and streams in this process stop before this returns, its
@@ -38,13 +37,13 @@ func MarkClientOnline(id string) error {
 // otherwise). It does not block. Marking an unknown client offline announces it all the same. Fails with ErrInvalid, for
 // a bad id only.
 func MarkClientOffline(id string) error {
-	return idError(C.presence_mark_offline(idText(id), C.size_t(len(id))), id)
+	return idError(C.presence_mark_offline(cString(id), C.size_t(len(id))), id)
 }
 
 // IsClientOnline reports whether a client is online in this process: it is marked so, has an open session, or has a
 // running stream here. The empty id is always online, an unknown or bad one never.
 func IsClientOnline(id string) bool {
-	return bool(C.presence_is_online(idText(id), C.size_t(len(id))))
+	return bool(C.presence_is_online(cString(id), C.size_t(len(id))))
 }
 
 // OnlineCount returns how many clients are online in this process.
@@ -64,7 +63,7 @@ type Session struct {
 // ErrInvalid, for a bad id only.
 func OpenSession(id string) (*Session, error) {
 	s := new(Session)
-	if err := idError(C.presence_session_open(idText(id), C.size_t(len(id)), &s.handle), id); err != nil {
+	if err := idError(C.presence_session_open(cString(id), C.size_t(len(id)), &s.handle), id); err != nil {
 		return nil, err
 	}
 	s.cleanup = runtime.AddCleanup(s, func(handle *C.presence_session) { C.presence_session_close(handle) }, s.handle)
@@ -80,8 +79,6 @@ func (s *Session) Close() error {
 	runtime.KeepAlive(s)
 	return nil
 }
-
-func idText(id string) *C.char { return (*C.char)(unsafe.Pointer(unsafe.StringData(id))) }
 
 func idError(rc C.int32_t, id string) error {
 	if rc != C.PRESENCE_INVALID {

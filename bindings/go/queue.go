@@ -47,8 +47,8 @@ func (k EventKind) String() string {
 // Event is something that happened to a client (see [Watch]) or to a connection (see [WithLog]).
 type Event struct {
 	Kind     EventKind
-	Status   Status // why, for Disconnected and Log; else 0
-	ClientID string // for ClientOnline and ClientOffline
+	Status   Status // why, for Disconnected and Log; 0 where there is nothing to add
+	ClientID string // for ClientOnline and ClientOffline, and a handler's panic
 	Text     string // for people
 }
 

@@ -38,6 +38,8 @@ type Request struct {
 // the stream has ended and its handler has returned.
 func (r *Request) Header(name string) string { return r.sender.header(name) }
 
+const stoppedServing = "the worker stopped serving"
+
 // service is one call of Serve.
 type service struct {
 	ctx     context.Context
@@ -97,7 +99,7 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	}
 	v.running.Wait()
 	for _, s := range c.sendersOf(v) {
-		s.SendError(errors.New("the worker stopped serving"))
+		s.sendError(stoppedServing)
 	}
 	if ctx.Err() != nil {
 		return nil
@@ -129,9 +131,10 @@ func (c *Conn) accept(e *C.presence_event) {
 	client := string(view(e.client, e.client_len))
 	c.mu.Lock()
 	v := c.services[uint64(e.tag)]
-	if v == nil || atomic.LoadUint32(word) != 0 {
+	if v == nil || atomic.LoadUint32(word) != 0 { // Serve has ended, or the client has left already
 		c.mu.Unlock()
-		C.presence_sender_free(e.sender) // too late: the reader is told, if there still is one
+		C.presence_sender_error(e.sender, cString(stoppedServing), C.size_t(len(stoppedServing)))
+		C.presence_sender_free(e.sender)
 		return
 	}
 	s := &Sender{
@@ -243,7 +246,7 @@ func (s *Sender) sendError(text string) error {
 	s.mu.RLock()
 	status := s.status
 	if s.handle != nil {
-		status = Status(C.presence_sender_error(s.handle, (*C.char)(unsafe.Pointer(unsafe.StringData(text))), C.size_t(len(text))))
+		status = Status(C.presence_sender_error(s.handle, cString(text), C.size_t(len(text))))
 	}
 	s.mu.RUnlock()
 	s.finish()
@@ -320,7 +323,7 @@ func (s *Sender) serve(req *Request) {
 	defer func() {
 		if cause := recover(); cause != nil {
 			failure = fmt.Sprint("the handler panicked: ", cause)
-			s.conn.tell(Event{Log, ErrInternal, s.client, failure + "\n" + string(debug.Stack())})
+			s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: failure + "\n" + string(debug.Stack())})
 		}
 		if failed {
 			s.sendError(failure)
