@@ -157,7 +157,10 @@ impl Connection {
                 }
             }
             let _ = ready.send(Ok(()));
+            let inbound = Arc::clone(&task.inbound);
+            let flusher = runtime.spawn(async move { inbound.flush().await });
             task.supervise(first).await;
+            flusher.abort();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>);
@@ -175,6 +178,10 @@ impl Connection {
 
     pub(crate) fn outbox(&self) -> &Outbox {
         &self.outbox
+    }
+
+    pub(crate) fn inbound(&self) -> &Inbound {
+        &self.inbound
     }
 
     pub(crate) fn inbox(&self) -> &Inbox {

@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 
 use crate::error::Status;
+use crate::queue::{Event, Queue};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
 pub(crate) trait Receiver: Send + Sync {
@@ -44,6 +45,9 @@ pub(crate) struct Inbound {
     /// The present client is dead: a subscription ended that we did not end.
     pub(crate) died: Notify,
     pub(crate) messages: AtomicU64,
+    /// Queues whose threads are to be called when the client has handed over what it has.
+    unflushed: Mutex<Vec<Arc<Queue>>>,
+    flush: Notify,
 }
 
 #[derive(Default)]
@@ -108,6 +112,26 @@ impl Inbound {
             }
         }
         true
+    }
+
+    /// Adds an event that came with a message, and has the queue's thread called once no more messages are at hand.
+    /// False when the queue is closed.
+    pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Event>) -> bool {
+        let pushed = queue.push_patiently(make);
+        if pushed == Some(true) {
+            self.unflushed.lock().push(Arc::clone(queue));
+            self.flush.notify_one();
+        }
+        pushed.is_some()
+    }
+
+    /// Calls the threads of queues. A task of its own: it gets its turn when the client's task has handed over all it has.
+    pub(crate) async fn flush(&self) {
+        loop {
+            self.flush.notified().await;
+            let queues = mem::take(&mut *self.unflushed.lock());
+            queues.iter().for_each(|queue| queue.flush());
+        }
     }
 
     /// Ends a subscription.

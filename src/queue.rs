@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 const MAX_WATCH_EVENTS: usize = 65_536;
 /// How many LOG events may wait in one queue.
 const MAX_LOG_EVENTS: usize = 1024;
+/// How many events may gather before the waiting thread is called in any case.
+const PATIENCE: usize = 64;
 
 /// What an event tells.
 #[repr(i32)]
@@ -141,6 +143,10 @@ struct Inner {
     log_events: usize,
     woken: bool,
     closed: bool,
+    /// A thread waits and nobody has called it yet.
+    sleeps: bool,
+    /// Somebody has promised to `flush`.
+    deferred: bool,
     /// Made when first asked for: a queue that is only waited on needs no system calls to signal it.
     fd: Option<Signal>,
 }
@@ -151,6 +157,11 @@ struct Signal {
 }
 
 impl Inner {
+    /// Whether somebody is to be called when there is something.
+    fn is_awaited(&self) -> bool {
+        self.sleeps || self.fd.as_ref().is_some_and(|signal| !signal.raised)
+    }
+
     /// Makes the file descriptor readable exactly while a wait would return at once.
     fn signal(&mut self) {
         let ready = self.woken || self.closed || !self.events.is_empty();
@@ -247,14 +258,17 @@ impl Queue {
                 return Ok(false);
             }
             match deadline {
-                Deadline::Never => self.arrived.wait(&mut inner),
+                Deadline::Never => {
+                    inner.sleeps = true;
+                    self.arrived.wait(&mut inner);
+                    inner.sleeps = false;
+                }
                 Deadline::Now => return Ok(false),
                 Deadline::At(deadline) => {
-                    if self.arrived.wait_until(&mut inner, deadline).timed_out()
-                        && inner.events.is_empty()
-                        && !inner.woken
-                        && !inner.closed
-                    {
+                    inner.sleeps = true;
+                    let timed_out = self.arrived.wait_until(&mut inner, deadline).timed_out();
+                    inner.sleeps = false;
+                    if timed_out && inner.events.is_empty() && !inner.woken && !inner.closed {
                         return Ok(false);
                     }
                 }
@@ -277,8 +291,7 @@ impl Queue {
     pub fn wake(&self) {
         let mut inner = self.inner.lock();
         inner.woken = true;
-        inner.signal();
-        self.arrived.notify_one();
+        self.call(&mut inner);
     }
 
     /// Drops all events and takes no more. Returns when a waiting thread has left.
@@ -286,8 +299,7 @@ impl Queue {
         let events = {
             let mut inner = self.inner.lock();
             inner.closed = true;
-            inner.signal();
-            self.arrived.notify_one();
+            self.call(&mut inner);
             mem::take(&mut inner.events)
         };
         for event in events.iter().filter(|event| event.kind == Kind::Request) {
@@ -316,10 +328,38 @@ impl Queue {
         true
     }
 
+    /// As `push_if`, for events that come in crowds: to call the waiting thread for each costs more than the event. None
+    /// when the queue is closed, and true when `flush` must be called once the crowd is over.
+    pub(crate) fn push_patiently(&self, make: impl FnOnce() -> Option<Event>) -> Option<bool> {
+        let mut inner = self.inner.lock();
+        if inner.closed {
+            return None;
+        }
+        let Some(event) = make() else { return Some(false) };
+        inner.events.push_back(event);
+        if inner.events.len() < PATIENCE {
+            return Some(inner.is_awaited() && !mem::replace(&mut inner.deferred, true));
+        }
+        self.call(&mut inner);
+        Some(false)
+    }
+
+    /// Calls the waiting thread, if there is something for it.
+    pub(crate) fn flush(&self) {
+        let mut inner = self.inner.lock();
+        if mem::take(&mut inner.deferred) {
+            self.call(&mut inner);
+        }
+    }
+
     fn put(&self, inner: &mut Inner, event: Event) {
         inner.events.push_back(event);
-        if inner.events.len() == 1 {
-            inner.signal();
+        self.call(inner);
+    }
+
+    fn call(&self, inner: &mut Inner) {
+        inner.signal();
+        if mem::take(&mut inner.sleeps) {
             self.arrived.notify_one();
         }
     }

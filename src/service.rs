@@ -154,7 +154,7 @@ impl Service {
             subject: message.subject.into_string().into(),
             ..Event::of(Kind::Request, Status::Ok, self.tag, Arc::clone(&sender) as _, message.payload)
         };
-        if !self.queue.push(event) {
+        if !connection.inbound().push(&self.queue, || Some(event)) {
             sender.abandon();
         }
     }

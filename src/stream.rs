@@ -203,7 +203,8 @@ impl Stream {
         self.stop_timer();
         *self.retry.lock() = None;
         if let Some(this) = self.this.upgrade() {
-            self.queue.push(Event::of(kind, status, self.tag, this, text.into()));
+            let event = Event::of(kind, status, self.tag, this, text.into());
+            self.connection.inbound().push(&self.queue, || Some(event));
         }
     }
 
@@ -221,7 +222,7 @@ impl Stream {
         }
         let payload = if payload.len() < COPY_BELOW { Bytes::copy_from_slice(&payload) } else { payload };
         let Some(this) = self.this.upgrade() else { return };
-        self.queue.push_if(|| {
+        self.connection.inbound().push(&self.queue, || {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
