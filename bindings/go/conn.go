@@ -40,7 +40,7 @@ func With(name, value string) Option {
 
 // WithLog has [Connect] call f with what happens to the connection: events of kind Connected, Disconnected, Serving and
 // Log, panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256 events
-// wait for it, further ones are dropped.
+// wait for it, further ones are dropped. For Connect only.
 func WithLog(f func(Event)) Option { return func(o *options) { o.log = f } }
 
 func collect(opts []Option) (o options) {
@@ -222,8 +222,9 @@ func (c *Conn) dispatch() {
 		}
 		if err != nil {
 			c.end(err)
+			break
 		}
-		if err != nil || len(events) == 0 && c.closing.Load() {
+		if len(events) == 0 && c.closing.Load() {
 			break
 		}
 	}
@@ -233,7 +234,7 @@ func (c *Conn) dispatch() {
 	c.streams = nil
 	c.mu.Unlock()
 	for _, stream := range streams {
-		stream.finish(ErrClosed, false)
+		stream.finish(failed(C.PRESENCE_CLOSED, "stream"), false)
 	}
 	c.queue.free()
 }

@@ -7,6 +7,7 @@ import "C"
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"iter"
 	"strconv"
@@ -152,7 +153,9 @@ func (s *Stream) handleEvent(e *C.presence_event) {
 	switch e.kind {
 	case C.PRESENCE_EVENT_DATA:
 		if !s.put(view(e.data, e.data_len)) {
-			s.finish(&Error{ErrFull, "the stream's reader is too slow: stream_buffer_bytes wait for it"}, false)
+			text := fmt.Sprintf("the reader of a stream was too slow: more than %d bytes waited for it", s.limit)
+			s.finish(&Error{ErrFull, text}, false)
+			s.conn.tell(Event{Kind: Log, Status: ErrFull, Text: text})
 		}
 	case C.PRESENCE_EVENT_END:
 		s.finish(io.EOF, false)

@@ -229,6 +229,7 @@ func TestSlowReader(t *testing.T) {
 	if len(got) != limit/(size+64) {
 		t.Errorf("%d messages waited", len(got))
 	}
+	gateway.events.wait(t, Log, "too slow")
 	online(t, "slow", false)
 
 	// One that reads gets any number.
