@@ -1,0 +1,74 @@
+"""What callers give, as the library takes it. Everything here raises Invalid, with the value and what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Union
+
+from ._ffi import Error, lib
+from .errors import Invalid, check_error
+
+Payload = Union[bytes, bytearray, memoryview, str]
+Option = Union[str, int, float, bool, None]
+
+
+def text(name: str, value: str) -> bytes:
+    """Text that the library takes up to a NUL."""
+    if not isinstance(value, str):
+        raise Invalid(f"{name} {value!r:.80}: must be a str")
+    try:
+        raw = value.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"{name} {value!r:.80}: not UTF-8") from None
+    if b"\0" in raw:
+        raise Invalid(f"{name} {value!r:.80}: has a NUL")
+    return raw
+
+
+def payload(data: Payload) -> bytes:
+    """A message: bytes as they are, text as UTF-8."""
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, (bytearray, memoryview)):
+        return bytes(data)
+    if not isinstance(data, str):
+        raise Invalid(f"payload {data!r:.80}: must be bytes, bytearray, memoryview or str")
+    try:
+        return data.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"payload {data!r:.80}: not UTF-8") from None
+
+
+def integer(name: str, value: int, least: int, most: int) -> int:
+    """A number within bounds."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise Invalid(f"{name} {value!r:.80}: must be an int from {least} to {most}")
+    return value
+
+
+def milliseconds(name: str, seconds: float) -> int:
+    """A time, rounded up."""
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e12:
+        raise Invalid(f"{name} {seconds!r:.80}: must be a number of seconds, 0 or more")
+    return math.ceil(seconds * 1000)
+
+
+@contextmanager
+def config(options: Mapping[str, Option]) -> Iterator[int]:
+    """Options as a presence_config, which is freed afterwards. None leaves an option at its default."""
+    handle: int = lib.presence_config_new()
+    try:
+        for key, value in options.items():
+            if value is None:
+                continue
+            shown = str(value).lower() if isinstance(value, bool) else str(value)
+            status = lib.presence_config_set(handle, text("option", key), text(f"option {key}:", shown))
+            if status:
+                details = Error()
+                lib.presence_config_error(handle, details)
+                check_error(status, details)
+        yield handle
+    finally:
+        lib.presence_config_free(handle)

@@ -1,0 +1,267 @@
+"""What the sync and the asyncio side share: the connection's handle, requests, and the worker's end of a stream."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import warnings
+import weakref
+from collections.abc import Mapping
+from ctypes import byref, c_size_t, c_uint32, c_void_p, string_at
+from typing import Callable, NamedTuple
+
+from . import _ffi
+from ._arguments import Option, Payload, config, integer, milliseconds, payload, text
+from ._ffi import lib
+from .errors import Closed, PresenceError, check, check_error
+from .presence import encode_id
+
+log = logging.getLogger("nats_presence")
+
+AT_EXIT_MS = 1000
+
+
+class ConnectionEvent(NamedTuple):
+    """What became of a connection."""
+
+    kind: str
+    """"connected", "disconnected" or "log"."""
+    status: int
+    """0, or the `status` of the exception that would say the same; `Closed.status`: no attempt to reconnect follows."""
+    text: str
+    """For people."""
+
+
+_EVENT_KINDS = {
+    _ffi.EVENT_CONNECTED: "connected",
+    _ffi.EVENT_DISCONNECTED: "disconnected",
+    _ffi.EVENT_LOG: "log",
+}
+
+
+OnEvent = Callable[[ConnectionEvent], object]
+
+
+def notify(on_event: OnEvent, event: ConnectionEvent) -> None:
+    """Calls it; what it raises is logged, for nobody else could."""
+    try:
+        on_event(event)
+    except Exception:
+        log.exception("on_event failed for %r", event)
+
+
+def new_queue() -> int:
+    """A presence_queue."""
+    queue = c_void_p()
+    check(lib.presence_queue_new(byref(queue)), "making a queue")
+    return queue.value or 0
+
+
+def decode(address: int | None, size: int) -> str:
+    """Text in the library's memory."""
+    return string_at(address or 0, size).decode(errors="replace")
+
+
+def connection_event(event: _ffi.Event) -> ConnectionEvent | None:
+    """An event of a connection as Python sees it; None for others."""
+    kind = _EVENT_KINDS.get(event.kind)
+    return None if kind is None else ConnectionEvent(kind, event.status, decode(event.data, event.data_len))
+
+
+class BaseSender:
+    """The worker's end of one stream.
+
+    The library's sender is freed with this object, when nobody can be using it any longer: whatever a thread does with
+    it, at whatever time, is safe. A sender that is dropped without having been ended ends its stream with an error.
+    """
+
+    _handle: int | None = None
+
+    def __init__(self, handle: int, client_id: str) -> None:
+        self._handle = handle
+        self._word = c_uint32.from_address(lib.presence_sender_status_word(handle))
+        self._detached = False
+        self.client_id = client_id
+        """The client's id; "" for an anonymous one."""
+
+    def __del__(self) -> None:
+        lib.presence_sender_free(self._handle)
+
+    @property
+    def status(self) -> int:
+        """0 while it may send; then, for ever, the `status` of the exception that says why not.
+
+        This is one load from memory: ask as often as you like, from any thread.
+        """
+        word = self._word.value
+        return word - 2**32 if word else 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether it may send no more: it has ended, the client has left, or the connection is lost. As status."""
+        return self._word.value != 0
+
+    @property
+    def send_count(self) -> int:
+        """How many messages were sent so far."""
+        return int(lib.presence_sender_send_count(self._handle))
+
+    def end(self) -> None:
+        """Ends the stream; once more is fine. Raises why it was stopped, if it was: Offline, Disconnected, Closed."""
+        check(lib.presence_sender_end(self._handle), f"ending the stream of client {self.client_id!r}")
+
+    def error(self, message: str) -> None:
+        """Ends the stream with an error, whose text the reader gets. Raises as end(), and Closed when it has ended."""
+        raw = payload(message)
+        status = lib.presence_sender_error(self._handle, raw, len(raw))
+        check(status, f"ending the stream of client {self.client_id!r}")
+
+    def detach(self) -> None:
+        """Keeps the stream open when the handler returns. Whoever still has the sender then ends it."""
+        self._detached = True
+
+    def _check(self, status: int, size: int) -> None:
+        if status:
+            check(status, f"sending {size} bytes to client {self.client_id!r}")
+
+    def _returned(self) -> None:
+        """The handler returned."""
+        if not self._detached:
+            self.end()
+
+    def _failed(self, failure: BaseException) -> None:
+        """The handler raised: that is the stream's error, unless it only tells that the stream has ended."""
+        if self.closed and isinstance(failure, PresenceError):
+            return
+        log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
+        try:
+            self.error(str(failure).encode(errors="replace").decode() or type(failure).__name__)
+        except PresenceError as ended:
+            log.debug("%s", ended)
+
+
+class Request:
+    """A request that a worker serves."""
+
+    def __init__(self, sender: BaseSender, event: _ffi.Event) -> None:
+        self._sender = sender
+        self.client_id = sender.client_id
+        """The client's id; "" for an anonymous one."""
+        self.subject = decode(event.subject, event.subject_len)
+        """The subject it came on."""
+        self.data: bytes = string_at(event.data or 0, event.data_len)
+        """Its payload."""
+
+    def header(self, name: str) -> str | None:
+        """A header of the request, by its name as it was sent; None when there is none. Raises Invalid."""
+        value, size = c_void_p(), c_size_t()
+        status = lib.presence_sender_header(self._sender._handle, text("header", name), byref(value), byref(size))
+        check(status, f"header {name!r}")
+        return None if value.value is None else decode(value.value, size.value)
+
+
+class BaseConnection:
+    """A connection to nats-server, kept up until it is closed."""
+
+    _handle: int | None = None
+    _closing = False
+
+    def __init__(self, url: str, options: Mapping[str, Option]) -> None:
+        """Connects, waiting until the server is reached or cannot be."""
+        handle, details = c_void_p(), _ffi.Error()
+        with config(options) as settings:
+            check_error(lib.presence_connect(text("url", url), settings, byref(handle), byref(details)), details)
+        self._handle = handle.value
+        self._services: list[int] = []
+        _open.add(self)
+
+    def __del__(self) -> None:
+        if self._handle and not self._closing:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=1)
+            self._close_now(0)
+
+    def stats(self) -> dict[str, int]:
+        """What the connection has done and has in hand: the fields of presence_stats in the C header. Raises Closed."""
+        stats = _ffi.Stats()
+        check(lib.presence_conn_stats(self._handle, byref(stats)), "connection")
+        return {name: getattr(stats, name) for name, *_ in _ffi.Stats._fields_ if name != "reserved"}
+
+    def _is_closed(self) -> bool:
+        """Whether it was closed. Raises Forked."""
+        try:
+            self.stats()
+        except Closed:
+            return True
+        return False
+
+    def _listen_offline(self) -> None:
+        check(lib.presence_listen_offline(self._handle), "listening to offline announcements")
+
+    def _watch(self, queue: int) -> None:
+        check(lib.presence_conn_watch(self._handle, queue, 0), "watching the connection")
+
+    def _serve(self, queue: int, subject: str, group: str, max_streams: int, tag: int) -> None:
+        service, details = c_void_p(), _ffi.Error()
+        limit = integer("max_streams", max_streams, 0, 2**32 - 1)
+        status = lib.presence_serve(
+            self._handle,
+            queue,
+            text("subject", subject),
+            text("queue", group),
+            limit,
+            tag,
+            byref(service),
+            byref(details),
+        )
+        check_error(status, details)
+        self._services.append(service.value or 0)
+
+    def _request(
+        self, queue: int, subject: str, data: Payload, client_id: str, options: dict[str, Option], tag: int
+    ) -> int | None:
+        stream, details = c_void_p(), _ffi.Error()
+        raw, client = payload(data), encode_id(client_id)
+        with config(options) as settings:
+            status = lib.presence_request(
+                self._handle, queue, text("subject", subject), raw, len(raw), client, len(client), settings, tag,
+                byref(stream), byref(details),
+            )  # fmt: skip
+        check_error(status, details)
+        return stream.value
+
+    def _stop_services(self) -> None:
+        for service in self._services:
+            lib.presence_service_stop(service)
+
+    def _close_now(self, drain_ms: int) -> int:
+        """Closes the library's connection and frees what it served; the status tells whether the server has all."""
+        self._closing = True
+        _open.discard(self)
+        status: int = lib.presence_close(self._handle, drain_ms)
+        for service in self._services:
+            lib.presence_service_free(service)
+        return status
+
+
+def request_options(
+    timeout: float | None, headers: Mapping[str, str] | None, options: Mapping[str, Option]
+) -> dict[str, Option]:
+    """The options of presence_request."""
+    named: dict[str, Option] = {f"header.{name}": value for name, value in (headers or {}).items()}
+    if timeout is not None:
+        named["timeout_ms"] = max(1, milliseconds("timeout", timeout))
+    return {**options, **named}
+
+
+def drain_ms(drain: float | None) -> int:
+    """The time that closing may take; None is without limit."""
+    return -1 if drain is None else milliseconds("drain", drain)
+
+
+_open: weakref.WeakSet[BaseConnection] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for connection in list(_open):
+        connection._close_now(AT_EXIT_MS)

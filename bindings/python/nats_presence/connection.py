@@ -1,0 +1,309 @@
+"""The sync side: threads that wait.
+
+Each stream has a queue of its own, on which its reader waits, and each service has one, on which its threads take
+turns waiting. So there is no thread in between, nothing is buffered in Python, and nothing runs that was not asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from ctypes import byref, string_at
+from functools import partial
+from typing import Any, Callable
+
+from . import _ffi
+from ._arguments import Option, Payload, integer, payload
+from ._ffi import Event, lib
+from ._shared import (
+    BaseConnection,
+    BaseSender,
+    OnEvent,
+    Request,
+    connection_event,
+    decode,
+    drain_ms,
+    new_queue,
+    notify,
+    request_options,
+)
+from .errors import Busy, PresenceError, check, error
+
+# Python handles signals (KeyboardInterrupt) between two waits only.
+SLICE_MS = 100
+BATCH = 64
+
+
+class Sender(BaseSender):
+    __doc__ = f"{BaseSender.__doc__}\n    Every method may be called from any thread."
+
+    def send(self, data: Payload) -> None:
+        """Sends one message; text as UTF-8. Waits while there is no room.
+
+        Raises Offline as soon as the client has left, and Closed or Disconnected when the stream is over otherwise.
+        After TooLarge, Reserved and Invalid the stream goes on.
+        """
+        raw = payload(data)
+        status = _ffi.TIMEOUT
+        while status == _ffi.TIMEOUT:
+            status = lib.presence_sender_send_wait(self._handle, raw, len(raw), SLICE_MS)
+        self._check(status, len(raw))
+
+    def send_many(self, messages: Iterable[Payload]) -> None:
+        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came."""
+        for data in messages:
+            self.send(data)
+
+
+Handler = Callable[[Request, Sender], object]
+
+
+class Stream:
+    """The messages of one stream, as an iterator of bytes.
+
+    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
+    Offline, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    Leaving the `with`, or dropping it, cancels it.
+    One thread at a time may wait for a message: Busy. cancel() may be called from any thread.
+    """
+
+    _handle: int | None = None
+    _queue: int | None = None
+
+    def __init__(
+        self, conn: Connection, subject: str, data: Payload, client_id: str, options: dict[str, Option]
+    ) -> None:
+        self._conn = conn
+        self._queue = new_queue()
+        self._handle = conn._request(self._queue, subject, data, client_id, options, 0)
+        self._reading = threading.Lock()
+        self._events = (Event * BATCH)()
+        self._next = self._count = 0
+        self._ended = False
+
+    def __del__(self) -> None:
+        # Only here: until now a thread could be reading what the queue gave.
+        lib.presence_stream_free(self._handle)
+        lib.presence_queue_free(self._queue)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> bytes:
+        if not self._reading.acquire(blocking=False):
+            self._conn.stats()  # Raises Forked in a child.
+            raise Busy("another thread waits for this stream's next message")
+        try:
+            while not self._ended:
+                if self._next == self._count:
+                    self._next = self._count = 0
+                    count = lib.presence_queue_wait(self._queue, self._events, BATCH, SLICE_MS)
+                    if count < 0:
+                        check(count, "stream")
+                    self._count = count
+                    continue
+                event = self._events[self._next]
+                self._next += 1
+                if event.kind == _ffi.EVENT_DATA:
+                    return string_at(event.data or 0, event.data_len)
+                if event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR):
+                    self._ended = True
+                if event.kind == _ffi.EVENT_ERROR:
+                    raise error(event.status, decode(event.data, event.data_len))
+            raise StopIteration
+        finally:
+            self._reading.release()
+
+    def cancel(self) -> None:
+        """Ends the stream, for its reader with Cancelled, and tells the worker that the client has left.
+
+        But while another stream, a session or a mark keeps the client online here, the worker is not told. Once the
+        stream has ended this has no effect.
+        """
+        lib.presence_stream_cancel(self._handle)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cancel()
+
+
+class _Pool:
+    """Daemon threads that take turns waiting on one queue. Each event is taken in turn, and worked on out of it."""
+
+    def __init__(self, take: Callable[[Event], Any], work: Callable[[Any], None], threads: int, name: str) -> None:
+        self._take, self._work = take, work
+        self._turn = threading.Lock()
+        self._stopping = False
+        self.queue = new_queue()
+        self.threads = [threading.Thread(target=self._run, name=f"{name} {n}", daemon=True) for n in range(threads)]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Has the threads end when nothing is left in the queue."""
+        self._stopping = True
+        lib.presence_queue_wake(self.queue)
+
+    def free(self) -> None:
+        """Has the threads end when they have done what they took."""
+        lib.presence_queue_free(self.queue)
+
+    def _run(self) -> None:
+        event = Event()
+        while True:
+            with self._turn:
+                count = lib.presence_queue_wait(self.queue, byref(event), 1, 0 if self._stopping else -1)
+                taken = self._take(event) if count > 0 else None
+            if count < 0 or (count == 0 and self._stopping):
+                return
+            if taken is not None:
+                self._work(taken)
+                taken = None  # Not kept while waiting: a sender that nobody has any longer ends.
+
+
+class Connection(BaseConnection):
+    """A connection to nats-server, made by connect(). Every method may be called from any thread.
+
+    In a child after fork() every method raises Forked.
+    """
+
+    _events: _Pool | None = None
+
+    def __init__(self, url: str, on_event: OnEvent | None, options: Mapping[str, Option]) -> None:
+        self._pools: list[_Pool] = []
+        self._stopped = threading.Event()
+        super().__init__(url, options)
+        if on_event is not None:
+            self._events = _Pool(connection_event, partial(notify, on_event), 1, "nats_presence events")
+            self._watch(self._events.queue)
+            self._events.start()
+
+    def listen_offline(self) -> None:
+        """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
+        self._listen_offline()
+
+    def service(
+        self, subject: str, *, queue: str = "", max_streams: int = 0, threads: int = 16
+    ) -> Callable[[Handler], Handler]:
+        """Decorates `handler(request, sender)`, which serves the subject from now on, in at most `threads` threads.
+
+        Requests are spread over all processes that serve the subject in the same `queue` group; "" is no group. At most
+        `max_streams` streams (0: 10,000) run at once: a request beyond is answered with "server busy".
+        The stream ends when the handler returns (see Sender.detach), with an error when it raises. A handler has to ask
+        `sender.closed`, or to send, to learn that the client has left. Raises Invalid, Closed, Timeout.
+        """
+
+        def take(event: Event) -> tuple[Request, Sender] | None:
+            if event.kind != _ffi.EVENT_REQUEST:
+                return None
+            sender = Sender(event.sender, decode(event.client, event.client_len))
+            return Request(sender, event), sender
+
+        def decorate(handler: Handler) -> Handler:
+            def work(taken: tuple[Request, Sender]) -> None:
+                request, sender = taken
+                if sender.closed:  # Its client left while it waited for a thread.
+                    return
+                try:
+                    handler(request, sender)
+                    sender._returned()
+                except BaseException as failure:  # SystemExit too: the thread serves others.
+                    sender._failed(failure)
+
+            pool = _Pool(take, work, integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
+            try:
+                self._serve(pool.queue, subject, queue, max_streams, 0)
+            except PresenceError:
+                pool.free()
+                raise
+            self._pools.append(pool)
+            pool.start()
+            if self._closing:
+                pool.free()
+            return handler
+
+        return decorate
+
+    def stream(
+        self,
+        subject: str,
+        data: Payload = b"",
+        *,
+        client_id: str = "",
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        **options: Option,
+    ) -> Stream:
+        """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
+
+        `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
+        (see presence_config_set in the C header). Raises Invalid, TooLarge, Full, Disconnected, Closed.
+        """
+        return Stream(self, subject, data, client_id, request_options(timeout, headers, options))
+
+    def stop(self) -> None:
+        """Takes no more requests. Streams that run go on; run() returns when their handlers have."""
+        self._stop_services()
+        for pool in self._pools:
+            pool.stop()
+        self._stopped.set()
+
+    def run(self) -> None:
+        """Waits until close(), or until stop() and the return of all handlers."""
+        self._is_closed()  # Raises Forked.
+        self._stopped.wait()
+        for pool in self._pools:
+            for thread in pool.threads:
+                thread.join()
+
+    def close(self, drain: float | None = 5.0) -> None:
+        """Closes it: senders and streams that still run end with Closed, and the other ends are told.
+
+        Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
+        the handlers have returned. Raises Timeout or Disconnected when the server may not have it all; the connection
+        is closed all the same. Once more has no effect.
+        """
+        status = self._close_now(drain_ms(drain))
+        if status != _ffi.CLOSED:
+            check(status, "closing the connection")
+
+    def _close_now(self, drain_ms: int) -> int:
+        deadline = None if drain_ms < 0 else time.monotonic() + drain_ms / 1000
+        status = super()._close_now(drain_ms)
+        if status == _ffi.FORKED:
+            return status
+        self._stopped.set()
+        pools = [*self._pools, self._events] if self._events else self._pools
+        for pool in pools:
+            pool.free()
+        me = threading.current_thread()
+        for thread in [thread for pool in pools for thread in pool.threads if thread is not me]:
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return status
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            self.close()
+        except PresenceError:
+            if kind is None:
+                raise
+
+
+def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> Connection:
+    """Connects to nats-server, waiting until it is reached or cannot be; to be closed by `with` or close().
+
+    `url`: one or several with commas between; user and password, or a token, may stand in it.
+    `on_event`: called with each ConnectionEvent, one after the other, in a thread of its own.
+    `options`: as presence_config_set in the C header lists them, for example name, token, tls_ca_file,
+    connect_timeout_ms, session_grace_ms; None leaves one at its default.
+    Raises Invalid (URL, options), Disconnected (cannot be reached, or refuses us), Timeout, Forked.
+    """
+    return Connection(url, on_event, options)

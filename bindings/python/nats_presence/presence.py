@@ -1,0 +1,106 @@
+"""Who is online in this process. Every function may be called from any thread, and none waits."""
+
+from __future__ import annotations
+
+from ctypes import byref, c_void_p
+
+from ._ffi import INVALID, lib
+from .errors import Invalid, check
+
+_RULE = "a client's id is a str of 1 to 1024 bytes of UTF-8 without control characters"
+
+
+def encode_id(client_id: str) -> bytes:
+    """The id as the library takes it; it checks length and characters itself."""
+    if not isinstance(client_id, str):
+        raise Invalid(f"client id {client_id!r:.80}: {_RULE}")
+    try:
+        return client_id.encode()
+    except UnicodeEncodeError:
+        raise Invalid(f"client id {client_id!r:.80}: {_RULE}") from None
+
+
+def _check(status: int, client_id: str) -> None:
+    if status == INVALID:
+        raise Invalid(f"client id {client_id!r:.80}: {_RULE}")
+    check(status, f"client {client_id!r}")
+
+
+def mark_client_online(client_id: str) -> None:
+    """Marks a client online in this process, until mark_client_offline or another process's announcement.
+
+    Twice is the same as once; the empty id has no effect. Raises Invalid.
+    """
+    raw = encode_id(client_id)
+    _check(lib.presence_mark_online(raw, len(raw)), client_id)
+
+
+def mark_client_offline(client_id: str) -> None:
+    """Marks a client offline, and has every open connection announce it to the other processes.
+
+    When this returns its senders and streams in this process are stopped and its sessions are over. The empty id has no
+    effect. Raises Invalid.
+    """
+    raw = encode_id(client_id)
+    _check(lib.presence_mark_offline(raw, len(raw)), client_id)
+
+
+def is_client_online(client_id: str) -> bool:
+    """Whether a client is marked online, or has a session or a running stream, in this process.
+
+    The empty id is always online; an unknown or invalid one is not.
+    """
+    try:
+        raw = encode_id(client_id)
+    except Invalid:
+        return False
+    return bool(lib.presence_is_online(raw, len(raw)))
+
+
+def online_count() -> int:
+    """How many clients are online in this process."""
+    return int(lib.presence_online_count())
+
+
+class Session:
+    """One of several connections of the same client, who is online as long as one of them is open.
+
+    With the last one closed the client goes offline, as by mark_client_offline, after the option `session_grace_ms` of
+    connect (default: at once). A session that is dropped is closed.
+    """
+
+    _handle: int | None = None
+
+    def __init__(self, client_id: str) -> None:
+        raw, handle = encode_id(client_id), c_void_p()
+        _check(lib.presence_session_open(raw, len(raw), byref(handle)), client_id)
+        self._handle = handle.value
+        self.client_id = client_id
+
+    def close(self) -> None:
+        """Closes it; once more has no effect."""
+        handle, self._handle = self._handle, None
+        lib.presence_session_close(handle)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def session(client_id: str) -> Session:
+    """Opens a session of a client, to be closed by `with`, `async with` or close(). Raises Invalid.
+
+    The empty id gives a session without effect.
+    """
+    return Session(client_id)

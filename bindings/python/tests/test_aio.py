@@ -1,0 +1,503 @@
+"""Workers and gateways with asyncio, over a real nats-server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import signal
+import threading
+from collections.abc import Coroutine
+from queue import Queue
+from typing import Any, Callable
+
+import pytest
+from conftest import LIMIT, Server
+
+import nats_presence
+from nats_presence import (
+    Cancelled,
+    Closed,
+    ConnectionEvent,
+    Disconnected,
+    Full,
+    NoResponders,
+    Offline,
+    PresenceError,
+    Remote,
+    Request,
+    Timeout,
+    aio,
+    is_client_online,
+    mark_client_offline,
+    online_count,
+)
+from nats_presence.aio import Connection, Sender, Stream
+
+Test = Callable[[Connection], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def run(url: str) -> Callable[[Test], None]:
+    """Runs a coroutine with a connection, and looks whether it left anything behind."""
+
+    def run(test: Test) -> None:
+        async def main() -> None:
+            async with aio.connect(url, name="test") as conn:
+                await test(conn)
+            assert not conn._tasks
+            gc.collect()
+            assert online_count() == 0
+
+        asyncio.run(asyncio.wait_for(main(), 3 * LIMIT))
+
+    return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async def wait() -> None:
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(wait(), LIMIT)
+
+
+async def received(stream: Stream) -> list[bytes]:
+    return [message async for message in stream]
+
+
+async def failure(stream: Stream) -> PresenceError:
+    """What a stream ends with; then, and only then, it has ended for good."""
+    with pytest.raises(PresenceError) as caught:
+        await received(stream)
+    assert await received(stream) == []
+    return caught.value
+
+
+async def send_for_ever(request: Request, sender: Sender) -> None:
+    while True:
+        await sender.send("more")
+        await asyncio.sleep(0.001)
+
+
+def test_messages_come_in_order_and_whole(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        seen: list[tuple[Request, Sender]] = []
+
+        @conn.service("answers.*", queue="workers")
+        async def handler(request: Request, sender: Sender) -> None:
+            seen.append((request, sender))
+            await sender.send("text Ü")
+            await sender.send(memoryview(b"_view_")[1:-1])
+            await sender.send_many([b"%d" % n for n in range(1000)])
+
+        stream = conn.stream("answers.one", "question", client_id="Ünï", headers={"X-Model": "small"})
+        assert is_client_online("Ünï")
+        assert await received(stream) == ["text Ü".encode(), b"view"] + [b"%d" % n for n in range(1000)]
+        assert await received(stream) == []
+        ((request, sender),) = seen
+        assert (request.client_id, request.subject, request.data) == ("Ünï", "answers.one", b"question")
+        assert request.header("X-Model") == "small"
+        assert sender.send_count == 1002
+        assert sender.closed
+        with pytest.raises(Closed):
+            await sender.send("late")
+        assert await received(conn.stream("answers.two")) != []
+        assert seen[1][0].client_id == ""
+
+    run(test)
+
+
+def test_a_client_that_leaves_cancels_its_handler(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        outcome: asyncio.Queue[Any] = asyncio.Queue()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            await sender.send("begun")
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError as cancelled:
+                outcome.put_nowait(str(cancelled))
+            try:
+                await sender.send("more")
+            except PresenceError as refused:
+                outcome.put_nowait(refused)
+
+        stream = conn.stream("answers", client_id="tab")
+        assert await stream.__anext__() == b"begun"
+        mark_client_offline("tab")
+        assert isinstance(await failure(stream), Offline)
+        assert await outcome.get() == "client is offline"
+        refused = await outcome.get()
+        assert isinstance(refused, Offline)
+        assert "'tab'" in refused.message
+
+    run(test)
+
+
+async def leave_the_loop(conn: Connection) -> None:
+    async for message in conn.stream("answers", client_id="tab"):
+        assert message == b"more"
+        break
+
+
+async def leave_the_block(conn: Connection) -> None:
+    async with conn.stream("answers", client_id="tab") as stream:
+        await stream.__anext__()
+    assert isinstance(await failure(stream), Cancelled)
+    stream.cancel()
+
+
+async def cancel_the_reader(conn: Connection) -> None:
+    task = asyncio.create_task(received(conn.stream("answers", client_id="tab")))
+    await until(lambda: conn.stats()["messages_in"] > 5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("leave", [leave_the_loop, leave_the_block, cancel_the_reader])
+def test_leaving_a_stream_stops_its_sender(run: Callable[[Test], None], leave: Test) -> None:
+    async def test(conn: Connection) -> None:
+        stopped = asyncio.Event()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            try:
+                await send_for_ever(request, sender)
+            finally:
+                assert sender.status == Offline.status
+                stopped.set()
+
+        await leave(conn)
+        await asyncio.wait_for(stopped.wait(), LIMIT)
+        await until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
+
+    run(test)
+
+
+def test_what_a_handler_raises_is_the_streams_error(
+    run: Callable[[Test], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            await sender.send("part")
+            raise ValueError("no such model: ü")
+
+        stream = conn.stream("answers")
+        assert await stream.__anext__() == b"part"
+        error = await failure(stream)
+        assert isinstance(error, Remote)
+        assert error.message == "no such model: ü"
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+    run(test)
+
+
+def test_a_handler_that_cancels_itself_ends_its_stream(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            raise asyncio.CancelledError
+
+        assert isinstance(await failure(conn.stream("answers")), Remote)
+
+    run(test)
+
+
+def test_a_detached_sender_answers_later_from_another_task(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        returned = asyncio.Event()
+        tasks = []
+
+        async def answer_later(sender: Sender) -> None:
+            await returned.wait()
+            await sender.send("late")
+            sender.end()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            sender.detach()
+            tasks.append(asyncio.create_task(answer_later(sender)))
+
+        @conn.service("forgotten")
+        async def forget(request: Request, sender: Sender) -> None:
+            sender.detach()
+
+        stream = conn.stream("answers")
+        error = await failure(conn.stream("forgotten"))
+        assert isinstance(error, Remote)
+        assert "unfinished" in error.message
+        returned.set()
+        assert await received(stream) == [b"late"]
+        await asyncio.gather(*tasks)
+
+    run(test)
+
+
+def test_nobody_serves_and_a_busy_service_and_a_timeout(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        assert isinstance(await failure(conn.stream("nobody")), NoResponders)
+        stopped = asyncio.Event()
+
+        @conn.service("answers", max_streams=1)
+        async def handler(request: Request, sender: Sender) -> None:
+            await sender.send("begun")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                stopped.set()
+
+        stream = conn.stream("answers", client_id="tab", timeout=0.2)
+        assert await stream.__anext__() == b"begun"
+        busy = await failure(conn.stream("answers"))
+        assert isinstance(busy, Remote)
+        assert busy.message == "server busy"
+        assert isinstance(await failure(stream), Timeout)
+        await asyncio.wait_for(stopped.wait(), LIMIT)
+
+    run(test)
+
+
+def test_a_slow_reader_loses_its_stream_and_no_other(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        stopped = asyncio.Event()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            await sender.send_many([b"x" * 1000] * 10)
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                stopped.set()
+
+        slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=5 * 1064)
+        fast = conn.stream("answers", client_id="fast")
+        assert [await fast.__anext__() for _ in range(10)] == [b"x" * 1000] * 10
+        await asyncio.wait_for(stopped.wait(), LIMIT)
+        assert sum(map(len, slow._messages)) <= 5000
+        assert [await slow.__anext__() for _ in range(5)] == [b"x" * 1000] * 5
+        assert isinstance(await failure(slow), Full)
+        assert not fast._ended
+        fast.cancel()
+
+    run(test)
+
+
+def test_room_comes_back_as_messages_are_read(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            for _ in range(50):
+                await sender.send(b"x" * 1000)
+                await asyncio.sleep(0.001)
+
+        assert len(await received(conn.stream("answers", stream_buffer_bytes=5 * 1064))) == 50
+
+    run(test)
+
+
+def test_sending_waits_for_room_without_blocking_the_loop(server: Server) -> None:
+    async def main() -> None:
+        outcome: asyncio.Queue[object] = asyncio.Queue()
+        go = asyncio.Event()
+
+        async with aio.connect(server.url, send_buffer_bytes=1 << 16) as conn, aio.connect(server.url) as gateway:
+
+            @conn.service("answers")
+            async def handler(request: Request, sender: Sender) -> None:
+                await sender.send("begun")
+                await go.wait()
+                try:
+                    for _ in range(400):
+                        await sender.send(b"x" * 50_000)
+                except asyncio.CancelledError as cancelled:
+                    outcome.put_nowait(str(cancelled))
+                    raise
+                outcome.put_nowait("done")
+
+            stream = gateway.stream("answers", client_id="stays")
+            leaver = gateway.stream("answers", client_id="leaves")
+            await stream.__anext__(), await leaver.__anext__()
+            server.process.send_signal(signal.SIGSTOP)
+            go.set()
+            await until(lambda: conn.stats()["bytes_waiting"] > 1 << 14)
+            mark_client_offline("leaves")
+            assert await asyncio.wait_for(outcome.get(), LIMIT) == "client is offline"
+            assert outcome.empty()
+            server.process.send_signal(signal.SIGCONT)
+            assert sum(map(len, await received(stream))) == 400 * 50_000
+            assert await outcome.get() == "done"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("closes", "reads", "is_told"), [("gateway", Closed, Offline), ("worker", Remote, Closed)])
+def test_closing_ends_every_stream_and_handler_once(
+    url: str, closes: str, reads: type[PresenceError], is_told: type[PresenceError]
+) -> None:
+    async def main() -> None:
+        ended: list[int] = []
+        async with aio.connect(url) as worker, aio.connect(url) as gateway:
+
+            @worker.service("answers")
+            async def handler(request: Request, sender: Sender) -> None:
+                try:
+                    await send_for_ever(request, sender)
+                finally:
+                    ended.append(sender.status)
+
+            streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(5)]
+            assert [await stream.__anext__() for stream in streams] == [b"more"] * 5
+            readers = [asyncio.create_task(failure(stream)) for stream in streams]
+            closing = gateway if closes == "gateway" else worker
+            running = asyncio.create_task(closing.run())
+            await asyncio.sleep(0)
+            await closing.close()
+            await asyncio.wait_for(running, LIMIT)
+            assert [type(await reader) for reader in readers] == [reads] * 5
+            await until(lambda: len(ended) == 5)
+            assert online_count() == 0
+        assert ended == [is_told.status] * 5
+
+    asyncio.run(main())
+
+
+def test_use_after_close(url: str) -> None:
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+
+            @conn.service("answers")
+            async def handler(request: Request, sender: Sender) -> None:
+                await sender.send("one")
+                await asyncio.sleep(3600)
+
+            stream = conn.stream("answers")
+            assert await stream.__anext__() == b"one"
+            await conn.close()
+        await conn.close()
+        await conn.run()
+        stream.cancel()
+        assert isinstance(await failure(stream), Closed)
+        conn.stop()
+        with pytest.raises(Closed):
+            conn.stats()
+        with pytest.raises(Closed):
+            conn.stream("answers")
+        with pytest.raises(Closed):
+            conn.service("answers")(handler)
+        with pytest.raises(Closed):
+            await conn.listen_offline()
+
+    asyncio.run(main())
+
+
+def test_closing_from_a_handler(url: str) -> None:
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+
+            @conn.service("answers")
+            async def handler(request: Request, sender: Sender) -> None:
+                await conn.close()
+
+            assert isinstance(await failure(conn.stream("answers")), Closed)
+            await conn.run()
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        go = asyncio.Event()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            await sender.send("begun")
+            await go.wait()
+            await sender.send("done")
+
+        stream = conn.stream("answers")
+        assert await stream.__anext__() == b"begun"
+        running = asyncio.create_task(conn.run())
+        conn.stop()
+        assert isinstance(await failure(conn.stream("answers")), (NoResponders, Remote))
+        assert not running.done()
+        go.set()
+        assert await received(stream) == [b"done"]
+        await asyncio.wait_for(running, LIMIT)
+
+    run(test)
+
+
+def test_events_of_the_connection(server: Server) -> None:
+    async def main() -> None:
+        events: asyncio.Queue[ConnectionEvent] = asyncio.Queue()
+
+        async def next_but_log() -> str:
+            while (event := await asyncio.wait_for(events.get(), LIMIT)).kind == "log":
+                pass
+            return event.kind
+
+        async with aio.connect(server.url, on_event=events.put_nowait) as conn:
+            stream = conn.stream("nobody.answers.yet", retries=100000)
+            server.stop()
+            assert await next_but_log() == "disconnected"
+            assert isinstance(await failure(stream), Disconnected)
+            server.start()
+            assert await next_but_log() == "connected"
+
+    asyncio.run(main())
+
+
+def test_the_block_that_fails_closes_and_keeps_its_error(url: str) -> None:
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+            conn.stream("nobody")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        asyncio.run(main())
+
+
+def test_connecting_can_be_cancelled() -> None:
+    async def main() -> None:
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted.set()
+            await reader.read()
+            writer.close()
+
+        accepted = asyncio.Event()
+        listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        connecting = aio.connect(f"nats://127.0.0.1:{port}", connect_timeout_ms=500)
+        task = asyncio.create_task(connecting.__aenter__())
+        await asyncio.wait_for(accepted.wait(), LIMIT)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        listener.close()
+
+    asyncio.run(main())
+
+
+def test_sync_and_asyncio_in_one_process(url: str) -> None:
+    outcome: Queue[Any] = Queue()
+
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+
+            @conn.service("asynchronous")
+            async def handler(request: Request, sender: Sender) -> None:
+                async for message in conn.stream("synchronous", request.data, client_id=request.client_id):
+                    await sender.send(message.upper())
+
+            await asyncio.to_thread(lambda: outcome.put(list(worker.stream("asynchronous", "abc", client_id="tab"))))
+
+    with nats_presence.connect(url) as worker:
+        worker.service("synchronous")(lambda request, sender: sender.send_many([request.data] * 3))
+        thread = threading.Thread(target=asyncio.run, args=(main(),))
+        thread.start()
+        assert outcome.get(timeout=LIMIT) == [b"ABC"] * 3
+        thread.join()

@@ -1,0 +1,236 @@
+"""What is wrong is refused with an exception that says which value and why, and changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LIMIT, Server
+from test_presence import BAD_IDS
+
+import nats_presence
+from nats_presence import Connection, Disconnected, Invalid, PresenceError, Reserved, TooLarge, aio, online_count
+
+
+@pytest.fixture
+def conn(url: str) -> Iterator[Connection]:
+    with nats_presence.connect(url) as conn:
+        yield conn
+        stats = conn.stats()
+        assert stats["streams"] == 0 == stats["senders"]
+        assert online_count() == 0
+
+
+def check(caught: pytest.ExceptionInfo[PresenceError], *told: str) -> None:
+    for part in told:
+        assert part in caught.value.message
+
+
+@pytest.mark.parametrize("client", [*BAD_IDS, " white space around "])
+def test_ids(conn: Connection, client: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.stream("answers", client_id=client)
+    check(caught, "client id")
+
+
+SUBJECTS = [None, 3, b"x", "", "a b", "a\r\nb", "a\tb", "\0", "a\0b", "a\ud800", ".a", "a.", "a..b"]
+
+
+@pytest.mark.parametrize("subject", [*SUBJECTS, "a.*", "a.>"])
+def test_subjects_to_request(conn: Connection, subject: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.stream(subject)
+    check(caught, "subject")
+
+
+@pytest.mark.parametrize("subject", [*SUBJECTS, "a.>.b"])
+def test_subjects_to_serve(conn: Connection, subject: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.service(subject)(lambda request, sender: None)
+    check(caught, "subject")
+
+
+@pytest.mark.parametrize("queue", [None, "a b", "a\nb", "\0"])
+def test_queue_groups(conn: Connection, queue: Any) -> None:
+    with pytest.raises(Invalid):
+        conn.service("answers", queue=queue)(lambda request, sender: None)
+
+
+@pytest.mark.parametrize("numbers", [{"max_streams": -1}, {"max_streams": 2**32}, {"max_streams": "2"}, {"threads": 0}])
+def test_numbers_of_a_service(conn: Connection, numbers: dict[str, Any]) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.service("answers", **numbers)(lambda request, sender: None)
+    check(caught, *numbers, *map(repr, numbers.values()))
+
+
+@pytest.mark.parametrize("data", [None, 7, ["a"], "a\ud800"])
+def test_payloads_of_a_wrong_kind(conn: Connection, data: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.stream("answers", data)
+    check(caught, f"payload {data!r}")
+
+
+def test_payloads_that_are_refused_leave_the_stream_open(conn: Connection) -> None:
+    @conn.service("answers")
+    def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
+        refused: list[tuple[Any, type[PresenceError], str]] = [
+            (b"x" * ((1 << 20) + 1), TooLarge, "1048577 bytes"),
+            ("__STREAM_END__", Reserved, "marker"),
+            (b"__STREAM_END__ and more", Reserved, "marker"),
+            ("__STREAM_ERROR__:why", Reserved, "marker"),
+            (None, Invalid, "payload None"),
+            (7, Invalid, "payload 7"),
+            ("\ud800", Invalid, "not UTF-8"),
+        ]
+        for data, kind, told in refused:
+            with pytest.raises(kind) as caught:
+                sender.send(data)
+            check(caught, told)
+        for name in (None, "a\0b"):
+            with pytest.raises(Invalid, match="header"):
+                request.header(name)  # type: ignore[arg-type]
+        assert sender.send_count == 0
+        assert not sender.closed
+        sender.send(b"x" * (1 << 20))
+
+    assert list(conn.stream("answers")) == [b"x" * (1 << 20)]
+
+
+def test_a_request_over_max_payload(conn: Connection) -> None:
+    with pytest.raises(TooLarge) as caught:
+        conn.stream("answers", b"x" * ((1 << 20) + 1))
+    check(caught, "1048577", "1048576")
+
+
+REQUEST_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"colour": "red"}, "colour"),
+    ({"retries": -1}, "retries"),
+    ({"retries": "many"}, "retries"),
+    ({"retries": 1.5}, "retries"),
+    ({"name": "of a connection"}, "name"),
+    ({"re\0tries": 1}, "option"),
+    ({"stream_buffer_bytes": True}, "stream_buffer_bytes"),
+    ({"timeout": 0 - 1}, "timeout -1"),
+    ({"timeout": float("nan")}, "timeout nan"),
+    ({"timeout": float("inf")}, "timeout inf"),
+    ({"timeout": "5"}, "timeout '5'"),
+    ({"headers": {"Connect-ID": "other"}}, "Connect-ID"),
+    ({"headers": {"X Y": "1"}}, "X Y"),
+    ({"headers": {"X": "a\r\nY: b"}}, "X"),
+    ({"headers": {"X": "a\0"}}, "NUL"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), REQUEST_OPTIONS)
+def test_options_of_a_request(conn: Connection, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.stream("answers", **options)
+    check(caught, told)
+
+
+CONNECT_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"colour": "red"}, "colour"),
+    ({"announce": "sometimes"}, "sometimes"),
+    ({"connect_timeout_ms": "soon"}, "connect_timeout_ms"),
+    ({"tls_first": "perhaps"}, "tls_first"),
+    ({"name": "a\0b"}, "name"),
+    ({"name": "a\ud800"}, "name"),
+    ({"retries": 1}, "retries"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), CONNECT_OPTIONS)
+def test_options_of_a_connection(url: str, options: dict[str, Any], told: str) -> None:
+    with pytest.raises(Invalid) as caught:
+        nats_presence.connect(url, **options)
+    check(caught, told)
+
+
+def test_options_that_are_right(url: str) -> None:
+    options = {"name": "Ünï", "tls_first": False, "announce": "never", "max_reconnects": 3, "token": None}
+    with nats_presence.connect(url, **options) as conn:  # type: ignore[arg-type]
+        assert conn.stats()["connected"] == 1
+
+
+@pytest.mark.parametrize("url", [None, 4222, "", "nats://", "http://a", "nats://a:99999", "nats://a b", "nats://a\0"])
+def test_malformed_urls(url: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        nats_presence.connect(url)
+    check(caught, "URL" if isinstance(url, str) and "\0" not in url else "url")
+
+
+def test_a_server_that_cannot_be_reached(server: Server) -> None:
+    server.stop()
+    for _ in range(2):
+        with pytest.raises(Disconnected) as caught:
+            nats_presence.connect(server.url, connect_timeout_ms=int(LIMIT * 1000))
+        check(caught, str(server.port))
+
+    async def main() -> None:
+        async with aio.connect(server.url):
+            pass
+
+    with pytest.raises(Disconnected):
+        asyncio.run(main())
+
+
+def test_credentials(tmp_path: Path) -> None:
+    server = Server(tmp_path, 'authorization { user: ada, password: "right-secret" }')
+    try:
+        with nats_presence.connect(server.url, user="ada", password="right-secret") as conn:
+            assert conn.stats()["connected"] == 1
+        at = server.url.replace("nats://", "nats://ada:wrong-secret@")
+        attempts: list[tuple[str, dict[str, str]]] = [
+            (server.url, {}),
+            (server.url, {"user": "ada", "password": "wrong-secret"}),
+            (server.url, {"token": "wrong-secret"}),
+            (at, {}),
+        ]
+        for url, options in attempts:
+            with pytest.raises(Disconnected) as caught:
+                nats_presence.connect(url, **options)  # type: ignore[arg-type]
+            assert "secret" not in caught.value.message
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("drain", [-1, float("nan"), "5"])
+def test_a_drain_that_is_no_time(conn: Connection, drain: Any) -> None:
+    with pytest.raises(Invalid) as caught:
+        conn.close(drain)
+    check(caught, f"drain {drain!r}")
+    assert conn.stats()["connected"] == 1
+
+
+def test_the_same_through_asyncio(url: str) -> None:
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+            for subject in (None, "", "a b", "a\0b"):
+                with pytest.raises(Invalid, match="subject"):
+                    conn.stream(subject)  # type: ignore[arg-type]
+                with pytest.raises(Invalid, match="subject"):
+                    conn.service(subject)(None)  # type: ignore[arg-type]
+            for client in BAD_IDS:
+                with pytest.raises(Invalid, match="client id"):
+                    conn.stream("answers", client_id=client)  # type: ignore[arg-type]
+            for options, told in REQUEST_OPTIONS:
+                with pytest.raises(Invalid, match=told):
+                    conn.stream("answers", **options)
+            with pytest.raises(Invalid, match="drain"):
+                await conn.close(-1)
+
+            @conn.service("answers")
+            async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
+                with pytest.raises(TooLarge):
+                    await sender.send(b"x" * ((1 << 20) + 1))
+                with pytest.raises(Reserved):
+                    await sender.send("__STREAM_END__")
+                await sender.send("fine")
+
+            assert [message async for message in conn.stream("answers")] == [b"fine"]
+            assert conn.stats()["streams"] == 0
+
+    asyncio.run(main())

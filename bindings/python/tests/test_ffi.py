@@ -1,0 +1,171 @@
+"""_ffi.py says what the C header says."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from ctypes import POINTER, Structure, c_char_p, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PACKAGE, ROOT, environment
+
+import nats_presence
+from nats_presence import _ffi, errors
+
+HEADER = ROOT / "include/nats_presence.h"
+STRUCTS = {"presence_error": _ffi.Error, "presence_stats": _ffi.Stats, "presence_event": _ffi.Event}
+SCALARS = {
+    "void": None,
+    "bool": ctypes.c_bool,
+    "char": ctypes.c_char,
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint32_t": ctypes.c_uint32,
+    "uint64_t": c_uint64,
+    "size_t": c_size_t,
+}
+
+
+def header() -> str:
+    """Without comments and lines of the preprocessor."""
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", HEADER.read_text(), flags=re.DOTALL)
+    return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+
+
+def split(declaration: str) -> tuple[str, str]:
+    """Type and name: "const char *id" is ("char*", "id")."""
+    kind, stars, name = re.fullmatch(r"(.*?)([\s*]+)(\w+)", declaration.strip()).groups()  # type: ignore[union-attr]
+    return " ".join(w for w in kind.split() if w not in ("const", "struct")) + stars.replace(" ", ""), name
+
+
+def parameter(kind: str) -> Any:
+    if kind in ("char*", "void*"):
+        return c_char_p
+    if kind.endswith("**"):
+        return POINTER(c_void_p)
+    base = kind.rstrip("*")
+    if base == kind:
+        return SCALARS[kind]
+    if base in SCALARS:
+        return POINTER(SCALARS[base])
+    return POINTER(STRUCTS[base]) if base in STRUCTS else c_void_p
+
+
+def result(kind: str) -> Any:
+    if kind == "char*":
+        return c_char_p
+    return c_void_p if kind.endswith("*") else SCALARS[kind]
+
+
+def test_functions() -> None:
+    found = {}
+    for declaration, parameters in re.findall(r"^([\w\s*]+?)\(([^()]*)\);", header(), flags=re.MULTILINE):
+        kind, name = split(declaration)
+        names = [] if parameters.strip() == "void" else [parameter(split(p)[0]) for p in parameters.split(",")]
+        found[name] = (result(kind), names)
+    assert len(found) > 30
+    assert found == _ffi.FUNCTIONS
+
+
+def fields(body: str) -> list[tuple[str, Any]]:
+    found = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        plain, _, count = declaration.partition("[")
+        kind, name = split(plain)
+        what: Any = c_void_p if kind.endswith("*") else SCALARS[kind]
+        if count:
+            number = count.rstrip("]")
+            what = what * (_ffi.ERROR_MESSAGE if number == "PRESENCE_ERROR_MESSAGE" else int(number))
+        found.append((name, what))
+    return found
+
+
+def test_structs() -> None:
+    found = dict(re.findall(r"typedef struct (\w+) \{(.*?)\}", header(), flags=re.DOTALL))
+    assert {name: fields(body) for name, body in found.items()} == {n: s._fields_ for n, s in STRUCTS.items()}
+
+
+def test_numbers() -> None:
+    found = re.findall(r"^\s*PRESENCE_(\w+) = (-?\d+),", header(), flags=re.MULTILINE)
+    assert len(found) > 20
+    ours = {n: v for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and n != "ERROR_MESSAGE"}
+    assert {name: int(value) for name, value in found} == ours
+    defines = dict(re.findall(r"^#define PRESENCE_(\w+) (\d+)", HEADER.read_text(), flags=re.MULTILINE))
+    assert int(defines["ERROR_MESSAGE"]) == _ffi.ERROR_MESSAGE
+    assert _ffi.SONAME.endswith(f".so.{defines['ABI']}")
+
+
+def test_layout(tmp_path: Path) -> None:
+    """The C compiler puts every field where ctypes does."""
+
+    def places(name: str, struct: type[Structure]) -> list[tuple[str, int]]:
+        return [(name, ctypes.sizeof(struct))] + [
+            (f"{name}.{field}", getattr(struct, field).offset) for field, *_ in struct._fields_
+        ]
+
+    ours = [place for name, struct in STRUCTS.items() for place in places(name, struct)]
+    lines = [
+        f'printf("%zu\\n", {"offsetof(%s, %s)" % tuple(name.split(".")) if "." in name else f"sizeof({name})"});'  # noqa: UP031
+        for name, _ in ours
+    ]
+    source = "#include <stdio.h>\n#include <nats_presence.h>\nint main(void) {\n" + "\n".join(lines) + "\nreturn 0; }\n"
+    (tmp_path / "layout.c").write_text(source)
+    program = tmp_path / "layout"
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-I", HEADER.parent, tmp_path / "layout.c", "-o", program], check=True)
+    output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    assert [int(line) for line in output.split()] == [place for _, place in ours]
+
+
+def test_each_status_has_its_exception() -> None:
+    statuses = {v: n for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and v < 0}
+    for status, name in statuses.items():
+        failure = errors.error(status, "why")
+        assert type(failure).__name__.lower() == name.replace("_", "").lower()
+        assert (failure.status, failure.message, str(failure)) == (status, "why", "why")
+        assert type(failure).__name__ in nats_presence.__all__
+    assert isinstance(errors.error(-99, "?"), nats_presence.Internal)
+
+
+def test_version() -> None:
+    assert nats_presence.__version__ == _ffi.lib.presence_version().decode()
+
+
+def import_fresh(directory: Path = PACKAGE, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import nats_presence; print(nats_presence._ffi.lib._name)"],
+        cwd=directory, env=environment(**env), capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_a_chosen_library_that_is_missing_or_another_is_named() -> None:
+    for path, why in (("/nowhere/lib.so", "/nowhere/lib.so: "), ("libc.so.6", "libc.so.6: undefined symbol")):
+        run = import_fresh(NATS_PRESENCE_LIBRARY=path)
+        assert run.returncode == 1
+        assert "ImportError: cannot load libnats_presence.so.0" in run.stderr
+        assert why in run.stderr
+
+
+def test_the_order_of_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NATS_PRESENCE_LIBRARY", raising=False)
+    beside = str(PACKAGE / "nats_presence" / _ffi.SONAME)
+    prefix = str(Path(sys.prefix, "lib", _ffi.SONAME))
+    assert _ffi._candidates() == [beside, _ffi.SONAME, prefix, "/usr/local/lib/" + _ffi.SONAME]
+    monkeypatch.setenv("NATS_PRESENCE_LIBRARY", "/mine.so")
+    assert _ffi._candidates() == ["/mine.so"]
+
+
+def test_a_library_beside_the_package_is_found_first(tmp_path: Path) -> None:
+    copy = tmp_path / "nats_presence"
+    shutil.copytree(PACKAGE / "nats_presence", copy)
+    library = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnats" in line)
+    shutil.copy(library, copy / _ffi.SONAME)
+    run = import_fresh(tmp_path, NATS_PRESENCE_LIBRARY="", PYTHONPATH="")
+    assert run.stdout.strip() == str(copy / _ffi.SONAME), run.stderr

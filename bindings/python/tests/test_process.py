@@ -1,0 +1,339 @@
+"""Signals, the end of the interpreter, and fork, each in a process of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from conftest import LIMIT, run_python
+
+import nats_presence
+from nats_presence import Connection, Disconnected, Offline, PresenceError, Remote
+
+SETUP = """
+import asyncio, multiprocessing, os, sys, threading, time
+import nats_presence
+from nats_presence import aio
+url = sys.argv[1]
+"""
+
+
+@pytest.fixture
+def conn(url: str) -> Iterator[Connection]:
+    with nats_presence.connect(url) as conn:
+        yield conn
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler shows where it hangs.
+        out, err = process.communicate()
+        pytest.fail(f"it hangs:\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def ready(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if line != "ready\n":
+        pytest.fail(f"{line}{finish(process)}")
+    return process
+
+
+WAITS = {
+    "a stream": """
+with nats_presence.connect(url) as conn:
+    conn.service("silent")(lambda request, sender: time.sleep(0.2) or sender.detach() or kept.append(sender))
+    kept = []
+    stream = conn.stream("silent")
+    print("ready", flush=True)
+    next(stream)
+""",
+    "run": """
+with nats_presence.connect(url) as conn:
+    print("ready", flush=True)
+    conn.run()
+""",
+    "asyncio": """
+async def main():
+    async with aio.connect(url) as conn:
+        @conn.service("silent")
+        async def handler(request, sender):
+            await asyncio.sleep(3600)
+        stream = conn.stream("silent")
+        print("ready", flush=True)
+        await stream.__anext__()
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("code", WAITS.values(), ids=WAITS)
+def test_keyboard_interrupt_ends_a_wait(url: str, code: str) -> None:
+    process = ready(run_python(SETUP + code, url))
+    process.send_signal(signal.SIGINT)
+    status, _, err = finish(process)
+    assert status == -signal.SIGINT, err
+    assert err.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_a_stream_goes_on_after_an_interrupt(url: str) -> None:
+    process = ready(
+        run_python(
+            SETUP
+            + """
+with nats_presence.connect(url) as conn:
+    go = threading.Event()
+    @conn.service("answers")
+    def handler(request, sender):
+        go.wait()
+        sender.send("late")
+    stream = conn.stream("answers")
+    try:
+        print("ready", flush=True)
+        next(stream)
+    except KeyboardInterrupt:
+        go.set()
+    print(list(stream))
+""",
+            url,
+        )
+    )
+    process.send_signal(signal.SIGINT)
+    assert finish(process) == (0, "[b'late']\n", "")
+
+
+EXITS = {
+    "sync": """
+conn = nats_presence.connect(url)
+@conn.service("local", threads=2)
+def handler(request, sender):
+    while True:
+        sender.send("more")
+names = [("local", "a"), ("local", "b"), ("abroad", "c")]
+streams = [conn.stream(subject, client_id=client) for subject, client in names]
+for stream in streams:
+    next(stream)
+session = nats_presence.session("d")
+print("ready", flush=True)
+sys.exit(3)
+""",
+    "a handler that never returns": """
+conn = nats_presence.connect(url)
+conn.service("local")(lambda request, sender: sender.send("more") or time.sleep(3600))
+streams = [conn.stream("local", client_id="a"), conn.stream("abroad", client_id="c")]
+for stream in streams:
+    next(stream)
+print("ready", flush=True)
+sys.exit(3)
+""",
+    "a daemon thread that reads": """
+conn = nats_presence.connect(url)
+stream = conn.stream("abroad", client_id="c")
+next(stream)
+def read():
+    try:
+        list(stream)
+    except nats_presence.Closed:
+        pass
+threading.Thread(target=read, daemon=True).start()
+print("ready", flush=True)
+sys.exit(3)
+""",
+    "asyncio that is left behind": """
+loop = asyncio.new_event_loop()
+async def main():
+    global block, stream
+    block = aio.connect(url)
+    conn = await block.__aenter__()
+    stream = conn.stream("abroad", client_id="c")
+    await stream.__anext__()
+loop.run_until_complete(main())
+print("ready", flush=True)
+sys.exit(3)
+""",
+    "asyncio": """
+async def main():
+    async with aio.connect(url) as conn:
+        async for message in conn.stream("abroad", client_id="c"):
+            print("ready", flush=True)
+            sys.exit(3)
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("code", EXITS.values(), ids=EXITS)
+def test_exit_with_streams_open(conn: Connection, url: str, code: str) -> None:
+    """The process ends as it wants to, and those abroad learn of it."""
+    told = []
+
+    @conn.service("abroad")
+    def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
+        try:
+            while True:
+                sender.send("more")
+        except PresenceError as refused:
+            told.append(refused)
+
+    process = ready(run_python(SETUP + code, url))
+    assert finish(process) == (3, "", "")
+    conn.stop()
+    conn.run()
+    assert [type(refused) for refused in told] == [Offline]
+
+
+def test_a_worker_that_exits_ends_its_streams(conn: Connection, url: str) -> None:
+    process = ready(
+        run_python(
+            SETUP
+            + """
+conn = nats_presence.connect(url)
+go = threading.Event()
+@conn.service("answers")
+def handler(request, sender):
+    sender.send("begun")
+    go.set()
+    time.sleep(3600)
+print("ready", flush=True)
+go.wait()
+""",
+            url,
+        )
+    )
+    stream = conn.stream("answers", client_id="tab")
+    assert next(stream) == b"begun"
+    with pytest.raises((Remote, Disconnected)):
+        next(stream)
+    assert finish(process) == (0, "", "")
+
+
+FORKS = {
+    "after import": """
+nats_presence.mark_client_online("parent's")
+def child():
+    assert nats_presence.online_count() == 0
+    nats_presence.mark_client_online("child's")
+    with nats_presence.session("tab"):
+        assert nats_presence.online_count() == 2
+    with nats_presence.connect(url) as conn:
+        conn.service("answers")(lambda request, sender: sender.send("from a child"))
+        assert list(conn.stream("answers", client_id="tab")) == [b"from a child"]
+    assert nats_presence.online_count() == 1
+""",
+    "after connect": """
+conn = nats_presence.connect(url, on_event=print)
+events = []
+go = threading.Event()
+senders = []
+@conn.service("answers")
+def handler(request, sender):
+    senders.append(sender)
+    sender.send("begun")
+    go.wait()
+    sender.send("end")
+stream, read_by_a_thread = conn.stream("answers", client_id="tab"), conn.stream("answers", client_id="tab")
+assert next(stream) == next(read_by_a_thread) == b"begun"
+read = []
+reader = threading.Thread(target=lambda: read.extend(read_by_a_thread))
+reader.start()
+while not read_by_a_thread._reading.locked():
+    time.sleep(0.01)
+session = nats_presence.session("tab")
+
+def child():
+    assert nats_presence.online_count() == 0
+    nats_presence.mark_client_online("child's")
+    calls = [
+        conn.stats, conn.run, conn.close, conn.listen_offline,
+        lambda: conn.stream("answers"), lambda: next(stream), lambda: next(read_by_a_thread),
+        lambda: conn.service("answers")(handler),
+        lambda: senders[0].send("x"), senders[0].end, lambda: senders[0].error("x"),
+        lambda: nats_presence.connect(url),
+        lambda: asyncio.run(aio.connect(url).__aenter__()),
+    ]
+    for number, call in enumerate(calls):
+        try:
+            call()
+        except nats_presence.Forked as forked:
+            assert forked.message
+        else:
+            raise AssertionError(f"call {number} raised nothing")
+    session.close()
+    stream.cancel()
+    conn.stop()
+""",
+    "after asyncio's connect": """
+async def main():
+    global conn, stream, block
+    block = aio.connect(url)
+    conn = await block.__aenter__()
+    @conn.service("answers")
+    async def handler(request, sender):
+        await sender.send("begun")
+        await sender.send("end")
+    stream = conn.stream("answers")
+    assert await stream.__anext__() == b"begun"
+loop = asyncio.new_event_loop()
+loop.run_until_complete(main())
+
+async def use():
+    for call in (conn.close, conn.listen_offline):
+        try:
+            await call()
+        except nats_presence.Forked:
+            continue
+        raise AssertionError("nothing was raised")
+def child():
+    asyncio.run(use())
+""",
+}
+AFTERWARDS = {
+    "after import": "assert nats_presence.online_count() == 1",
+    "after connect": """
+go.set()
+assert list(stream) == [b"end"]
+reader.join()
+assert read == [b"end"]
+session.close()
+conn.close()
+""",
+    "after asyncio's connect": """
+async def end():
+    assert [message async for message in stream] == [b"end"]
+    await block.__aexit__(None, None, None)
+loop.run_until_complete(end())
+""",
+}
+START = {
+    "multiprocessing": """
+process = multiprocessing.get_context("fork").Process(target=child)
+process.start()
+process.join()
+assert process.exitcode == 0, process.exitcode
+""",
+    "os.fork": """
+pid = os.fork()
+if pid == 0:
+    child()
+    sys.exit(7)
+_, status = os.waitpid(pid, 0)
+assert os.waitstatus_to_exitcode(status) == 7, status
+""",
+}
+
+
+# Not os.fork after asyncio's connect: a child that tears its parent's loop down breaks it there, whoever uses it.
+@pytest.mark.parametrize(
+    ("when", "start"),
+    [*((w, "multiprocessing") for w in FORKS), *((w, "os.fork") for w in FORKS if "asyncio" not in w)],
+)
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_fork(url: str, when: str, start: str) -> None:
+    process = run_python(SETUP + FORKS[when] + START[start] + AFTERWARDS[when], url)
+    status, out, err = finish(process)
+    assert (status, out) == (0, ""), err

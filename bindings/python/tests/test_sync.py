@@ -1,0 +1,542 @@
+"""Workers and gateways with threads, over a real nats-server."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from queue import Queue
+from typing import Any, Callable
+
+import pytest
+from conftest import LIMIT, Server
+
+import nats_presence
+from nats_presence import (
+    Busy,
+    Cancelled,
+    Closed,
+    Connection,
+    ConnectionEvent,
+    Disconnected,
+    Full,
+    NoResponders,
+    Offline,
+    PresenceError,
+    Remote,
+    Request,
+    Sender,
+    Stream,
+    Timeout,
+    is_client_online,
+    mark_client_offline,
+    online_count,
+)
+
+
+@pytest.fixture
+def conn(url: str) -> Iterator[Connection]:
+    with nats_presence.connect(url, name="test") as conn:
+        yield conn
+    gc.collect()
+    assert online_count() == 0
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def send_until_refused(sender: Sender, outcome: Queue[Any]) -> None:
+    try:
+        while True:
+            sender.send("more")
+            time.sleep(0.001)
+    except PresenceError as refused:
+        outcome.put((refused, sender))
+
+
+def failure(stream: Stream) -> PresenceError:
+    """What a stream ends with; then, and only then, it has ended for good."""
+    with pytest.raises(PresenceError) as caught:
+        list(stream)
+    assert list(stream) == []
+    return caught.value
+
+
+def test_messages_come_in_order_and_whole(conn: Connection) -> None:
+    seen: Queue[Request] = Queue()
+    senders: Queue[Sender] = Queue()
+
+    @conn.service("answers.*", queue="workers")
+    def handler(request: Request, sender: Sender) -> None:
+        seen.put(request)
+        senders.put(sender)
+        assert not sender.closed
+        assert sender.status == 0
+        sender.send("text Ü")
+        sender.send(b"bytes \0\xff")
+        sender.send(bytearray(b"array"))
+        sender.send(memoryview(b"_view_")[1:-1])
+        sender.send(b"")
+        sender.send_many([b"%d" % n for n in range(1000)])
+        assert sender.send_count == 1005
+
+    stream = conn.stream("answers.one", "question", client_id="Ünï", headers={"X-Model": "small"})
+    assert is_client_online("Ünï")
+    first = ["text Ü".encode(), b"bytes \0\xff", b"array", b"view", b""]
+    assert list(stream) == first + [b"%d" % n for n in range(1000)]
+    assert list(stream) == []
+    request, sender = seen.get(), senders.get()
+    assert (request.client_id, request.subject, request.data) == ("Ünï", "answers.one", b"question")
+    assert (request.header("X-Model"), request.header("Connect-ID"), request.header("X-None")) == ("small", "Ünï", None)
+    assert sender.client_id == "Ünï"
+    assert sender.closed
+    assert sender.status == Closed.status
+    sender.end()
+    with pytest.raises(Closed):
+        sender.send("late")
+    with pytest.raises(Closed):
+        sender.error("late")
+    assert not is_client_online("Ünï")
+
+
+def test_anonymous(conn: Connection) -> None:
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send(repr(request.client_id))
+
+    assert list(conn.stream("answers")) == [b"''"]
+
+
+def test_a_client_that_leaves_stops_its_sender(conn: Connection) -> None:
+    outcome: Queue[Any] = Queue()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        send_until_refused(sender, outcome)
+        sender.send("once more")
+
+    stream = conn.stream("answers", client_id="tab")
+    assert next(stream) == b"more"
+    mark_client_offline("tab")
+    assert isinstance(failure(stream), Offline)
+    refused, sender = outcome.get(timeout=LIMIT)
+    assert isinstance(refused, Offline)
+    assert "'tab'" in refused.message
+    assert sender.closed
+    assert sender.status == Offline.status
+    # The same id is a new life: the old sender is not revived.
+    with nats_presence.session("tab"), pytest.raises(Offline):
+        sender.send("more")
+    for call in (sender.end, lambda: sender.error("why")):
+        with pytest.raises(Offline):
+            call()
+
+
+def leave_the_loop(conn: Connection) -> None:
+    for message in conn.stream("answers", client_id="tab"):
+        assert message == b"more"
+        break
+
+
+def leave_the_block(conn: Connection) -> None:
+    with conn.stream("answers", client_id="tab") as stream:
+        next(stream)
+    assert isinstance(failure(stream), Cancelled)
+    stream.cancel()
+
+
+def cancel_from_another_thread(conn: Connection) -> None:
+    stream = conn.stream("answers", client_id="tab")
+    next(stream)
+    canceller = threading.Timer(0.05, stream.cancel)
+    canceller.start()
+    assert isinstance(failure(stream), Cancelled)
+    canceller.join()
+
+
+@pytest.mark.parametrize("leave", [leave_the_loop, leave_the_block, cancel_from_another_thread])
+def test_leaving_a_stream_stops_its_sender(conn: Connection, leave: Callable[[Connection], None]) -> None:
+    outcome: Queue[Any] = Queue()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        send_until_refused(sender, outcome)
+
+    leave(conn)
+    refused, _ = outcome.get(timeout=LIMIT)
+    assert isinstance(refused, Offline)
+    until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "text"),
+    [(ValueError("no such model: ü"), "no such model: ü"), (KeyError(), "KeyError"), (SystemExit(3), "3")],
+)
+def test_what_a_handler_raises_is_the_streams_error(
+    conn: Connection, raised: BaseException, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    @conn.service("answers", threads=1)
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send("part")
+        raise raised
+
+    for _ in range(2):  # The only thread survives it.
+        stream = conn.stream("answers", client_id="tab")
+        assert next(stream) == b"part"
+        error = failure(stream)
+        assert isinstance(error, Remote)
+        assert error.message == text
+    until(lambda: len(caplog.records) == 2)
+    assert caplog.records[0].name == "nats_presence"
+    assert caplog.records[0].levelno == logging.ERROR
+
+
+def test_a_client_that_leaves_while_it_waits_for_a_thread_is_not_served(conn: Connection) -> None:
+    go = threading.Event()
+    served: Queue[str] = Queue()
+
+    @conn.service("answers", threads=1)
+    def handler(request: Request, sender: Sender) -> None:
+        served.put(request.client_id)
+        go.wait(LIMIT)
+
+    streams = [conn.stream("answers", client_id=client) for client in ("first", "leaves", "last")]
+    until(lambda: conn.stats()["senders"] == 3)
+    mark_client_offline("leaves")
+    go.set()
+    assert [list(streams[0]), list(streams[2])] == [[], []]
+    assert isinstance(failure(streams[1]), Offline)
+    assert [served.get_nowait(), served.get_nowait(), served.empty()] == ["first", "last", True]
+
+
+def test_an_error_ends_the_stream_once(conn: Connection) -> None:
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        sender.error("first")
+        with pytest.raises(Closed):
+            sender.error("second")
+        sender.end()
+
+    assert failure(conn.stream("answers")).message == "first"
+
+
+def test_a_detached_sender_answers_later_from_another_thread(conn: Connection) -> None:
+    returned = threading.Event()
+
+    def answer_later(sender: Sender) -> None:
+        assert returned.wait(LIMIT)
+        sender.send("late")
+        sender.end()
+
+    @conn.service("answers", threads=1)
+    def handler(request: Request, sender: Sender) -> None:
+        sender.detach()
+        threading.Thread(target=answer_later, args=(sender,)).start()
+
+    @conn.service("forgotten")
+    def forget(request: Request, sender: Sender) -> None:
+        sender.detach()
+
+    streams = [conn.stream("answers") for _ in range(3)]
+    until(lambda: conn.stats()["senders"] == 3)
+    returned.set()
+    assert [list(stream) for stream in streams] == [[b"late"]] * 3
+    error = failure(conn.stream("forgotten"))
+    assert isinstance(error, Remote)
+    assert "unfinished" in error.message
+
+
+def test_nobody_serves(conn: Connection) -> None:
+    error = failure(conn.stream("nobody.here", client_id="tab"))
+    assert isinstance(error, NoResponders)
+    assert "nobody.here" in error.message
+
+
+def test_a_busy_service_and_retries(conn: Connection) -> None:
+    go = threading.Event()
+
+    @conn.service("answers", max_streams=1)
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send("begun")
+        go.wait(LIMIT)
+
+    first = conn.stream("answers")
+    assert next(first) == b"begun"
+    error = failure(conn.stream("answers"))
+    assert isinstance(error, Remote)
+    assert error.message == "server busy"
+    patient = conn.stream("answers", retries=1000, retry_delay_ms=10)
+    until(lambda: conn.stats()["requests_busy"] >= 3)
+    go.set()
+    assert list(first) == []
+    assert list(patient) == [b"begun"]
+
+
+def test_a_timeout(conn: Connection) -> None:
+    stopped = threading.Event()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        until(lambda: sender.closed)
+        stopped.set()
+
+    began = time.monotonic()
+    error = failure(conn.stream("answers", client_id="tab", timeout=0.2))
+    assert isinstance(error, Timeout)
+    assert isinstance(error, TimeoutError)
+    assert 0.2 <= time.monotonic() - began < LIMIT
+    assert stopped.wait(LIMIT)
+
+
+def test_eight_threads_send_while_another_ends(conn: Connection) -> None:
+    sent: Queue[int] = Queue()
+
+    def send(sender: Sender) -> None:
+        count = 0
+        with pytest.raises(Closed):
+            while True:
+                sender.send(b"x")
+                assert sender.status in (0, Closed.status)
+                count += 1
+        sent.put(count)
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        threads = [threading.Thread(target=send, args=(sender,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        until(lambda: sender.send_count > 500)
+        sender.end()
+
+    for _ in range(5):
+        received = len(list(conn.stream("answers")))
+        assert received == sum(sent.get(timeout=LIMIT) for _ in range(8)) >= 500
+
+
+def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
+    go = threading.Event()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        go.wait(LIMIT)
+        sender.send("one")
+
+    stream = conn.stream("answers")
+    got: Queue[list[bytes]] = Queue()
+    reader = threading.Thread(target=lambda: got.put(list(stream)))
+    reader.start()
+    until(stream._reading.locked)
+    with pytest.raises(Busy):
+        next(stream)
+    go.set()
+    assert got.get(timeout=LIMIT) == [b"one"]
+    reader.join()
+
+
+def test_a_slow_reader_loses_its_stream_and_no_other(conn: Connection) -> None:
+    done = threading.Event()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send_many([b"x" * 1000] * 10)
+        done.wait(LIMIT)
+
+    slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=5 * 1064)
+    fast = conn.stream("answers", client_id="fast")
+    assert [next(fast) for _ in range(10)] == [b"x" * 1000] * 10
+    until(lambda: conn.stats()["streams"] == 1)
+    assert [next(slow) for _ in range(5)] == [b"x" * 1000] * 5
+    assert isinstance(failure(slow), Full)
+    done.set()
+    assert list(fast) == []
+
+
+def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server) -> None:
+    outcome: Queue[Any] = Queue()
+    go = threading.Event()
+    with nats_presence.connect(server.url, send_buffer_bytes=1 << 16) as conn:
+
+        @conn.service("answers")
+        def handler(request: Request, sender: Sender) -> None:
+            sender.send("begun")
+            go.wait(LIMIT)
+            try:
+                for _ in range(400):
+                    sender.send(b"x" * 50_000)
+                outcome.put(None)
+            except PresenceError as refused:
+                outcome.put(refused)
+
+        with nats_presence.connect(server.url) as gateway:
+            stream, leaver = (gateway.stream("answers", client_id=client) for client in ("stays", "leaves"))
+            next(stream), next(leaver)
+            server.process.send_signal(signal.SIGSTOP)
+            go.set()
+            until(lambda: conn.stats()["bytes_waiting"] > 1 << 14)
+            mark_client_offline("leaves")
+            assert isinstance(outcome.get(timeout=LIMIT), Offline)
+            assert outcome.empty()
+            server.process.send_signal(signal.SIGCONT)
+            assert sum(map(len, stream)) == 400 * 50_000
+            assert outcome.get(timeout=LIMIT) is None
+
+
+@pytest.mark.parametrize(("closes", "reads", "is_told"), [("gateway", Closed, Offline), ("worker", Remote, Closed)])
+def test_closing_ends_every_stream_and_handler_once(
+    url: str, closes: str, reads: type[PresenceError], is_told: type[PresenceError]
+) -> None:
+    outcome: Queue[Any] = Queue()
+    with nats_presence.connect(url) as worker, nats_presence.connect(url) as gateway:
+
+        @worker.service("answers", threads=4)
+        def handler(request: Request, sender: Sender) -> None:
+            send_until_refused(sender, outcome)
+
+        streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(4)]
+        assert [next(stream) for stream in streams] == [b"more"] * 4
+        waiting = gateway.stream("answers", client_id="waits for a thread")
+        closing = gateway if closes == "gateway" else worker
+        running = threading.Thread(target=closing.run)
+        running.start()
+        closing.close()
+        running.join(LIMIT)
+        assert not running.is_alive()
+        assert [type(failure(stream)) for stream in [*streams, waiting]] == [reads] * 5
+        assert [type(outcome.get(timeout=LIMIT)[0]) for _ in streams] == [is_told] * 4
+        assert online_count() == 0
+    assert outcome.empty()
+
+
+def test_use_after_close(url: str) -> None:
+    with nats_presence.connect(url) as conn:
+        conn.service("answers")(lambda request, sender: sender.send("one"))
+        stream = conn.stream("answers")
+        assert next(stream) == b"one"
+    conn.close()
+    conn.run()
+    stream.cancel()
+    calls: list[Callable[[], object]] = [
+        conn.stats,
+        conn.listen_offline,
+        lambda: conn.stream("answers"),
+        lambda: conn.service("answers")(lambda request, sender: None),
+    ]
+    for call in calls:
+        with pytest.raises(Closed):
+            call()
+    conn.stop()
+
+
+def test_closing_from_a_handler(url: str) -> None:
+    closed = threading.Event()
+    conn = nats_presence.connect(url)
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        conn.close()
+        closed.set()
+
+    assert isinstance(failure(conn.stream("answers")), Closed)
+    assert closed.wait(LIMIT)
+
+
+def test_stop_lets_streams_finish(conn: Connection) -> None:
+    go = threading.Event()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send("begun")
+        go.wait(LIMIT)
+        sender.send("done")
+
+    stream = conn.stream("answers")
+    assert next(stream) == b"begun"
+    running = threading.Thread(target=conn.run)
+    running.start()
+    conn.stop()
+    assert isinstance(failure(conn.stream("answers")), (NoResponders, Remote))
+    assert running.is_alive()
+    go.set()
+    assert list(stream) == [b"done"]
+    running.join(LIMIT)
+    assert not running.is_alive()
+
+
+def test_a_connection_that_is_dropped_is_closed(url: str) -> None:
+    conn = nats_presence.connect(url)
+    stream = conn.stream("nobody")
+    with pytest.warns(ResourceWarning, match="not closed"):
+        del conn, stream
+        gc.collect()
+
+
+def test_streams_survive_their_connection_object(url: str) -> None:
+    with nats_presence.connect(url) as worker:
+        worker.service("answers")(lambda request, sender: sender.send_many(["a", "b"]))
+        with pytest.warns(ResourceWarning):
+            assert list(nats_presence.connect(url).stream("answers")) == [b"a", b"b"]
+            gc.collect()
+
+
+def test_events_of_the_connection(server: Server) -> None:
+    events: Queue[ConnectionEvent] = Queue()
+
+    def on_event(event: ConnectionEvent) -> None:
+        events.put(event)
+        raise ValueError("is logged")
+
+    def next_but_log() -> str:
+        while (event := events.get(timeout=LIMIT)).kind == "log":
+            pass
+        return event.kind
+
+    with nats_presence.connect(server.url, on_event=on_event) as conn:
+        conn.service("answers")(lambda request, sender: sender.send("again"))
+        host, port = server.url.removeprefix("nats://").split(":")
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"CONNECT {}\r\nPUB answers 2\r\nhi\r\nPING\r\n")
+            log = events.get(timeout=LIMIT)
+        assert log.kind == "log"
+        assert "no reply subject" in log.text
+        stream = conn.stream("nobody.answers.yet", retries=100000)
+        server.stop()
+        assert next_but_log() == "disconnected"
+        assert isinstance(failure(stream), Disconnected)
+        with pytest.raises(Disconnected):
+            conn.stream("answers")
+        server.start()
+        assert next_but_log() == "connected"
+        assert conn.stats()["connects"] == 2
+        assert list(conn.stream("answers", retries=100)) == [b"again"]
+
+
+def test_offline_announcements_of_others(url: str) -> None:
+    host, port = url.removeprefix("nats://").split(":")
+    with nats_presence.connect(url) as conn, socket.create_connection((host, int(port))) as raw:
+        conn.listen_offline()
+        conn.listen_offline()
+        with nats_presence.session("tab"):
+            raw.sendall(b"CONNECT {}\r\nPUB client.offline 3\r\ntab\r\nPING\r\n")
+            until(lambda: not is_client_online("tab"))
+        assert conn.stats()["offline_in"] == 1
+
+
+def test_a_session_has_a_grace(url: str) -> None:
+    with nats_presence.connect(url, session_grace_ms=100):
+        try:
+            began = time.monotonic()
+            with nats_presence.session("tab"):
+                pass
+            assert is_client_online("tab")
+            until(lambda: not is_client_online("tab"))
+            assert time.monotonic() - began >= 0.1
+        finally:
+            nats_presence.connect(url, session_grace_ms=0).close()
