@@ -95,6 +95,8 @@ pub struct Connection {
     offline_subject: Subject,
     /// What is to be subscribed whenever there is a connection, in the order of their numbers.
     subscriptions: Mutex<BTreeMap<u64, Subscription>>,
+    /// Who was ever subscribed and still exists: a service that takes no more requests may have senders that run.
+    receivers: Mutex<Vec<Weak<dyn Receiver>>>,
     listens: AtomicBool,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     log_limit: LogLimit,
@@ -128,6 +130,7 @@ impl Connection {
             offline_subject: options.offline_subject.as_str().into(),
             options,
             subscriptions: Mutex::default(),
+            receivers: Mutex::default(),
             listens: AtomicBool::new(false),
             watchers: RwLock::default(),
             log_limit: LogLimit::default(),
@@ -281,6 +284,11 @@ impl Connection {
 
     /// Keeps a subject subscribed from now on.
     pub(crate) fn subscribe(&self, number: u64, subject: Subject, group: &str, receiver: Arc<dyn Receiver>) {
+        {
+            let mut receivers = self.receivers.lock();
+            receivers.retain(|other| other.strong_count() > 0);
+            receivers.push(Arc::downgrade(&receiver));
+        }
         let subscription = Subscription { subject, group: group.into(), receiver };
         self.subscriptions.lock().insert(number, subscription);
         self.outbox.push(Item::Subscribe(number));
@@ -327,7 +335,7 @@ impl Connection {
     }
 
     fn end_all(&self, why: Status) {
-        let receivers: Vec<_> = self.subscriptions.lock().values().map(|own| Arc::clone(&own.receiver)).collect();
+        let receivers: Vec<_> = self.receivers.lock().iter().filter_map(Weak::upgrade).collect();
         receivers.iter().for_each(|receiver| receiver.ended(why));
     }
 
@@ -488,7 +496,7 @@ impl Connection {
                         Note::Error(to, payload) => client.publish(to, payload).await,
                         Note::Offline(to, id) => {
                             count(&self.counters.offline_out);
-                            client.publish_with_headers(to, origin_header(), id).await
+                            client.publish_with_headers(to, origin_header(self.number), id).await
                         }
                     }
                 }
@@ -557,6 +565,10 @@ impl Announcer for Connection {
     fn number(&self) -> u64 {
         self.number
     }
+
+    fn owns(&self, reply: &str) -> bool {
+        self.inbox.owns(reply)
+    }
 }
 
 /// Applies the announcements of other processes.
@@ -567,15 +579,16 @@ struct Listener {
 impl Receiver for Listener {
     fn message(&self, message: Message) {
         let Some(connection) = self.connection.upgrade() else { return };
-        if wire::header(message.headers.as_ref(), wire::ORIGIN) == Some(process_token()) {
-            return;
-        }
+        let origin = wire::header(message.headers.as_ref(), wire::ORIGIN).and_then(own_connection);
         match client::id(&message.payload) {
             Ok("") => count(&connection.counters.offline_ignored),
-            Ok(id) => {
-                count(&connection.counters.offline_in);
-                registry::apply_offline(id);
-            }
+            Ok(id) => match origin {
+                Some(own) => registry::apply_own_offline(id, own),
+                None => {
+                    count(&connection.counters.offline_in);
+                    registry::apply_offline(id);
+                }
+            },
             Err(error) => {
                 count(&connection.counters.offline_ignored);
                 connection.log(Status::Invalid, || format!("an offline announcement was ignored: {error}"));
@@ -637,8 +650,14 @@ fn process_token() -> &'static str {
     TOKEN.get(random::token)
 }
 
-fn origin_header() -> HeaderMap {
+/// Names this process and its connection.
+fn origin_header(connection: u64) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    headers.insert(wire::ORIGIN, process_token());
+    headers.insert(wire::ORIGIN, format!("{} {connection}", process_token()));
     headers
+}
+
+/// The number of the connection that an origin names, if it is of this process.
+fn own_connection(origin: &str) -> Option<u64> {
+    origin.strip_prefix(process_token())?.trim().parse().ok()
 }

@@ -199,6 +199,11 @@ impl Inbox {
         Inbox { prefix, expected: DashMap::new(), ignored: AtomicU64::new(0) }
     }
 
+    /// Whether a subject is one of its own.
+    pub(crate) fn owns(&self, subject: &str) -> bool {
+        subject.starts_with(&self.prefix)
+    }
+
     /// What to subscribe for all that is expected.
     pub(crate) fn wildcard(&self) -> Subject {
         format!("{}*", self.prefix).into()

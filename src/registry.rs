@@ -27,6 +27,8 @@ pub(crate) trait Running: Send + Sync {
     fn stopped(&self, why: Status);
     /// The number of the connection that it was requested on, if this process requested it.
     fn requested_on(&self) -> Option<u64>;
+    /// The number of this process's connection whose request it answers, if it is a sender and this process asked itself.
+    fn answers_to(&self) -> Option<u64>;
 }
 
 /// A connection, as seen from here.
@@ -36,6 +38,8 @@ pub(crate) trait Announcer: Send + Sync {
     fn announce(&self, id: &str, requested: bool);
     /// The number of the connection.
     fn number(&self) -> u64;
+    /// Whether a reply subject is in its inbox.
+    fn owns(&self, reply: &str) -> bool;
 }
 
 #[derive(Default)]
@@ -147,6 +151,29 @@ pub fn mark_offline(id: &[u8]) -> Result<()> {
 /// Applies another process's announcement.
 pub(crate) fn apply_offline(id: &str) {
     registry().leave(id, |_| true, |_| {});
+}
+
+/// Applies an announcement that this process made on `connection`, when it comes back. What was to be done here was done
+/// when it was made, and the client may be back; but a request sent before it may have arrived after that.
+pub(crate) fn apply_own_offline(id: &str, connection: u64) {
+    let mut late = Vec::new();
+    let is_over = |presence: &mut Presence| match presence {
+        Presence::Marked => false,
+        Presence::Life(life) => {
+            late.extend(life.running.extract_if(|_, running| running.answers_to() == Some(connection)));
+            late.retain(|(_, running)| running.forbid(Status::Offline));
+            life.running.is_empty() && life.is_left()
+        }
+    };
+    registry().leave(id, is_over, |_| {});
+    for (_, running) in late {
+        running.stopped(Status::Offline);
+    }
+}
+
+/// The number of this process's connection that asks for answers at `reply`, if one does.
+pub(crate) fn owner_of(reply: &str) -> Option<u64> {
+    registry().announcers.read().iter().find(|announcer| announcer.owns(reply)).map(|announcer| announcer.number())
 }
 
 /// Whether a client is online. The empty id is; an unknown or invalid one is not.

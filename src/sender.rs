@@ -24,6 +24,7 @@ pub struct Sender {
     number: u64,
     tag: u64,
     reply: Subject,
+    answers_to: Option<u64>,
     client: Arc<str>,
     headers: Option<HeaderMap>,
     service: Arc<Service>,
@@ -47,6 +48,7 @@ impl Sender {
             sent: AtomicU64::new(0),
             number: fork::number(),
             tag,
+            answers_to: registry::owner_of(&reply),
             reply,
             client,
             headers,
@@ -202,6 +204,10 @@ impl Running for Sender {
 
     fn requested_on(&self) -> Option<u64> {
         None
+    }
+
+    fn answers_to(&self) -> Option<u64> {
+        self.answers_to
     }
 }
 

@@ -297,6 +297,10 @@ impl Running for Stream {
     fn requested_on(&self) -> Option<u64> {
         Some(self.connection.number())
     }
+
+    fn answers_to(&self) -> Option<u64> {
+        None
+    }
 }
 
 impl Origin for Stream {

@@ -48,6 +48,7 @@ pub(super) fn guard<E: Into<Status>>(body: impl FnOnce() -> Result<(), E>) -> i3
 
 /// Runs the body of a function that returns a value or a status.
 pub(super) fn guard_value<T, E: Into<Status>>(body: impl FnOnce() -> Result<T, E>) -> Result<T, i32> {
+    watch_forks();
     // Unwind safe: the core's locks do not poison, and what they protect is whole between any two statements that may panic.
     match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(value)) => Ok(value),
@@ -66,6 +67,7 @@ pub(super) fn guard_or<T>(otherwise: T, body: impl FnOnce() -> Result<T>) -> T {
 /// # Safety
 /// `error` is NULL or writable.
 pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce() -> Result<()>) -> i32 {
+    watch_forks();
     let failed = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return Status::Ok.code(),
         Ok(Err(failed)) => failed,
@@ -169,7 +171,6 @@ pub(super) unsafe fn handle<H: Handle, C: Into<Arc<H::Core>>>(
     if out.is_null() {
         return Err(Error::invalid(format!("out is NULL: it must point to where the {}* goes", name_of::<H>())));
     }
-    watch_forks();
     let core = make()?.into();
     let number = H::number(&core);
     // Before the caller has it, so that an event that names it finds it.
