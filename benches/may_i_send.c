@@ -1,0 +1,75 @@
+/* What it costs a worker to ask whether it may still send: by the sender's status word, by its function, by the client's id.
+ *
+ * may_i_send URL IDS CHECKS
+ */
+#include "bench.h"
+#include <nats_presence.h>
+
+static void event_of(presence_queue *queue, int32_t kind, presence_event *event)
+{
+    must(presence_queue_wait(queue, event, 1, 10000) == 1 && event->kind == kind, "presence_queue_wait", "no such event");
+}
+
+/* A sender that may send: this process is its worker and its gateway. */
+static presence_sender *running_sender(const char *url)
+{
+    presence_error error = {0};
+    presence_conn *conn;
+    presence_queue *queue;
+    presence_service *service;
+    presence_stream *stream;
+    presence_event event;
+    must(presence_connect(url, NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
+    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+    must(presence_serve(conn, queue, "bench.check", "", 0, 0, &service, &error) == PRESENCE_OK, "presence_serve",
+         error.message);
+    must(presence_request(conn, queue, "bench.check", "", 0, "client", 6, NULL, 0, &stream, &error) == PRESENCE_OK,
+         "presence_request", error.message);
+    event_of(queue, PRESENCE_EVENT_REQUEST, &event);
+    return event.sender;
+}
+
+static double ns_each(int64_t start, size_t count)
+{
+    return (double)(now_ns() - start) / (double)count;
+}
+
+int main(int argc, char **argv)
+{
+    size_t checks = number(argc, argv, 3), count, refused = 0;
+    char *ids = read_ids(argument(argc, argv, 2), &count);
+    count = count < 100000 ? count : 100000;
+    uint32_t *order = order_of(count, true);
+    presence_sender *sender = running_sender(argument(argc, argv, 1));
+    const uint32_t *word = presence_sender_status_word(sender);
+
+    int64_t start = now_ns();
+    for (size_t i = 0; i < checks; i++)
+        refused += __atomic_load_n(word, __ATOMIC_RELAXED) != 0;
+    double word_ns = ns_each(start, checks);
+
+    size_t calls = checks / 10;
+    start = now_ns();
+    for (size_t i = 0; i < calls; i++)
+        refused += presence_sender_is_closed(sender);
+    double call_ns = ns_each(start, calls);
+
+    for (size_t i = 0; i < count; i++)
+        presence_mark_online(ids + i * ID_SIZE, ID_SIZE);
+    size_t lookups = checks / 100;
+    start = now_ns();
+    for (size_t i = 0; i < lookups; i++)
+        refused += !presence_is_online(ids, ID_SIZE);
+    double hot_ns = ns_each(start, lookups);
+    start = now_ns();
+    for (size_t i = 0, at = 0; i < lookups; i++, at = at + 1 < count ? at + 1 : 0)
+        refused += !presence_is_online(ids + (size_t)order[at] * ID_SIZE, ID_SIZE);
+    double many_ns = ns_each(start, lookups);
+
+    must(refused == 0, "check", "a running sender, or a client that is online, was refused");
+    presence_sender_end(sender);
+    must(__atomic_load_n(word, __ATOMIC_RELAXED) != 0, "check", "a sender that has ended was not refused");
+    printf("{\"word_ns\": %.3f, \"is_closed_ns\": %.3f, \"hot_ns\": %.3f, \"many_ns\": %.3f}\n", word_ns, call_ns, hot_ns,
+           many_ns);
+    return 0;
+}

@@ -1,0 +1,50 @@
+/* A gateway whose clients leave one after the other, and when it marked each of them offline.
+ *
+ * offline_gateway URL CLIENTS PAUSE_US
+ */
+#include "bench.h"
+#include <nats_presence.h>
+
+/* Takes one event, within `timeout_ms`; frees the stream that it ends. Whether there was one. */
+static bool take_event(presence_queue *queue, int32_t kind, int64_t timeout_ms)
+{
+    presence_event event;
+    if (presence_queue_wait(queue, &event, 1, timeout_ms) != 1)
+        return false;
+    must(event.kind == kind, "event", presence_status_text(event.status));
+    if (kind == PRESENCE_EVENT_ERROR)
+        presence_stream_free(event.stream);
+    return true;
+}
+
+int main(int argc, char **argv)
+{
+    size_t clients = number(argc, argv, 2), pause_us = number(argc, argv, 3);
+    int64_t *marked = allocate(clients, sizeof *marked);
+    char (*ids)[32] = allocate(clients, sizeof *ids);
+    presence_error error = {0};
+    presence_conn *conn;
+    presence_queue *queue;
+    presence_stream *stream;
+    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
+    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+
+    for (size_t i = 0; i < clients; i++) {
+        snprintf(ids[i], sizeof ids[i], "client-%06zu", i);
+        int32_t status =
+            presence_request(conn, queue, "bench.offline", "", 0, ids[i], strlen(ids[i]), NULL, i, &stream, &error);
+        must(status == PRESENCE_OK, "presence_request", error.message);
+        must(take_event(queue, PRESENCE_EVENT_DATA, 10000), "stream", "the worker sent nothing");
+    }
+
+    int64_t next = now_ns() + 100000000;
+    for (size_t i = 0; i < clients; i++, next += (int64_t)pause_us * 1000) {
+        sleep_until(next);
+        marked[i] = now_ns();
+        must(presence_mark_offline(ids[i], strlen(ids[i])) == PRESENCE_OK, "presence_mark_offline", "failed");
+        must(take_event(queue, PRESENCE_EVENT_ERROR, 0), "stream", "it was not stopped");
+    }
+    must(presence_close(conn, 10000) == PRESENCE_OK, "presence_close", "failed");
+    print_times(marked, clients);
+    return 0;
+}

@@ -1,0 +1,86 @@
+/* A worker with one running sender for each client: when does each sender's status word say that the client left?
+ *
+ * "event": the program waits on its queue, asleep, and reads the clock at each STOPPED event. The word was set just before, so
+ * this is an upper bound of the time to the word, as a program sees it that has nothing else to do.
+ * "word": a thread that is always awake reads the words themselves, yielding in between. It is what a busy worker sees, but
+ * the reader takes a core away from the others.
+ *
+ * offline_worker URL CLIENTS event|word
+ */
+#include "bench.h"
+#include <nats_presence.h>
+#include <sched.h>
+
+static presence_queue *queue;
+static presence_sender **senders;
+static int64_t *seen;
+static size_t clients;
+
+static size_t number_of(const presence_event *event)
+{
+    char id[32] = {0};
+    must(event->client_len < sizeof id, "client", "its id is too long");
+    memcpy(id, event->client, event->client_len);
+    size_t i = strtoull(id + strlen("client-"), NULL, 10);
+    must(i < clients, "client", "its id is unknown");
+    return i;
+}
+
+static void accept_all(void)
+{
+    presence_event event;
+    for (size_t accepted = 0; accepted < clients; accepted++) {
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request", "none came");
+        senders[number_of(&event)] = event.sender;
+        must(presence_sender_send(event.sender, "hello", 5) == PRESENCE_OK, "presence_sender_send", "failed");
+    }
+}
+
+static void watch_events(void)
+{
+    presence_event event;
+    for (size_t stopped = 0; stopped < clients; stopped++) {
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_STOPPED, "STOPPED", "none came");
+        int64_t now = now_ns();
+        must(event.status == PRESENCE_OFFLINE, "STOPPED", presence_status_text(event.status));
+        seen[number_of(&event)] = now;
+    }
+}
+
+static void watch_words(void)
+{
+    for (size_t i = 0; i < clients; i++) {
+        const uint32_t *word = presence_sender_status_word(senders[i]);
+        int64_t limit = now_ns() + 10000000000;
+        while (__atomic_load_n(word, __ATOMIC_RELAXED) == 0) {
+            must(now_ns() < limit, "status word", "it did not change");
+            sched_yield();
+        }
+        seen[i] = now_ns();
+    }
+}
+
+int main(int argc, char **argv)
+{
+    clients = number(argc, argv, 2);
+    senders = allocate(clients, sizeof(presence_sender *));
+    seen = allocate(clients, sizeof *seen);
+    presence_error error = {0};
+    presence_conn *conn;
+    presence_service *service;
+    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
+    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+    must(presence_serve(conn, queue, "bench.offline", "", 0, 0, &service, &error) == PRESENCE_OK, "presence_serve",
+         error.message);
+    ready();
+    accept_all();
+    if (strcmp(argument(argc, argv, 3), "event") == 0)
+        watch_events();
+    else
+        watch_words();
+    for (size_t i = 0; i < clients; i++)
+        presence_sender_free(senders[i]);
+    presence_close(conn, 1000);
+    print_times(seen, clients);
+    return 0;
+}

@@ -1,0 +1,69 @@
+/* A gateway that requests streams, so many at once and each for another client, and reads them to their ends.
+ *
+ * stream_gateway URL STREAMS AT_ONCE MESSAGES
+ */
+#include "bench.h"
+#include <nats_presence.h>
+
+static presence_conn *conn;
+static presence_queue *queue;
+static int64_t *started; /* when each stream was requested; at its end: how long it took */
+static size_t requested;
+
+static void request(void)
+{
+    char id[32];
+    int length = snprintf(id, sizeof id, "client-%09zu", requested);
+    presence_stream *stream;
+    presence_error error = {0};
+    started[requested] = now_ns();
+    int32_t status = presence_request(conn, queue, "bench.stream", "", 0, id, (size_t)length, NULL, requested, &stream, &error);
+    must(status == PRESENCE_OK, "presence_request", error.message);
+    requested++;
+}
+
+int main(int argc, char **argv)
+{
+    size_t streams = number(argc, argv, 2), at_once = number(argc, argv, 3), messages = number(argc, argv, 4);
+    started = allocate(streams, sizeof *started);
+    presence_error error = {0};
+    presence_event events[1024];
+    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
+    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+
+    int64_t start = now_ns(), first = 0, last = 0;
+    size_t received = 0, with_first = 0, ended = 0;
+    while (requested < at_once)
+        request();
+    while (ended < streams) {
+        int64_t count = presence_queue_wait(queue, events, 1024, 10000);
+        must(count > 0, "presence_queue_wait", "nothing came");
+        int64_t now = now_ns();
+        for (int64_t i = 0; i < count; i++) {
+            const presence_event *event = &events[i];
+            if (event->kind == PRESENCE_EVENT_DATA) {
+                received++;
+                last = now;
+                continue;
+            }
+            must(event->kind == PRESENCE_EVENT_END, "stream", presence_status_text(event->status));
+            started[event->tag] = now_ns() - started[event->tag];
+            presence_stream_free(event->stream);
+            ended++;
+            if (requested < streams)
+                request();
+        }
+        if (first == 0 && received > 0) {
+            first = now;
+            with_first = received; /* not counted: they came before the clock was read */
+        }
+    }
+    double seconds = (double)(now_ns() - start) / 1e9;
+    must(received == streams * messages, "stream", "messages were lost");
+    presence_close(conn, 1000);
+    qsort(started, streams, sizeof *started, compare_times);
+    printf("{\"messages_per_s\": %.0f, \"streams_per_s\": %.0f, \"p50_us\": %.1f, \"p99_us\": %.1f}\n",
+           (double)(received - with_first) / ((double)(last - first) / 1e9), (double)streams / seconds,
+           (double)percentile(started, streams, 50) / 1e3, (double)percentile(started, streams, 99) / 1e3);
+    return 0;
+}

@@ -1,0 +1,3 @@
+module nats-presence/benches/syncmap
+
+go 1.24
