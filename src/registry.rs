@@ -42,7 +42,9 @@ pub(crate) trait Announcer: Send + Sync {
     fn owns(&self, reply: &str) -> bool;
 }
 
-#[derive(Default)]
+/// Many shards: each is small enough to be moved within the processor's cache when it grows.
+const SHARDS: usize = 512;
+
 struct Registry {
     /// Ids of up to 24 bytes stand in the map itself: a mark costs no allocation, and a look-up touches no further memory.
     clients: DashMap<CompactString, Presence, ahash::RandomState>,
@@ -108,7 +110,13 @@ impl Life {
 static REGISTRY: PerProcess<Registry> = PerProcess::new();
 
 fn registry() -> &'static Registry {
-    REGISTRY.get(Registry::default)
+    REGISTRY.get(|| Registry {
+        clients: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
+        announcers: RwLock::default(),
+        watchers: RwLock::default(),
+        is_watched: AtomicBool::new(false),
+        session_grace_ms: AtomicU64::new(0),
+    })
 }
 
 /// Marks a client online. The empty id has no effect.
