@@ -77,7 +77,7 @@ lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the g
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	cd bindings/python && $(VENV)/bin/mypy
+	cd bindings/python && $(VENV)/bin/mypy nats_presence
 
 .PHONY: test-rust
 test-rust: $(VENV_STAMP) ## Test the core
