@@ -311,3 +311,119 @@ pub(crate) fn stopped(word: &AtomicU32) -> Result<(), Status> {
         code => Err(Status::from_code(code.cast_signed()).unwrap_or(Status::Internal)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_util::FutureExt;
+    use std::sync::atomic::AtomicBool;
+    use std::thread;
+    use std::time::Duration;
+
+    struct Probe(AtomicBool);
+
+    impl Writer for Probe {
+        fn room(&self) {
+            assert!(!self.0.swap(true, Ordering::Relaxed), "told twice");
+        }
+    }
+
+    fn nobody() -> Option<Arc<dyn Writer>> {
+        None
+    }
+
+    fn take(outbox: &Outbox) -> Option<Batch> {
+        outbox.take().now_or_never()
+    }
+
+    #[test]
+    fn messages_come_out_in_order_and_none_follows_the_end() {
+        let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
+        assert!(take(&outbox).is_none());
+        outbox.send(&word, &to, b"one", nobody).unwrap();
+        outbox.send(&word, &to, b"", nobody).unwrap();
+        outbox.finish(&word, Status::Closed, || Note::End(to.clone())).unwrap();
+        assert_eq!(outbox.send(&word, &to, b"x", nobody), Err(Status::Closed));
+        assert_eq!(outbox.send_wait(&word, &to, b"x", None), Err(Status::Closed));
+        assert_eq!(outbox.finish(&word, Status::Closed, || Note::End(to.clone())), Err(Status::Closed));
+        let batch = take(&outbox).unwrap();
+        assert_eq!(&batch.bytes[..], b"one");
+        let items: Vec<_> = batch.items.iter().collect();
+        assert!(matches!(items[..], [Item::Message(_, 3), Item::Message(_, 0), Item::Note(Note::End(_))]));
+        let weight = batch.items.iter().map(Item::weight).sum();
+        assert_eq!(outbox.weight(), weight);
+        outbox.handed_over(weight);
+        assert_eq!(outbox.weight(), 0);
+    }
+
+    #[test]
+    fn a_full_outbox_refuses_and_tells_once_when_there_is_room() {
+        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        outbox.send(&word, &to, &[0; 500], nobody).unwrap();
+        let probe = Arc::new(Probe(AtomicBool::new(false)));
+        let writer = || Some(Arc::clone(&probe) as Arc<dyn Writer>);
+        assert_eq!(outbox.send(&word, &to, b"x", writer), Err(Status::Full));
+        outbox.push(Item::Note(Note::End(to.clone())));
+        let soon = Some(Instant::now() + Duration::from_millis(1));
+        assert_eq!(outbox.send_wait(&word, &to, b"x", soon), Err(Status::Timeout));
+        let weight = outbox.weight();
+        outbox.handed_over(weight - 80);
+        assert!(!probe.0.load(Ordering::Relaxed), "not yet half empty");
+        outbox.handed_over(80);
+        assert!(probe.0.load(Ordering::Relaxed));
+        outbox.send(&word, &to, b"x", writer).unwrap();
+        outbox.handed_over(65);
+        assert_eq!(outbox.wanted.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn who_waits_for_room_leaves_with_room_and_with_the_end() {
+        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        outbox.send(&word, &to, &[0; 500], nobody).unwrap();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| outbox.send_wait(&word, &to, b"x", None));
+            while outbox.wanted.load(Ordering::Relaxed) == 0 {
+                thread::yield_now();
+            }
+            outbox.handed_over(564);
+            assert_eq!(waiter.join().unwrap(), Ok(()));
+
+            outbox.send(&word, &to, &[0; 20], nobody).unwrap_err();
+            let waiter = scope.spawn(|| outbox.send_wait(&word, &to, &[0; 100], None));
+            while outbox.wanted.load(Ordering::Relaxed) == 0 {
+                thread::yield_now();
+            }
+            word.store(Status::Offline.code().cast_unsigned(), Ordering::Release);
+            outbox.push(Item::Note(Note::End(to.clone())));
+            assert_eq!(waiter.join().unwrap(), Err(Status::Offline));
+        });
+    }
+
+    #[test]
+    fn a_loss_keeps_notes_in_order_and_never_an_end() {
+        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        let offline = |id: &'static str| Note::Offline("client.offline".into(), id.into());
+        outbox.send(&word, &to, b"lost", nobody).unwrap();
+        outbox.push(Item::Note(offline("second")));
+        outbox.push(Item::Note(Note::End("waited".into())));
+        outbox.push(Item::Echo(to.clone()));
+        outbox.lost([offline("first"), Note::End("handed over".into())]);
+        let batch = take(&outbox).unwrap();
+        let shown: Vec<_> = batch
+            .items
+            .into_iter()
+            .map(|item| match item {
+                Item::Note(Note::Offline(_, id)) => id,
+                Item::Note(Note::Error(to, payload)) => {
+                    assert!(payload.starts_with(wire::ERROR));
+                    to.into_string().into()
+                }
+                _ => panic!("not to be kept"),
+            })
+            .collect();
+        assert_eq!(shown, ["first", "handed over", "second", "waited"]);
+        assert!(batch.bytes.is_empty());
+        outbox.lost((0..300_000).map(|_| offline("0123456789")));
+        assert!(outbox.weight() <= MAX_NOTES);
+    }
+}

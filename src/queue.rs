@@ -393,3 +393,165 @@ impl Queue {
         !inner.closed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use std::thread;
+
+    struct Probe {
+        wanted: AtomicBool,
+        taken: AtomicUsize,
+        abandoned: AtomicBool,
+    }
+
+    impl Probe {
+        fn new() -> Arc<Probe> {
+            let (wanted, abandoned) = (AtomicBool::new(true), AtomicBool::new(false));
+            Arc::new(Probe { wanted, taken: AtomicUsize::new(0), abandoned })
+        }
+
+        fn event(self: &Arc<Self>, kind: Kind, data: &'static str) -> Event {
+            Event::of(kind, Status::Ok, 7, Arc::clone(self) as _, data.into())
+        }
+    }
+
+    impl Origin for Probe {
+        fn number(&self) -> u64 {
+            1
+        }
+
+        fn is_wanted(&self) -> bool {
+            self.wanted.load(Ordering::Relaxed)
+        }
+
+        fn taken(&self, _kind: Kind, bytes: usize) {
+            self.taken.fetch_add(bytes, Ordering::Relaxed);
+        }
+
+        fn abandoned(&self) {
+            self.abandoned.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn taken(queue: &Queue, max: usize) -> Vec<Bytes> {
+        let mut data = Vec::new();
+        queue.wait(max, Some(Duration::ZERO), |event| data.push(event.data.clone())).unwrap();
+        data
+    }
+
+    fn is_readable(queue: &Queue) -> bool {
+        let inner = queue.inner.lock();
+        inner.fd.as_ref().unwrap().raised
+    }
+
+    #[test]
+    fn events_come_in_order_and_in_portions() {
+        let queue = Queue::new();
+        for text in ["a", "b", "c"] {
+            assert!(queue.push(Event::new(Kind::Data, Status::Ok, 0, text)));
+        }
+        assert_eq!(taken(&queue, 2), ["a", "b"]);
+        assert_eq!(taken(&queue, 2), ["c"]);
+        assert_eq!(taken(&queue, 2), [""; 0]);
+        assert_eq!(queue.wait(0, None, |_| ()).unwrap_err().status, Status::Invalid);
+    }
+
+    #[test]
+    fn unwanted_events_are_left_out_but_accounted_for() {
+        let (queue, probe) = (Queue::new(), Probe::new());
+        queue.push(probe.event(Kind::Data, "12345"));
+        probe.wanted.store(false, Ordering::Relaxed);
+        assert_eq!(taken(&queue, 8), [""; 0]);
+        assert_eq!(probe.taken.load(Ordering::Relaxed), 5);
+    }
+
+    #[test]
+    fn close_abandons_requests_frees_the_waiter_and_takes_no_more() {
+        let (queue, probe) = (Queue::new(), Probe::new());
+        let waiting = Arc::clone(&queue);
+        let waiter = thread::spawn(move || waiting.wait(8, None, |_| ()).unwrap_err().status);
+        while queue.given.try_lock().is_some() {
+            thread::yield_now();
+        }
+        assert_eq!(queue.wait(8, Some(Duration::ZERO), |_| ()).unwrap_err().status, Status::Busy);
+        queue.close();
+        assert_eq!(waiter.join().unwrap(), Status::Closed);
+        assert!(!queue.push(probe.event(Kind::Request, "")));
+        assert_eq!(queue.push_patiently(|| None), None);
+
+        let queue = Queue::new();
+        queue.push(probe.event(Kind::Request, ""));
+        queue.close();
+        assert!(probe.abandoned.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn a_wake_is_remembered_once() {
+        let queue = Queue::new();
+        queue.wake();
+        queue.wake();
+        assert_eq!(queue.wait(8, None, |_| ()).unwrap(), 0);
+        assert_eq!(queue.wait(8, Some(Duration::ZERO), |_| ()).unwrap(), 0);
+    }
+
+    #[test]
+    fn the_descriptor_is_readable_while_a_wait_would_return() {
+        let queue = Queue::new();
+        queue.push(Event::new(Kind::Data, Status::Ok, 0, "a"));
+        let fd = queue.fd().unwrap();
+        assert_eq!(queue.fd().unwrap(), fd);
+        assert!(is_readable(&queue));
+        queue.push(Event::new(Kind::Data, Status::Ok, 0, "b"));
+        taken(&queue, 1);
+        assert!(is_readable(&queue), "one is left");
+        taken(&queue, 1);
+        assert!(!is_readable(&queue));
+        queue.wake();
+        assert!(is_readable(&queue));
+        taken(&queue, 1);
+        assert!(!is_readable(&queue));
+        queue.close();
+        assert!(is_readable(&queue));
+    }
+
+    #[test]
+    fn patient_events_ask_for_one_flush_or_call_when_there_are_many() {
+        let queue = Queue::new();
+        let event = || Some(Event::new(Kind::Data, Status::Ok, 0, ""));
+        assert_eq!(queue.push_patiently(event), Some(false), "nobody waits");
+        taken(&queue, 8);
+        queue.fd().unwrap();
+        assert_eq!(queue.push_patiently(event), Some(true));
+        assert_eq!(queue.push_patiently(event), Some(false), "a flush is promised already");
+        assert!(!is_readable(&queue));
+        queue.flush();
+        assert!(is_readable(&queue));
+        taken(&queue, 8);
+        assert_eq!(queue.push_patiently(event), Some(true));
+        for _ in 1..PATIENCE {
+            queue.push_patiently(event);
+        }
+        assert!(is_readable(&queue), "too many to be patient");
+    }
+
+    #[test]
+    fn watch_and_log_events_are_bounded() {
+        let queue = Queue::new();
+        for _ in 0..MAX_WATCH_EVENTS + 10 {
+            queue.push_watch(Kind::Online, 0, "a");
+        }
+        for _ in 0..MAX_LOG_EVENTS + 10 {
+            queue.push_log(Status::Ok, 0, "a");
+        }
+        let mut kinds = Vec::new();
+        queue.wait(usize::MAX, None, |event| kinds.push((event.kind, event.status))).unwrap();
+        let count = |kind| kinds.iter().filter(|(other, _)| *other == kind).count();
+        assert_eq!(count(Kind::Online), MAX_WATCH_EVENTS);
+        assert_eq!(count(Kind::Log), MAX_LOG_EVENTS + 1);
+        assert_eq!(kinds.iter().filter(|event| **event == (Kind::Log, Status::Full)).count(), 1);
+        queue.push_watch(Kind::Offline, 0, "a");
+        assert_eq!(taken(&queue, 8).len(), 1, "there is room again");
+    }
+}

@@ -384,3 +384,261 @@ fn end_grace(id: &str, life: u64, session: u64) {
     };
     registry.leave(id, is_over, |presence| registry.announce(id, presence));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::queue::Event;
+    use parking_lot::Mutex;
+
+    /// A stream, or a sender if nobody requested it here.
+    struct Probe {
+        number: u64,
+        requested_on: Option<u64>,
+        answers_to: Option<u64>,
+        forbidden: AtomicBool,
+        stopped: AtomicBool,
+    }
+
+    impl Probe {
+        fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
+            let (forbidden, stopped) = (AtomicBool::new(false), AtomicBool::new(false));
+            let probe = Arc::new(Probe { number: fork::number(), requested_on, answers_to, forbidden, stopped });
+            attach(id, probe.number, Arc::clone(&probe) as _);
+            probe
+        }
+
+        fn is_stopped(&self) -> bool {
+            let stopped = self.stopped.load(Ordering::Relaxed);
+            assert_eq!(self.forbidden.load(Ordering::Relaxed), stopped);
+            stopped
+        }
+    }
+
+    impl Running for Probe {
+        fn forbid(&self, _why: Status) -> bool {
+            !self.forbidden.swap(true, Ordering::Relaxed)
+        }
+
+        fn stopped(&self, why: Status) {
+            assert_eq!(why, Status::Offline);
+            assert!(!self.stopped.swap(true, Ordering::Relaxed), "stopped twice");
+        }
+
+        fn requested_on(&self) -> Option<u64> {
+            self.requested_on
+        }
+
+        fn answers_to(&self) -> Option<u64> {
+            self.answers_to
+        }
+    }
+
+    /// A connection that notes what it is told to announce.
+    struct Ear {
+        number: u64,
+        heard: Mutex<Vec<(String, bool)>>,
+    }
+
+    impl Ear {
+        fn new() -> Arc<Ear> {
+            let ear = Arc::new(Ear { number: fork::number(), heard: Mutex::default() });
+            add_announcer(Arc::clone(&ear) as _);
+            ear
+        }
+
+        /// What it heard of a client: other tests announce theirs.
+        fn of(&self, id: &str) -> Vec<bool> {
+            self.heard.lock().iter().filter(|(other, _)| other == id).map(|(_, requested)| *requested).collect()
+        }
+    }
+
+    impl Announcer for Ear {
+        fn announce(&self, id: &str, requested: bool) {
+            self.heard.lock().push((id.into(), requested));
+        }
+
+        fn number(&self) -> u64 {
+            self.number
+        }
+
+        fn owns(&self, reply: &str) -> bool {
+            reply == format!("inbox.{}", self.number)
+        }
+    }
+
+    fn online(id: &str) -> bool {
+        is_online(id.as_bytes())
+    }
+
+    #[test]
+    fn marks() {
+        assert!(online("") && !online("marks") && !is_online(b"\xff"));
+        mark_online(b"").unwrap();
+        mark_offline(b"").unwrap();
+        for _ in 0..2 {
+            mark_online(b"marks").unwrap();
+            assert!(online("marks"));
+        }
+        for _ in 0..2 {
+            mark_offline(b"marks").unwrap();
+            assert!(!online("marks"));
+        }
+        assert!(mark_online(b"a\n").is_err() && mark_offline(b"a\n").is_err() && Session::open(b"a\n").is_err());
+    }
+
+    #[test]
+    fn a_stream_keeps_its_client_online_and_leaves_nothing_behind() {
+        let probe = Probe::attach("streams", None, None);
+        let second = Probe::attach("streams", Some(1), None);
+        assert!(online("streams"));
+        detach("streams", probe.number);
+        assert!(online("streams"));
+        detach("streams", second.number);
+        detach("streams", second.number);
+        assert!(!online("streams") && !probe.is_stopped() && !second.is_stopped());
+    }
+
+    #[test]
+    fn an_offline_mark_stops_all_and_revives_none() {
+        let ear = Ear::new();
+        mark_online(b"all").unwrap();
+        let session = Session::open(b"all").unwrap();
+        let (sender, stream) = (Probe::attach("all", None, None), Probe::attach("all", Some(ear.number), None));
+        mark_offline(b"all").unwrap();
+        assert!(sender.is_stopped() && stream.is_stopped() && !online("all"));
+        assert_eq!(ear.of("all"), [true]);
+        // The old session belongs to the old life.
+        let next = Session::open(b"all").unwrap();
+        session.close();
+        assert!(online("all"));
+        next.close();
+        assert!(!online("all"));
+        // An unknown client is announced all the same, and an announcement is not announced again.
+        mark_offline(b"all").unwrap();
+        assert_eq!(ear.of("all"), [true, false, false]);
+        mark_online(b"all").unwrap();
+        apply_offline("all");
+        assert!(!online("all"));
+        assert_eq!(ear.of("all").len(), 3);
+        remove_announcer(ear.number);
+        mark_offline(b"all").unwrap();
+        assert_eq!(ear.of("all").len(), 3);
+    }
+
+    #[test]
+    fn the_last_session_takes_the_client_offline_unless_it_is_marked() {
+        let (first, second) = (Session::open(b"tabs").unwrap(), Session::open(b"tabs").unwrap());
+        let sender = Probe::attach("tabs", None, None);
+        first.close();
+        first.close();
+        assert!(online("tabs") && !sender.is_stopped());
+        drop(second);
+        assert!(!online("tabs") && sender.is_stopped());
+
+        mark_online(b"marked tabs").unwrap();
+        Session::open(b"marked tabs").unwrap().close();
+        assert!(online("marked tabs"));
+        let session = Session::open(b"later marked").unwrap();
+        mark_online(b"later marked").unwrap();
+        session.close();
+        assert!(online("later marked"));
+        Session::open(b"").unwrap().close();
+    }
+
+    #[test]
+    fn who_gives_up_a_stream_announces_only_a_client_without_other_reasons() {
+        let ear = Ear::new();
+        let give_up = |id: &str, stream: &Probe| give_up(id, stream.number, &*ear);
+        let stream = |id: &str| Probe::attach(id, Some(ear.number), None);
+
+        let (first, second) = (stream("two streams"), stream("two streams"));
+        let sender = Probe::attach("two streams", None, None);
+        give_up("two streams", &first);
+        assert!(online("two streams") && ear.of("two streams").is_empty());
+        give_up("two streams", &second);
+        assert!(!online("two streams") && sender.is_stopped(), "what others requested does not keep it");
+        assert_eq!(ear.of("two streams"), [true]);
+
+        mark_online(b"marked").unwrap();
+        give_up("marked", &stream("marked"));
+        let session = Session::open(b"session").unwrap();
+        give_up("session", &stream("session"));
+        assert!(online("marked") && online("session"));
+        assert!(ear.of("marked").is_empty() && ear.of("session").is_empty());
+        session.close();
+
+        // One that an offline mark has stopped is not announced once more.
+        let late = stream("late");
+        mark_offline(b"late").unwrap();
+        mark_online(b"late").unwrap();
+        give_up("late", &late);
+        assert!(online("late"));
+        assert_eq!(ear.of("late"), [true]);
+        remove_announcer(ear.number);
+    }
+
+    #[test]
+    fn an_own_announcement_stops_only_what_answers_to_its_connection() {
+        let ear = Ear::new();
+        assert_eq!(owner_of(&format!("inbox.{}", ear.number)), Some(ear.number));
+        assert_eq!(owner_of("inbox.of another"), None);
+        let own = Probe::attach("own", None, Some(ear.number));
+        let other = Probe::attach("own", None, None);
+        apply_own_offline("own", ear.number);
+        assert!(own.is_stopped() && !other.is_stopped() && online("own"));
+        detach("own", other.number);
+        let last = Probe::attach("own", None, Some(ear.number));
+        apply_own_offline("own", ear.number);
+        assert!(last.is_stopped() && !online("own"));
+        mark_online(b"own").unwrap();
+        apply_own_offline("own", ear.number);
+        assert!(online("own"));
+        remove_announcer(ear.number);
+    }
+
+    #[test]
+    fn watchers_hear_each_change_once_and_in_order() {
+        let queue = Queue::new();
+        watch(&queue, 1);
+        watch(&queue, 5);
+        mark_online(b"watched").unwrap();
+        mark_online(b"watched").unwrap();
+        let session = Session::open(b"watched").unwrap();
+        mark_offline(b"watched").unwrap();
+        mark_offline(b"watched").unwrap();
+        session.close();
+        let sender = Probe::attach("watched", None, None);
+        detach("watched", sender.number);
+        let mut heard = Vec::new();
+        let note = |event: &Event| {
+            if event.client.as_deref() == Some("watched") {
+                assert_eq!(event.tag, 5);
+                heard.push(event.kind);
+            }
+        };
+        queue.wait(usize::MAX, Some(Duration::ZERO), note).unwrap();
+        assert_eq!(heard, [Kind::Online, Kind::Offline, Kind::Online, Kind::Offline]);
+        queue.close();
+    }
+
+    #[test]
+    fn racing_marks_and_streams_leave_nothing() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2000 {
+                        let sender = Probe::attach("race", None, None);
+                        mark_online(b"race").unwrap();
+                        let session = Session::open(b"race").unwrap();
+                        mark_offline(b"race").unwrap();
+                        assert!(sender.forbidden.load(Ordering::Relaxed));
+                        session.close();
+                        detach("race", sender.number);
+                    }
+                });
+            }
+        });
+        assert!(!online("race"));
+    }
+}
