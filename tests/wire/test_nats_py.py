@@ -1,0 +1,91 @@
+"""Both sides again, with a client library that people use at the other end: nats-py."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from functools import wraps
+
+import nats
+from conftest import Connect, Shell
+from harness import PATIENCE, Event, Server
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+
+Test = Callable[[Connect, Server], Coroutine[None, None, None]]
+
+
+def asynchronous(test: Test) -> Callable[[Connect, Server], None]:
+    """Lets pytest run a coroutine, without a plugin."""
+
+    @wraps(test)
+    def run(connect: Connect, server: Server) -> None:
+        asyncio.run(asyncio.wait_for(test(connect, server), PATIENCE))
+
+    return run
+
+
+@asynccontextmanager
+async def peer(server: Server) -> AsyncIterator[Client]:
+    client = await nats.connect(server.url)
+    yield client
+    await client.close()
+
+
+@asynchronous
+async def test_our_worker(connect: Connect, server: Server) -> None:
+    worker = connect()
+    worker.do("serve llm.generate workers 0")
+    async with peer(server) as client:
+        inbox = client.new_inbox()
+        answers = await client.subscribe(inbox)
+        await client.publish("llm.generate", b"hello", reply=inbox, headers={"Connect-ID": "alice"})
+        await client.flush()
+        request = worker.wait(event="REQUEST")
+        assert (request["client"], request["data"]) == ("alice", "hello")
+        worker.do("flood 1 1000")
+        assert [(await answers.next_msg()).data for _ in range(1000)] == [b"%d" % i for i in range(1000)]
+        await client.publish("client.offline", b"alice")
+        await client.flush()
+        assert worker.wait(event="STOPPED")["status"] == "OFFLINE"
+        assert worker.ask("send 1 more")["status"] == "OFFLINE"
+        assert (await answers.next_msg()).data == b"__STREAM_ERROR__:the client is offline"
+
+
+@asynchronous
+async def test_our_gateway(connect: Connect, server: Server) -> None:
+    gateway = connect()
+    gateway.do("listen")
+    offline: asyncio.Queue[Msg] = asyncio.Queue()
+
+    async def serve(request: Msg) -> None:
+        assert request.headers == {"Connect-ID": request.data.decode()}
+        for i in range(1000):
+            await request.respond(b"%d" % i)
+        if request.data == b"alice":
+            await request.respond(b"__STREAM_END__")
+        if request.data == b"bob":
+            await request.respond(b"__STREAM_ERROR__:no such model")
+
+    async with peer(server) as client:
+        await client.subscribe("llm.generate", queue="workers", cb=serve)
+        await client.subscribe("client.offline", cb=offline.put)
+        await client.flush()
+        for tag, name in enumerate(["alice", "bob", "carol", "dave"], 1):
+            gateway.do(f"request {tag} llm.generate {name} {name}")
+        for tag in range(1, 5):
+            received = [(await told(gateway, event="DATA", tag=tag))["data"] for _ in range(1000)]
+            assert received == [str(i) for i in range(1000)]
+        await told(gateway, event="END", tag=1)
+        assert (await told(gateway, event="ERROR", tag=2))["data"] == "no such model"
+        gateway.do("cancel 3")
+        assert (await offline.get()).data == b"carol"
+        await client.publish("client.offline", b"dave")
+        await client.flush()
+        assert (await told(gateway, event="ERROR", tag=4))["status"] == "OFFLINE"
+
+
+async def told(gateway: Shell, **fields: object) -> Event:
+    """Waits for an event while the peer works on."""
+    return await asyncio.to_thread(lambda: gateway.wait(**fields))
