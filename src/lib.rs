@@ -12,7 +12,7 @@
 //! | `stream` | the gateway's side |
 //! | `connection` | nats-server: the NATS client supervised, replaced, drained |
 //! | `dial`, `inbound`, `outbox` | how a server is reached · messages in · messages out |
-//! | `registry` | who is online; stops senders and streams |
+//! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
 //! | `queue` | events out of the library |
 //! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
 //! | `runtime`, `fork`, `random` | the process: its tokio runtime, what a forked child may still use, randomness |
@@ -27,6 +27,7 @@ mod dial;
 mod error;
 pub mod ffi;
 mod fork;
+mod id_map;
 mod inbound;
 mod outbox;
 mod queue;

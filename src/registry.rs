@@ -8,11 +8,9 @@
 use crate::client;
 use crate::error::{Result, Status};
 use crate::fork::{self, PerProcess};
+use crate::id_map::IdMap;
 use crate::queue::{Kind, Queue};
 use crate::runtime;
-use compact_str::CompactString;
-use dashmap::DashMap;
-use dashmap::mapref::entry::Entry;
 use parking_lot::RwLock;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -42,13 +40,12 @@ pub(crate) trait Announcer: Send + Sync {
     fn owns(&self, reply: &str) -> bool;
 }
 
-/// Many shards: each is small enough to be moved within the processor's cache when it grows.
-const SHARDS: usize = 512;
-
+#[derive(Default)]
 struct Registry {
-    /// Ids of up to 24 bytes stand in the map itself: a mark costs no allocation, and a look-up touches no further memory.
-    clients: DashMap<CompactString, Presence, ahash::RandomState>,
+    clients: IdMap<Presence>,
     announcers: RwLock<Vec<Arc<dyn Announcer>>>,
+    /// There was ever one.
+    has_announcers: AtomicBool,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     is_watched: AtomicBool,
     session_grace_ms: AtomicU64,
@@ -110,13 +107,7 @@ impl Life {
 static REGISTRY: PerProcess<Registry> = PerProcess::new();
 
 fn registry() -> &'static Registry {
-    REGISTRY.get(|| Registry {
-        clients: DashMap::with_hasher_and_shard_amount(ahash::RandomState::new(), SHARDS),
-        announcers: RwLock::default(),
-        watchers: RwLock::default(),
-        is_watched: AtomicBool::new(false),
-        session_grace_ms: AtomicU64::new(0),
-    })
+    REGISTRY.get(Registry::default)
 }
 
 /// Marks a client online. The empty id has no effect.
@@ -129,17 +120,12 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
         return Ok(());
     }
     let registry = registry();
-    match registry.clients.entry(id.into()) {
-        Entry::Occupied(mut entry) => {
-            if let Presence::Life(life) = entry.get_mut() {
-                life.marked = true;
-            }
-        }
-        Entry::Vacant(entry) => {
-            let _locked = entry.insert(Presence::Marked);
-            registry.tell(Kind::Online, id);
-        }
-    }
+    let mark = |presence: &mut Presence, was_online: bool| match presence {
+        Presence::Life(life) => life.marked = true,
+        Presence::Marked if was_online => {}
+        Presence::Marked => registry.tell(Kind::Online, id),
+    };
+    registry.clients.enter(id, || Presence::Marked, mark);
     Ok(())
 }
 
@@ -187,7 +173,7 @@ pub(crate) fn owner_of(reply: &str) -> Option<u64> {
 /// Whether a client is online. The empty id is; an unknown or invalid one is not.
 #[must_use]
 pub fn is_online(id: &[u8]) -> bool {
-    id.is_empty() || std::str::from_utf8(id).is_ok_and(|id| registry().clients.contains_key(id))
+    id.is_empty() || std::str::from_utf8(id).is_ok_and(|id| registry().clients.contains(id))
 }
 
 /// How many clients are online.
@@ -244,7 +230,9 @@ pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
 
 /// Adds a connection to those that announce.
 pub(crate) fn add_announcer(announcer: Arc<dyn Announcer>) {
-    registry().announcers.write().push(announcer);
+    let registry = registry();
+    registry.announcers.write().push(announcer);
+    registry.has_announcers.store(true, Ordering::Release);
 }
 
 /// Takes back `add_announcer`.
@@ -261,20 +249,19 @@ pub(crate) fn set_session_grace(grace: Duration) {
 impl Registry {
     /// Changes a client's life, beginning one if it has none.
     fn enter<T>(&self, id: &str, change: impl FnOnce(&mut Life) -> T) -> T {
-        match self.clients.entry(id.into()) {
-            Entry::Occupied(mut entry) => change(entry.get_mut().life()),
-            Entry::Vacant(entry) => {
-                let mut entry = entry.insert(Presence::new(false));
+        let change = |presence: &mut Presence, was_online: bool| {
+            if !was_online {
                 self.tell(Kind::Online, id);
-                change(entry.life())
             }
-        }
+            change(presence.life())
+        };
+        self.clients.enter(id, || Presence::new(false), change)
     }
 
     /// Takes a client offline if it is known and `applies` says so, and stops what runs for it. False if it did not.
     fn leave(&self, id: &str, applies: impl FnOnce(&mut Presence) -> bool, announce: impl FnOnce(&Presence)) -> bool {
         let mut stopped = Vec::new();
-        let left = self.clients.remove_if_mut(id, |_, presence| {
+        let left = self.clients.remove_if(id, |presence| {
             if !applies(presence) {
                 return false;
             }
@@ -291,6 +278,9 @@ impl Registry {
 
     /// Has every open connection announce the client offline.
     fn announce(&self, id: &str, presence: &Presence) {
+        if !self.has_announcers.load(Ordering::Acquire) {
+            return;
+        }
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
             announcer.announce(id, presence.running().any(|running| running.requested_on() == here));
