@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Union
 
 import pytest
 
@@ -25,7 +25,7 @@ PATIENCE = 20.0
 """Seconds that a test waits for what must happen before it fails. What happens takes milliseconds."""
 
 Event = dict[str, Any]
-Command = tuple[str | Path, ...]
+Command = tuple[Union[str, Path], ...]
 
 
 def environment() -> dict[str, str]:

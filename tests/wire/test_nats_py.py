@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import wraps
+from typing import Any
 
 import nats
 from conftest import Connect, Shell
@@ -86,6 +87,6 @@ async def test_our_gateway(connect: Connect, server: Server) -> None:
         assert (await told(gateway, event="ERROR", tag=4))["status"] == "OFFLINE"
 
 
-async def told(gateway: Shell, **fields: object) -> Event:
+async def told(gateway: Shell, **fields: Any) -> Event:
     """Waits for an event while the peer works on."""
     return await asyncio.to_thread(lambda: gateway.wait(**fields))

@@ -86,11 +86,11 @@ def test_an_anonymous_request(worker: Shell, raw: RawPeer, header: bytes) -> Non
 
 
 def stop_another(worker: Shell, raw: RawPeer) -> None:
-    """Has another client's stream stopped: all that the worker got before has been dealt with then."""
-    raw.request("llm.generate", "another")
-    worker.wait(event="REQUEST", client="another")
+    """Has another client's stream stopped: what the worker got before has been dealt with, and its answers came."""
+    _, answers = begin(worker, raw, "another")
     raw.send(pub("client.offline", b"another"))
     worker.wait(event="STOPPED", client="another")
+    assert answers.payload() == b"__STREAM_ERROR__:the client is offline"
 
 
 def test_other_headers_reach_the_worker(worker: Shell, raw: RawPeer) -> None:

@@ -1,0 +1,79 @@
+/*
+ * gateway URL: a gateway in C. Commands on standard input, what comes of them on standard output.
+ *
+ *   request SUBJECT CLIENT TEXT
+ *   leave CLIENT
+ *
+ * Each message is told, and the end or the error of each stream. It ends with its input.
+ */
+#include <nats_presence.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { MAX = 64 };
+
+/* A stream's tag is its number here. */
+static struct {
+  presence_stream *stream;
+  char client[64];
+} streams[MAX];
+
+static void request(presence_conn *conn, presence_queue *queue, const char *subject, const char *client, const char *text) {
+  presence_error error;
+  int tag = 0;
+  while (streams[tag].stream) tag++;
+  snprintf(streams[tag].client, sizeof streams[tag].client, "%s", client);
+  if (presence_request(conn, queue, subject, text, strlen(text), client, strlen(client), NULL, (uint64_t)tag,
+                       &streams[tag].stream, &error)) {
+    fprintf(stderr, "%s\n", error.message);
+    exit(1);
+  }
+}
+
+static void tell(const presence_event *event) {
+  const char *client = streams[event->tag].client;
+  int length = (int)event->data_len;
+  switch (event->kind) {
+    case PRESENCE_EVENT_DATA:
+      printf("{\"event\": \"data\", \"client\": \"%s\", \"data\": \"%.*s\"}\n", client, length, event->data);
+      break;
+    case PRESENCE_EVENT_END:
+      printf("{\"event\": \"end\", \"client\": \"%s\"}\n", client);
+      break;
+    case PRESENCE_EVENT_ERROR:
+      printf("{\"event\": \"error\", \"client\": \"%s\", \"status\": %d, \"text\": \"%.*s\"}\n", client, event->status,
+             length, event->data);
+      break;
+  }
+}
+
+int main(int argc, char **argv) {
+  presence_conn *conn;
+  presence_queue *queue;
+  presence_error error;
+  presence_event events[64];
+  if (argc != 2 || presence_queue_new(&queue) || presence_connect(argv[1], NULL, &conn, &error)) {
+    fprintf(stderr, "%s\n", error.message);
+    return 1;
+  }
+  setvbuf(stdout, NULL, _IOLBF, 0);
+  setvbuf(stdin, NULL, _IONBF, 0); /* what stands in a buffer, poll does not see */
+  puts("{\"event\": \"ready\"}");
+  struct pollfd fds[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.fd = presence_queue_fd(queue), .events = POLLIN}};
+  for (;;) {
+    poll(fds, 2, -1);
+    int64_t count = presence_queue_wait(queue, events, 64, 0);
+    for (int64_t i = 0; i < count; i++) tell(&events[i]);
+    if (!fds[0].revents) continue;
+    char line[256], subject[64], client[64], text[64];
+    if (!fgets(line, sizeof line, stdin)) break;
+    if (sscanf(line, "request %63s %63s %63[^\n]", subject, client, text) == 3) request(conn, queue, subject, client, text);
+    if (sscanf(line, "leave %63s", client) == 1) mark_client_offline(client);
+  }
+  presence_close(conn, 1000);
+  for (int i = 0; i < MAX; i++) presence_stream_free(streams[i].stream);
+  presence_queue_free(queue);
+}

@@ -1,0 +1,40 @@
+"""gateway_async.py URL: gateway.c in Python, with asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+from nats_presence import PresenceError, aio, mark_client_offline
+
+
+def tell(**event: object) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+async def read(stream: aio.Stream, client: str) -> None:
+    try:
+        async for message in stream:
+            tell(event="data", client=client, data=message.decode())
+        tell(event="end", client=client)
+    except PresenceError as error:
+        tell(event="error", client=client, status=error.status, text=str(error))
+
+
+async def main(url: str) -> None:
+    readers = set()
+    async with aio.connect(url) as conn:
+        tell(event="ready")
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            command, *words = line.rstrip("\n").split(" ", 3)
+            if command == "request":
+                subject, client, text = words
+                stream = conn.stream(subject, text, client_id=client)
+                readers.add(asyncio.create_task(read(stream, client)))
+            elif command == "leave":
+                mark_client_offline(words[0])
+
+
+asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,35 @@
+"""gateway_sync.py URL: gateway.c in Python, with a thread for each stream."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+import nats_presence as presence
+
+
+def tell(**event: object) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def read(stream: presence.Stream, client: str) -> None:
+    try:
+        for message in stream:
+            tell(event="data", client=client, data=message.decode())
+        tell(event="end", client=client)
+    except presence.PresenceError as error:
+        tell(event="error", client=client, status=error.status, text=str(error))
+
+
+with presence.connect(sys.argv[1]) as conn:
+    tell(event="ready")
+    for line in sys.stdin:
+        command, *words = line.rstrip("\n").split(" ", 3)
+        if command == "request":
+            subject, client, text = words
+            stream = conn.stream(subject, text, client_id=client)
+            threading.Thread(target=read, args=(stream, client)).start()
+        elif command == "leave":
+            presence.mark_client_offline(words[0])

@@ -1,0 +1,49 @@
+// gateway URL: gateway.c in Go, with a goroutine for each stream.
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"os"
+	"strings"
+
+	presence "github.com/nats-presence/nats-presence/bindings/go"
+)
+
+func main() {
+	conn, err := presence.Connect(os.Args[1])
+	check(err)
+	fmt.Println(`{"event": "ready"}`)
+	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+		switch words := strings.SplitN(lines.Text(), " ", 4); words[0] {
+		case "request":
+			stream, err := conn.Request(context.Background(), words[1], []byte(words[3]), words[2])
+			check(err)
+			go read(stream, words[2])
+		case "leave":
+			check(presence.MarkClientOffline(words[1]))
+		}
+	}
+	check(conn.Close(context.Background()))
+}
+
+func read(stream *presence.Stream, client string) {
+	for message, err := range stream.Messages() {
+		var failed *presence.Error
+		if errors.As(err, &failed) {
+			fmt.Printf("{\"event\": \"error\", \"client\": %q, \"status\": %d, \"text\": %q}\n", client, failed.Status, failed.Message)
+			return
+		}
+		fmt.Printf("{\"event\": \"data\", \"client\": %q, \"data\": %q}\n", client, message)
+	}
+	fmt.Printf("{\"event\": \"end\", \"client\": %q}\n", client)
+}
+
+func check(err error) {
+	if err != nil {
+		log.Fatal(err)
+	}
+}

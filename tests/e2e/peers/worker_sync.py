@@ -1,0 +1,48 @@
+"""worker_sync.py URL SUBJECT: worker.c in Python, with threads."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import nats_presence as presence
+
+FURTHER = 100
+finishing = threading.Event()
+
+
+def tell(**event: object) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def answer(request: presence.Request, sender: presence.Sender) -> None:
+    what, _, argument = request.data.decode().partition(" ")
+    count = {"fail": 1, "endless": sys.maxsize}.get(what) or int(argument)
+    why = 0
+    try:
+        while sender.send_count < count and not (what == "endless" and finishing.is_set()):
+            sender.send(f"{request.client_id} {sender.send_count}")
+            if what == "endless":
+                time.sleep(0.001)
+        if what == "fail":
+            sender.error(argument)
+        else:
+            sender.end()
+    except presence.PresenceError as error:
+        why = error.status
+    sent = sender.send_count
+    for _ in range(FURTHER):
+        with suppress(presence.PresenceError):
+            sender.send("more")
+    tell(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
+
+
+with presence.connect(sys.argv[1]) as conn:
+    conn.service(sys.argv[2], queue="workers")(answer)
+    tell(event="ready")
+    for _ in sys.stdin:  # "finish" is the only command
+        finishing.set()

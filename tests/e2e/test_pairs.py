@@ -1,0 +1,121 @@
+"""Every pair of a worker's and a gateway's language, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+from harness import Command, Program, Server, build_c, build_go, python
+
+WORKERS: dict[str, Callable[[], Command]] = {
+    "c": lambda: build_c("worker.c"),
+    "go": lambda: build_go("worker"),
+    "python": lambda: python("worker_sync.py"),
+    "asyncio": lambda: python("worker_async.py"),
+}
+GATEWAYS: dict[str, Callable[[], Command]] = {
+    "c": lambda: build_c("gateway.c"),
+    "go": lambda: build_go("gateway"),
+    "python": lambda: python("gateway_sync.py"),
+    "asyncio": lambda: python("gateway_async.py"),
+}
+CLIENTS = ["ann", "bob", "cho"]
+OFFLINE, NO_RESPONDERS, REMOTE = -2, -10, -13
+
+
+@cache
+def command(language: str, is_worker: bool) -> Command:
+    return (WORKERS if is_worker else GATEWAYS)[language]()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def gateway(server: Server, gateway_language: str) -> Iterator[Program]:
+    with Program(command(gateway_language, is_worker=False), server.url) as gateway:
+        gateway.wait(event="ready")
+        yield gateway
+
+
+@pytest.fixture
+def worker(server: Server, worker_language: str) -> Iterator[Program]:
+    with Program(command(worker_language, is_worker=True), server.url, "svc") as worker:
+        worker.wait(event="ready")
+        yield worker
+
+
+every_gateway = pytest.mark.parametrize("gateway_language", GATEWAYS)
+every_worker = pytest.mark.parametrize("worker_language", WORKERS)
+
+
+def receive(gateway: Program, client: str, first: int, count: int) -> None:
+    """The client's next messages, from number `first` on: all of them, in order."""
+    received = [gateway.wait(event="data", client=client)["data"] for _ in range(count)]
+    assert received == [f"{client} {i}" for i in range(first, first + count)]
+
+
+@every_worker
+@every_gateway
+def test_streams_arrive_whole(gateway: Program, worker: Program) -> None:
+    for client in CLIENTS:
+        gateway.tell(f"request svc {client} count 1000")
+    for client in CLIENTS:
+        receive(gateway, client, 0, 1000)
+        gateway.wait(event="end", client=client)
+        assert worker.wait(event="done", client=client) == {
+            "event": "done", "client": client, "sent": 1000, "why": 0, "accepted": 0
+        }  # fmt: skip
+    assert gateway.events == []
+
+
+@every_worker
+@every_gateway
+def test_a_client_leaves_in_the_middle(gateway: Program, worker: Program) -> None:
+    for client in CLIENTS:
+        gateway.tell(f"request svc {client} endless")
+    for client in CLIENTS:
+        receive(gateway, client, 0, 100)
+    gateway.tell("leave bob")
+    # The worker's sender refuses from then on, and the gateway's stream has ended.
+    done = worker.wait(event="done")
+    assert (done["client"], done["why"], done["accepted"]) == ("bob", OFFLINE, 0)
+    assert gateway.wait(event="error")["client"] == "bob"
+    # What came before is whole, and not more than was sent.
+    received = 100
+    while message := gateway.take(event="data", client="bob"):
+        assert message["data"] == f"bob {received}"
+        received += 1
+    assert received <= done["sent"]
+    # The others go on, up to their end.
+    for client in ["ann", "cho"]:
+        receive(gateway, client, 100, 100)
+    worker.tell("finish")
+    for client in ["ann", "cho"]:
+        done = worker.wait(event="done", client=client)
+        assert (done["why"], done["accepted"]) == (0, 0)
+        receive(gateway, client, 200, done["sent"] - 200)
+        gateway.wait(event="end", client=client)
+    assert gateway.events == []
+
+
+@every_worker
+@every_gateway
+def test_the_workers_error_arrives(gateway: Program, worker: Program) -> None:
+    gateway.tell("request svc ann fail no such model: 模型")
+    receive(gateway, "ann", 0, 1)
+    error = gateway.wait(event="error", client="ann")
+    assert (error["status"], error["text"]) == (REMOTE, "no such model: 模型")
+    done = worker.wait(event="done")
+    assert (done["sent"], done["why"], done["accepted"]) == (1, 0, 0)
+
+
+@every_gateway
+def test_nobody_serves(gateway: Program) -> None:
+    gateway.tell("request nobody.here ann count 1")
+    assert gateway.wait(event="error", patience=5)["status"] == NO_RESPONDERS
