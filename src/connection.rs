@@ -9,27 +9,24 @@
 
 use crate::config::{Announce, Config, ConnectOptions};
 use crate::dial::{self, Dialer};
+use crate::drive::Drive;
 use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
-use crate::outbox::{Batch, Item, Note, Outbox, Request};
+use crate::outbox::{Item, Note, Outbox};
 use crate::queue::{Event, Kind, Queue};
 use crate::random::{self, jitter};
 use crate::registry::{self, Announcer};
 use crate::{client, fork, runtime, wire};
-use async_nats::{Client, HeaderMap, Message, PublishErrorKind, Subject};
+use async_nats::{Client, HeaderMap, Message, Subject};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, VecDeque};
-use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep, sleep_until};
-
-/// How often, at most, an echo asks the server what it has.
-const ECHO_INTERVAL: Duration = Duration::from_millis(10);
+use tokio::time::{Instant, sleep};
 
 /// What a connection has done so far, and what it has in hand.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,8 +68,8 @@ pub(crate) struct Counters {
     pub(crate) requests: AtomicU64,
     pub(crate) requests_busy: AtomicU64,
     pub(crate) requests_ignored: AtomicU64,
-    messages_out: AtomicU64,
-    offline_out: AtomicU64,
+    pub(crate) messages_out: AtomicU64,
+    pub(crate) offline_out: AtomicU64,
     offline_in: AtomicU64,
     offline_ignored: AtomicU64,
 }
@@ -183,8 +180,17 @@ impl Connection {
         &self.outbox
     }
 
-    pub(crate) fn inbound(&self) -> &Inbound {
+    pub(crate) fn inbound(&self) -> &Arc<Inbound> {
         &self.inbound
+    }
+
+    pub(crate) fn send_buffer(&self) -> usize {
+        self.options.send_buffer
+    }
+
+    /// What is to be subscribed under this number, if it still is.
+    pub(crate) fn subscription(&self, number: u64) -> Option<Subscription> {
+        self.subscriptions.lock().get(&number).cloned()
     }
 
     pub(crate) fn inbox(&self) -> &Inbox {
@@ -367,11 +373,12 @@ impl Connection {
     async fn supervise(self: Arc<Self>, mut client: Option<Client>) {
         loop {
             if let Some(client) = client.take() {
-                let mut notes = VecDeque::new();
+                let mut drive = Drive::new(&self, &client);
                 let is_over = tokio::select! {
-                    () = self.drive(&client, &mut notes) => false,
+                    () = drive.run() => false,
                     () = self.end.notified() => true,
                 };
+                let notes = drive.into_notes();
                 self.disconnect(notes);
                 if is_over {
                     return;
@@ -445,91 +452,6 @@ impl Connection {
         self.end_all(Status::Disconnected);
         self.outbox.lost(notes);
     }
-
-    /// Gives the client what waits in the outbox until it is dead. Leaves in `notes` those that the server may not have.
-    async fn drive(&self, client: &Client, notes: &mut VecDeque<Note>) {
-        let confirmed = Arc::new(Notify::new());
-        let number = fork::number();
-        let confirm = self.inbox.expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
-        // How many of the notes the echo on its way confirms, and when the next may go.
-        let mut asked = 0;
-        let mut next_echo = Instant::now();
-        while !self.inbound.is_dead() {
-            let is_due = asked == 0 && !notes.is_empty();
-            let is_alive = tokio::select! {
-                biased;
-                () = self.inbound.died.notified() => continue,
-                () = confirmed.notified() => {
-                    notes.drain(..asked);
-                    asked = 0;
-                    true
-                }
-                () = sleep_until(next_echo), if is_due => {
-                    asked = notes.len();
-                    next_echo = Instant::now() + ECHO_INTERVAL;
-                    client.publish(confirm.clone(), Bytes::new()).await.is_ok()
-                }
-                batch = self.outbox.take() => self.hand_over(client, batch, notes).await,
-            };
-            if !is_alive {
-                break;
-            }
-        }
-        self.inbox.forget(number);
-    }
-
-    /// Gives the client a batch; false when it is dead. Notes go to `notes` as they are handed over, or cannot be.
-    async fn hand_over(&self, client: &Client, mut batch: Batch, notes: &mut VecDeque<Note>) -> bool {
-        /// How much is handed over before the room is given back.
-        const STEP: usize = 32 << 10;
-        let (mut weight, mut messages) = (0, 0);
-        while let Some(item) = batch.items.pop_front() {
-            weight += item.weight();
-            messages += 1;
-            let given = match item {
-                Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
-                Item::Request(request) => publish_request(client, *request).await,
-                Item::Note(note) => {
-                    notes.push_back(note.clone());
-                    match note {
-                        Note::End(to) => client.publish(to, Bytes::from_static(wire::END)).await,
-                        Note::Error(to, payload) => client.publish(to, payload).await,
-                        Note::Offline(to, id) => {
-                            count(&self.counters.offline_out);
-                            client.publish_with_headers(to, origin_header(self.number), id).await
-                        }
-                    }
-                }
-                Item::Echo(to) => client.publish(to, Bytes::new()).await,
-                Item::Subscribe(number) => {
-                    let subscription = self.subscriptions.lock().get(&number).cloned();
-                    if let Some(subscription) = subscription {
-                        self.inbound.subscribe(client, number, subscription).await;
-                    }
-                    Ok(())
-                }
-                Item::Unsubscribe(number) => {
-                    self.inbound.unsubscribe(number);
-                    Ok(())
-                }
-            };
-            match given {
-                Ok(()) => {}
-                Err(error) if error.kind() == PublishErrorKind::Send => {
-                    notes.extend(batch.items.into_iter().filter_map(Item::into_note));
-                    return false;
-                }
-                // The sizes were checked, but max_payload is the server's to change when it is another one.
-                Err(error) => self.log(Status::TooLarge, || format!("a message was not sent: {error}")),
-            }
-            if weight >= STEP {
-                self.outbox.handed_over(mem::take(&mut weight));
-            }
-        }
-        self.outbox.handed_over(weight);
-        self.counters.messages_out.fetch_add(messages, Ordering::Relaxed);
-        true
-    }
 }
 
 /// Tells what nats-server complains of, such as a missing permission.
@@ -539,14 +461,6 @@ fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync
             connection.log(Status::Disconnected, || format!("nats-server says: {text}"));
         }
     })
-}
-
-async fn publish_request(client: &Client, request: Request) -> std::result::Result<(), async_nats::PublishError> {
-    let Request { subject, reply, headers, payload } = request;
-    match headers {
-        None => client.publish_with_reply(subject, reply, payload).await,
-        Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
-    }
 }
 
 impl Announcer for Connection {
@@ -615,17 +529,6 @@ impl Receiver for Echo {
     }
 }
 
-/// The server has the notes that were sent before this came back.
-struct Confirmation(Arc<Notify>);
-
-impl Receiver for Confirmation {
-    fn message(&self, _message: Message) {
-        self.0.notify_one();
-    }
-
-    fn ended(&self, _why: Status) {}
-}
-
 /// Lets one message a second pass, and counts the others.
 #[derive(Default)]
 struct LogLimit(Mutex<(Option<Instant>, u64)>);
@@ -651,7 +554,7 @@ fn process_token() -> &'static str {
 }
 
 /// Names this process and its connection.
-fn origin_header(connection: u64) -> HeaderMap {
+pub(crate) fn origin_header(connection: u64) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(wire::ORIGIN, format!("{} {connection}", process_token()));
     headers

@@ -11,7 +11,7 @@
 //! | `service`, `sender` | the worker's side |
 //! | `stream` | the gateway's side |
 //! | `connection` | nats-server: the NATS client supervised, replaced, drained |
-//! | `dial`, `inbound`, `outbox` | how a server is reached · messages in · messages out |
+//! | `dial`, `inbound`, `drive`, `outbox` | how a server is reached · messages in · messages out · what waits for it |
 //! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
 //! | `queue` | events out of the library |
 //! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
@@ -24,6 +24,7 @@ mod client;
 mod config;
 mod connection;
 mod dial;
+mod drive;
 mod error;
 pub mod ffi;
 mod fork;

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 /// What one waiting message counts in addition to its bytes.
@@ -180,19 +180,20 @@ impl Outbox {
         if weight > 0 && weight + OVERHEAD + length > self.limit { Err(Status::Full) } else { Ok(()) }
     }
 
-    /// As `send`, waiting for room until `deadline` (`None`: without limit).
+    /// As `send`, waiting for room (`None`: without limit).
     pub(crate) fn send_wait(
         &self,
         word: &AtomicU32,
         to: &Subject,
         data: &[u8],
-        deadline: Option<Instant>,
+        timeout: Option<Duration>,
     ) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
         let mut sent = self.append(&mut waiting, word, to, data);
         if sent != Err(Status::Full) {
             return sent;
         }
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         self.wanted.fetch_add(1, Ordering::SeqCst);
         let mut timed_out = false;
         loop {
@@ -318,7 +319,6 @@ mod tests {
     use futures_util::FutureExt;
     use std::sync::atomic::AtomicBool;
     use std::thread;
-    use std::time::Duration;
 
     struct Probe(AtomicBool);
 
@@ -364,7 +364,7 @@ mod tests {
         let writer = || Some(Arc::clone(&probe) as Arc<dyn Writer>);
         assert_eq!(outbox.send(&word, &to, b"x", writer), Err(Status::Full));
         outbox.push(Item::Note(Note::End(to.clone())));
-        let soon = Some(Instant::now() + Duration::from_millis(1));
+        let soon = Some(Duration::from_millis(1));
         assert_eq!(outbox.send_wait(&word, &to, b"x", soon), Err(Status::Timeout));
         let weight = outbox.weight();
         outbox.handed_over(weight - 80);

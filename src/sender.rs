@@ -12,7 +12,7 @@ use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
@@ -75,8 +75,7 @@ impl Sender {
     /// As `send`, with `Timeout` in place of `Full`.
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         self.check(data)?;
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-        self.connection().outbox().send_wait(&self.word, &self.reply, data, deadline)?;
+        self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
         self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

@@ -1,0 +1,153 @@
+//! Messages out: what waits in the outbox is given to a NATS client, as long as it lives.
+
+use crate::connection::{Connection, count, origin_header};
+use crate::error::Status;
+use crate::fork;
+use crate::inbound::Receiver;
+use crate::outbox::{Batch, Item, Note, Request};
+use crate::wire;
+use async_nats::{Client, Message, PublishError, PublishErrorKind};
+use bytes::Bytes;
+use std::collections::VecDeque;
+use std::mem;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+
+/// How often, at most, an echo asks the server what it has.
+const ECHO_INTERVAL: Duration = Duration::from_millis(10);
+
+/// The work on one NATS client.
+pub(crate) struct Drive<'a> {
+    connection: &'a Connection,
+    client: &'a Client,
+    /// Handed over, but not yet confirmed by the server.
+    notes: VecDeque<Note>,
+    /// How many of them the echo on its way confirms.
+    asked: usize,
+    /// Handed over since the client was last seen to have written all it had.
+    unwritten: usize,
+    /// How much of that there may be: what waits inside the client counts, too, for the bound of the outbox.
+    most_unwritten: usize,
+}
+
+impl<'a> Drive<'a> {
+    pub(crate) fn new(connection: &'a Connection, client: &'a Client) -> Drive<'a> {
+        let most_unwritten = (connection.send_buffer() / 4).min(256 << 10);
+        Drive { connection, client, notes: VecDeque::new(), asked: 0, unwritten: 0, most_unwritten }
+    }
+
+    /// The notes that the server may not have.
+    pub(crate) fn into_notes(self) -> VecDeque<Note> {
+        self.notes
+    }
+
+    /// Returns when the client is dead.
+    pub(crate) async fn run(&mut self) {
+        let connection = self.connection;
+        let confirmed = Arc::new(Notify::new());
+        let number = fork::number();
+        let echo = connection.inbox().expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
+        let mut next_echo = Instant::now();
+        while !connection.inbound().is_dead() {
+            let is_echo_due = self.asked == 0 && !self.notes.is_empty();
+            let is_alive = tokio::select! {
+                biased;
+                () = connection.inbound().died.notified() => continue,
+                () = confirmed.notified() => {
+                    self.notes.drain(..mem::take(&mut self.asked));
+                    true
+                }
+                () = sleep_until(next_echo), if is_echo_due => {
+                    self.asked = self.notes.len();
+                    next_echo = Instant::now() + ECHO_INTERVAL;
+                    self.client.publish(echo.clone(), Bytes::new()).await.is_ok()
+                }
+                batch = connection.outbox().take() => self.hand_over(batch).await,
+            };
+            if !is_alive {
+                break;
+            }
+        }
+        connection.inbox().forget(number);
+    }
+
+    /// Gives the client a batch; false when it is dead.
+    async fn hand_over(&mut self, mut batch: Batch) -> bool {
+        let mut weight = 0;
+        self.connection.counters.messages_out.fetch_add(batch.items.len() as u64, Ordering::Relaxed);
+        while let Some(item) = batch.items.pop_front() {
+            weight += item.weight();
+            let mut is_alive = match self.give(item, &mut batch).await {
+                Ok(()) => true,
+                Err(error) if error.kind() == PublishErrorKind::Send => false,
+                // The sizes were checked, but max_payload is the server's to change when it is another one.
+                Err(error) => {
+                    self.connection.log(Status::TooLarge, || format!("a message was not sent: {error}"));
+                    true
+                }
+            };
+            if self.unwritten + weight >= self.most_unwritten {
+                is_alive = is_alive && self.client.flush().await.is_ok();
+                self.unwritten = 0;
+                self.connection.outbox().handed_over(mem::take(&mut weight));
+            }
+            if !is_alive {
+                self.notes.extend(batch.items.into_iter().filter_map(Item::into_note));
+                return false;
+            }
+        }
+        self.unwritten += weight;
+        self.connection.outbox().handed_over(weight);
+        true
+    }
+
+    async fn give(&mut self, item: Item, batch: &mut Batch) -> Result<(), PublishError> {
+        let client = self.client;
+        match item {
+            Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
+            Item::Request(request) => {
+                let Request { subject, reply, headers, payload } = *request;
+                match headers {
+                    None => client.publish_with_reply(subject, reply, payload).await,
+                    Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
+                }
+            }
+            Item::Note(note) => {
+                self.notes.push_back(note.clone());
+                match note {
+                    Note::End(to) => client.publish(to, Bytes::from_static(wire::END)).await,
+                    Note::Error(to, payload) => client.publish(to, payload).await,
+                    Note::Offline(to, id) => {
+                        count(&self.connection.counters.offline_out);
+                        client.publish_with_headers(to, origin_header(self.connection.number()), id).await
+                    }
+                }
+            }
+            Item::Echo(to) => client.publish(to, Bytes::new()).await,
+            Item::Subscribe(number) => {
+                if let Some(subscription) = self.connection.subscription(number) {
+                    self.connection.inbound().subscribe(client, number, subscription).await;
+                }
+                Ok(())
+            }
+            Item::Unsubscribe(number) => {
+                self.connection.inbound().unsubscribe(number);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The server has the notes that were sent before this came back.
+struct Confirmation(Arc<Notify>);
+
+impl Receiver for Confirmation {
+    fn message(&self, _message: Message) {
+        self.0.notify_one();
+    }
+
+    fn ended(&self, _why: Status) {}
+}
