@@ -102,8 +102,8 @@ test-python: stage $(VENV_STAMP) ## Test the Python binding
 	cd bindings/python && $(RUN) $(VENV)/bin/pytest -q --timeout 120
 
 .PHONY: test-wire
-test-wire: stage $(VENV_STAMP) ## Test the wire against raw peers, every pairing of languages, and the README
-	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/e2e tests/readme
+test-wire: stage $(VENV_STAMP) ## Test the wire against raw peers, authentication, every pairing of languages, the README
+	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/auth tests/e2e tests/readme
 
 .PHONY: demo
 demo: stage $(VENV_STAMP) ## See workers stop the moment their client leaves
