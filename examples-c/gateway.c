@@ -1,5 +1,5 @@
 /*
- * A gateway: requests a stream for each of several clients and prints what comes. In the middle the first client leaves.
+ * A gateway: requests a stream for each of several clients and prints what comes. The first one leaves in the middle.
  *
  *   gateway [URL [SUBJECT [CLIENT...]]]
  *

@@ -3,8 +3,8 @@
  *
  *   worker [URL [SUBJECT [GROUP [PIECES [DELAY_MS]]]]]
  *
- * Every stream has PIECES messages, one each DELAY_MS milliseconds. At its end a line tells the client, how many messages
- * were sent, and why it ended. Several workers in one GROUP share the requests. SIGINT and SIGTERM stop the worker.
+ * Every stream has PIECES messages, one each DELAY_MS milliseconds. At its end a line tells the client, how many
+ * messages were sent, and why it ended. Several workers in one GROUP share the requests. SIGINT and SIGTERM stop it.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <nats_presence.h>
@@ -128,7 +128,7 @@ static void advance(struct job *job) {
   }
 }
 
-/* Sends all pieces that are due. Returns in how many milliseconds the next one is: -1 (without limit) if there is none. */
+/* Sends all pieces that are due. Returns in how many milliseconds the next one is, or -1 if there is none. */
 static int64_t advance_all(void) {
   int64_t now = now_ms(), next = -1;
   for (size_t i = job_count; i-- > 0;) { /* Backwards, for finish() moves the last one. */
@@ -189,7 +189,7 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < count; i++) handle(&events[i]);
   }
 
-  /* Take no more requests, tell the readers of those that run, and wait until the server has it all: a second at most. */
+  /* Take no more requests, tell the readers of those that run, and wait (a second at most) until the server has it. */
   presence_service_free(service);
   while (job_count > 0) {
     struct job *job = &jobs[job_count - 1];
