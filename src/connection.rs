@@ -113,9 +113,6 @@ impl Connection {
         let options = config.for_connect()?.clone();
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
-        if let Some(grace) = options.session_grace {
-            registry::set_session_grace(grace);
-        }
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),
@@ -159,11 +156,15 @@ impl Connection {
             let _ = ready.send(Ok(()));
             let inbound = Arc::clone(&task.inbound);
             let flusher = runtime.spawn(async move { inbound.flush().await });
-            task.supervise(first).await;
+            Arc::clone(&task).supervise(first).await;
             flusher.abort();
+            task.inbound.flush_all();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>);
+        if let Some(grace) = connection.options.session_grace {
+            registry::set_session_grace(grace);
+        }
         Ok(connection)
     }
 

@@ -129,9 +129,13 @@ impl Inbound {
     pub(crate) async fn flush(&self) {
         loop {
             self.flush.notified().await;
-            let queues = mem::take(&mut *self.unflushed.lock());
-            queues.iter().for_each(|queue| queue.flush());
+            self.flush_all();
         }
+    }
+
+    pub(crate) fn flush_all(&self) {
+        let queues = mem::take(&mut *self.unflushed.lock());
+        queues.iter().for_each(|queue| queue.flush());
     }
 
     /// Ends a subscription.

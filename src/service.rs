@@ -149,6 +149,10 @@ impl Service {
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
         registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
+        if connection.check_open().is_err() {
+            // Closed since it arrived: whoever closed it may not have seen this sender.
+            sender.connection_ended(Status::Closed);
+        }
         let event = Event {
             client: Some(id),
             subject: message.subject.into_string().into(),

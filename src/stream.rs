@@ -107,7 +107,7 @@ impl Connection {
         // After `expect`: a connection lost before has not ended this stream.
         let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
         if let Err(error) = sent {
-            stream.free();
+            stream.withdraw();
             return Err(error);
         }
         if let Some(timeout) = options.timeout {
@@ -160,6 +160,15 @@ impl Stream {
     pub fn free(&self) {
         self.is_freed.store(true, Ordering::Release);
         self.finish(Kind::Error, Status::Cancelled, "");
+    }
+
+    /// Takes it all back: nobody has heard of it. (Unless it was ended meanwhile, and that was told.)
+    fn withdraw(&self) {
+        self.is_freed.store(true, Ordering::Release);
+        if self.forbid(Status::Cancelled) {
+            registry::detach(&self.client, self.number);
+            self.conclude(Kind::Error, Status::Cancelled, "");
+        }
     }
 
     fn end_after(&self, timeout: Duration) {

@@ -42,9 +42,8 @@ def nats_server(folder, config):
 
 
 def works(url, **options):
-    with nats_presence.connect(url, **options) as conn:
-        with pytest.raises(nats_presence.NoResponders):
-            next(conn.stream("nobody"))
+    with nats_presence.connect(url, **options) as conn, pytest.raises(nats_presence.NoResponders):
+        next(conn.stream("nobody"))
 
 
 def refused(url, **options):
