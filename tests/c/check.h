@@ -1,0 +1,123 @@
+/*
+ * Assertions, and the running of tests. A program gets the URL of a nats-server of its own, and runs its tests in order:
+ *
+ *   program URL [TEST]
+ */
+#ifndef CHECK_H
+#define CHECK_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <nats_presence.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* How long what must happen may take, in ms. It takes a few. */
+#define PATIENCE 20000
+
+static const char *url;
+static const char *asked_for; /* the one test to run; NULL: all */
+static const char *running = "main";
+
+static inline void start_of_line(const char *file, int line) {
+  fprintf(stderr, "%s:%d: %s: ", file, line, running);
+}
+
+/* Without the host's atexit handlers: a test may be about them, and it has failed. */
+static inline void end_of_line(void) {
+  fputc('\n', stderr);
+  _exit(1);
+}
+
+#define CHECK(condition)                       \
+  do {                                         \
+    if (!(condition)) {                        \
+      start_of_line(__FILE__, __LINE__);       \
+      fputs("not so: " #condition, stderr);    \
+      end_of_line();                           \
+    }                                          \
+  } while (0)
+
+#define CHECK_EQ(actual, expected)                                                              \
+  do {                                                                                          \
+    long long is_ = (long long)(actual), should_be_ = (long long)(expected);                    \
+    if (is_ != should_be_) {                                                                    \
+      start_of_line(__FILE__, __LINE__);                                                        \
+      fprintf(stderr, "%s is %lld, not %s (%lld)", #actual, is_, #expected, should_be_);        \
+      end_of_line();                                                                            \
+    }                                                                                           \
+  } while (0)
+
+/* That a call ended with this status. */
+#define CHECK_STATUS(call, expected)                                                                             \
+  do {                                                                                                           \
+    long long is_ = (long long)(call), should_be_ = (long long)(expected);                                       \
+    if (is_ != should_be_) {                                                                                     \
+      start_of_line(__FILE__, __LINE__);                                                                         \
+      fprintf(stderr, "%s is %lld (%s), not %s", #call, is_, presence_status_text((int32_t)is_), #expected);     \
+      end_of_line();                                                                                             \
+    }                                                                                                            \
+  } while (0)
+
+#define OK(call) CHECK_STATUS(call, PRESENCE_OK)
+
+/* That a message tells something. */
+#define CHECK_TELLS(message, part)                                                 \
+  do {                                                                             \
+    if (!strstr((message), (part))) {                                              \
+      start_of_line(__FILE__, __LINE__);                                           \
+      fprintf(stderr, "\"%s\" does not tell \"%s\"", (message), (part));           \
+      end_of_line();                                                               \
+    }                                                                              \
+  } while (0)
+
+/* To be called first in main. A program that hangs ends by SIGALRM. */
+static inline void begin(int argc, char **argv) {
+  alarm(100);
+  url = argc > 1 ? argv[1] : "nats://127.0.0.1:4222";
+  asked_for = argc > 2 ? argv[2] : NULL;
+  running = asked_for ? asked_for : "main";
+}
+
+static inline bool is_asked_for(const char *test) { return asked_for && strcmp(asked_for, test) == 0; }
+
+/* Runs a test, which leaves no client online behind. */
+#define RUN(test)                               \
+  do {                                          \
+    if (!asked_for || is_asked_for(#test)) {    \
+      running = #test;                          \
+      test();                                   \
+      CHECK_EQ(presence_online_count(), 0);     \
+    }                                           \
+  } while (0)
+
+/* Runs what another test starts, in a process of its own. */
+#define ROLE(role)                       \
+  do {                                   \
+    if (is_asked_for(#role)) role();     \
+  } while (0)
+
+/* Starts this program anew, for one of its tests or roles. */
+static inline pid_t start(const char *test) {
+  pid_t child = fork();
+  CHECK(child >= 0);
+  if (child == 0) {
+    execl("/proc/self/exe", "test", url, test, (char *)NULL);
+    _exit(127);
+  }
+  return child;
+}
+
+/* Waits for a process, which must exit with this code. */
+static inline void expect_exit(pid_t child, int code) {
+  int status;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK(!WIFSIGNALED(status) || (fprintf(stderr, "signal %d: ", WTERMSIG(status)), 0));
+  CHECK_EQ(WEXITSTATUS(status), code);
+}
+
+#endif

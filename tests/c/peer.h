@@ -1,0 +1,154 @@
+/* Workers and gateways for tests: connections of this process, each with a queue of its own. */
+#ifndef PEER_H
+#define PEER_H
+
+#include "check.h"
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+
+typedef struct peer {
+  presence_conn *conn;
+  presence_queue *queue;
+} peer;
+
+/* Connects with one option, or with none (NULL). */
+static inline peer open_peer_with(const char *key, const char *value) {
+  peer self;
+  presence_config *config = presence_config_new();
+  presence_error error;
+  if (key) OK(presence_config_set(config, key, value));
+  OK(presence_connect(url, config, &self.conn, &error));
+  OK(presence_queue_new(&self.queue));
+  presence_config_free(config);
+  return self;
+}
+
+static inline peer open_peer(void) { return open_peer_with(NULL, NULL); }
+
+static inline void close_peer(peer self) {
+  OK(presence_close(self.conn, PATIENCE));
+  presence_queue_free(self.queue);
+}
+
+/* The next event of a queue, which must be of this kind. */
+#define expect(queue, kind) expect_at(queue, kind, __FILE__, __LINE__)
+static inline presence_event expect_at(presence_queue *queue, int32_t kind, const char *file, int line) {
+  presence_event event;
+  memset(&event, 0, sizeof event);
+  int64_t count = presence_queue_wait(queue, &event, 1, PATIENCE);
+  if (count != 1 || event.kind != kind) {
+    start_of_line(file, line);
+    fprintf(stderr, "wait gives %d, event %d (status %d, \"%.*s\") instead of event %d", (int)count, (int)event.kind,
+            (int)event.status, (int)event.data_len, event.data ? (const char *)event.data : "", (int)kind);
+    end_of_line();
+  }
+  return event;
+}
+
+/* An event of this kind and with this status. */
+#define expect_status(queue, kind, expected) expect_status_at(queue, kind, expected, __FILE__, __LINE__)
+static inline presence_event expect_status_at(presence_queue *queue, int32_t kind, int32_t status, const char *file,
+                                              int line) {
+  presence_event event = expect_at(queue, kind, file, line);
+  if (event.status != status) {
+    start_of_line(file, line);
+    fprintf(stderr, "event %d has status %d (%.*s), not %d", (int)kind, (int)event.status, (int)event.data_len,
+            (const char *)event.data, (int)status);
+    end_of_line();
+  }
+  return event;
+}
+
+/* Nothing waits in the queue. */
+static inline void expect_nothing(presence_queue *queue) {
+  presence_event event;
+  CHECK_EQ(presence_queue_wait(queue, &event, 1, 0), 0);
+}
+
+static inline bool is_text(const void *data, size_t length, const char *text) {
+  return length == strlen(text) && memcmp(data, text, length) == 0;
+}
+
+#define expect_data(queue, text)                                         \
+  do {                                                                   \
+    presence_event event_ = expect(queue, PRESENCE_EVENT_DATA);          \
+    CHECK(is_text(event_.data, event_.data_len, text));                  \
+  } while (0)
+
+static inline presence_service *serve(peer worker, const char *subject) {
+  presence_service *service;
+  OK(presence_serve(worker.conn, worker.queue, subject, NULL, 0, 0, &service, NULL));
+  return service;
+}
+
+/* Requests a stream with one option, or with none (NULL). */
+static inline presence_stream *request_with(peer gateway, const char *subject, const char *client, uint64_t tag,
+                                            const char *key, const char *value) {
+  presence_stream *stream;
+  presence_config *config = presence_config_new();
+  if (key) OK(presence_config_set(config, key, value));
+  OK(presence_request(gateway.conn, gateway.queue, subject, NULL, 0, client, strlen(client), config, tag, &stream, NULL));
+  presence_config_free(config);
+  return stream;
+}
+
+static inline presence_stream *request(peer gateway, const char *subject, const char *client, uint64_t tag) {
+  return request_with(gateway, subject, client, tag, NULL, NULL);
+}
+
+/* The sender of the request that comes next. */
+static inline presence_sender *accept_request(peer worker) {
+  return expect(worker.queue, PRESENCE_EVENT_REQUEST).sender;
+}
+
+static inline int32_t send_text(presence_sender *sender, const char *text) {
+  return presence_sender_send(sender, text, strlen(text));
+}
+
+static inline uint32_t status_word(const presence_sender *sender) {
+  return __atomic_load_n(presence_sender_status_word(sender), __ATOMIC_RELAXED);
+}
+
+static inline presence_stats stats_of(peer self) {
+  presence_stats stats;
+  OK(presence_conn_stats(self.conn, &stats));
+  return stats;
+}
+
+/* A worker and a gateway, each with a connection of its own, and one stream between them. */
+typedef struct pair {
+  peer worker, gateway;
+  presence_service *service;
+  presence_stream *stream;
+  presence_sender *sender;
+} pair;
+
+static inline pair open_pair(const char *client) {
+  pair self;
+  self.worker = open_peer();
+  self.gateway = open_peer();
+  self.service = serve(self.worker, "pair");
+  self.stream = request(self.gateway, "pair", client, 1);
+  self.sender = accept_request(self.worker);
+  return self;
+}
+
+static inline void close_pair(pair self) {
+  presence_sender_free(self.sender);
+  presence_stream_free(self.stream);
+  presence_service_free(self.service);
+  close_peer(self.gateway);
+  close_peer(self.worker);
+}
+
+static inline pthread_t start_thread(void *(*body)(void *), void *argument) {
+  pthread_t thread;
+  CHECK_EQ(pthread_create(&thread, NULL, body, argument), 0);
+  return thread;
+}
+
+static inline void join_thread(pthread_t thread) { CHECK_EQ(pthread_join(thread, NULL), 0); }
+
+#endif
