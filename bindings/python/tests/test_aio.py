@@ -358,8 +358,7 @@ def test_closing_ends_every_stream_and_handler_once(
             await closing.close()
             await asyncio.wait_for(running, LIMIT)
             assert [type(await reader) for reader in readers] == [reads] * 5
-            await until(lambda: len(ended) == 5)
-            assert online_count() == 0
+            await until(lambda: len(ended) == 5 and online_count() == 0)
         assert ended == [is_told.status] * 5
 
     asyncio.run(main())

@@ -165,7 +165,8 @@ def test_the_order_of_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_library_beside_the_package_is_found_first(tmp_path: Path) -> None:
     copy = tmp_path / "nats_presence"
     shutil.copytree(PACKAGE / "nats_presence", copy)
-    library = next(line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnats" in line)
-    shutil.copy(library, copy / _ffi.SONAME)
+    library = re.search(r"/\S*libnats_presence\S*", Path("/proc/self/maps").read_text())
+    assert library is not None
+    shutil.copy(library[0], copy / _ffi.SONAME)
     run = import_fresh(tmp_path, NATS_PRESENCE_LIBRARY="", PYTHONPATH="")
     assert run.stdout.strip() == str(copy / _ffi.SONAME), run.stderr

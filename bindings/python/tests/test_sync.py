@@ -402,7 +402,7 @@ def test_closing_ends_every_stream_and_handler_once(
 
         streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(4)]
         assert [next(stream) for stream in streams] == [b"more"] * 4
-        waiting = gateway.stream("answers", client_id="waits for a thread")
+        waiting = gateway.stream("answers", client_id="waits for a thread", timeout=LIMIT)
         closing = gateway if closes == "gateway" else worker
         running = threading.Thread(target=closing.run)
         running.start()
@@ -411,7 +411,7 @@ def test_closing_ends_every_stream_and_handler_once(
         assert not running.is_alive()
         assert [type(failure(stream)) for stream in [*streams, waiting]] == [reads] * 5
         assert [type(outcome.get(timeout=LIMIT)[0]) for _ in streams] == [is_told] * 4
-        assert online_count() == 0
+        until(lambda: online_count() == 0)
     assert outcome.empty()
 
 
