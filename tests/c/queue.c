@@ -1,0 +1,214 @@
+/* The queue: waiting, waking, its file descriptor, one waiter at a time, and its end. Without a server. */
+#include "peer.h"
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/epoll.h>
+#include <time.h>
+
+static presence_queue *queue;
+
+/* A queue that an event can be put into by `put`. */
+static void open_queue(void) {
+  OK(presence_queue_new(&queue));
+  OK(presence_watch(queue, 0));
+}
+
+/* Puts one event into the queue. */
+static void put(void) {
+  if (is_client_online("q")) OK(mark_client_offline("q"));
+  else OK(mark_client_online("q"));
+}
+
+static void close_queue(void) {
+  presence_queue_free(queue);
+  OK(mark_client_offline("q"));
+}
+
+static int64_t wait_for(size_t max, int64_t timeout_ms) {
+  presence_event events[16];
+  CHECK(max <= 16);
+  return presence_queue_wait(queue, events, max, timeout_ms);
+}
+
+static int64_t now_ms(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static void timeouts(void) {
+  open_queue();
+  CHECK_EQ(wait_for(1, 0), 0);
+  int64_t start = now_ms();
+  CHECK_EQ(wait_for(1, 50), 0);
+  CHECK(now_ms() - start >= 49);
+  put();
+  CHECK_EQ(wait_for(1, INT64_MAX), 1); /* further away than any clock reaches */
+  put();
+  CHECK_EQ(wait_for(1, INT64_MIN), 1); /* negative: without limit */
+  close_queue();
+}
+
+static void no_room_for_events(void) {
+  presence_event event;
+  open_queue();
+  put();
+  CHECK_STATUS(presence_queue_wait(queue, &event, 0, 0), PRESENCE_INVALID);
+  CHECK_STATUS(presence_queue_wait(queue, NULL, 0, 0), PRESENCE_INVALID);
+  CHECK_EQ(wait_for(1, 0), 1); /* it was not lost */
+  close_queue();
+}
+
+static void takes_as_many_as_fit(void) {
+  open_queue();
+  for (int i = 0; i < 40; i++) put();
+  CHECK_EQ(wait_for(16, 0), 16);
+  CHECK_EQ(wait_for(16, 0), 16);
+  CHECK_EQ(wait_for(3, 0), 3);
+  CHECK_EQ(wait_for(16, 0), 5);
+  CHECK_EQ(wait_for(16, 0), 0);
+  close_queue();
+}
+
+static void a_wake_before_the_wait(void) {
+  open_queue();
+  presence_queue_wake(queue);
+  presence_queue_wake(queue); /* counts as one */
+  CHECK_EQ(wait_for(1, -1), 0);
+  CHECK_EQ(wait_for(1, 0), 0);
+  presence_queue_wake(queue);
+  put();
+  CHECK_EQ(wait_for(1, -1), 1); /* events come first */
+  close_queue();
+}
+
+/* What wait_in_thread's wait gave. */
+static int64_t gave;
+
+/* Waits without limit. Whoever looks whether it waits already may be in its way. */
+static void *wait_in_thread(void *unused) {
+  do gave = wait_for(1, -1);
+  while (gave == PRESENCE_BUSY);
+  return unused;
+}
+
+/* Starts a thread that waits, and returns when it does: it is the one waiter then. */
+static pthread_t start_waiting(void) {
+  pthread_t thread = start_thread(wait_in_thread, NULL);
+  while (wait_for(1, 0) != PRESENCE_BUSY) sched_yield();
+  return thread;
+}
+
+static void one_waiter_at_a_time(void) {
+  open_queue();
+  pthread_t thread = start_waiting();
+  CHECK_STATUS(wait_for(1, -1), PRESENCE_BUSY);
+  put();
+  join_thread(thread);
+  CHECK_EQ(gave, 1);
+  close_queue();
+}
+
+static void waking_a_waiter(void) {
+  open_queue();
+  pthread_t thread = start_waiting();
+  presence_queue_wake(queue);
+  join_thread(thread);
+  CHECK_EQ(gave, 0);
+  close_queue();
+}
+
+static void freeing_while_waiting(void) {
+  open_queue();
+  pthread_t thread = start_waiting();
+  presence_queue_free(queue);
+  join_thread(thread);
+  CHECK_STATUS(gave, PRESENCE_CLOSED);
+  CHECK_STATUS(wait_for(1, -1), PRESENCE_CLOSED);
+  CHECK_STATUS(presence_queue_fd(queue), PRESENCE_CLOSED);
+  CHECK_STATUS(presence_watch(queue, 0), PRESENCE_CLOSED);
+  presence_queue_wake(queue);
+  presence_queue_free(queue);
+}
+
+static bool is_readable(int fd) {
+  struct pollfd source = {fd, POLLIN, 0};
+  CHECK(poll(&source, 1, 0) >= 0);
+  return source.revents != 0;
+}
+
+/* Readable exactly as long as a wait would return at once. */
+static void file_descriptor(void) {
+  open_queue();
+  put(); /* before anybody asked for the descriptor */
+  int fd = presence_queue_fd(queue);
+  CHECK(fd >= 0);
+  CHECK_EQ(presence_queue_fd(queue), fd);
+  CHECK(is_readable(fd));
+  CHECK_EQ(wait_for(1, 0), 1);
+  CHECK(!is_readable(fd));
+  for (int i = 0; i < 3; i++) put();
+  CHECK_EQ(wait_for(2, 0), 2);
+  CHECK(is_readable(fd));
+  CHECK_EQ(wait_for(2, 0), 1);
+  CHECK(!is_readable(fd));
+  presence_queue_wake(queue);
+  CHECK(is_readable(fd));
+  CHECK_EQ(wait_for(1, 0), 0);
+  CHECK(!is_readable(fd));
+  CHECK(fcntl(fd, F_GETFD) & FD_CLOEXEC);
+  close_queue();
+}
+
+static void *put_in_thread(void *unused) {
+  put();
+  return unused;
+}
+
+/* An event loop sleeps in epoll_wait, level-triggered as well as edge-triggered, and is called by another thread's event. */
+static void event_loops(void) {
+  for (int edge = 0; edge < 2; edge++) {
+    open_queue();
+    int loop = epoll_create1(EPOLL_CLOEXEC), fd = presence_queue_fd(queue);
+    struct epoll_event source;
+    memset(&source, 0, sizeof source);
+    source.events = edge ? EPOLLIN | (uint32_t)EPOLLET : (uint32_t)EPOLLIN;
+    CHECK_EQ(epoll_ctl(loop, EPOLL_CTL_ADD, fd, &source), 0);
+    for (int round = 0; round < 100; round++) {
+      CHECK_EQ(epoll_wait(loop, &source, 1, 0), 0);
+      pthread_t thread = start_thread(put_in_thread, NULL);
+      CHECK_EQ(epoll_wait(loop, &source, 1, PATIENCE), 1);
+      CHECK_EQ(wait_for(16, 0), 1);
+      join_thread(thread);
+    }
+    close(loop);
+    close_queue();
+  }
+}
+
+/* What a wait gave is valid until the next, whatever happens to the queue's other events. */
+static void events_stay_until_the_next_wait(void) {
+  presence_event event;
+  open_queue();
+  OK(mark_client_online("kept"));
+  CHECK_EQ(presence_queue_wait(queue, &event, 1, 0), 1);
+  OK(mark_client_offline("kept"));
+  for (int i = 0; i < 1000; i++) put();
+  CHECK(is_text(event.client, event.client_len, "kept"));
+  close_queue();
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  RUN(timeouts);
+  RUN(no_room_for_events);
+  RUN(takes_as_many_as_fit);
+  RUN(a_wake_before_the_wait);
+  RUN(one_waiter_at_a_time);
+  RUN(waking_a_waiter);
+  RUN(freeing_while_waiting);
+  RUN(file_descriptor);
+  RUN(event_loops);
+  RUN(events_stay_until_the_next_wait);
+  return 0;
+}
