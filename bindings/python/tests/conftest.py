@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from nats_presence._shared import BaseConnection
+
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent.parent
 LIMIT = 10.0
@@ -73,6 +75,20 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def url(server: Server) -> str:
     return server.url
+
+
+class Standstill:
+    """Is true once a connection has handed nothing over for a tenth of a second, though messages wait."""
+
+    def __init__(self, conn: BaseConnection) -> None:
+        self.conn, self.seen, self.since = conn, (0, 0), time.monotonic()
+
+    def __call__(self) -> bool:
+        stats, now = self.conn.stats(), time.monotonic()
+        seen = stats["bytes_waiting"], stats["messages_out"]
+        if seen != self.seen:
+            self.seen, self.since = seen, now
+        return seen[0] > 0 and now - self.since > 0.1
 
 
 def run_python(code: str, url: str, **options: object) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server
+from conftest import LIMIT, Server, Standstill
 
 import nats_presence
 from nats_presence import (
@@ -323,7 +323,7 @@ def test_sending_waits_for_room_without_blocking_the_loop(server: Server) -> Non
             await stream.__anext__(), await leaver.__anext__()
             server.process.send_signal(signal.SIGSTOP)
             go.set()
-            await until(lambda: conn.stats()["bytes_waiting"] > 1 << 14)
+            await until(Standstill(conn))
             mark_client_offline("leaves")
             assert await asyncio.wait_for(outcome.get(), LIMIT) == "client is offline"
             assert outcome.empty()

@@ -13,7 +13,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server
+from conftest import LIMIT, Server, Standstill
 
 import nats_presence
 from nats_presence import (
@@ -380,7 +380,7 @@ def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server) -> Non
             next(stream), next(leaver)
             server.process.send_signal(signal.SIGSTOP)
             go.set()
-            until(lambda: conn.stats()["bytes_waiting"] > 1 << 14)
+            until(Standstill(conn))
             mark_client_offline("leaves")
             assert isinstance(outcome.get(timeout=LIMIT), Offline)
             assert outcome.empty()
