@@ -1,0 +1,451 @@
+/* What a host does to its process: fork, exit, signals. Each in a process of its own, whose first connection it makes. */
+#include "peer.h"
+#include <dirent.h>
+
+/* Waits for a forked child, which must exit with 0; a hang ends by its alarm. */
+static void expect_child(pid_t child) { expect_exit(child, 0); }
+
+/* In a forked child: alarms are not inherited. */
+static void begin_child(const char *name) {
+  alarm(60);
+  running = name;
+}
+
+/* One stream from request to end, on a subject of this process: all that it needs of a connection works. */
+static void a_whole_stream(const char *client) {
+  char subject[32];
+  snprintf(subject, sizeof subject, "life.%d", (int)getpid());
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, subject);
+  presence_stream *stream = request(gateway, subject, client, 1);
+  presence_sender *sender = accept_request(worker);
+  CHECK(is_client_online(client));
+  OK(send_text(sender, "message"));
+  OK(presence_sender_end(sender));
+  expect_data(gateway.queue, "message");
+  expect(gateway.queue, PRESENCE_EVENT_END);
+  CHECK(!is_client_online(client));
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+static void marks_work(void) {
+  CHECK_EQ(presence_online_count(), 0);
+  OK(mark_client_online("own"));
+  CHECK(is_client_online("own"));
+  CHECK_EQ(presence_online_count(), 1);
+  OK(mark_client_offline("own"));
+  CHECK_EQ(presence_online_count(), 0);
+}
+
+/* Fork -------------------------------------------------------------------------------------------------------------- */
+
+static void role_fork_first(void) {
+  pid_t child = fork();
+  if (child == 0) {
+    begin_child("fork_first, child");
+    marks_work();
+    a_whole_stream("own");
+    exit(0);
+  }
+  a_whole_stream("parent's");
+  expect_child(child);
+}
+
+/* The parent has used marks, a session and a queue, but has never connected. */
+static void role_fork_after_marks(void) {
+  presence_session *session;
+  presence_queue *queue;
+  presence_event event;
+  OK(mark_client_online("marked"));
+  OK(presence_session_open("tabs", 4, &session));
+  OK(presence_queue_new(&queue));
+  OK(presence_watch(queue, 0));
+  pid_t child = fork();
+  if (child == 0) {
+    begin_child("fork_after_marks, child");
+    CHECK(!is_client_online("marked") && !is_client_online("tabs"));
+    marks_work();
+    CHECK_STATUS(presence_queue_wait(queue, &event, 1, 0), PRESENCE_FORKED);
+    CHECK_STATUS(presence_queue_fd(queue), PRESENCE_FORKED);
+    presence_session_close(session);
+    presence_queue_free(queue);
+    a_whole_stream("own");
+    /* A child's child: its parent has connected now. */
+    pid_t grandchild = fork();
+    if (grandchild == 0) {
+      begin_child("fork_after_marks, grandchild");
+      marks_work();
+      presence_conn *conn = NULL;
+      CHECK_STATUS(presence_connect(url, NULL, &conn, NULL), PRESENCE_FORKED);
+      CHECK(!conn);
+      exit(0);
+    }
+    expect_child(grandchild);
+    exit(0);
+  }
+  expect_child(child);
+  CHECK(is_client_online("marked") && is_client_online("tabs"));
+  expect_nothing(queue); /* of what the child did */
+  presence_session_close(session);
+  expect(queue, PRESENCE_EVENT_OFFLINE);
+  OK(mark_client_offline("marked"));
+  presence_queue_free(queue);
+  a_whole_stream("parent's");
+}
+
+static void all_handles_are_forked(pair both, presence_session *session) {
+  presence_conn *conn = both.worker.conn;
+  presence_queue *queue = both.worker.queue, *own = NULL;
+  presence_event event;
+  presence_stats stats;
+  presence_stream *stream = NULL;
+  presence_service *service = NULL;
+  presence_error error;
+  const char *value;
+  size_t length;
+
+  CHECK_STATUS(presence_listen_offline(conn), PRESENCE_FORKED);
+  CHECK_STATUS(presence_conn_stats(conn, &stats), PRESENCE_FORKED);
+  OK(presence_queue_new(&own)); /* one of the child's own */
+  CHECK_STATUS(presence_conn_watch(conn, own, 0), PRESENCE_FORKED);
+  CHECK_STATUS(presence_serve(conn, own, "pair", NULL, 0, 0, &service, &error), PRESENCE_FORKED);
+  CHECK_EQ(error.status, PRESENCE_FORKED);
+  CHECK_STATUS(presence_request(conn, own, "pair", NULL, 0, "c", 1, NULL, 0, &stream, &error), PRESENCE_FORKED);
+  CHECK(!service && !stream && *error.message);
+  CHECK_STATUS(presence_queue_wait(queue, &event, 1, -1), PRESENCE_FORKED);
+  CHECK_STATUS(presence_queue_fd(queue), PRESENCE_FORKED);
+  CHECK_STATUS(presence_watch(queue, 0), PRESENCE_FORKED);
+  presence_queue_wake(queue);
+  CHECK_STATUS(presence_service_stop(both.service), PRESENCE_FORKED);
+  CHECK_STATUS(presence_stream_cancel(both.stream), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_send(both.sender, "x", 1), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_send_wait(both.sender, "x", 1, -1), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_error(both.sender, "x", 1), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_end(both.sender), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &value, &length), PRESENCE_FORKED);
+  CHECK(presence_sender_is_closed(both.sender)); /* it may send no more, for whatever reason */
+
+  presence_conn *other = NULL;
+  memset(&error, 0, sizeof error);
+  CHECK_STATUS(presence_connect(url, NULL, &other, &error), PRESENCE_FORKED);
+  CHECK(!other);
+  CHECK_TELLS(error.message, "fork");
+
+  presence_sender_free(both.sender);
+  presence_stream_free(both.stream);
+  presence_service_free(both.service);
+  presence_session_close(session);
+  presence_queue_free(queue);
+  CHECK_STATUS(presence_close(conn, -1), PRESENCE_FORKED);
+  presence_queue_free(own);
+}
+
+static void role_fork_after_connect(void) {
+  presence_session *session;
+  pair both = open_pair("c");
+  OK(presence_session_open("tabs", 4, &session));
+  OK(presence_watch(both.gateway.queue, 0));
+  uint64_t announced = stats_of(both.worker).offline_out + stats_of(both.gateway).offline_out;
+  pid_t child = fork();
+  if (child == 0) {
+    begin_child("fork_after_connect, child");
+    CHECK(!is_client_online("c") && !is_client_online("tabs"));
+    all_handles_are_forked(both, session);
+    marks_work();
+    OK(mark_client_offline("c")); /* the child's own client of this name, whom nobody knows */
+    exit(0);
+  }
+  expect_child(child);
+  /* The parent has felt nothing of it. */
+  CHECK(is_client_online("c") && is_client_online("tabs"));
+  OK(send_text(both.sender, "goes on"));
+  expect_data(both.gateway.queue, "goes on");
+  expect_nothing(both.worker.queue);
+  expect_nothing(both.gateway.queue);
+  CHECK_EQ(stats_of(both.worker).offline_out + stats_of(both.gateway).offline_out, announced);
+  presence_session_close(session);
+  expect(both.gateway.queue, PRESENCE_EVENT_OFFLINE);
+  close_pair(both);
+  a_whole_stream("later");
+}
+
+/* Exit -------------------------------------------------------------------------------------------------------------- */
+
+static pair left; /* running when the process ends */
+
+static void *send_for_ever(void *sender) {
+  while (!presence_sender_is_closed((presence_sender *)sender)) {
+    (void)presence_sender_send_wait((presence_sender *)sender, "x", 1, -1);
+  }
+  return NULL;
+}
+
+static void *wait_for_ever(void *queue) {
+  presence_event event;
+  while (presence_queue_wait((presence_queue *)queue, &event, 1, -1) >= 0) continue;
+  return NULL;
+}
+
+/* Streams run, and other threads send and wait. */
+static void leave_in_the_middle(void) {
+  left = open_pair("c");
+  start_thread(send_for_ever, left.sender);
+  expect(left.gateway.queue, PRESENCE_EVENT_DATA);
+  start_thread(wait_for_ever, left.gateway.queue);
+  start_thread(wait_for_ever, left.worker.queue);
+}
+
+static void role_return_from_main(void) { leave_in_the_middle(); }
+
+static void role_exit(void) {
+  leave_in_the_middle();
+  exit(3);
+}
+
+static void *exit_in_thread(void *unused) {
+  (void)unused;
+  exit(4);
+}
+
+static void role_exit_in_a_thread(void) {
+  leave_in_the_middle();
+  start_thread(exit_in_thread, NULL);
+  for (;;) pause();
+}
+
+/* A host that tidies up at the very end. */
+static void close_at_exit(void) {
+  running = "in an atexit handler";
+  OK(mark_client_online("late"));
+  OK(send_text(left.sender, "late"));
+  expect_data(left.gateway.queue, "late");
+  OK(mark_client_offline("late"));
+  close_pair(left);
+  CHECK_EQ(presence_online_count(), 0);
+  exit(5); /* from within a handler, which the C library takes for the new status */
+}
+
+static void role_tidy_at_exit(void) {
+  atexit(close_at_exit);
+  left = open_pair("c");
+  exit(0);
+}
+
+/* The first call ever, and the first connection, when the process ends. */
+static void begin_at_exit(void) {
+  running = "in an atexit handler";
+  a_whole_stream("c");
+  _exit(6);
+}
+
+static void role_begin_at_exit(void) { atexit(begin_at_exit); }
+
+/* Signals ----------------------------------------------------------------------------------------------------------- */
+
+static volatile sig_atomic_t handled;
+static pthread_t handler_ran_on;
+
+static void handle(int number) {
+  handled = number;
+  handler_ran_on = pthread_self();
+}
+
+/* The threads of the library, and the signals that all of them block. */
+static int own_threads(unsigned long long *blocked) {
+  int count = 0;
+  DIR *tasks = opendir("/proc/self/task");
+  CHECK(tasks);
+  *blocked = ~0ULL;
+  for (struct dirent *task; (task = readdir(tasks));) {
+    char path[300], line[200];
+    bool is_own = false;
+    if (*task->d_name == '.') continue;
+    snprintf(path, sizeof path, "/proc/self/task/%s/status", task->d_name);
+    FILE *status = fopen(path, "r");
+    if (!status) continue; /* it has ended meanwhile */
+    while (fgets(line, sizeof line, status)) {
+      unsigned long long mask;
+      if (strcmp(line, "Name:\tpresence\n") == 0) is_own = true;
+      if (is_own && sscanf(line, "SigBlk: %llx", &mask) == 1) *blocked &= mask;
+    }
+    fclose(status);
+    count += is_own;
+  }
+  closedir(tasks);
+  return count;
+}
+
+static bool is_in(unsigned long long mask, int number) { return mask >> (number - 1) & 1; }
+
+static void role_signals(void) {
+  struct sigaction before[65], after, own;
+  sigset_t mask, mask_after;
+  memset(&own, 0, sizeof own);
+  own.sa_handler = handle;
+  CHECK_EQ(sigaction(SIGUSR1, &own, NULL), 0);
+  sigemptyset(&mask);
+  sigaddset(&mask, SIGUSR2);
+  sigaddset(&mask, SIGWINCH);
+  CHECK_EQ(pthread_sigmask(SIG_SETMASK, &mask, NULL), 0);
+  for (int number = 1; number <= 64; number++) {
+    if (number != 32 && number != 33) CHECK_EQ(sigaction(number, NULL, &before[number]), 0); /* the C library's own */
+  }
+
+  pair both = open_pair("c");
+  /* Names are looked up by more threads of the runtime. */
+  char by_name[100];
+  const char *port = strrchr(url, ':');
+  CHECK(port);
+  snprintf(by_name, sizeof by_name, "nats://localhost%s", port);
+  presence_conn *named;
+  OK(presence_connect(by_name, NULL, &named, NULL));
+
+  CHECK_EQ(pthread_sigmask(SIG_SETMASK, NULL, &mask_after), 0);
+  for (int number = 1; number <= 64; number++) {
+    if (number == 32 || number == 33) continue;
+    CHECK_EQ(sigismember(&mask_after, number), sigismember(&mask, number));
+    CHECK_EQ(sigaction(number, NULL, &after), 0);
+    CHECK(after.sa_handler == before[number].sa_handler && after.sa_flags == before[number].sa_flags);
+  }
+  unsigned long long blocked;
+  CHECK(own_threads(&blocked) >= 1);
+  int must[] = {SIGHUP, SIGINT, SIGQUIT, SIGPIPE, SIGALRM, SIGTERM, SIGUSR1, SIGUSR2, SIGCHLD, SIGPROF, SIGIO, SIGURG};
+  for (size_t i = 0; i < sizeof must / sizeof *must; i++) CHECK(is_in(blocked, must[i]));
+  CHECK(!is_in(blocked, SIGSEGV) && !is_in(blocked, SIGBUS) && !is_in(blocked, SIGABRT));
+
+  /* Of all threads only this one takes it, and no matter what the others do. */
+  for (int round = 0; round < 100; round++) {
+    handled = 0;
+    OK(send_text(both.sender, "x"));
+    CHECK_EQ(kill(getpid(), SIGUSR1), 0);
+    CHECK_EQ(handled, SIGUSR1); /* delivered before kill returns, as no other thread can take it */
+    CHECK(pthread_equal(handler_ran_on, pthread_self()));
+    expect_data(both.gateway.queue, "x");
+  }
+  OK(presence_close(named, PATIENCE));
+  close_pair(both);
+}
+
+/* A host's handler interrupts whoever waits; the wait goes on. */
+static void *interrupt_and_put(void *waiter) {
+  for (int i = 0; i < 50; i++) {
+    CHECK_EQ(pthread_kill(*(pthread_t *)waiter, SIGUSR1), 0);
+    usleep(1000);
+  }
+  OK(mark_client_online("at last"));
+  return NULL;
+}
+
+static void role_interrupted_waits(void) {
+  struct sigaction own;
+  presence_queue *queue;
+  pthread_t self = pthread_self();
+  memset(&own, 0, sizeof own);
+  own.sa_handler = handle; /* without SA_RESTART */
+  CHECK_EQ(sigaction(SIGUSR1, &own, NULL), 0);
+  OK(presence_queue_new(&queue));
+  OK(presence_watch(queue, 0));
+  pthread_t thread = start_thread(interrupt_and_put, &self);
+  expect(queue, PRESENCE_EVENT_ONLINE);
+  CHECK_EQ(handled, SIGUSR1);
+  join_thread(thread);
+  OK(mark_client_offline("at last"));
+  presence_queue_free(queue);
+}
+
+/* The server dies while much is being sent: the host, which does nothing about SIGPIPE, lives. Ends the server. */
+static void role_the_server_dies(void) {
+  const char *server = getenv("NATS_SERVER_PID");
+  struct sigaction now;
+  CHECK(server);
+  signal(SIGPIPE, SIG_DFL);
+  pair both = open_pair(""); /* nobody's: the gateway's loss does not stop the sender, as its own does */
+  OK(presence_conn_watch(both.worker.conn, both.worker.queue, 7));
+  for (int i = 0; i < 1000; i++) OK(presence_sender_send_wait(both.sender, "before", 6, PATIENCE));
+  CHECK_EQ(kill(atoi(server), SIGKILL), 0);
+  int32_t status;
+  while ((status = presence_sender_send_wait(both.sender, "after", 5, PATIENCE)) == PRESENCE_OK) continue;
+  CHECK_STATUS(status, PRESENCE_DISCONNECTED);
+
+  bool stopped = false, disconnected = false;
+  while (!stopped || !disconnected) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_STOPPED) {
+      CHECK_STATUS(event.status, PRESENCE_DISCONNECTED);
+      CHECK(event.sender == both.sender);
+      stopped = true;
+    } else if (event.kind == PRESENCE_EVENT_DISCONNECTED) {
+      CHECK_EQ(event.tag, 7);
+      disconnected = true;
+    }
+  }
+  presence_event last;
+  do CHECK_EQ(presence_queue_wait(both.gateway.queue, &last, 1, PATIENCE), 1);
+  while (last.kind == PRESENCE_EVENT_DATA);
+  CHECK_EQ(last.kind, PRESENCE_EVENT_ERROR);
+  CHECK_STATUS(last.status, PRESENCE_DISCONNECTED);
+
+  presence_stream *stream = NULL;
+  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", NULL, 0, "c", 1, NULL, 0, &stream, NULL),
+               PRESENCE_DISCONNECTED);
+  CHECK(!stream && !is_client_online("c"));
+  CHECK_EQ(sigaction(SIGPIPE, NULL, &now), 0);
+  CHECK(now.sa_handler == SIG_DFL);
+  CHECK_STATUS(presence_close(both.gateway.conn, PATIENCE), PRESENCE_DISCONNECTED);
+  CHECK_STATUS(presence_close(both.worker.conn, PATIENCE), PRESENCE_DISCONNECTED);
+  presence_sender_free(both.sender);
+  presence_stream_free(both.stream);
+  presence_service_free(both.service);
+  presence_queue_free(both.gateway.queue);
+  presence_queue_free(both.worker.queue);
+}
+
+static void fork_first(void) { expect_exit(start("role_fork_first"), 0); }
+static void fork_after_marks(void) { expect_exit(start("role_fork_after_marks"), 0); }
+static void fork_after_connect(void) { expect_exit(start("role_fork_after_connect"), 0); }
+
+static void exits(void) {
+  for (int round = 0; round < 5; round++) { /* where the threads are at that moment is left to chance */
+    expect_exit(start("role_return_from_main"), 0);
+    expect_exit(start("role_exit"), 3);
+    expect_exit(start("role_exit_in_a_thread"), 4);
+  }
+}
+
+static void atexit_handlers(void) {
+  expect_exit(start("role_tidy_at_exit"), 5);
+  expect_exit(start("role_begin_at_exit"), 6);
+}
+
+static void signals(void) { expect_exit(start("role_signals"), 0); }
+static void interrupted_waits(void) { expect_exit(start("role_interrupted_waits"), 0); }
+static void the_server_dies(void) { expect_exit(start("role_the_server_dies"), 0); }
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  ROLE(role_fork_first);
+  ROLE(role_fork_after_marks);
+  ROLE(role_fork_after_connect);
+  ROLE(role_return_from_main);
+  ROLE(role_exit);
+  ROLE(role_exit_in_a_thread);
+  ROLE(role_tidy_at_exit);
+  ROLE(role_begin_at_exit);
+  ROLE(role_signals);
+  ROLE(role_interrupted_waits);
+  ROLE(role_the_server_dies);
+  RUN(fork_first);
+  RUN(fork_after_marks);
+  RUN(fork_after_connect);
+  RUN(exits);
+  RUN(atexit_handlers);
+  RUN(signals);
+  RUN(interrupted_waits);
+  RUN(the_server_dies); /* last: there is no server afterwards */
+  return 0;
+}
