@@ -73,6 +73,7 @@ tools: ## Check that all that is needed is there
 lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the generated one
 	$(CARGO) fmt --check
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
 	git diff --exit-code --stat include
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"

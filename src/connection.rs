@@ -264,8 +264,14 @@ impl Connection {
             return Err(Error::new(Status::Closed, "the connection was closed before"));
         }
         registry::remove_announcer(self.number);
+        let deadline = drain.and_then(|drain| Instant::now().checked_add(drain));
         self.end_all(Status::Closed);
-        let drained = self.echo(drain);
+        // All but the first, which is the inbox: requests that are on their way are refused.
+        let services: Vec<u64> = self.subscriptions.lock().keys().skip(1).copied().collect();
+        services.into_iter().for_each(|number| self.unsubscribe(number));
+        // What was on its way has come with the first echo, and the refusals are at the server with the second.
+        let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let drained = self.echo(left()).and_then(|()| self.echo(left()));
         self.end.notify_one();
         drained
     }
@@ -301,10 +307,12 @@ impl Connection {
         self.outbox.push(Item::Subscribe(number));
     }
 
-    /// Ends a subscription. What is on its way may still come.
+    /// Ends a subscription, once what is on its way has come.
     pub(crate) fn unsubscribe(&self, number: u64) {
-        self.subscriptions.lock().remove(&number);
-        self.outbox.push(Item::Unsubscribe(number));
+        let subscribed = self.subscriptions.lock().remove(&number);
+        if subscribed.is_some() {
+            Farewell::say(self, number);
+        }
     }
 
     /// Waits until the server has what was subscribed; without a connection now it is done later.
@@ -526,6 +534,39 @@ impl Receiver for Echo {
         // Closing waits for an echo itself.
         if why != Status::Closed {
             let _ = self.0.try_send(Err(why));
+        }
+    }
+}
+
+/// The end of a subscription: when its echo comes back, all that was on its way has come, and was refused by the service,
+/// which has stopped.
+struct Farewell {
+    connection: Weak<Connection>,
+    subscription: u64,
+    echo: u64,
+}
+
+impl Farewell {
+    fn say(connection: &Connection, subscription: u64) {
+        let echo = fork::number();
+        let farewell = Farewell { connection: connection.this.clone(), subscription, echo };
+        let subject = connection.inbox.expect(echo, Arc::new(farewell));
+        connection.outbox.push(Item::EndAtServer(subscription));
+        connection.outbox.push(Item::Echo(subject));
+    }
+}
+
+impl Receiver for Farewell {
+    fn message(&self, _message: Message) {
+        if let Some(connection) = self.connection.upgrade() {
+            connection.inbox.forget(self.echo);
+            connection.outbox.push(Item::Unsubscribe(self.subscription));
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        if let Some(connection) = self.connection.upgrade().filter(|_| why != Status::Closed) {
+            connection.inbox.forget(self.echo);
         }
     }
 }

@@ -133,6 +133,10 @@ impl<'a> Drive<'a> {
                 }
                 Ok(())
             }
+            Item::EndAtServer(number) => {
+                let nowhere = self.connection.inbox().nowhere();
+                self.connection.inbound().end_at_server(client, number, &nowhere).await
+            }
             Item::Unsubscribe(number) => {
                 self.connection.inbound().unsubscribe(number);
                 Ok(())

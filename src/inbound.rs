@@ -4,7 +4,8 @@
 //! messages of different subscriptions keep the order in which they arrived: an announcement never overtakes a request, nor the
 //! other way round. (Tasks that wait for each subscription would see them in any order.)
 
-use async_nats::{Client, Message, Subject, Subscriber};
+use async_nats::{Client, Message, PublishError, Subject, Subscriber};
+use bytes::Bytes;
 use dashmap::DashMap;
 use futures_util::{FutureExt, StreamExt};
 use parking_lot::Mutex;
@@ -55,6 +56,8 @@ struct Link {
     /// Counts the clients; wakers of an earlier one are ignored.
     generation: u64,
     is_dead: bool,
+    /// The client counts its subscriptions from 1, and so do we: it does not tell.
+    last_sid: u64,
     active: HashMap<u64, Active>,
 }
 
@@ -62,6 +65,8 @@ struct Active {
     subscriber: Subscriber,
     waker: Waker,
     receiver: Arc<dyn Receiver>,
+    /// The number by which client and server call it.
+    sid: u64,
 }
 
 impl Inbound {
@@ -71,6 +76,7 @@ impl Inbound {
             let mut link = self.link.lock();
             link.generation += 1;
             link.is_dead = false;
+            link.last_sid = 0;
             mem::take(&mut link.active)
         };
         drop(before);
@@ -96,6 +102,7 @@ impl Inbound {
         if link.active.contains_key(&number) {
             return true;
         }
+        link.last_sid += 1;
         let subscribed = if own.group.is_empty() {
             unconstrained(client.subscribe(own.subject.clone())).now_or_never()
         } else {
@@ -107,7 +114,8 @@ impl Inbound {
             Some(Ok(subscriber)) => {
                 let doorbell = Doorbell { inbound: Arc::downgrade(self), number, generation: link.generation };
                 let waker = Waker::from(Arc::new(doorbell));
-                link.active.insert(number, Active { subscriber, waker, receiver: Arc::clone(&own.receiver) });
+                let (receiver, sid) = (Arc::clone(&own.receiver), link.last_sid);
+                link.active.insert(number, Active { subscriber, waker, receiver, sid });
                 self.receive(&mut link, number);
             }
         }
@@ -138,7 +146,20 @@ impl Inbound {
         queues.iter().for_each(|queue| queue.flush());
     }
 
-    /// Ends a subscription.
+    /// Has the server end a subscription, while the client goes on to give us what is on its way.
+    ///
+    /// The client itself drops, from its unsubscription on, what the server had sent before it knew. A request dropped
+    /// like this is never answered, and nobody learns of it. So the server is told behind the client's back, in what looks
+    /// to the client like the subject of an empty message to `nowhere`.
+    pub(crate) async fn end_at_server(&self, client: &Client, number: u64, nowhere: &str) -> Result<(), PublishError> {
+        let sid = self.link.lock().active.get(&number).map(|active| active.sid);
+        match sid {
+            Some(sid) => client.publish(format!("{nowhere} 0\r\n\r\nUNSUB {sid}\r\nPUB {nowhere}"), Bytes::new()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Ends a subscription at the client.
     pub(crate) fn unsubscribe(&self, number: u64) {
         let ended = self.link.lock().active.remove(&number);
         drop(ended);
@@ -146,7 +167,7 @@ impl Inbound {
 
     /// Handles what a subscription has, and leaves its waker with it.
     fn receive(&self, link: &mut Link, number: u64) {
-        let Some(Active { subscriber, waker, receiver }) = link.active.get_mut(&number) else { return };
+        let Some(Active { subscriber, waker, receiver, .. }) = link.active.get_mut(&number) else { return };
         let mut context = Context::from_waker(waker);
         loop {
             // Unconstrained: the budget of the task that we happen to run on is not ours.
@@ -211,6 +232,11 @@ impl Inbox {
     /// What to subscribe for all that is expected.
     pub(crate) fn wildcard(&self) -> Subject {
         format!("{}*", self.prefix).into()
+    }
+
+    /// A subject at which nothing is expected.
+    pub(crate) fn nowhere(&self) -> String {
+        format!("{}0", self.prefix)
     }
 
     /// Gives what comes to the subject that this returns to `receiver`.

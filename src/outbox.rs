@@ -25,8 +25,9 @@ pub(crate) enum Item {
     Note(Note),
     /// A request, with its reply subject, headers and payload.
     Request(Box<Request>),
-    /// Subscribe, or unsubscribe, the subscription with this number.
+    /// Subscribe, end at the server, or unsubscribe, the subscription with this number.
     Subscribe(u64),
+    EndAtServer(u64),
     Unsubscribe(u64),
     /// Send an empty message to this subject of our own, to see when the server has all that came before.
     Echo(Subject),
@@ -81,7 +82,11 @@ impl Item {
         OVERHEAD
             + match self {
                 Item::Message(_, length) => *length,
-                Item::Note(Note::End(_)) | Item::Subscribe(_) | Item::Unsubscribe(_) | Item::Echo(_) => 0,
+                Item::Note(Note::End(_))
+                | Item::Subscribe(_)
+                | Item::EndAtServer(_)
+                | Item::Unsubscribe(_)
+                | Item::Echo(_) => 0,
                 Item::Note(Note::Error(_, payload) | Note::Offline(_, payload)) => payload.len(),
                 Item::Request(request) => request.payload.len(),
             }

@@ -137,8 +137,10 @@ impl Service {
                 return;
             }
         };
-        // Only this task adds, so there is no race between the question and the answer.
-        if self.running_count.load(Ordering::Acquire) >= self.max_streams {
+        // Only this task adds, so there is no race between the question and the answer. One that was on its way when the
+        // service stopped is refused in the same way: another worker may have room.
+        let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
+        if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
             count(&connection.counters.requests_busy);
             self.refuse(&reply, wire::BUSY);
             return;
@@ -173,12 +175,7 @@ impl Service {
 impl Receiver for Service {
     fn message(&self, message: Message) {
         if let Some(this) = self.this.upgrade() {
-            if !self.stopped.load(Ordering::Acquire) {
-                this.request(message);
-            } else if let Some(reply) = &message.reply {
-                // It was on its way when the service stopped.
-                self.refuse(reply, "the service was stopped");
-            }
+            this.request(message);
         }
     }
 

@@ -1,4 +1,4 @@
-//! The C ABI. Each function is one call into the core; [`guard`] alone turns pointers, NULL and panics into Rust.
+//! The C ABI. Each function is one call into the core; `guard` alone turns pointers, NULL and panics into Rust.
 //!
 //! The doc comments here are the C documentation: build.rs puts them into `include/nats_presence.h`.
 #![allow(unsafe_code, non_camel_case_types)]
