@@ -85,7 +85,8 @@ def test_a_client_leaves_in_the_middle(gateway: Program, worker: Program) -> Non
     # The worker's sender refuses from then on, and the gateway's stream has ended.
     done = worker.wait(event="done")
     assert (done["client"], done["why"], done["accepted"]) == ("bob", OFFLINE, 0)
-    assert gateway.wait(event="error")["client"] == "bob"
+    error = gateway.wait(event="error")
+    assert (error["client"], error["status"]) == ("bob", OFFLINE)
     # What came before is whole, and not more than was sent.
     received = 100
     while message := gateway.take(event="data", client="bob"):

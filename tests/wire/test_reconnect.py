@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from conftest import Connect, Shell
 from harness import Server
@@ -72,6 +74,18 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
     # Old streams stay as they ended.
     assert worker.ask("send 1 y")["status"] == "DISCONNECTED"
     assert gateway.take(event="ERROR", tag=1) is None
+
+
+def test_a_sender_that_waits_for_room_hears_of_the_loss(connect: Connect, server: Server, raw: RawPeer) -> None:
+    worker = connect("", "send_buffer_bytes=65536")
+    worker.do("serve llm.generate workers 0")
+    n, _ = begin(worker, raw, "alice")
+    server.process.send_signal(signal.SIGSTOP)
+    # More than all the buffers on the way take: it waits.
+    worker.tell(f"flood {n} 100000000")
+    server.kill()
+    assert worker.wait(event="reply")["status"] == "DISCONNECTED"
+    assert worker.wait(event="STOPPED")["status"] == "DISCONNECTED"
 
 
 def test_only_the_workers_connection_is_cut(connect: Connect, worker: Shell, proxy: Proxy) -> None:
