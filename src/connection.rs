@@ -13,7 +13,7 @@ use crate::drive::Drive;
 use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
 use crate::outbox::{Item, Note, Outbox};
-use crate::queue::{Event, Kind, Queue};
+use crate::queue::{Kind, Queue};
 use crate::random::{self, jitter};
 use crate::registry::{self, Announcer};
 use crate::{client, fork, runtime, wire};
@@ -357,7 +357,7 @@ impl Connection {
     fn tell(&self, kind: Kind, status: Status, text: &str) {
         for (queue, tag) in self.watchers.read().iter() {
             if let Some(queue) = queue.upgrade() {
-                queue.push(Event::new(kind, status, *tag, text.to_owned()));
+                queue.push_news(kind, status, *tag, text.to_owned());
             }
         }
     }
@@ -371,7 +371,7 @@ impl Connection {
         }
         for (queue, tag) in self.watchers.read().iter() {
             if let Some(queue) = queue.upgrade() {
-                queue.push_log(status, *tag, text.clone());
+                queue.push_news(Kind::Log, status, *tag, text.clone());
             }
         }
     }

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 
 /// How many ONLINE and OFFLINE events may wait in one queue.
 const MAX_WATCH_EVENTS: usize = 65_536;
-/// How many LOG events may wait in one queue.
-const MAX_LOG_EVENTS: usize = 1024;
+/// How many CONNECTED, DISCONNECTED and LOG events may wait in one queue.
+const MAX_NEWS: usize = 1024;
 /// How many events may gather before the waiting thread is called in any case.
 const PATIENCE: usize = 64;
 
@@ -103,6 +103,10 @@ impl Event {
     }
 }
 
+fn is_news(event: &&Event) -> bool {
+    matches!(event.kind, Kind::Connected | Kind::Disconnected | Kind::Log)
+}
+
 /// Until when to wait.
 #[derive(Clone, Copy)]
 enum Deadline {
@@ -140,7 +144,7 @@ pub struct Queue {
 struct Inner {
     events: VecDeque<Event>,
     watch_events: usize,
-    log_events: usize,
+    news: usize,
     woken: bool,
     closed: bool,
     /// A thread waits and nobody has called it yet.
@@ -276,12 +280,11 @@ impl Queue {
         }
         if inner.events.len() <= max {
             mem::swap(&mut inner.events, given);
-            (inner.watch_events, inner.log_events) = (0, 0);
+            (inner.watch_events, inner.news) = (0, 0);
         } else {
             given.extend(inner.events.drain(..max));
             inner.watch_events = inner.watch_events.saturating_sub(given.iter().filter(is_watch).count());
-            let logs = given.iter().filter(|event| event.kind == Kind::Log).count();
-            inner.log_events = inner.log_events.saturating_sub(logs);
+            inner.news = inner.news.saturating_sub(given.iter().filter(is_news).count());
         }
         inner.signal();
         Ok(true)
@@ -365,8 +368,11 @@ impl Queue {
     }
 
     /// Adds an ONLINE or OFFLINE event. Over the limit it is dropped, and a LOG event says so once.
-    pub(crate) fn push_watch(&self, kind: Kind, tag: u64, client: &str) -> bool {
+    pub(crate) fn push_watch(&self, kind: Kind, tag: u64, client: &str) {
         let mut inner = self.inner.lock();
+        if inner.closed {
+            return;
+        }
         match inner.watch_events.cmp(&MAX_WATCH_EVENTS) {
             Ordering::Less => {
                 inner.watch_events += 1;
@@ -380,17 +386,15 @@ impl Queue {
             }
             Ordering::Greater => {}
         }
-        !inner.closed
     }
 
-    /// Adds a LOG event. Over the limit it is dropped.
-    pub(crate) fn push_log(&self, status: Status, tag: u64, text: impl Into<Bytes>) -> bool {
+    /// Adds a CONNECTED, DISCONNECTED or LOG event. Over the limit it is dropped: nobody reads them.
+    pub(crate) fn push_news(&self, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
         let mut inner = self.inner.lock();
-        if inner.log_events < MAX_LOG_EVENTS {
-            inner.log_events += 1;
-            self.put(&mut inner, Event::new(Kind::Log, status, tag, text));
+        if inner.news < MAX_NEWS && !inner.closed {
+            inner.news += 1;
+            self.put(&mut inner, Event::new(kind, status, tag, text));
         }
-        !inner.closed
     }
 }
 
@@ -537,19 +541,19 @@ mod tests {
     }
 
     #[test]
-    fn watch_and_log_events_are_bounded() {
+    fn watch_events_and_news_are_bounded() {
         let queue = Queue::new();
         for _ in 0..MAX_WATCH_EVENTS + 10 {
             queue.push_watch(Kind::Online, 0, "a");
         }
-        for _ in 0..MAX_LOG_EVENTS + 10 {
-            queue.push_log(Status::Ok, 0, "a");
+        for _ in 0..MAX_NEWS + 10 {
+            queue.push_news(Kind::Log, Status::Ok, 0, "a");
         }
         let mut kinds = Vec::new();
         queue.wait(usize::MAX, None, |event| kinds.push((event.kind, event.status))).unwrap();
         let count = |kind| kinds.iter().filter(|(other, _)| *other == kind).count();
         assert_eq!(count(Kind::Online), MAX_WATCH_EVENTS);
-        assert_eq!(count(Kind::Log), MAX_LOG_EVENTS + 1);
+        assert_eq!(count(Kind::Log), MAX_NEWS + 1);
         assert_eq!(kinds.iter().filter(|event| **event == (Kind::Log, Status::Full)).count(), 1);
         queue.push_watch(Kind::Offline, 0, "a");
         assert_eq!(taken(&queue, 8).len(), 1, "there is room again");

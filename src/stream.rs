@@ -225,7 +225,7 @@ impl Stream {
                 self.subject, self.limit
             );
             if self.finish(Kind::Error, Status::Full, text.clone()) {
-                self.queue.push_log(Status::Full, self.tag, text);
+                self.queue.push_news(Kind::Log, Status::Full, self.tag, text);
             }
             return;
         }
