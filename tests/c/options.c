@@ -1,0 +1,118 @@
+/* Options: what presence_config_error tells, and that a wrong one changes nothing. Every option that is a number refuses what is none. */
+#include "peer.h"
+
+static presence_error error;
+
+/* What presence_config_error tells after a failed presence_config_set. */
+static void check_told(presence_config *config, const char *told) {
+  memset(&error, 0, sizeof error);
+  CHECK_STATUS(presence_config_error(config, &error), PRESENCE_INVALID);
+  CHECK_EQ(error.status, PRESENCE_INVALID);
+  CHECK_TELLS(error.message, told);
+}
+
+static void check_wrong(const char *key, const char *value, const char *told) {
+  presence_config *config = presence_config_new();
+  CHECK_STATUS(presence_config_set(config, key, value), PRESENCE_INVALID);
+  check_told(config, told);
+  presence_config_free(config);
+}
+
+/* Always the last that failed, for whatever reason; those that succeed do not count. */
+static void what_config_error_tells(void) {
+  presence_config *config = presence_config_new();
+  OK(presence_config_error(config, NULL));
+  OK(presence_config_set(config, "retries", "3"));
+  OK(presence_config_error(config, NULL));
+  CHECK_STATUS(presence_config_set(config, "retries", "often"), PRESENCE_INVALID);
+  check_told(config, "often");
+  CHECK_STATUS(presence_config_set(config, "nonsense", "x"), PRESENCE_INVALID);
+  check_told(config, "nonsense");
+  OK(presence_config_set(config, "retries", "4"));
+  check_told(config, "nonsense");
+  CHECK_STATUS(presence_config_set(config, "name", "\xff"), PRESENCE_INVALID);
+  check_told(config, "UTF-8");
+  CHECK_STATUS(presence_config_set(config, "retries", "often"), PRESENCE_INVALID);
+  CHECK_STATUS(presence_config_set(config, "n\xff", "x"), PRESENCE_INVALID);
+  check_told(config, "UTF-8");
+  CHECK_STATUS(presence_config_set(config, NULL, "x"), PRESENCE_INVALID);
+  check_told(config, "key is NULL");
+  CHECK_STATUS(presence_config_set(config, "name", NULL), PRESENCE_INVALID);
+  check_told(config, "value is NULL");
+  presence_config_free(config);
+
+  check_wrong("name", "\xff", "UTF-8"); /* the first that fails */
+  check_wrong("password", "hunter2\xff", "UTF-8");
+  CHECK(!strstr(error.message, "hunter2"));
+}
+
+static void numbers(void) {
+  static const char *const keys[] = {
+      "connect_timeout_ms", "reconnect_min_ms", "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "send_buffer_bytes",
+      "session_grace_ms",   "worker_threads",   "timeout_ms",       "retries",        "retry_delay_ms",   "stream_buffer_bytes",
+  };
+  static const char *const wrong[] = {"", "-1", "x", "1.5", "5s", " 1", "1 ", "0x10", "99999999999999999999"};
+  for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+    for (size_t k = 0; k < sizeof wrong / sizeof *wrong; k++) {
+      char quoted[40];
+      snprintf(quoted, sizeof quoted, "\"%s\"", wrong[k]);
+      check_wrong(keys[i], wrong[k], quoted);
+      CHECK_TELLS(error.message, keys[i]);
+      CHECK_TELLS(error.message, "whole number from");
+    }
+  }
+}
+
+/* The options set before are in force, and the wrong ones did not make it a set for requests. */
+static void a_wrong_option_changes_nothing(void) {
+  presence_config *config = presence_config_new();
+  presence_conn *conn;
+  OK(presence_config_set(config, "announce", "never"));
+  CHECK_STATUS(presence_config_set(config, "announce", "loudly"), PRESENCE_INVALID);
+  CHECK_STATUS(presence_config_set(config, "tls_required", "perhaps"), PRESENCE_INVALID);
+  CHECK_STATUS(presence_config_set(config, "timeout_ms", "perhaps"), PRESENCE_INVALID);
+  OK(presence_connect(url, config, &conn, NULL));
+  presence_config_free(config); /* not needed any longer */
+  presence_stats stats;
+  OK(mark_client_offline("c"));
+  OK(presence_listen_offline(conn)); /* an echo: what was to be sent is sent */
+  OK(presence_conn_stats(conn, &stats));
+  CHECK_EQ(stats.offline_out, 0);
+  OK(presence_close(conn, PATIENCE));
+}
+
+static void options_for_something_else(void) {
+  static const char *const of_requests[][2] = {
+      {"timeout_ms", "1"}, {"retries", "1"}, {"retry_delay_ms", "1"}, {"stream_buffer_bytes", "1"}, {"header.X", "y"}};
+  static const char *const of_connections[][2] = {
+      {"name", "x"}, {"user", "x"}, {"announce", "never"}, {"send_buffer_bytes", "1"}, {"session_grace_ms", "1"}};
+  peer self = open_peer();
+  for (int i = 0; i < 5; i++) {
+    presence_conn *conn = NULL;
+    presence_config *config = presence_config_new();
+    OK(presence_config_set(config, of_requests[i][0], of_requests[i][1]));
+    CHECK_STATUS(presence_connect(url, config, &conn, &error), PRESENCE_INVALID);
+    CHECK_TELLS(error.message, of_requests[i][0]);
+    CHECK(!conn);
+    presence_config_free(config);
+
+    presence_stream *stream = NULL;
+    config = presence_config_new();
+    OK(presence_config_set(config, of_connections[i][0], of_connections[i][1]));
+    CHECK_STATUS(presence_request(self.conn, self.queue, "s", NULL, 0, "c", 1, config, 0, &stream, &error), PRESENCE_INVALID);
+    CHECK_TELLS(error.message, of_connections[i][0]);
+    CHECK(!stream && !is_client_online("c"));
+    presence_config_free(config);
+  }
+  CHECK_EQ(stats_of(self).streams, 0);
+  close_peer(self);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  RUN(numbers);
+  RUN(a_wrong_option_changes_nothing);
+  RUN(options_for_something_else);
+  RUN(what_config_error_tells);
+  return 0;
+}
