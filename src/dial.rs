@@ -150,6 +150,10 @@ fn parse_server(url: &str) -> Result<ServerAddr> {
     if url.is_empty() {
         return Err(wrong("is empty"));
     }
+    // The parser would leave some of them out.
+    if url.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        return Err(wrong("has white space or a control character"));
+    }
     let server: ServerAddr = url.parse().map_err(|_| wrong("cannot be read"))?;
     if !matches!(server.scheme(), "nats" | "tls") {
         return Err(wrong("has another scheme than nats and tls"));
@@ -168,7 +172,17 @@ mod tests {
     #[test]
     fn server_urls() {
         assert_eq!(parse_servers("nats://a:1, tls://u:p@b ,c:3").unwrap().len(), 3);
-        for bad in ["", "nats://", "http://a", "nats://a,", "nats://[::1", "nats://a:99999", "ws://a", "nats://a b"] {
+        for bad in [
+            "",
+            "nats://",
+            "http://a",
+            "nats://a,",
+            "nats://[::1",
+            "nats://a:99999",
+            "ws://a",
+            "nats://a b",
+            "nats://a\r\n",
+        ] {
             let error = parse_servers(bad).unwrap_err();
             assert_eq!(error.status, Status::Invalid, "{bad}");
         }
