@@ -230,6 +230,7 @@ class BaseConnection:
         return stream.value
 
     def _stop_services(self) -> None:
+        self._is_closed()  # Raises Forked.
         for service in self._services:
             lib.presence_service_stop(service)
 

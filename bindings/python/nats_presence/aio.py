@@ -234,6 +234,7 @@ class Connection(BaseConnection):
 
     async def run(self) -> None:
         """Waits until close(), or until stop() and the return of all handlers."""
+        self._is_closed()  # Raises Forked.
         await self._stopped.wait()
         while self._drain():
             pass
@@ -283,8 +284,11 @@ class Connection(BaseConnection):
                 stream._on_event(event)
         elif kind == _ffi.EVENT_REQUEST:
             sender = Sender(event.sender, decode(event.client, event.client_len))
+            handler = self._handlers.get(event.tag)
+            if handler is None:
+                return  # Serving failed after all: the sender, dropped, ends its stream.
             self._senders[event.sender] = sender
-            task = self._loop.create_task(self._answer(self._handlers[event.tag], Request(sender, event), sender))
+            task = self._loop.create_task(self._answer(handler, Request(sender, event), sender))
             sender._task = task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

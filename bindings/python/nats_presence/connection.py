@@ -300,6 +300,7 @@ class Connection(BaseConnection):
 def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> Connection:
     """Connects to nats-server, waiting until it is reached or cannot be; to be closed by `with` or close().
 
+    Keep it: a connection that is dropped is closed, and what it served with it.
     `url`: one or several with commas between; user and password, or a token, may stand in it.
     `on_event`: called with each ConnectionEvent, one after the other, in a thread of its own.
     `options`: as presence_config_set in the C header lists them, for example name, token, tls_ca_file,

@@ -249,7 +249,7 @@ def child():
     assert nats_presence.online_count() == 0
     nats_presence.mark_client_online("child's")
     calls = [
-        conn.stats, conn.run, conn.close, conn.listen_offline,
+        conn.stats, conn.run, conn.stop, conn.close, conn.listen_offline,
         lambda: conn.stream("answers"), lambda: next(stream), lambda: next(read_by_a_thread),
         lambda: conn.service("answers")(handler),
         lambda: senders[0].send("x"), senders[0].end, lambda: senders[0].error("x"),
@@ -265,7 +265,6 @@ def child():
             raise AssertionError(f"call {number} raised nothing")
     session.close()
     stream.cancel()
-    conn.stop()
 """,
     "after asyncio's connect": """
 async def main():
@@ -282,7 +281,7 @@ loop = asyncio.new_event_loop()
 loop.run_until_complete(main())
 
 async def use():
-    for call in (conn.close, conn.listen_offline):
+    for call in (conn.run, conn.close, conn.listen_offline):
         try:
             await call()
         except nats_presence.Forked:
