@@ -1,6 +1,10 @@
 /* What a host does to its process: fork, exit, signals. Each in a process of its own, whose first connection it makes. */
 #include "peer.h"
+#include <arpa/inet.h>
 #include <dirent.h>
+#include <netinet/in.h>
+#include <sched.h>
+#include <sys/socket.h>
 
 /* Waits for a forked child, which must exit with 0; a hang ends by its alarm. */
 static void expect_child(pid_t child) { expect_exit(child, 0); }
@@ -405,6 +409,69 @@ static void role_the_server_dies(void) {
   presence_queue_free(both.worker.queue);
 }
 
+/* A server for the purpose: it takes everything and, again and again, breaks the connection while much is being written:
+ * first the end, then the refusal of what still comes. That is what makes a write raise SIGPIPE; a server that is killed
+ * mostly refuses at once, which makes it fail only. */
+enum { BREAKS = 200 };
+
+static int breaks; /* atomic */
+
+static void *break_connections(void *listener) {
+  static const char info[] = "INFO {\"server_id\":\"x\",\"version\":\"2.10.0\",\"proto\":1,\"headers\":true,\"max_payload\":1048576}\r\n";
+  static char taken[1 << 16];
+  while (__atomic_load_n(&breaks, __ATOMIC_SEQ_CST) < BREAKS) {
+    int fd = accept(*(int *)listener, NULL, NULL);
+    CHECK(fd >= 0);
+    CHECK(send(fd, info, sizeof info - 1, MSG_NOSIGNAL) == (ssize_t)sizeof info - 1);
+    bool greeted = false;
+    for (ssize_t count, total = 0; total < 300000 && (count = read(fd, taken, sizeof taken)) > 0; total += count) {
+      if (!greeted && memmem(taken, (size_t)count, "PING\r\n", 6)) {
+        greeted = true;
+        CHECK_EQ(send(fd, "PONG\r\n", 6, MSG_NOSIGNAL), 6);
+      }
+    }
+    shutdown(fd, SHUT_WR);
+    close(fd);
+    __atomic_add_fetch(&breaks, 1, __ATOMIC_SEQ_CST);
+  }
+  close(*(int *)listener);
+  return NULL;
+}
+
+static void role_connections_break(void) {
+  struct sockaddr_in address;
+  socklen_t length = sizeof address;
+  char to[40];
+  signal(SIGPIPE, SIG_DFL);
+  memset(&address, 0, sizeof address);
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  int listener = socket(AF_INET, SOCK_STREAM, 0);
+  CHECK_EQ(bind(listener, (struct sockaddr *)&address, sizeof address), 0);
+  CHECK_EQ(listen(listener, 8), 0);
+  CHECK_EQ(getsockname(listener, (struct sockaddr *)&address, &length), 0);
+  snprintf(to, sizeof to, "nats://127.0.0.1:%d", ntohs(address.sin_port));
+  pthread_t thread = start_thread(break_connections, &listener);
+
+  presence_conn *conn;
+  presence_config *config = presence_config_new();
+  OK(presence_config_set(config, "reconnect_min_ms", "1"));
+  OK(presence_config_set(config, "reconnect_max_ms", "1"));
+  OK(presence_connect(to, config, &conn, NULL));
+  presence_config_free(config);
+  char id[1001];
+  memset(id, 'x', 1000);
+  id[1000] = '\0';
+  while (__atomic_load_n(&breaks, __ATOMIC_SEQ_CST) < BREAKS) {
+    presence_stats stats;
+    OK(presence_conn_stats(conn, &stats));
+    if (stats.bytes_waiting < 1 << 22) OK(mark_client_offline(id)); /* announced on the connection */
+    else sched_yield();
+  }
+  join_thread(thread);
+  (void)presence_close(conn, 0);
+}
+
 static void fork_first(void) { expect_exit(start("role_fork_first"), 0); }
 static void fork_after_marks(void) { expect_exit(start("role_fork_after_marks"), 0); }
 static void fork_after_connect(void) { expect_exit(start("role_fork_after_connect"), 0); }
@@ -424,6 +491,7 @@ static void atexit_handlers(void) {
 
 static void signals(void) { expect_exit(start("role_signals"), 0); }
 static void interrupted_waits(void) { expect_exit(start("role_interrupted_waits"), 0); }
+static void connections_break(void) { expect_exit(start("role_connections_break"), 0); }
 static void the_server_dies(void) { expect_exit(start("role_the_server_dies"), 0); }
 
 int main(int argc, char **argv) {
@@ -438,6 +506,7 @@ int main(int argc, char **argv) {
   ROLE(role_begin_at_exit);
   ROLE(role_signals);
   ROLE(role_interrupted_waits);
+  ROLE(role_connections_break);
   ROLE(role_the_server_dies);
   RUN(fork_first);
   RUN(fork_after_marks);
@@ -446,6 +515,7 @@ int main(int argc, char **argv) {
   RUN(atexit_handlers);
   RUN(signals);
   RUN(interrupted_waits);
+  RUN(connections_break);
   RUN(the_server_dies); /* last: there is no server afterwards */
   return 0;
 }

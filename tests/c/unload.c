@@ -77,8 +77,13 @@ int main(int argc, char **argv) {
   pthread_barrier_t may_end;
   pthread_t thread;
 
+  /* Before there are threads, whose thread-locals would keep it loaded for the time being. */
   void *library = load();
   CHECK_EQ(use.mark_online("kept"), PRESENCE_OK);
+  CHECK_EQ(dlclose(library), 0);
+  library = load();
+  CHECK(use.is_online("kept"));
+
   CHECK_EQ(use.connect(url, NULL, &conn, NULL), PRESENCE_OK);
   CHECK_EQ(use.queue_new(&queue), PRESENCE_OK);
   CHECK_EQ(use.serve(conn, queue, "unload", NULL, 0, 0, &service, NULL), PRESENCE_OK);
