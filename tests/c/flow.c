@@ -1,0 +1,236 @@
+/* Room and its end: a full outbox, a reader that is too slow, a server that takes nothing. */
+#include "peer.h"
+
+static pid_t server; /* the process of nats-server */
+
+/* A pair whose worker may have so many bytes waiting. */
+static pair open_pair_with_room(const char *client, const char *send_buffer_bytes) {
+  pair self;
+  self.worker = open_peer_with("send_buffer_bytes", send_buffer_bytes);
+  self.gateway = open_peer();
+  self.service = serve(self.worker, "flow");
+  self.stream = request(self.gateway, "flow", client, 1);
+  self.sender = accept_request(self.worker);
+  return self;
+}
+
+/* Reads so many messages of a stream: the numbers from `first` on. */
+static void read_numbers(peer gateway, int first, int count) {
+  for (int i = first; i < first + count; i++) {
+    presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK(event.data_len == sizeof i && memcmp(event.data, &i, sizeof i) == 0);
+  }
+}
+
+static void full_and_writable(void) {
+  pair both = open_pair_with_room("c", "1000");
+  int sent = 0;
+  for (int round = 0; round < 100; round++) {
+    int32_t status;
+    while ((status = presence_sender_send(both.sender, &sent, sizeof sent)) == PRESENCE_OK) sent++;
+    CHECK_STATUS(status, PRESENCE_FULL);
+    CHECK_EQ(presence_sender_send_count(both.sender), sent);
+    CHECK_EQ(status_word(both.sender), 0); /* it may send, only not now */
+    CHECK(expect(both.worker.queue, PRESENCE_EVENT_WRITABLE).sender == both.sender);
+  }
+  OK(presence_sender_end(both.sender)); /* always finds room */
+  read_numbers(both.gateway, 0, sent);
+  expect(both.gateway.queue, PRESENCE_EVENT_END);
+  close_pair(both);
+}
+
+static void waiting_for_room(void) {
+  enum { COUNT = 20000 };
+  pair both = open_pair_with_room("c", "1000");
+  for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, -1));
+  OK(presence_sender_end(both.sender));
+  read_numbers(both.gateway, 0, COUNT);
+  expect(both.gateway.queue, PRESENCE_EVENT_END);
+  close_pair(both);
+}
+
+/* A message larger than all the room there is goes alone. */
+static void larger_than_the_room(void) {
+  pair both = open_pair_with_room("c", "1000");
+  char large[5000];
+  memset(large, 'x', sizeof large);
+  for (int i = 0; i < 10; i++) {
+    OK(presence_sender_send_wait(both.sender, large, sizeof large, PATIENCE));
+    CHECK_EQ(expect(both.gateway.queue, PRESENCE_EVENT_DATA).data_len, sizeof large);
+  }
+  close_pair(both);
+}
+
+struct wait {
+  presence_sender *sender;
+  int32_t gave;
+};
+
+static void *wait_for_room(void *argument) {
+  static const char data[1 << 16] = {0};
+  struct wait *wait = (struct wait *)argument;
+  wait->gave = presence_sender_send_wait(wait->sender, data, sizeof data, -1);
+  return NULL;
+}
+
+/* nats-server takes nothing: what waits stays within its bound, and whatever ends a sender ends its wait. */
+static void a_server_that_takes_nothing(void) {
+  enum { SIZE = 1 << 16, SOCKETS = 24 << 20 /* what the system's buffers take, at most */ };
+  static char data[SIZE];
+  pair both = open_pair_with_room("leaves", "200000");
+  presence_stream *streams[] = {request(both.gateway, "flow", "ends", 2), request(both.gateway, "flow", "stays", 3)};
+  presence_sender *ends = accept_request(both.worker), *stays = accept_request(both.worker);
+
+  CHECK_EQ(kill(server, SIGSTOP), 0);
+  int64_t accepted = 0;
+  int32_t status;
+  while ((status = presence_sender_send_wait(stays, data, SIZE, 300)) == PRESENCE_OK) {
+    accepted += SIZE;
+    CHECK(accepted <= SOCKETS);
+  }
+  CHECK_STATUS(status, PRESENCE_TIMEOUT);
+  CHECK_STATUS(presence_sender_send(stays, data, SIZE), PRESENCE_FULL);
+  CHECK(stats_of(both.worker).bytes_waiting > 0);
+  CHECK(stats_of(both.worker).bytes_waiting <= 200000 + 4096); /* notes always find room */
+
+  struct wait waits[] = {{both.sender, 0}, {ends, 0}};
+  pthread_t threads[] = {start_thread(wait_for_room, &waits[0]), start_thread(wait_for_room, &waits[1])};
+  usleep(50000); /* most likely they wait by now; if not, the test holds all the same */
+  OK(mark_client_offline("leaves"));
+  OK(presence_sender_end(ends));
+  for (int i = 0; i < 2; i++) join_thread(threads[i]);
+  CHECK_STATUS(waits[0].gave, PRESENCE_OFFLINE);
+  CHECK_STATUS(waits[1].gave, PRESENCE_CLOSED);
+
+  CHECK_EQ(kill(server, SIGCONT), 0);
+  /* There is room for the one that was refused, and perhaps was earlier: the system's buffers grow. */
+  for (int stopped = 0, writable = 0; stopped + writable < 2;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, PATIENCE), 1);
+    stopped += event.kind == PRESENCE_EVENT_STOPPED && event.sender == both.sender;
+    writable += event.kind == PRESENCE_EVENT_WRITABLE && event.sender == stays;
+    CHECK(stopped < 2 && writable < 2);
+  }
+  OK(presence_sender_send_wait(stays, "last", 4, PATIENCE));
+  OK(presence_sender_end(stays));
+  /* All that was accepted comes, and the end of "ends"; "leaves" ended at once. */
+  int64_t received = 0;
+  for (int ended = 0; ended < 3;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(both.gateway.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_DATA) {
+      CHECK_EQ(event.tag, 3);
+      received += (int64_t)event.data_len;
+    } else {
+      CHECK_EQ(event.kind, event.tag == 1 ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_END);
+      ended++;
+    }
+  }
+  CHECK_EQ(received, accepted + 4);
+  presence_sender_free(ends);
+  presence_sender_free(stays);
+  for (int i = 0; i < 2; i++) presence_stream_free(streams[i]);
+  close_pair(both);
+}
+
+/* A close waits as long as it may, and says that the server may not have it all. */
+static void closing_without_an_answer(void) {
+  peer self = open_peer();
+  CHECK_EQ(kill(server, SIGSTOP), 0);
+  CHECK_STATUS(presence_close(self.conn, 100), PRESENCE_TIMEOUT);
+  CHECK_EQ(kill(server, SIGCONT), 0);
+  CHECK_STATUS(presence_close(self.conn, 100), PRESENCE_CLOSED);
+  presence_queue_free(self.queue);
+}
+
+/* The stream whose messages nobody takes ends, and only that one. */
+static void a_slow_reader(void) {
+  enum { COUNT = 1000, ROOM = 20000 };
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "flow");
+  presence_stream *slow = request_with(gateway, "flow", "slow", 1, "stream_buffer_bytes", "20000");
+  presence_stream *other = request(gateway, "flow", "other", 2);
+  presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
+  for (int i = 0; i < COUNT; i++) {
+    int32_t status = presence_sender_send_wait(senders[0], &i, sizeof i, PATIENCE);
+    CHECK(status == PRESENCE_OK || status == PRESENCE_OFFLINE); /* it may be told already */
+    OK(presence_sender_send_wait(senders[1], &i, sizeof i, PATIENCE));
+  }
+  OK(presence_sender_end(senders[1]));
+  /* The worker is told, as if the client had left. Until then the reader has taken nothing. */
+  CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == senders[0]);
+
+  int next[] = {0, 0}, logs = 0;
+  bool has_ended[] = {false, false};
+  while (!has_ended[0] || !has_ended[1] || logs == 0) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    int which = event.tag == 1 ? 0 : 1;
+    switch (event.kind) {
+      case PRESENCE_EVENT_DATA:
+        CHECK(!has_ended[which]);
+        CHECK(memcmp(event.data, &next[which], sizeof(int)) == 0);
+        next[which]++;
+        break;
+      case PRESENCE_EVENT_LOG:
+        CHECK_EQ(event.status, PRESENCE_FULL);
+        CHECK_EQ(event.tag, 1);
+        CHECK(event.data_len > 0);
+        logs++;
+        break;
+      case PRESENCE_EVENT_ERROR:
+        CHECK_EQ(event.status, PRESENCE_FULL);
+        CHECK(event.stream == slow);
+        has_ended[0] = true;
+        break;
+      default:
+        CHECK_EQ(event.kind, PRESENCE_EVENT_END);
+        CHECK(event.stream == other);
+        has_ended[1] = true;
+    }
+  }
+  CHECK_EQ(next[0], ROOM / (64 + (int)sizeof(int))); /* what there was room for, with 64 for each message */
+  CHECK_EQ(next[1], COUNT);
+  CHECK_EQ(logs, 1);
+  expect_nothing(gateway.queue);
+  for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
+  presence_stream_free(slow);
+  presence_stream_free(other);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* The room is for what waits, not for the stream as a whole. */
+static void a_reader_who_keeps_up(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "flow");
+  presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes", "1000");
+  presence_sender *sender = accept_request(worker);
+  for (int i = 0; i < 1000; i++) {
+    OK(presence_sender_send(sender, &i, sizeof i));
+    read_numbers(gateway, i, 1);
+  }
+  OK(presence_sender_end(sender));
+  expect(gateway.queue, PRESENCE_EVENT_END);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  const char *pid = getenv("NATS_SERVER_PID");
+  CHECK(pid && atoi(pid) > 1);
+  server = atoi(pid);
+  RUN(full_and_writable);
+  RUN(waiting_for_room);
+  RUN(larger_than_the_room);
+  RUN(a_server_that_takes_nothing);
+  RUN(closing_without_an_answer);
+  RUN(a_slow_reader);
+  RUN(a_reader_who_keeps_up);
+  return 0;
+}
