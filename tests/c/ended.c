@@ -246,15 +246,18 @@ static void *close_used(void *unused) {
 }
 
 static void closed_while_eight_threads_use_it(void) {
-  used = open_peer();
-  pthread_t closer = start_thread(close_used, NULL);
-  run_in_all(use_conn, NULL);
-  join_thread(closer);
-  presence_event event;
-  while (presence_queue_wait(used.queue, &event, 1, 0) == 1) {
-    if (event.kind == PRESENCE_EVENT_REQUEST) presence_sender_free(event.sender);
+  for (int round = 0; round < 20; round++) {
+    used = open_peer();
+    pthread_t closer = start_thread(close_used, NULL);
+    run_in_all(use_conn, NULL);
+    join_thread(closer);
+    presence_event event;
+    while (presence_queue_wait(used.queue, &event, 1, 0) == 1) {
+      if (event.kind == PRESENCE_EVENT_REQUEST) presence_sender_free(event.sender);
+    }
+    CHECK_EQ(presence_online_count(), 0); /* whatever was about to begin has ended */
+    presence_queue_free(used.queue);
   }
-  presence_queue_free(used.queue);
 }
 
 int main(int argc, char **argv) {
