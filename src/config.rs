@@ -134,7 +134,13 @@ impl Config {
     /// # Errors
     /// `Status::Invalid` for an unknown key or a wrong value, which the message names (but for secrets).
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        self.try_set(key, value).inspect_err(|error| self.last_error = Some(error.clone()))
+        self.try_set(key, value).map_err(|error| self.note(error))
+    }
+
+    /// Notes what went wrong before `set` could be called.
+    pub(crate) fn note(&mut self, error: Error) -> Error {
+        self.last_error = Some(error.clone());
+        error
     }
 
     /// What the last failed `set` found wrong.

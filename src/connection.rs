@@ -161,7 +161,7 @@ impl Connection {
             task.inbound.flush_all();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
-        registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>);
+        registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, connection.inbox.prefix());
         if let Some(grace) = connection.options.session_grace {
             registry::set_session_grace(grace);
         }
@@ -487,10 +487,6 @@ impl Announcer for Connection {
 
     fn number(&self) -> u64 {
         self.number
-    }
-
-    fn owns(&self, reply: &str) -> bool {
-        self.inbox.owns(reply)
     }
 }
 

@@ -139,12 +139,17 @@ impl Dialer {
 
 /// Reads one URL, or several with commas between.
 pub(crate) fn parse_servers(url: &str) -> Result<Vec<ServerAddr>> {
-    url.split(',').map(str::trim).map(parse_server).collect()
+    let has_secrets = url.contains('@');
+    url.split(',').map(|url| parse_server(url.trim_matches(' '), has_secrets)).collect()
 }
 
-fn parse_server(url: &str) -> Result<ServerAddr> {
-    // What stands before the @ may be a secret.
-    let shown = url.rsplit_once('@').map_or_else(|| url.to_owned(), |(_, host)| format!("…@{host}"));
+fn parse_server(url: &str, has_secrets: bool) -> Result<ServerAddr> {
+    // What stands before an @ may be a secret, and may have a comma in it.
+    let shown = match url.rsplit_once('@') {
+        Some((_, host)) => format!("…@{host}"),
+        None if has_secrets => "…".to_owned(),
+        None => url.to_owned(),
+    };
     let wrong =
         |why: &str| Error::invalid(format!("server URL {shown:?} {why}; right is nats://host:port or tls://host:port"));
     if url.is_empty() {
@@ -160,6 +165,10 @@ fn parse_server(url: &str) -> Result<ServerAddr> {
     }
     if server.host().is_empty() {
         return Err(wrong("has no host"));
+    }
+    let parsed = server.clone().into_inner();
+    if !matches!(parsed.path(), "" | "/") || parsed.query().is_some() || parsed.fragment().is_some() {
+        return Err(wrong("has something behind the port (in a password, @ is %40 and / is %2F)"));
     }
     Ok(server)
 }
@@ -188,6 +197,10 @@ mod tests {
         }
         let error = parse_servers("http://user:hunter2@a").unwrap_err();
         assert!(!error.message.contains("hunter2") && error.message.contains("…@a"), "{error}");
+        for bad in ["nats://user:hun,ter2@a:1", "nats://user:hun@ter2/x@a:1", "nats://a:1?hunter2@b"] {
+            let error = parse_servers(bad).unwrap_err();
+            assert!(!error.message.contains("hun") && !error.message.contains("ter2"), "{error}");
+        }
     }
 
     #[test]

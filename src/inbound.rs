@@ -224,9 +224,9 @@ impl Inbox {
         Inbox { prefix, expected: DashMap::new(), ignored: AtomicU64::new(0) }
     }
 
-    /// Whether a subject is one of its own.
-    pub(crate) fn owns(&self, subject: &str) -> bool {
-        subject.starts_with(&self.prefix)
+    /// What its subjects begin with.
+    pub(crate) fn prefix(&self) -> &str {
+        &self.prefix
     }
 
     /// What to subscribe for all that is expected.

@@ -226,6 +226,7 @@ impl Outbox {
         match word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => {
                 self.put(&mut waiting, Item::Note(note()));
+                self.call_waiters();
                 Ok(())
             }
             Err(_) => stopped(word),
@@ -237,6 +238,10 @@ impl Outbox {
         let mut waiting = self.waiting.lock();
         self.put(&mut waiting, item);
         // A sender that waits for room may have been stopped by whoever says this.
+        self.call_waiters();
+    }
+
+    fn call_waiters(&self) {
         if self.wanted.load(Ordering::SeqCst) > 0 {
             self.room.notify_all();
         }

@@ -12,7 +12,7 @@ use crate::id_map::IdMap;
 use crate::queue::{Kind, Queue};
 use crate::runtime;
 use parking_lot::RwLock;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -36,8 +36,6 @@ pub(crate) trait Announcer: Send + Sync {
     fn announce(&self, id: &str, requested: bool);
     /// The number of the connection.
     fn number(&self) -> u64;
-    /// Whether a reply subject is in its inbox.
-    fn owns(&self, reply: &str) -> bool;
 }
 
 #[derive(Default)]
@@ -49,7 +47,12 @@ struct Registry {
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     is_watched: AtomicBool,
     session_grace_ms: AtomicU64,
+    /// What the inboxes of this process's connections begin with, and their numbers; of closed ones too, for a while.
+    inboxes: RwLock<VecDeque<(String, u64)>>,
 }
+
+/// How many inboxes are remembered.
+const MAX_INBOXES: usize = 256;
 
 /// Why a client is online.
 enum Presence {
@@ -167,7 +170,8 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
 
 /// The number of this process's connection that asks for answers at `reply`, if one does.
 pub(crate) fn owner_of(reply: &str) -> Option<u64> {
-    registry().announcers.read().iter().find(|announcer| announcer.owns(reply)).map(|announcer| announcer.number())
+    let inboxes = registry().inboxes.read();
+    inboxes.iter().rev().find(|(prefix, _)| reply.starts_with(prefix)).map(|(_, number)| *number)
 }
 
 /// Whether a client is online. The empty id is; an unknown or invalid one is not.
@@ -228,9 +232,16 @@ pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
     }
 }
 
-/// Adds a connection to those that announce.
-pub(crate) fn add_announcer(announcer: Arc<dyn Announcer>) {
+/// Adds a connection to those that announce; its inbox's subjects begin with `inbox`.
+pub(crate) fn add_announcer(announcer: Arc<dyn Announcer>, inbox: &str) {
     let registry = registry();
+    {
+        let mut inboxes = registry.inboxes.write();
+        inboxes.push_back((inbox.into(), announcer.number()));
+        if inboxes.len() > MAX_INBOXES {
+            inboxes.pop_front();
+        }
+    }
     registry.announcers.write().push(announcer);
     registry.has_announcers.store(true, Ordering::Release);
 }
@@ -433,7 +444,7 @@ mod tests {
     impl Ear {
         fn new() -> Arc<Ear> {
             let ear = Arc::new(Ear { number: fork::number(), heard: Mutex::default() });
-            add_announcer(Arc::clone(&ear) as _);
+            add_announcer(Arc::clone(&ear) as _, &format!("inbox.{}.", ear.number));
             ear
         }
 
@@ -450,10 +461,6 @@ mod tests {
 
         fn number(&self) -> u64 {
             self.number
-        }
-
-        fn owns(&self, reply: &str) -> bool {
-            reply == format!("inbox.{}", self.number)
         }
     }
 
@@ -571,7 +578,7 @@ mod tests {
     #[test]
     fn an_own_announcement_stops_only_what_answers_to_its_connection() {
         let ear = Ear::new();
-        assert_eq!(owner_of(&format!("inbox.{}", ear.number)), Some(ear.number));
+        assert_eq!(owner_of(&format!("inbox.{}.7", ear.number)), Some(ear.number));
         assert_eq!(owner_of("inbox.of another"), None);
         let own = Probe::attach("own", None, Some(ear.number));
         let other = Probe::attach("own", None, None);
@@ -585,6 +592,11 @@ mod tests {
         apply_own_offline("own", ear.number);
         assert!(online("own"));
         remove_announcer(ear.number);
+        assert_eq!(
+            owner_of(&format!("inbox.{}.7", ear.number)),
+            Some(ear.number),
+            "late requests of a closed connection"
+        );
     }
 
     #[test]

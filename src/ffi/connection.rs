@@ -97,7 +97,13 @@ pub unsafe extern "C" fn presence_config_set(
     value: *const c_char,
 ) -> i32 {
     // SAFETY: the caller's promises are those of config_mut and c_text.
-    guard(|| unsafe { config_mut(config)?.set(c_text("key", key)?, c_text("value", value)?) })
+    guard(|| unsafe {
+        let config = config_mut(config)?;
+        match (c_text("key", key), c_text("value", value)) {
+            (Ok(key), Ok(value)) => config.set(key, value),
+            (Err(error), _) | (_, Err(error)) => Err(config.note(error)),
+        }
+    })
 }
 
 /// Tells what the last failed presence_config_set on this set of options found wrong.
