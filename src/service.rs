@@ -155,6 +155,10 @@ impl Service {
             // Closed since it arrived: whoever closed it may not have seen this sender.
             sender.connection_ended(Status::Closed);
         }
+        if sender.is_closed() {
+            // Ended before it was attached.
+            registry::detach(&id, sender.number());
+        }
         let event = Event {
             client: Some(id),
             subject: message.subject.into_string().into(),

@@ -104,6 +104,10 @@ impl Connection {
         }
         // Before it is sent: an offline mark from now on finds the stream.
         registry::attach(client, stream.number, Arc::clone(&stream) as _);
+        if stopped(&stream.word).is_err() {
+            // Ended before it was attached.
+            registry::detach(client, stream.number);
+        }
         // After `expect`: a connection lost before has not ended this stream.
         let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
         if let Err(error) = sent {
