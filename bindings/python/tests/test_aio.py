@@ -466,8 +466,10 @@ def test_connecting_can_be_cancelled() -> None:
             accepted.set()
             await reader.read()
             writer.close()
+            await writer.wait_closed()
+            left.set()
 
-        accepted = asyncio.Event()
+        accepted, left = asyncio.Event(), asyncio.Event()
         listener = await asyncio.start_server(silent, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         connecting = aio.connect(f"nats://127.0.0.1:{port}", connect_timeout_ms=500)
@@ -476,6 +478,7 @@ def test_connecting_can_be_cancelled() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await asyncio.wait_for(left.wait(), LIMIT)
         listener.close()
 
     asyncio.run(main())
