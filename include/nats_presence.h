@@ -282,13 +282,17 @@ typedef struct presence_stats {
    */
   uint64_t offline_in;
   /**
-   * Bytes that wait to be given to the NATS client.
+   * Bytes that wait to be given to the NATS client; on lanes, to be acknowledged.
    */
   uint64_t bytes_waiting;
   /**
+   * Lanes: other processes with this library that streams run, or ran, to or from.
+   */
+  uint64_t lanes;
+  /**
    * 0.
    */
-  uint64_t reserved[7];
+  uint64_t reserved[6];
 } presence_stats;
 
 /**
@@ -384,8 +388,15 @@ struct presence_config *presence_config_new(void);
  *   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
  *   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
  *   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
- *     were requested here; never.
- *   - send_buffer_bytes: how much may wait to be sent; beyond, sends are PRESENCE_FULL. Default 4194304.
+ *     were requested here and are not on a lane, whose workers are told directly; never.
+ *   - lanes: true (default): where the other end runs this library too, streams are batched, flow-controlled and resumed
+ *     after a reconnect; false: all streams of the connection are on level 0 of the wire.
+ *   - heartbeat_ms: how often a silent process at the other end of a lane is probed while streams run; after three
+ *     intervals without a sign of life it is gone. Default 5000.
+ *   - peer_grace_ms: how long a process at the other end of a lane that nats-server does not know (it was killed, or
+ *     reconnects) may be away before it is gone. 0: not at all. Default 1000.
+ *   - send_buffer_bytes: how much may wait to be sent, and on each lane, to be acknowledged; beyond, sends are
+ *     PRESENCE_FULL. Default 4194304.
  *   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
  *   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
  *
@@ -393,14 +404,18 @@ struct presence_config *presence_config_new(void);
  *   - timeout_ms: from request to end; beyond, the stream ends with PRESENCE_TIMEOUT. Default 0: none.
  *   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
  *     worker is busy, and no message has come. Defaults 0 and 100.
- *   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message; beyond, the stream ends
- *     with PRESENCE_FULL. Default 67108864.
+ *   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message. On a lane the worker is
+ *     held back in time, and it is 4194304 at most; on level 0 the stream ends with PRESENCE_FULL. Default 67108864.
+ *   - manual_credit: true: a message waits, for stream_buffer_bytes, until presence_stream_consumed tells that it was
+ *     used; false (default): until it has left the queue.
  *   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
  *
  * # Safety
  * `config` is NULL or was made by presence_config_new; `key` and `value` are NULL (PRESENCE_INVALID) or NUL-terminated.
  */
-int32_t presence_config_set(struct presence_config *config, const char *key, const char *value);
+int32_t presence_config_set(struct presence_config *config,
+                            const char *key,
+                            const char *value);
 
 /**
  * Tells what the last failed presence_config_set on this set of options found wrong.
@@ -495,10 +510,19 @@ int32_t presence_request(struct presence_conn *conn,
                          struct presence_error *error);
 
 /**
+ * For streams requested with the option manual_credit: `bytes` of a stream's messages were used up, and its worker may
+ * send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
+ *
+ * It may be told for many messages at once. PRESENCE_CLOSED when the stream has ended.
+ */
+int32_t presence_stream_consumed(struct presence_stream *stream, size_t bytes);
+
+/**
  * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
  *
- * The wire's level 0 can only tell the worker that the client left: the client is announced offline, unless another
- * stream, a session or a mark keeps it online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+ * On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. Level 0 of the wire can only tell
+ * the worker that the client left: the client is announced offline, unless another stream, a session or a mark keeps it
+ * online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
  */
 int32_t presence_stream_cancel(struct presence_stream *stream);
 

@@ -49,6 +49,9 @@ pub(crate) struct ConnectOptions {
     pub(crate) inbox_prefix: String,
     pub(crate) offline_subject: String,
     pub(crate) announce: Announce,
+    pub(crate) lanes: bool,
+    pub(crate) heartbeat: Duration,
+    pub(crate) peer_grace: Duration,
     pub(crate) send_buffer: usize,
     pub(crate) session_grace: Option<Duration>,
     pub(crate) worker_threads: usize,
@@ -61,6 +64,7 @@ pub(crate) struct RequestOptions {
     pub(crate) retries: u32,
     pub(crate) retry_delay: Duration,
     pub(crate) stream_buffer: usize,
+    pub(crate) manual_credit: bool,
     pub(crate) headers: HeaderMap,
 }
 
@@ -77,8 +81,8 @@ pub struct Config {
 
 const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
      tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
-     ping_interval_ms, inbox_prefix, offline_subject, announce, send_buffer_bytes, session_grace_ms, worker_threads, \
-     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, header.NAME";
+     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, session_grace_ms, worker_threads, \
+     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, header.NAME";
 
 impl Default for Config {
     fn default() -> Config {
@@ -112,6 +116,9 @@ impl Config {
                 inbox_prefix: "_INBOX".into(),
                 offline_subject: "client.offline".into(),
                 announce: Announce::Always,
+                lanes: true,
+                heartbeat: Duration::from_secs(5),
+                peer_grace: Duration::from_secs(1),
                 send_buffer: 4 << 20,
                 session_grace: None,
                 worker_threads: 1,
@@ -121,6 +128,7 @@ impl Config {
                 retries: 0,
                 retry_delay: Duration::from_millis(100),
                 stream_buffer: 64 << 20,
+                manual_credit: false,
                 headers: HeaderMap::new(),
             },
             connect_key: None,
@@ -203,6 +211,9 @@ impl Config {
                     _ => return Err(wrong(key, value, "always, streams or never")),
                 }
             }
+            "lanes" => connect.lanes = boolean(key, value)?,
+            "heartbeat_ms" => connect.heartbeat = millis(key, value, 10)?,
+            "peer_grace_ms" => connect.peer_grace = millis(key, value, 0)?,
             "send_buffer_bytes" => connect.send_buffer = number(key, value, 1, 1 << 40)?,
             "session_grace_ms" => connect.session_grace = Some(millis(key, value, 0)?),
             "worker_threads" => connect.worker_threads = number(key, value, 1, 64)?,
@@ -212,6 +223,7 @@ impl Config {
                     "timeout_ms" => request.timeout = Some(millis(key, value, 0)?).filter(|timeout| !timeout.is_zero()),
                     "retries" => request.retries = number(key, value, 0, u32::MAX.into())?,
                     "retry_delay_ms" => request.retry_delay = millis(key, value, 0)?,
+                    "manual_credit" => request.manual_credit = boolean(key, value)?,
                     "stream_buffer_bytes" => request.stream_buffer = number(key, value, 1, 1 << 40)?,
                     _ => match key.strip_prefix("header.") {
                         Some(name) => wire::add_header(&mut request.headers, name, value)?,

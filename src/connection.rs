@@ -12,6 +12,8 @@ use crate::dial::{self, Dialer};
 use crate::drive::Drive;
 use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
+use crate::lane::lanes::Lanes;
+use crate::lane::state::Patience;
 use crate::outbox::{Item, Note, Outbox};
 use crate::queue::{Kind, Queue};
 use crate::random::{self, jitter};
@@ -55,8 +57,10 @@ pub struct Stats {
     pub offline_out: u64,
     /// Announcements of other processes.
     pub offline_in: u64,
-    /// Bytes that wait to be sent.
+    /// Bytes that wait to be sent, and on lanes, to be acknowledged.
     pub bytes_waiting: u64,
+    /// Processes that streams share a lane with.
+    pub lanes: u64,
 }
 
 /// What the parts of a connection count.
@@ -88,6 +92,7 @@ pub struct Connection {
     dialer: Dialer,
     inbound: Arc<Inbound>,
     inbox: Arc<Inbox>,
+    lanes: Arc<Lanes>,
     outbox: Outbox,
     offline_subject: Subject,
     /// What is to be subscribed whenever there is a connection, in the order of their numbers.
@@ -113,13 +118,30 @@ impl Connection {
         let options = config.for_connect()?.clone();
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
+        let inbound: Arc<Inbound> = Arc::default();
+        let inbox = format!("{}.{}.", options.inbox_prefix, random::token());
+        let patience = Patience {
+            heartbeat: options.heartbeat,
+            grace: options.peer_grace,
+            // Two attempts that come as late as they may.
+            reconnect: 2 * options.reconnect_max + Duration::from_secs(1),
+        };
+        let lanes = Lanes::new(
+            runtime,
+            Arc::clone(&inbound),
+            &inbox,
+            &options.offline_subject,
+            options.send_buffer,
+            patience,
+        );
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),
             runtime,
             dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
-            inbound: Arc::default(),
-            inbox: Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token()))),
+            inbound,
+            inbox: Arc::new(Inbox::new(inbox)),
+            lanes,
             outbox: Outbox::new(options.send_buffer),
             offline_subject: options.offline_subject.as_str().into(),
             options,
@@ -134,9 +156,12 @@ impl Connection {
             end: Notify::new(),
             counters: Counters::default(),
         });
-        // Numbers rise: the inbox is subscribed before all else.
-        let inbox = Arc::clone(&connection.inbox);
+        // Numbers rise: what answers come to is subscribed before all else.
+        let (inbox, lanes) = (Arc::clone(&connection.inbox), Arc::clone(&connection.lanes));
         connection.subscribe(fork::number(), inbox.wildcard(), "", inbox);
+        if connection.options.lanes {
+            connection.subscribe(fork::number(), lanes.wildcard(), "", lanes);
+        }
         let (ready, is_ready) = mpsc::channel();
         let task = Arc::clone(&connection);
         runtime.spawn(async move {
@@ -183,6 +208,11 @@ impl Connection {
 
     pub(crate) fn inbound(&self) -> &Arc<Inbound> {
         &self.inbound
+    }
+
+    /// The lanes, if this connection has any.
+    pub(crate) fn lanes(&self) -> Option<&Lanes> {
+        self.options.lanes.then_some(&*self.lanes)
     }
 
     pub(crate) fn send_buffer(&self) -> usize {
@@ -246,12 +276,15 @@ impl Connection {
             requests: get(&self.counters.requests),
             requests_busy: get(&self.counters.requests_busy),
             requests_ignored: get(&self.counters.requests_ignored),
-            messages_out: get(&self.counters.messages_out),
+            messages_out: get(&self.counters.messages_out) + get(&self.lanes.sent),
             messages_in: get(&self.inbound.messages),
-            messages_ignored: get(&self.inbox.ignored) + get(&self.counters.offline_ignored),
+            messages_ignored: get(&self.inbox.ignored)
+                + get(&self.lanes.ignored)
+                + get(&self.counters.offline_ignored),
             offline_out: get(&self.counters.offline_out),
             offline_in: get(&self.counters.offline_in),
-            bytes_waiting: self.outbox.weight() as u64,
+            bytes_waiting: (self.outbox.weight() + self.lanes.backlog()) as u64,
+            lanes: self.lanes.count() as u64,
         }
     }
 
@@ -266,14 +299,35 @@ impl Connection {
         registry::remove_announcer(self.number);
         let deadline = drain.and_then(|drain| Instant::now().checked_add(drain));
         self.end_all(Status::Closed);
-        // All but the first, which is the inbox: requests that are on their way are refused.
-        let services: Vec<u64> = self.subscriptions.lock().keys().skip(1).copied().collect();
+        // All but those for answers: requests that are on their way are refused.
+        let answers = if self.options.lanes { 2 } else { 1 };
+        let services: Vec<u64> = self.subscriptions.lock().keys().skip(answers).copied().collect();
         services.into_iter().for_each(|number| self.unsubscribe(number));
         // What was on its way has come with the first echo, and the refusals are at the server with the second.
         let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let drained = self.echo(left()).and_then(|()| self.echo(left()));
+        let drained = self.echo(left()).and_then(|()| self.drain_lanes(left()));
+        self.lanes.end();
+        let drained = self.echo(left()).and(drained);
         self.end.notify_one();
         drained
+    }
+
+    /// Waits until the other ends of all lanes have what was sent.
+    fn drain_lanes(&self, limit: Option<Duration>) -> Result<()> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let lanes = Arc::clone(&self.lanes);
+        self.runtime.spawn(async move {
+            lanes.drain().await;
+            let _ = sender.try_send(());
+        });
+        let came = match limit {
+            None => receiver.recv().is_ok(),
+            Some(limit) => receiver.recv_timeout(limit).is_ok(),
+        };
+        if !came {
+            return Err(Error::new(Status::Timeout, "not all peers acknowledged what was sent in the time given"));
+        }
+        Ok(())
     }
 
     pub(crate) fn is_connected(&self) -> bool {
@@ -434,6 +488,7 @@ impl Connection {
         self.closed.store(true, Ordering::Release);
         registry::remove_announcer(self.number);
         self.end_all(Status::Closed);
+        self.lanes.end();
         let text = format!("gave up after {} failed attempts to reconnect", self.options.max_reconnects);
         self.tell(Kind::Disconnected, Status::Closed, &text);
     }
@@ -450,6 +505,7 @@ impl Connection {
             self.inbound.subscribe(client, number, subscription).await;
         }
         count(&self.counters.connects);
+        self.lanes.set_client(Some(client.clone()));
         self.connected.store(true, Ordering::SeqCst);
         self.tell(Kind::Connected, Status::Ok, &format!("{}:{}", info.host, info.port));
     }
@@ -457,6 +513,7 @@ impl Connection {
     /// Gives up the present client, and ends what ran on it. `notes`: what the server may not have.
     fn disconnect(&self, notes: VecDeque<Note>) {
         self.connected.store(false, Ordering::SeqCst);
+        self.lanes.set_client(None);
         self.inbound.reset();
         self.end_all(Status::Disconnected);
         self.outbox.lost(notes);

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 
 use crate::error::Status;
-use crate::queue::{Event, Queue};
+use crate::queue::{Batch, Queue, Single};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
 pub(crate) trait Receiver: Send + Sync {
@@ -124,13 +124,22 @@ impl Inbound {
 
     /// Adds an event that came with a message, and has the queue's thread called once no more messages are at hand.
     /// False when the queue is closed.
-    pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Event>) -> bool {
+    pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Single>) -> bool {
         let pushed = queue.push_patiently(make);
+        self.flush_later(queue, pushed);
+        pushed.is_some()
+    }
+
+    /// As `push`, for what came in one lane message.
+    pub(crate) fn push_batch(&self, queue: &Arc<Queue>, batch: Batch) {
+        self.flush_later(queue, queue.push_batch(batch));
+    }
+
+    fn flush_later(&self, queue: &Arc<Queue>, pushed: Option<bool>) {
         if pushed == Some(true) {
             self.unflushed.lock().push(Arc::clone(queue));
             self.flush.notify_one();
         }
-        pushed.is_some()
     }
 
     /// Calls the threads of queues. A task of its own: it gets its turn when the client's task has handed over all it has.

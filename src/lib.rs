@@ -12,6 +12,7 @@
 //! | `stream` | the gateway's side |
 //! | `connection` | nats-server: the NATS client supervised, replaced, drained |
 //! | `dial`, `inbound`, `drive`, `outbox` | how a server is reached · messages in · messages out · what waits for it |
+//! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
 //! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
 //! | `queue` | events out of the library |
 //! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
@@ -30,6 +31,7 @@ pub mod ffi;
 mod fork;
 mod id_map;
 mod inbound;
+mod lane;
 mod outbox;
 mod queue;
 mod random;

@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result, Status};
 use crate::fork;
-use bytes::Bytes;
+use crate::lane::frame::Run;
+use bytes::{Bytes, BytesMut};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 use std::any::Any;
@@ -17,6 +18,8 @@ use std::time::{Duration, Instant};
 const MAX_WATCH_EVENTS: usize = 65_536;
 /// How many CONNECTED, DISCONNECTED and LOG events may wait in one queue.
 const MAX_NEWS: usize = 1024;
+/// What needs fewer bytes is copied out of the NATS client's read buffer: if it waits, it would keep all of that.
+pub(crate) const COPY_BELOW: usize = 4096;
 /// How many events may gather before the waiting thread is called in any case.
 const PATIENCE: usize = 64;
 
@@ -52,59 +55,215 @@ pub enum Kind {
 pub(crate) trait Origin: Any + Send + Sync {
     /// The number of its handle.
     fn number(&self) -> u64;
+    /// The caller's number, for its events.
+    fn tag(&self) -> u64;
     /// Whether somebody still wants its events: it was not freed.
     fn is_wanted(&self) -> bool;
-    /// One of its events, with so many bytes of data, has left the queue.
-    fn taken(&self, _kind: Kind, _bytes: usize) {}
+    /// Whether it has not ended: after its last event there are no more.
+    fn is_running(&self) -> bool;
+    /// So many DATA events of it, with so many bytes in all, have left the queue.
+    fn taken(&self, _count: u64, _bytes: u64) {}
     /// Its request was dropped with the queue: nobody will answer it.
     fn abandoned(&self) {}
 }
 
-/// Something that happened.
-pub struct Event {
+/// Something that happened, as it is shown to whoever waits.
+#[derive(Clone, Copy)]
+pub struct Event<'a> {
     /// What.
     pub kind: Kind,
     /// Why, for Error, Stopped, Disconnected and Log; else Ok.
     pub status: Status,
     /// The number that the caller gave to serve, request or watch.
     pub tag: u64,
-    /// The client's id, where the event is about one that is not anonymous.
-    pub client: Option<Arc<str>>,
+    /// The client's id, where the event is about one; empty for an anonymous one.
+    pub client: &'a str,
     /// Request: the subject it came on.
-    pub subject: Bytes,
+    pub subject: &'a [u8],
     /// A payload or a text.
-    pub data: Bytes,
-    pub(crate) origin: Option<Arc<dyn Origin>>,
+    pub data: &'a [u8],
+    number: u64,
+    origin: Option<&'a Arc<dyn Origin>>,
 }
 
-impl Event {
-    /// An event about no sender or stream.
-    pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Event {
-        Event { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), origin: None }
-    }
-
-    pub(crate) fn of(kind: Kind, status: Status, tag: u64, origin: Arc<dyn Origin>, data: Bytes) -> Event {
-        Event { origin: Some(origin), ..Event::new(kind, status, tag, data) }
-    }
-
+impl Event<'_> {
     /// The sender or stream it is about, if it is a `T`.
     pub(crate) fn origin<T: Origin>(&self) -> Option<Arc<T>> {
-        let origin: Arc<dyn Any + Send + Sync> = self.origin.clone()?;
+        let origin: Arc<dyn Any + Send + Sync> = Arc::clone(self.origin?) as _;
         origin.downcast().ok()
     }
 
-    /// The number of the sender or stream it is about.
-    pub(crate) fn origin_number(&self) -> Option<u64> {
-        self.origin.as_ref().map(|origin| origin.number())
+    /// The number of the sender or stream it is about; 0: of none.
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+/// What waits for one event.
+pub(crate) struct Single {
+    pub(crate) kind: Kind,
+    pub(crate) status: Status,
+    pub(crate) tag: u64,
+    pub(crate) client: Option<Arc<str>>,
+    pub(crate) subject: Bytes,
+    pub(crate) data: Bytes,
+    pub(crate) origin: Option<Arc<dyn Origin>>,
+}
+
+impl Single {
+    /// An event about no sender or stream.
+    pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Single {
+        Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), origin: None }
+    }
+
+    pub(crate) fn of(kind: Kind, status: Status, origin: Arc<dyn Origin>, data: Bytes) -> Single {
+        let tag = origin.tag();
+        Single { origin: Some(origin), ..Single::new(kind, status, tag, data) }
     }
 
     fn is_wanted(&self) -> bool {
         self.origin.as_ref().is_none_or(|origin| origin.is_wanted())
     }
+
+    fn show(&self) -> Event<'_> {
+        Event {
+            kind: self.kind,
+            status: self.status,
+            tag: self.tag,
+            client: self.client.as_deref().unwrap_or_default(),
+            subject: &self.subject,
+            data: &self.data,
+            number: self.origin.as_ref().map_or(0, |origin| origin.number()),
+            origin: self.origin.as_ref(),
+        }
+    }
 }
 
-fn is_news(event: &&Event) -> bool {
-    matches!(event.kind, Kind::Connected | Kind::Disconnected | Kind::Log)
+/// DATA events that came in one lane message: nothing is made for each of them before it is shown.
+pub(crate) struct Batch {
+    message: Bytes,
+    parts: VecDeque<(Arc<dyn Origin>, Run)>,
+    /// Events in all parts.
+    count: usize,
+}
+
+impl Batch {
+    pub(crate) fn new(message: Bytes) -> Batch {
+        Batch { message, parts: VecDeque::new(), count: 0 }
+    }
+
+    pub(crate) fn add(&mut self, origin: Arc<dyn Origin>, run: Run) {
+        self.count += run.count as usize;
+        self.parts.push_back((origin, run));
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    fn retain(&mut self, is_kept: impl Fn(&Arc<dyn Origin>) -> bool) {
+        let count = &mut self.count;
+        self.parts.retain(|(origin, run)| {
+            let is_kept = is_kept(origin);
+            if !is_kept {
+                *count -= run.count as usize;
+            }
+            is_kept
+        });
+    }
+
+    /// Keeps no more of a NATS client's buffer than is worth it: what waits here may wait long.
+    fn compact(&mut self) {
+        let needed: usize = self.parts.iter().map(|(_, run)| (run.end - run.start) as usize).sum();
+        if needed >= COPY_BELOW && needed >= self.message.len() / 2 {
+            return;
+        }
+        let mut copy = BytesMut::with_capacity(needed);
+        for (_, run) in &mut self.parts {
+            let start = copy.len() as u32;
+            copy.extend_from_slice(self.message.get(run.start as usize..run.end as usize).unwrap_or_default());
+            (run.start, run.end) = (start, copy.len() as u32);
+        }
+        self.message = copy.freeze();
+    }
+
+    /// Cuts off the first `count` events.
+    fn split(&mut self, count: usize) -> Batch {
+        let mut first = Batch::new(self.message.clone());
+        let mut left = count.min(self.count);
+        self.count -= left;
+        while left > 0
+            && let Some((origin, mut run)) = self.parts.pop_front()
+        {
+            if run.count as usize > left {
+                first.add(Arc::clone(&origin), run.split(&self.message, left as u32));
+                self.parts.push_front((origin, run));
+                break;
+            }
+            left -= run.count as usize;
+            first.add(origin, run);
+        }
+        first
+    }
+}
+
+enum Entry {
+    Single(Single),
+    Batch(Batch),
+}
+
+impl Entry {
+    fn count(&self) -> usize {
+        match self {
+            Entry::Single(_) => 1,
+            Entry::Batch(batch) => batch.count,
+        }
+    }
+
+    fn note_taken(&self) {
+        match self {
+            Entry::Single(Single { kind: Kind::Data, origin: Some(origin), data, .. }) => {
+                origin.taken(1, data.len() as u64);
+            }
+            Entry::Single(_) => {}
+            Entry::Batch(batch) => batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes)),
+        }
+    }
+
+    /// Leaves out what nobody wants any longer; false when nothing is left.
+    fn keep_wanted(&mut self) -> bool {
+        match self {
+            Entry::Single(event) => event.is_wanted(),
+            Entry::Batch(batch) => {
+                batch.retain(|origin| origin.is_wanted());
+                !batch.is_empty()
+            }
+        }
+    }
+
+    #[inline]
+    fn show(&self, show: &mut impl FnMut(Event<'_>)) {
+        match self {
+            Entry::Single(event) => show(event.show()),
+            Entry::Batch(batch) => {
+                for (origin, run) in &batch.parts {
+                    let (tag, number) = (origin.tag(), origin.number());
+                    for data in run.bodies(&batch.message) {
+                        let (kind, status, origin) = (Kind::Data, Status::Ok, Some(origin));
+                        show(Event { kind, status, tag, client: "", subject: &[], data, number, origin });
+                    }
+                }
+            }
+        }
+    }
+
+    fn is_watch(&self) -> bool {
+        matches!(self, Entry::Single(Single { kind: Kind::Online | Kind::Offline, .. }))
+    }
+
+    fn is_news(&self) -> bool {
+        matches!(self, Entry::Single(Single { kind: Kind::Connected | Kind::Disconnected | Kind::Log, .. }))
+    }
 }
 
 /// Until when to wait.
@@ -127,22 +286,20 @@ impl Deadline {
     }
 }
 
-fn is_watch(event: &&Event) -> bool {
-    matches!(event.kind, Kind::Online | Kind::Offline)
-}
-
 /// Where events arrive.
 pub struct Queue {
     number: u64,
     inner: Mutex<Inner>,
     arrived: Condvar,
     /// What the last wait gave, kept until the next; locked by whoever waits.
-    given: Mutex<VecDeque<Event>>,
+    given: Mutex<VecDeque<Entry>>,
 }
 
 #[derive(Default)]
 struct Inner {
-    events: VecDeque<Event>,
+    entries: VecDeque<Entry>,
+    /// Events that all entries give.
+    count: usize,
     watch_events: usize,
     news: usize,
     woken: bool,
@@ -168,7 +325,7 @@ impl Inner {
 
     /// Makes the file descriptor readable exactly while a wait would return at once.
     fn signal(&mut self) {
-        let ready = self.woken || self.closed || !self.events.is_empty();
+        let ready = self.woken || self.closed || !self.entries.is_empty();
         if let Some(signal) = &mut self.fd
             && signal.raised != ready
         {
@@ -221,7 +378,7 @@ impl Queue {
     ///
     /// # Errors
     /// `Status::Busy` while another thread waits, `Status::Closed` when the queue was closed.
-    pub fn wait(&self, max: usize, timeout: Option<Duration>, mut show: impl FnMut(&Event)) -> Result<usize> {
+    pub fn wait(&self, max: usize, timeout: Option<Duration>, mut show: impl FnMut(Event<'_>)) -> Result<usize> {
         if max == 0 {
             return Err(Error::invalid("max is 0: a wait takes at least one event"));
         }
@@ -234,27 +391,29 @@ impl Queue {
             if !self.take(max, deadline, &mut given)? {
                 return Ok(0);
             }
-            for event in given.iter() {
-                if let Some(origin) = &event.origin {
-                    origin.taken(event.kind, event.data.len());
-                }
-            }
-            given.retain(Event::is_wanted);
+            given.iter().for_each(Entry::note_taken);
+            given.retain_mut(Entry::keep_wanted);
             if !given.is_empty() {
-                given.iter().for_each(&mut show);
-                return Ok(given.len());
+                let mut count = 0;
+                given.iter().for_each(|entry| {
+                    entry.show(&mut |event| {
+                        count += 1;
+                        show(event);
+                    });
+                });
+                return Ok(count);
             }
         }
     }
 
     /// Waits, and moves up to `max` events into the empty `given`; false when there is none.
-    fn take(&self, max: usize, deadline: Deadline, given: &mut VecDeque<Event>) -> Result<bool> {
+    fn take(&self, max: usize, deadline: Deadline, given: &mut VecDeque<Entry>) -> Result<bool> {
         let mut inner = self.inner.lock();
         loop {
             if inner.closed {
                 return Err(Error::new(Status::Closed, "the queue was freed"));
             }
-            if !inner.events.is_empty() {
+            if !inner.entries.is_empty() {
                 break;
             }
             if mem::take(&mut inner.woken) {
@@ -272,19 +431,33 @@ impl Queue {
                     inner.sleeps = true;
                     let timed_out = self.arrived.wait_until(&mut inner, deadline).timed_out();
                     inner.sleeps = false;
-                    if timed_out && inner.events.is_empty() && !inner.woken && !inner.closed {
+                    if timed_out && inner.entries.is_empty() && !inner.woken && !inner.closed {
                         return Ok(false);
                     }
                 }
             }
         }
-        if inner.events.len() <= max {
-            mem::swap(&mut inner.events, given);
-            (inner.watch_events, inner.news) = (0, 0);
+        if inner.count <= max {
+            mem::swap(&mut inner.entries, given);
+            (inner.count, inner.watch_events, inner.news) = (0, 0, 0);
         } else {
-            given.extend(inner.events.drain(..max));
-            inner.watch_events = inner.watch_events.saturating_sub(given.iter().filter(is_watch).count());
-            inner.news = inner.news.saturating_sub(given.iter().filter(is_news).count());
+            let mut left = max;
+            while left > 0
+                && let Some(mut entry) = inner.entries.pop_front()
+            {
+                if let Entry::Batch(batch) = &mut entry
+                    && batch.count > left
+                {
+                    given.push_back(Entry::Batch(batch.split(left)));
+                    inner.entries.push_front(entry);
+                    break;
+                }
+                left -= entry.count();
+                given.push_back(entry);
+            }
+            inner.count -= max;
+            inner.watch_events = inner.watch_events.saturating_sub(given.iter().filter(|entry| entry.is_watch()).count());
+            inner.news = inner.news.saturating_sub(given.iter().filter(|entry| entry.is_news()).count());
         }
         inner.signal();
         Ok(true)
@@ -299,14 +472,15 @@ impl Queue {
 
     /// Drops all events and takes no more. Returns when a waiting thread has left.
     pub fn close(&self) {
-        let events = {
+        let entries = {
             let mut inner = self.inner.lock();
             inner.closed = true;
             self.call(&mut inner);
-            mem::take(&mut inner.events)
+            inner.count = 0;
+            mem::take(&mut inner.entries)
         };
-        for event in events.iter().filter(|event| event.kind == Kind::Request) {
-            if let Some(origin) = &event.origin {
+        for entry in entries {
+            if let Entry::Single(Single { kind: Kind::Request, origin: Some(origin), .. }) = entry {
                 origin.abandoned();
             }
         }
@@ -314,13 +488,13 @@ impl Queue {
     }
 
     /// Adds an event. False when the queue is closed.
-    pub(crate) fn push(&self, event: Event) -> bool {
+    pub(crate) fn push(&self, event: Single) -> bool {
         self.push_if(|| Some(event))
     }
 
     /// Adds the event that `make` gives, if it gives one: it is asked with the queue locked, so that what it looks at and
     /// the event's place in the queue agree. False when the queue is closed.
-    pub(crate) fn push_if(&self, make: impl FnOnce() -> Option<Event>) -> bool {
+    pub(crate) fn push_if(&self, make: impl FnOnce() -> Option<Single>) -> bool {
         let mut inner = self.inner.lock();
         if inner.closed {
             return false;
@@ -333,18 +507,38 @@ impl Queue {
 
     /// As `push_if`, for events that come in crowds: to call the waiting thread for each costs more than the event. None
     /// when the queue is closed, and true when `flush` must be called once the crowd is over.
-    pub(crate) fn push_patiently(&self, make: impl FnOnce() -> Option<Event>) -> Option<bool> {
+    pub(crate) fn push_patiently(&self, make: impl FnOnce() -> Option<Single>) -> Option<bool> {
         let mut inner = self.inner.lock();
         if inner.closed {
             return None;
         }
         let Some(event) = make() else { return Some(false) };
-        inner.events.push_back(event);
-        if inner.events.len() < PATIENCE {
-            return Some(inner.is_awaited() && !mem::replace(&mut inner.deferred, true));
+        Some(self.put_patiently(&mut inner, Entry::Single(event)))
+    }
+
+    /// As `push_patiently`, for what came in one lane message.
+    pub(crate) fn push_batch(&self, mut batch: Batch) -> Option<bool> {
+        batch.compact();
+        let mut inner = self.inner.lock();
+        if inner.closed {
+            return None;
         }
-        self.call(&mut inner);
-        Some(false)
+        // Asked with the queue locked: nothing comes after a stream's last event.
+        batch.retain(|origin| origin.is_running());
+        if batch.is_empty() {
+            return Some(false);
+        }
+        Some(self.put_patiently(&mut inner, Entry::Batch(batch)))
+    }
+
+    fn put_patiently(&self, inner: &mut Inner, entry: Entry) -> bool {
+        inner.count += entry.count();
+        inner.entries.push_back(entry);
+        if inner.count < PATIENCE {
+            return inner.is_awaited() && !mem::replace(&mut inner.deferred, true);
+        }
+        self.call(inner);
+        false
     }
 
     /// Calls the waiting thread, if there is something for it.
@@ -355,8 +549,9 @@ impl Queue {
         }
     }
 
-    fn put(&self, inner: &mut Inner, event: Event) {
-        inner.events.push_back(event);
+    fn put(&self, inner: &mut Inner, event: Single) {
+        inner.count += 1;
+        inner.entries.push_back(Entry::Single(event));
         self.call(inner);
     }
 
@@ -376,13 +571,13 @@ impl Queue {
         match inner.watch_events.cmp(&MAX_WATCH_EVENTS) {
             Ordering::Less => {
                 inner.watch_events += 1;
-                let event = Event { client: Some(client.into()), ..Event::new(kind, Status::Ok, tag, "") };
+                let event = Single { client: Some(client.into()), ..Single::new(kind, Status::Ok, tag, "") };
                 self.put(&mut inner, event);
             }
             Ordering::Equal => {
                 inner.watch_events += 1;
                 let text = format!("{MAX_WATCH_EVENTS} presence events wait in the queue: further ones were dropped");
-                self.put(&mut inner, Event::new(Kind::Log, Status::Full, tag, text));
+                self.put(&mut inner, Single::new(Kind::Log, Status::Full, tag, text));
             }
             Ordering::Greater => {}
         }
@@ -393,7 +588,7 @@ impl Queue {
         let mut inner = self.inner.lock();
         if inner.news < MAX_NEWS && !inner.closed {
             inner.news += 1;
-            self.put(&mut inner, Event::new(kind, status, tag, text));
+            self.put(&mut inner, Single::new(kind, status, tag, text));
         }
     }
 }
@@ -416,8 +611,8 @@ mod tests {
             Arc::new(Probe { wanted, taken: AtomicUsize::new(0), abandoned })
         }
 
-        fn event(self: &Arc<Self>, kind: Kind, data: &'static str) -> Event {
-            Event::of(kind, Status::Ok, 7, Arc::clone(self) as _, data.into())
+        fn event(self: &Arc<Self>, kind: Kind, data: &'static str) -> Single {
+            Single::of(kind, Status::Ok, Arc::clone(self) as _, data.into())
         }
     }
 
@@ -426,12 +621,20 @@ mod tests {
             1
         }
 
+        fn tag(&self) -> u64 {
+            7
+        }
+
         fn is_wanted(&self) -> bool {
             self.wanted.load(Ordering::Relaxed)
         }
 
-        fn taken(&self, _kind: Kind, bytes: usize) {
-            self.taken.fetch_add(bytes, Ordering::Relaxed);
+        fn is_running(&self) -> bool {
+            true
+        }
+
+        fn taken(&self, _count: u64, bytes: u64) {
+            self.taken.fetch_add(bytes as usize, Ordering::Relaxed);
         }
 
         fn abandoned(&self) {
@@ -441,7 +644,7 @@ mod tests {
 
     fn taken(queue: &Queue, max: usize) -> Vec<Bytes> {
         let mut data = Vec::new();
-        queue.wait(max, Some(Duration::ZERO), |event| data.push(event.data.clone())).unwrap();
+        queue.wait(max, Some(Duration::ZERO), |event| data.push(Bytes::copy_from_slice(event.data))).unwrap();
         data
     }
 
@@ -454,7 +657,7 @@ mod tests {
     fn events_come_in_order_and_in_portions() {
         let queue = Queue::new();
         for text in ["a", "b", "c"] {
-            assert!(queue.push(Event::new(Kind::Data, Status::Ok, 0, text)));
+            assert!(queue.push(Single::new(Kind::Data, Status::Ok, 0, text)));
         }
         assert_eq!(taken(&queue, 2), ["a", "b"]);
         assert_eq!(taken(&queue, 2), ["c"]);
@@ -503,11 +706,11 @@ mod tests {
     #[test]
     fn the_descriptor_is_readable_while_a_wait_would_return() {
         let queue = Queue::new();
-        queue.push(Event::new(Kind::Data, Status::Ok, 0, "a"));
+        queue.push(Single::new(Kind::Data, Status::Ok, 0, "a"));
         let fd = queue.fd().unwrap();
         assert_eq!(queue.fd().unwrap(), fd);
         assert!(is_readable(&queue));
-        queue.push(Event::new(Kind::Data, Status::Ok, 0, "b"));
+        queue.push(Single::new(Kind::Data, Status::Ok, 0, "b"));
         taken(&queue, 1);
         assert!(is_readable(&queue), "one is left");
         taken(&queue, 1);
@@ -523,7 +726,7 @@ mod tests {
     #[test]
     fn patient_events_ask_for_one_flush_or_call_when_there_are_many() {
         let queue = Queue::new();
-        let event = || Some(Event::new(Kind::Data, Status::Ok, 0, ""));
+        let event = || Some(Single::new(Kind::Data, Status::Ok, 0, ""));
         assert_eq!(queue.push_patiently(event), Some(false), "nobody waits");
         taken(&queue, 8);
         queue.fd().unwrap();

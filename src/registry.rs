@@ -25,6 +25,8 @@ pub(crate) trait Running: Send + Sync {
     fn stopped(&self, why: Status);
     /// The number of the connection that it was requested on, if this process requested it.
     fn requested_on(&self) -> Option<u64>;
+    /// Whether its worker learns of its end by an announcement only.
+    fn needs_announcement(&self) -> bool;
     /// The number of this process's connection whose request it answers, if it is a sender and this process asked itself.
     fn answers_to(&self) -> Option<u64>;
 }
@@ -32,7 +34,7 @@ pub(crate) trait Running: Send + Sync {
 /// A connection, as seen from here.
 pub(crate) trait Announcer: Send + Sync {
     /// Announces the client offline if its configuration says so. `requested`: it has streams that were requested on this
-    /// connection. Called with the client's entry locked: it must only queue the announcement.
+    /// connection and whose workers learn of it in no other way. Called with the client's entry locked: it must only queue the announcement.
     fn announce(&self, id: &str, requested: bool);
     /// The number of the connection.
     fn number(&self) -> u64;
@@ -294,7 +296,7 @@ impl Registry {
         }
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            announcer.announce(id, presence.running().any(|running| running.requested_on() == here));
+            announcer.announce(id, presence.running().any(|running| running.requested_on() == here && running.needs_announcement()));
         }
     }
 
@@ -428,6 +430,10 @@ mod tests {
 
         fn requested_on(&self) -> Option<u64> {
             self.requested_on
+        }
+
+        fn needs_announcement(&self) -> bool {
+            true
         }
 
         fn answers_to(&self) -> Option<u64> {
@@ -613,7 +619,7 @@ mod tests {
         let sender = Probe::attach("watched", None, None);
         detach("watched", sender.number);
         let mut heard = Vec::new();
-        let note = |event: &Event| {
+        let note = |event: Event<'_>| {
             if event.client.as_deref() == Some("watched") {
                 assert_eq!(event.tag, 5);
                 heard.push(event.kind);

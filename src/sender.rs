@@ -3,16 +3,23 @@
 use crate::connection::Connection;
 use crate::error::{Result, Status};
 use crate::fork;
+use crate::lane::driver::{Lane, Party};
+use crate::lane::frame;
+use crate::lane::state::Credit;
 use crate::outbox::{LOST, Note, Writer, stopped};
-use crate::queue::{Event, Kind, Origin, Queue};
+use crate::queue::{Event, Kind, Origin, Queue, Single};
 use crate::registry::{self, Running};
 use crate::service::Service;
 use crate::wire;
 use async_nats::{HeaderMap, Subject};
 use bytes::Bytes;
+use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+
+/// What a lane needs of a NATS message for itself.
+const FRAMING: usize = frame::HEADER + frame::MAX_FRAME_HEADER;
 
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
@@ -24,6 +31,8 @@ pub struct Sender {
     number: u64,
     tag: u64,
     reply: Subject,
+    /// Where it sends, and its share in it, if the requester offered a lane; else to `reply`.
+    lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
     answers_to: Option<u64>,
     client: Arc<str>,
     headers: Option<HeaderMap>,
@@ -50,6 +59,7 @@ impl Sender {
             tag,
             answers_to: registry::owner_of(&reply),
             reply,
+            lane: OnceCell::new(),
             client,
             headers,
             service,
@@ -58,13 +68,25 @@ impl Sender {
         })
     }
 
+    /// Has it send on a lane from now on, before anybody uses it.
+    pub(crate) fn use_lane(&self, lane: Arc<Lane>, credit: Arc<Credit>) {
+        let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
+        if self.is_closed() {
+            // Stopped before it had a lane: its end is still to be told there.
+            lane.stop(credit, b"the stream was stopped as it began");
+        }
+    }
+
     /// Sends one message; `Full` when there is no room now, and a `Writable` event when there is again.
     ///
     /// # Errors
     /// Why it may send no more; `TooLarge`, `Reserved`, `Full`.
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         self.check(data)?;
-        self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
+        match self.lane.get() {
+            Some((lane, credit)) => lane.send(&self.word, credit, data)?,
+            None => self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?,
+        }
         self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -75,7 +97,10 @@ impl Sender {
     /// As `send`, with `Timeout` in place of `Full`.
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         self.check(data)?;
-        self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
+        match self.lane.get() {
+            Some((lane, credit)) => lane.send_wait(&self.word, credit, data, timeout)?,
+            None => self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?,
+        }
         self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -85,7 +110,7 @@ impl Sender {
     /// # Errors
     /// Why it was stopped.
     pub fn end(&self) -> Result<(), Status> {
-        match self.finish(|| Note::End(self.reply.clone())) {
+        match self.finish(None) {
             Ok(()) | Err(Status::Closed) => Ok(()),
             stopped => stopped,
         }
@@ -96,7 +121,7 @@ impl Sender {
     /// # Errors
     /// `Closed` when it had ended; why it was stopped.
     pub fn error(&self, text: &[u8]) -> Result<(), Status> {
-        self.finish(|| self.error_note(text))
+        self.finish(Some(text))
     }
 
     /// Whether it may send no more.
@@ -134,8 +159,14 @@ impl Sender {
         let _ = self.error(b"the worker left the stream unfinished");
     }
 
-    /// Stops it because its connection was lost or closed.
+    /// Its connection was lost or closed: a loss concerns only what is not on a lane.
     pub(crate) fn connection_ended(&self, why: Status) {
+        if why == Status::Closed || self.lane.get().is_none() {
+            self.stop(why);
+        }
+    }
+
+    fn stop(&self, why: Status) {
         if self.forbid(why) {
             registry::detach(&self.client, self.number);
             self.stopped(why);
@@ -148,20 +179,35 @@ impl Sender {
 
     fn check(&self, data: &[u8]) -> Result<(), Status> {
         stopped(&self.word)?;
-        if data.len() > self.connection().max_payload() {
+        let (room, is_reserved) = match self.lane.get() {
+            Some(_) => (self.connection().max_payload().saturating_sub(FRAMING), false),
+            None => (self.connection().max_payload(), wire::is_reserved(data)),
+        };
+        if data.len() > room {
             return Err(Status::TooLarge);
         }
-        if wire::is_reserved(data) {
+        if is_reserved {
             return Err(Status::Reserved);
         }
         Ok(())
     }
 
-    fn finish(&self, note: impl FnOnce() -> Note) -> Result<(), Status> {
-        self.connection().outbox().finish(&self.word, Status::Closed, note)?;
+    fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
+        match self.lane.get() {
+            Some((lane, credit)) => lane.finish(&self.word, Status::Closed, credit, error.map(|text| self.cut(text)))?,
+            None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
+                None => Note::End(self.reply.clone()),
+                Some(text) => self.error_note(text),
+            })?,
+        }
         self.service.forget(self.number);
         registry::detach(&self.client, self.number);
         Ok(())
+    }
+
+    /// What of a text has room in a lane message.
+    fn cut<'a>(&self, text: &'a [u8]) -> &'a [u8] {
+        &text[..text.len().min(self.connection().max_payload().saturating_sub(FRAMING))]
     }
 
     fn error_note(&self, text: &[u8]) -> Note {
@@ -178,8 +224,8 @@ impl Sender {
 
     fn event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
-            let event = Event::of(kind, status, self.tag, this, Bytes::new());
-            self.queue.push(Event { client: Some(Arc::clone(&self.client)), ..event });
+            let event = Single::of(kind, status, this, Bytes::new());
+            self.queue.push(Single { client: Some(Arc::clone(&self.client)), ..event });
         }
     }
 }
@@ -195,8 +241,11 @@ impl Running for Sender {
             Status::Disconnected => LOST,
             _ => "the worker closed its connection",
         };
-        // Pushing it wakes a thread that waits for room, too.
-        self.connection().outbox().push(self.error_note(text.as_bytes()).into());
+        // Either wakes a thread that waits for room, too.
+        match self.lane.get() {
+            Some((lane, credit)) => lane.stop(credit, text.as_bytes()),
+            None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
+        }
         self.service.forget(self.number);
         self.event(Kind::Stopped, why);
     }
@@ -205,8 +254,38 @@ impl Running for Sender {
         None
     }
 
+    fn needs_announcement(&self) -> bool {
+        false
+    }
+
     fn answers_to(&self) -> Option<u64> {
         self.answers_to
+    }
+}
+
+impl Party for Sender {
+    fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+
+    fn cancelled(&self, why: Status) {
+        self.stop(why);
+    }
+
+    fn room(&self) {
+        Writer::room(self);
+    }
+
+    fn peer_gone(&self, knew: bool) {
+        if !knew {
+            // Should the gateway be there after all, it waits for an answer.
+            self.connection().outbox().push(self.error_note(LOST.as_bytes()).into());
+        }
+        self.stop(Status::PeerGone);
+    }
+
+    fn connection_closed(&self) {
+        self.stop(Status::Closed);
     }
 }
 
@@ -224,6 +303,14 @@ impl Origin for Sender {
         self.number
     }
 
+    fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    fn is_running(&self) -> bool {
+        !self.is_closed()
+    }
+
     fn is_wanted(&self) -> bool {
         !self.is_freed.load(Ordering::Acquire)
     }
@@ -233,7 +320,7 @@ impl Origin for Sender {
     }
 }
 
-impl Event {
+impl Event<'_> {
     /// The sender it is about.
     #[must_use]
     pub fn sender(&self) -> Option<Arc<Sender>> {

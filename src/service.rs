@@ -5,7 +5,8 @@ use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::inbound::Receiver;
-use crate::queue::{Event, Kind, Origin, Queue};
+use crate::lane::driver::Party;
+use crate::queue::{Kind, Origin, Queue, Single};
 use crate::registry;
 use crate::sender::Sender;
 use crate::wire::{self, Use};
@@ -145,12 +146,21 @@ impl Service {
             self.refuse(&reply, wire::BUSY);
             return;
         }
+        let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
         let sender =
             Sender::new(Arc::clone(&self), Arc::clone(&self.queue), self.tag, reply, Arc::clone(&id), message.headers);
         self.running.insert(sender.number(), Arc::clone(&sender));
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
         registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
+        if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
+            let party: Arc<dyn Party> = Arc::clone(&sender) as _;
+            match lanes.open(&offer, &party) {
+                Ok((lane, credit)) => sender.use_lane(lane, credit),
+                // Another version's, or nonsense: level 0 is always there.
+                Err(error) => connection.log(error.status, || format!("a request is answered on level 0: {error}")),
+            }
+        }
         if connection.check_open().is_err() {
             // Closed since it arrived: whoever closed it may not have seen this sender.
             sender.connection_ended(Status::Closed);
@@ -159,10 +169,10 @@ impl Service {
             // Ended before it was attached.
             registry::detach(&id, sender.number());
         }
-        let event = Event {
+        let event = Single {
             client: Some(id),
             subject: message.subject.into_string().into(),
-            ..Event::of(Kind::Request, Status::Ok, self.tag, Arc::clone(&sender) as _, message.payload)
+            ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, message.payload)
         };
         if !connection.inbound().push(&self.queue, || Some(event)) {
             sender.abandon();

@@ -7,21 +7,24 @@ use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::inbound::Receiver;
 use crate::outbox::{Request, stopped};
-use crate::queue::{Event, Kind, Origin, Queue};
+use crate::lane::driver::{Accepted, Lane, Party};
+use crate::lane::lanes::Asker;
+use crate::lane::state::{Grant, OVERHEAD};
+use crate::queue::{COPY_BELOW, Event, Kind, Origin, Queue, Single};
+use crate::random;
 use crate::registry::{self, Running};
 use crate::wire::{self, Answer, Use};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
+use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 
-/// What a message in the queue counts in addition to its bytes.
-const OVERHEAD: usize = 64;
-/// Payloads up to this size are copied out of the NATS client's read buffer: a small one that waits would keep all of it.
-const COPY_BELOW: usize = 4096;
+/// The most that a worker may send on a lane before its reader has taken something.
+const MAX_WINDOW: u64 = 4 << 20;
 
 /// A stream that this process requested.
 pub struct Stream {
@@ -36,9 +39,15 @@ pub struct Stream {
     word: AtomicU32,
     is_freed: AtomicBool,
     has_begun: AtomicBool,
-    /// What waits in the queue, and how much may.
-    waiting: AtomicUsize,
-    limit: usize,
+    /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
+    waiting: AtomicU64,
+    limit: u64,
+    manual_credit: bool,
+    /// Names the request for those who accept it on a lane.
+    key: u64,
+    /// The lane that it runs on, and its number there.
+    lane: OnceCell<(Arc<Lane>, u32)>,
+    grant: Grant,
     retry: Mutex<Option<Retry>>,
     timer: Mutex<Option<AbortHandle>>,
 }
@@ -68,7 +77,12 @@ impl Connection {
         wire::check_subject("subject", subject, Use::Publish)?;
         let client = client::id(client)?;
         let options = config.for_request()?;
-        let headers = headers(client, options)?;
+        let mut headers = headers(client, options)?;
+        let (key, window) = (random::number(), (options.stream_buffer as u64).min(MAX_WINDOW));
+        if let Some(lanes) = self.lanes() {
+            headers.insert(wire::LANE, lanes.offer(key, window));
+        }
+        let headers = Some(headers).filter(|headers| !headers.is_empty());
         self.check_connected()?;
         let size = data.len() + headers.as_ref().map_or(0, wire_len);
         if size > self.max_payload() {
@@ -90,12 +104,19 @@ impl Connection {
             word: AtomicU32::new(0),
             is_freed: AtomicBool::new(false),
             has_begun: AtomicBool::new(false),
-            waiting: AtomicUsize::new(0),
-            limit: options.stream_buffer,
+            waiting: AtomicU64::new(0),
+            limit: options.stream_buffer as u64,
+            manual_credit: options.manual_credit,
+            key,
+            lane: OnceCell::new(),
+            grant: Grant::new(window),
             retry: Mutex::new(None),
             timer: Mutex::new(None),
         });
         let reply = self.inbox().expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
+        if let Some(lanes) = self.lanes() {
+            lanes.expect(key, Arc::clone(&stream) as _);
+        }
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
         if options.retries > 0 {
@@ -122,7 +143,7 @@ impl Connection {
 }
 
 /// The request's headers: the client's id, and the caller's own.
-fn headers(client: &str, options: &RequestOptions) -> Result<Option<HeaderMap>> {
+fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
     let mut headers = options.headers.clone();
     if !client.is_empty() {
         if client.trim() != client {
@@ -132,7 +153,7 @@ fn headers(client: &str, options: &RequestOptions) -> Result<Option<HeaderMap>> 
         }
         headers.insert(wire::CONNECT_ID, wire::value_of(client)?);
     }
-    Ok(Some(headers).filter(|headers| !headers.is_empty()))
+    Ok(headers)
 }
 
 /// What headers add to a payload, as the server counts.
@@ -160,6 +181,35 @@ impl Stream {
         Ok(())
     }
 
+    /// With `manual_credit`: so many bytes of its messages were used, and the worker may send as many more. Without it has
+    /// no effect.
+    ///
+    /// # Errors
+    /// `Closed` when it has ended.
+    pub fn consumed(&self, bytes: u64) -> Result<()> {
+        if stopped(&self.word).is_err() {
+            return Err(Error::new(Status::Closed, "the stream has ended already"));
+        }
+        if self.manual_credit {
+            self.give_room(bytes);
+        }
+        Ok(())
+    }
+
+    fn give_room(&self, weight: u64) {
+        match self.lane.get() {
+            Some((lane, stream)) => {
+                if let Some(told) = self.grant.take(weight) {
+                    lane.grant(*stream, told);
+                }
+            }
+            None => {
+                let less = |waiting: u64| Some(waiting.saturating_sub(weight));
+                let _ = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+            }
+        }
+    }
+
     /// Wants no more events of it. One that runs is cancelled.
     pub fn free(&self) {
         self.is_freed.store(true, Ordering::Release);
@@ -171,6 +221,7 @@ impl Stream {
         self.is_freed.store(true, Ordering::Release);
         if self.forbid(Status::Cancelled) {
             registry::detach(&self.client, self.number);
+            self.tell_worker(Status::Cancelled);
             self.conclude(Kind::Error, Status::Cancelled, "");
         }
     }
@@ -201,13 +252,33 @@ impl Stream {
         if !self.forbid(why) {
             return false;
         }
-        match status {
-            // The worker has ended it, or there is none.
-            Status::Ok | Status::Remote | Status::NoResponders => registry::detach(&self.client, self.number),
+        match (status, self.tell_worker(status)) {
+            // The worker has ended it, there is none, or it was told.
+            (Status::Ok | Status::Remote | Status::NoResponders, _) | (_, true) => {
+                registry::detach(&self.client, self.number);
+            }
             _ => registry::give_up(&self.client, self.number, &*self.connection),
         }
         self.conclude(kind, status, text);
         true
+    }
+
+    /// Cancels it on its lane; false if it has none (now: whoever accepts it from now on is cancelled).
+    fn tell_worker(&self, why: Status) -> bool {
+        // After the word was set: whoever accepts it meanwhile sets the lane, and looks at the word then.
+        fence(Ordering::SeqCst);
+        match self.lane.get() {
+            Some((lane, stream)) => {
+                lane.cancel(*stream, why);
+                true
+            }
+            None => {
+                if let Some(lanes) = self.connection.lanes() {
+                    lanes.forget(self.key);
+                }
+                false
+            }
+        }
     }
 
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
@@ -216,13 +287,13 @@ impl Stream {
         self.stop_timer();
         *self.retry.lock() = None;
         if let Some(this) = self.this.upgrade() {
-            let event = Event::of(kind, status, self.tag, this, text.into());
+            let event = Single::of(kind, status, this, text.into());
             self.connection.inbound().push(&self.queue, || Some(event));
         }
     }
 
     fn data(&self, payload: Bytes) {
-        let weight = payload.len() + OVERHEAD;
+        let weight = payload.len() as u64 + OVERHEAD;
         if self.waiting.load(Ordering::Relaxed) + weight > self.limit {
             let text = format!(
                 "the reader of a stream of {} was too slow: more than {} bytes waited for it",
@@ -239,7 +310,7 @@ impl Stream {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
-            Some(Event::of(Kind::Data, Status::Ok, self.tag, this, payload))
+            Some(Single::of(Kind::Data, Status::Ok, this, payload))
         });
     }
 
@@ -304,6 +375,7 @@ impl Running for Stream {
     }
 
     fn stopped(&self, why: Status) {
+        self.tell_worker(why);
         self.conclude(Kind::Error, why, "the client is offline");
     }
 
@@ -311,8 +383,55 @@ impl Running for Stream {
         Some(self.connection.number())
     }
 
+    fn needs_announcement(&self) -> bool {
+        self.lane.get().is_none()
+    }
+
     fn answers_to(&self) -> Option<u64> {
         None
+    }
+}
+
+impl Asker for Stream {
+    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
+        if self.has_begun.swap(true, Ordering::Relaxed) {
+            // Another worker has answered on level 0: two of them serve it without a group.
+            return None;
+        }
+        let _ = self.lane.set((Arc::clone(lane), stream));
+        fence(Ordering::SeqCst);
+        stopped(&self.word).ok()?;
+        // Level 0 has nothing to tell any longer.
+        self.connection.inbox().forget(self.number);
+        *self.retry.lock() = None;
+        let window = self.limit.min(MAX_WINDOW);
+        Some((self, window))
+    }
+}
+
+impl Party for Stream {
+    fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+
+    fn ended(&self) {
+        self.finish(Kind::End, Status::Ok, "");
+    }
+
+    fn failed(&self, text: Bytes) {
+        self.finish(Kind::Error, Status::Remote, Bytes::copy_from_slice(&text));
+    }
+
+    fn overrun(&self) {
+        self.finish(Kind::Error, Status::Full, "the worker sent more than the stream's window");
+    }
+
+    fn peer_gone(&self, _knew: bool) {
+        self.finish(Kind::Error, Status::PeerGone, "the worker is gone: it does not answer any longer");
+    }
+
+    fn connection_closed(&self) {
+        Receiver::ended(self, Status::Closed);
     }
 }
 
@@ -325,14 +444,21 @@ impl Origin for Stream {
         !self.is_freed.load(Ordering::Acquire)
     }
 
-    fn taken(&self, kind: Kind, bytes: usize) {
-        if kind == Kind::Data {
-            self.waiting.fetch_sub(bytes + OVERHEAD, Ordering::Relaxed);
-        }
+    fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    fn is_running(&self) -> bool {
+        stopped(&self.word).is_ok()
+    }
+
+    fn taken(&self, count: u64, bytes: u64) {
+        let bytes = if self.manual_credit { 0 } else { bytes };
+        self.give_room(count * OVERHEAD + bytes);
     }
 }
 
-impl Event {
+impl Event<'_> {
     /// The stream it is about.
     #[must_use]
     pub fn stream(&self) -> Option<Arc<Stream>> {

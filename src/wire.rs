@@ -8,6 +8,8 @@ use bytes::Bytes;
 pub const CONNECT_ID: &str = "Connect-ID";
 /// An announcement's header with the process that made it, so that it knows its own.
 pub const ORIGIN: &str = "Presence-Origin";
+/// The request's header that offers a lane.
+pub const LANE: &str = "Presence-Lane";
 /// The payload that ends a stream.
 pub const END: &[u8] = b"__STREAM_END__";
 /// What the payload begins with that ends a stream with an error; the text follows.

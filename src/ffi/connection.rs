@@ -47,10 +47,12 @@ pub struct presence_stats {
     pub offline_out: u64,
     /// Offline announcements of other processes that came in.
     pub offline_in: u64,
-    /// Bytes that wait to be given to the NATS client.
+    /// Bytes that wait to be given to the NATS client; on lanes, to be acknowledged.
     pub bytes_waiting: u64,
+    /// Lanes: other processes with this library that streams run, or ran, to or from.
+    pub lanes: u64,
     /// 0.
-    pub reserved: [u64; 7],
+    pub reserved: [u64; 6],
 }
 
 /// Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
@@ -75,8 +77,15 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
 ///   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
 ///   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
-///     were requested here; never.
-///   - send_buffer_bytes: how much may wait to be sent; beyond, sends are PRESENCE_FULL. Default 4194304.
+///     were requested here and are not on a lane, whose workers are told directly; never.
+///   - lanes: true (default): where the other end runs this library too, streams are batched, flow-controlled and resumed
+///     after a reconnect; false: all streams of the connection are on level 0 of the wire.
+///   - heartbeat_ms: how often a silent process at the other end of a lane is probed while streams run; after three
+///     intervals without a sign of life it is gone. Default 5000.
+///   - peer_grace_ms: how long a process at the other end of a lane that nats-server does not know (it was killed, or
+///     reconnects) may be away before it is gone. 0: not at all. Default 1000.
+///   - send_buffer_bytes: how much may wait to be sent, and on each lane, to be acknowledged; beyond, sends are
+///     PRESENCE_FULL. Default 4194304.
 ///   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
 ///   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
 ///
@@ -84,8 +93,10 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - timeout_ms: from request to end; beyond, the stream ends with PRESENCE_TIMEOUT. Default 0: none.
 ///   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
 ///     worker is busy, and no message has come. Defaults 0 and 100.
-///   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message; beyond, the stream ends
-///     with PRESENCE_FULL. Default 67108864.
+///   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message. On a lane the worker is
+///     held back in time, and it is 4194304 at most; on level 0 the stream ends with PRESENCE_FULL. Default 67108864.
+///   - manual_credit: true: a message waits, for stream_buffer_bytes, until presence_stream_consumed tells that it was
+///     used; false (default): until it has left the queue.
 ///   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
 ///
 /// # Safety
@@ -204,6 +215,7 @@ fn export(stats: &Stats) -> presence_stats {
         offline_out: stats.offline_out,
         offline_in: stats.offline_in,
         bytes_waiting: stats.bytes_waiting,
-        reserved: [0; 7],
+        lanes: stats.lanes,
+        reserved: [0; 6],
     }
 }

@@ -48,10 +48,20 @@ pub unsafe extern "C" fn presence_request(
     }
 }
 
+/// For streams requested with the option manual_credit: `bytes` of a stream's messages were used up, and its worker may
+/// send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
+///
+/// It may be told for many messages at once. PRESENCE_CLOSED when the stream has ended.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: usize) -> i32 {
+    guard(|| borrow(stream)?.consumed(bytes as u64))
+}
+
 /// Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
 ///
-/// The wire's level 0 can only tell the worker that the client left: the client is announced offline, unless another
-/// stream, a session or a mark keeps it online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+/// On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. Level 0 of the wire can only tell
+/// the worker that the client left: the client is announced offline, unless another stream, a session or a mark keeps it
+/// online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_stream_cancel(stream: *mut presence_stream) -> i32 {
     guard(|| borrow(stream)?.cancel())

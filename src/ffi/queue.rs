@@ -90,7 +90,7 @@ pub unsafe extern "C" fn presence_queue_wait(
         let mut events = unsafe { slice_out(events, max) }?.iter_mut();
         queue.wait(max, limit(timeout_ms), |event| {
             if let Some(slot) = events.next() {
-                slot.write(export(event));
+                slot.write(export(&event));
             }
         })
     });
@@ -135,15 +135,15 @@ pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
 }
 
 /// An event as C sees it. The sender of a request passes to the receiver here.
-fn export(event: &Event) -> presence_event {
-    let client = event.client.as_deref().unwrap_or_default();
+#[inline]
+fn export(event: &Event<'_>) -> presence_event {
     let sender = match event.kind {
         Kind::Request => event.sender().map(give_sender),
         Kind::Stopped | Kind::Writable => event.sender().as_ref().map(sender_pointer),
         _ => None,
     };
     let stream = match event.kind {
-        Kind::Data | Kind::End | Kind::Error => event.origin_number().map(pointer),
+        Kind::Data | Kind::End | Kind::Error => Some(pointer(event.number())),
         _ => None,
     };
     presence_event {
@@ -152,8 +152,8 @@ fn export(event: &Event) -> presence_event {
         tag: event.tag,
         sender: sender.unwrap_or(ptr::null_mut()),
         stream: stream.unwrap_or(ptr::null_mut()),
-        client: client.as_ptr().cast(),
-        client_len: client.len(),
+        client: event.client.as_ptr().cast(),
+        client_len: event.client.len(),
         subject: event.subject.as_ptr().cast(),
         subject_len: event.subject.len(),
         data: event.data.as_ptr(),

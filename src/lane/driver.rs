@@ -1,0 +1,381 @@
+//! A lane at work: its state under a lock, and a task that gives the NATS client what the state has to send.
+//!
+//! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
+
+use crate::error::Status;
+use crate::inbound::Inbound;
+use crate::lane::frame::Malformed;
+use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
+use crate::outbox::stopped;
+use crate::queue::{Batch, Origin, Queue};
+use async_nats::{Client, PublishErrorKind, Subject};
+use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, watch};
+
+/// A stream or sender at the end of a lane.
+pub(crate) trait Party: Origin {
+    /// Where its messages go.
+    fn queue(&self) -> &Arc<Queue>;
+    /// The worker ended it.
+    fn ended(&self) {}
+    /// The worker ended it with an error.
+    fn failed(&self, _text: Bytes) {}
+    /// The worker sent more than there was room for; it is cancelled already.
+    fn overrun(&self) {}
+    /// The gateway cancelled it.
+    fn cancelled(&self, _why: Status) {}
+    /// There may be room for what was refused.
+    fn room(&self) {}
+    /// The other end is gone; `knew`: unless it never heard of it.
+    fn peer_gone(&self, knew: bool);
+    /// The connection is closed on this side.
+    fn connection_closed(&self);
+}
+
+/// Accepted: who asked with this key, and the stream's window.
+pub(crate) type Accepted = Option<(Arc<dyn Party>, u64)>;
+
+/// One end of a lane.
+pub(crate) struct Lane {
+    /// The subjects of both ends.
+    own: Subject,
+    peer: Subject,
+    state: Mutex<State<Arc<dyn Party>>>,
+    changed: Notify,
+    /// Threads wait for room.
+    waiting: AtomicUsize,
+    room: Condvar,
+    /// Nothing waits for its acknowledgement any longer.
+    drained: Notify,
+}
+
+impl Lane {
+    pub(crate) fn new(
+        own: Subject,
+        peer: Subject,
+        serves: bool,
+        limit: usize,
+        patience: Patience,
+    ) -> Arc<Lane> {
+        let state = State::new(serves, limit, patience, Instant::now());
+        Arc::new(Lane {
+            own,
+            peer,
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            waiting: AtomicUsize::new(0),
+            room: Condvar::new(),
+            drained: Notify::new(),
+        })
+    }
+
+    pub(crate) fn peer(&self) -> &Subject {
+        &self.peer
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.state.lock().is_over()
+    }
+
+    pub(crate) fn backlog(&self) -> usize {
+        self.state.lock().backlog()
+    }
+
+    /// Runs `change`, and wakes the task if there is something for it now.
+    fn change<T>(&self, change: impl FnOnce(&mut State<Arc<dyn Party>>) -> T) -> T {
+        let (result, must_wake) = {
+            let mut state = self.state.lock();
+            let result = change(&mut state);
+            (result, state.must_wake())
+        };
+        if must_wake {
+            self.changed.notify_one();
+        }
+        result
+    }
+
+    // The worker's calls ----------------------------------------------------------------------------------------------
+
+    /// Accepts a request. None when the lane is over.
+    pub(crate) fn open(&self, key: u64, window: u64, to: Arc<dyn Party>) -> Option<Arc<Credit>> {
+        self.change(|state| state.open(key, window, to, Instant::now()))
+    }
+
+    /// Sends a message if `word` is 0 and there is room; else the status in the word, or `Full`, and then the party
+    /// hears when there may be room.
+    ///
+    /// The word is read with the lane locked: whoever ends the stream sets it under the same lock, so that no message
+    /// follows the end.
+    #[inline]
+    pub(crate) fn send(&self, word: &AtomicU32, credit: &Credit, data: &[u8]) -> Result<(), Status> {
+        self.change(|state| {
+            stopped(word)?;
+            state.send(credit, data).map_err(|refusal| match refusal {
+                Refusal::Full => {
+                    state.want_room(credit);
+                    Status::Full
+                }
+                Refusal::Over => Status::PeerGone,
+            })
+        })
+    }
+
+    /// As `send`, waiting for room (`None`: without limit).
+    pub(crate) fn send_wait(
+        &self,
+        word: &AtomicU32,
+        credit: &Credit,
+        data: &[u8],
+        timeout: Option<Duration>,
+    ) -> Result<(), Status> {
+        let mut deadline = None;
+        let mut state = self.state.lock();
+        loop {
+            stopped(word)?;
+            match state.send(credit, data) {
+                Ok(()) => break,
+                Err(Refusal::Over) => return Err(Status::PeerGone),
+                Err(Refusal::Full) => {}
+            }
+            let now = Instant::now();
+            let deadline = *deadline.get_or_insert_with(|| timeout.and_then(|timeout| now.checked_add(timeout)));
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let timed_out = match deadline {
+                Some(deadline) => self.room.wait_until(&mut state, deadline).timed_out(),
+                None => {
+                    self.room.wait(&mut state);
+                    false
+                }
+            };
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            if timed_out {
+                return Err(Status::Timeout);
+            }
+        }
+        if state.must_wake() {
+            drop(state);
+            self.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Ends a stream, with an error if there is a text, if `word` is 0, and puts `why` into the word.
+    pub(crate) fn finish(&self, word: &AtomicU32, why: Status, credit: &Credit, error: Option<&[u8]>) -> Result<(), Status> {
+        self.change(|state| -> Result<(), Status> {
+            stopped(word)?;
+            word.store(why.code().cast_unsigned(), Ordering::Release);
+            state.finish(credit, error);
+            Ok(())
+        })?;
+        self.call_waiters();
+        Ok(())
+    }
+
+    /// Ends a stream whose word was set before.
+    pub(crate) fn stop(&self, credit: &Credit, error: &[u8]) {
+        self.change(|state| state.finish(credit, Some(error)));
+        self.call_waiters();
+    }
+
+    // The gateway's calls ---------------------------------------------------------------------------------------------
+
+    /// Gives a stream's worker room.
+    pub(crate) fn grant(&self, stream: u32, weight: u64) {
+        self.change(|state| state.grant(stream, weight));
+    }
+
+    /// Ends a stream from this side.
+    pub(crate) fn cancel(&self, stream: u32, why: Status) {
+        self.change(|state| state.cancel(stream, why.code().unsigned_abs() as u8));
+    }
+
+    // What comes in ---------------------------------------------------------------------------------------------------
+
+    /// A message came from the other end.
+    pub(crate) fn receive(
+        &self,
+        message: &Bytes,
+        inbound: &Inbound,
+        accept: impl FnMut(u64, u32) -> Accepted,
+    ) -> Result<(), Malformed> {
+        let mut tells = Vec::new();
+        let received = self.change(|state| state.receive(message, Instant::now(), &mut tells, accept));
+        self.tell(tells, message, inbound);
+        received
+    }
+
+    /// nats-server says that nobody is there.
+    pub(crate) fn nobody_there(&self, inbound: &Inbound) {
+        let mut tells = Vec::new();
+        self.change(|state| state.nobody_there(Instant::now(), &mut tells));
+        self.tell(tells, &Bytes::new(), inbound);
+    }
+
+    fn tell(&self, tells: Vec<Tell<Arc<dyn Party>>>, message: &Bytes, inbound: &Inbound) {
+        // It may be room, or an end.
+        self.call_waiters();
+        if self.state.lock().is_drained() {
+            self.drained.notify_waiters();
+        }
+        let mut batch: Option<(Arc<Queue>, Batch)> = None;
+        for tell in tells {
+            if let Tell::Data(to, run) = tell {
+                if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, to.queue()))
+                    && let Some((queue, full)) = batch.replace((Arc::clone(to.queue()), Batch::new(message.clone())))
+                {
+                    inbound.push_batch(&queue, full);
+                }
+                if let Some((_, batch)) = &mut batch {
+                    batch.add(to, run);
+                }
+                continue;
+            }
+            if let Some((queue, full)) = batch.take() {
+                inbound.push_batch(&queue, full);
+            }
+            match tell {
+                Tell::Data(..) => {}
+                Tell::End(to) => to.ended(),
+                Tell::Error(to, text) => to.failed(text),
+                Tell::Overrun(to) => to.overrun(),
+                Tell::Cancelled(to, reason) => {
+                    to.cancelled(if reason == Status::Offline.code().unsigned_abs() as u8 {
+                        Status::Offline
+                    } else {
+                        Status::Cancelled
+                    });
+                }
+                Tell::Room(to) => to.room(),
+                Tell::Gone(to, knew) => to.peer_gone(knew),
+            }
+        }
+        if let Some((queue, rest)) = batch {
+            inbound.push_batch(&queue, rest);
+        }
+    }
+
+    /// Has those who wait look again.
+    fn call_waiters(&self) {
+        if self.waiting.load(Ordering::SeqCst) > 0 {
+            // With the lock, so that nobody is between looking and waiting.
+            drop(self.state.lock());
+            self.room.notify_all();
+        }
+    }
+
+    // The connection's task -------------------------------------------------------------------------------------------
+
+    /// Waits until the other end has all that was sent, or is gone.
+    pub(crate) async fn drain(&self) {
+        self.change(|state| state.ask(Instant::now()));
+        loop {
+            let drained = self.drained.notified();
+            if self.state.lock().is_drained() {
+                return;
+            }
+            drained.await;
+        }
+    }
+
+    /// Tells all that runs on it that this side closes the connection.
+    pub(crate) fn connection_closed(&self) {
+        let parties = self.state.lock().parties();
+        parties.iter().for_each(|party| party.connection_closed());
+    }
+
+    /// Ends it now.
+    pub(crate) fn end(&self, inbound: &Inbound) {
+        let mut tells = Vec::new();
+        self.change(|state| state.end(&mut tells));
+        self.tell(tells, &Bytes::new(), inbound);
+    }
+
+    /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
+    pub(crate) async fn drive(&self, mut clients: watch::Receiver<Option<Client>>, inbound: &Inbound, sent: &AtomicU64) {
+        let mut client = clients.borrow_and_update().clone();
+        if client.is_some() {
+            self.state.lock().begin();
+        }
+        loop {
+            let mut tells = Vec::new();
+            let (message, deadline, is_over) = {
+                let mut state = self.state.lock();
+                let message = state.poll(Instant::now(), &mut tells);
+                (message, state.deadline(), state.is_over())
+            };
+            if !tells.is_empty() {
+                self.tell(tells, &Bytes::new(), inbound);
+            }
+            match (message, &client) {
+                (Some(message), Some(present)) => {
+                    sent.fetch_add(1, Ordering::Relaxed);
+                    tokio::select! {
+                        biased;
+                        sent = self.publish(present, message) => {
+                            if sent.is_err() {
+                                self.end(inbound);
+                            }
+                        }
+                        changed = clients.changed() => {
+                            if changed.is_err() {
+                                return;
+                            }
+                            client = self.relink(&mut clients);
+                        }
+                    }
+                }
+                // Not linked any longer: the state keeps it.
+                (Some(_), None) => {}
+                (None, _) if is_over => return,
+                (None, _) => {
+                    let sleep = async {
+                        match deadline {
+                            Some(at) => tokio::time::sleep_until(at.into()).await,
+                            None => std::future::pending().await,
+                        }
+                    };
+                    tokio::select! {
+                        () = self.changed.notified() => {}
+                        changed = clients.changed() => {
+                            if changed.is_err() {
+                                return;
+                            }
+                            client = self.relink(&mut clients);
+                        }
+                        () = sleep => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn relink(&self, clients: &mut watch::Receiver<Option<Client>>) -> Option<Client> {
+        let client = clients.borrow_and_update().clone();
+        let mut state = self.state.lock();
+        state.link_down();
+        if client.is_some() {
+            state.link_up(Instant::now());
+        }
+        client
+    }
+
+    /// Fails when the message can never be sent; one that a lost connection took with it is sent again later.
+    async fn publish(&self, client: &Client, message: Bytes) -> Result<(), ()> {
+        match client.publish_with_reply(self.peer.clone(), self.own.clone(), message).await {
+            Ok(()) => {
+                // Only what was written has made room for the next batch.
+                let _ = client.flush().await;
+                Ok(())
+            }
+            Err(error) if error.kind() == PublishErrorKind::Send => {
+                // The client is dead; its supervisor replaces it.
+                std::future::pending().await
+            }
+            Err(_) => Err(()),
+        }
+    }
+}

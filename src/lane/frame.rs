@@ -1,0 +1,245 @@
+//! The encoding of lane messages: a header, then frames. `docs/wire.md` tells it to people, byte by byte.
+//!
+//! Reading is total: any bytes give frames or [`Malformed`], and nothing is allocated for them.
+
+use bytes::BytesMut;
+
+/// The version of lanes that is spoken here; a message's first byte.
+pub(crate) const VERSION: u8 = 1;
+/// Bytes in a message's header: version, flags, sequence and acknowledgement (both little-endian).
+pub(crate) const HEADER: usize = 18;
+/// The most that a frame adds to its body.
+pub(crate) const MAX_FRAME_HEADER: usize = 11;
+
+/// Answer this at once.
+pub(crate) const PING: u8 = 1;
+/// This answers a PING.
+pub(crate) const PONG: u8 = 2;
+/// Something is missing: send again all that follows the acknowledged.
+pub(crate) const GAP: u8 = 4;
+/// The lane is over, or never was.
+pub(crate) const RESET: u8 = 8;
+/// The sender has no acknowledgement yet: whoever does not know the lane begins it.
+pub(crate) const NEW: u8 = 16;
+
+/// A frame's kind: the worker accepts the request whose key is the body.
+pub(crate) const ACCEPT: u8 = 1;
+/// A message of the stream.
+pub(crate) const DATA: u8 = 2;
+/// The stream's end.
+pub(crate) const END: u8 = 3;
+/// Its end by an error with this text.
+pub(crate) const ERROR: u8 = 4;
+/// The gateway wants no more of it; the body is one byte, the reason: a status without its sign.
+pub(crate) const CANCEL: u8 = 5;
+/// The gateway's reader has room for so many bytes more: eight bytes, little-endian.
+pub(crate) const CREDIT: u8 = 6;
+
+/// Bytes that are no lane message of our version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Malformed;
+
+/// What stands before the frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    pub(crate) flags: u8,
+    /// With frames: the message's own number, from 1. Without: the number of the last one that had frames.
+    pub(crate) sequence: u64,
+    /// The last number up to which all has come.
+    pub(crate) ack: u64,
+}
+
+impl Header {
+    pub(crate) fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    pub(crate) fn read(message: &[u8]) -> Result<Header, Malformed> {
+        let (header, _) = message.split_first_chunk::<HEADER>().ok_or(Malformed)?;
+        let [version, flags, numbers @ ..] = header;
+        if *version != VERSION {
+            return Err(Malformed);
+        }
+        let (sequence, ack) = numbers.split_first_chunk().ok_or(Malformed)?;
+        let ack = ack.first_chunk().ok_or(Malformed)?;
+        Ok(Header { flags: *flags, sequence: u64::from_le_bytes(*sequence), ack: u64::from_le_bytes(*ack) })
+    }
+
+    pub(crate) fn bytes(&self) -> [u8; HEADER] {
+        let mut bytes = [VERSION; HEADER];
+        bytes[1] = self.flags;
+        bytes[2..10].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[10..].copy_from_slice(&self.ack.to_le_bytes());
+        bytes
+    }
+}
+
+/// One frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Frame<'a> {
+    pub(crate) kind: u8,
+    /// Which stream of the lane it is about.
+    pub(crate) stream: u32,
+    pub(crate) body: &'a [u8],
+}
+
+/// Reads frames one after another.
+#[derive(Clone)]
+pub(crate) struct Frames<'a>(&'a [u8]);
+
+impl<'a> Frames<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Frames<'a> {
+        Frames(bytes)
+    }
+
+    /// How many bytes are left to be read.
+    pub(crate) fn left(&self) -> usize {
+        self.0.len()
+    }
+
+    #[inline]
+    fn read(&mut self) -> Result<Frame<'a>, Malformed> {
+        // Nearly all frames have a stream and a length of up to two bytes.
+        let (kind, mut rest) = self.0.split_first().ok_or(Malformed)?;
+        let stream = u32::try_from(number(&mut rest)?).map_err(|_| Malformed)?;
+        let length = usize::try_from(number(&mut rest)?).map_err(|_| Malformed)?;
+        let (body, rest) = rest.split_at_checked(length).ok_or(Malformed)?;
+        self.0 = rest;
+        Ok(Frame { kind: *kind, stream, body })
+    }
+}
+
+impl<'a> Iterator for Frames<'a> {
+    type Item = Result<Frame<'a>, Malformed>;
+
+    /// After a malformed frame there are no more.
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let frame = self.read();
+        if frame.is_err() {
+            self.0 = &[];
+        }
+        Some(frame)
+    }
+}
+
+/// Consecutive DATA frames of one stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Where in the message they stand.
+    pub(crate) start: u32,
+    pub(crate) end: u32,
+    pub(crate) count: u32,
+    /// The bytes of all their bodies.
+    pub(crate) bytes: u64,
+}
+
+impl Run {
+    /// The frames' bodies, of the message that it is a run of.
+    #[inline]
+    pub(crate) fn bodies<'a>(&self, message: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
+        let bytes = message.get(self.start as usize..self.end as usize).unwrap_or_default();
+        Frames(bytes).map_while(|frame| Some(frame.ok()?.body))
+    }
+
+    /// Cuts off the first `count` frames.
+    pub(crate) fn split(&mut self, message: &[u8], count: u32) -> Run {
+        let mut first = Run { count, ..*self };
+        first.bytes = self.bodies(message).take(count as usize).map(|body| body.len() as u64).sum();
+        let mut frames = Frames(message.get(self.start as usize..self.end as usize).unwrap_or_default());
+        frames.by_ref().take(count as usize).for_each(drop);
+        first.end = self.end - frames.left() as u32;
+        (self.start, self.count, self.bytes) = (first.end, self.count - count, self.bytes - first.bytes);
+        first
+    }
+}
+
+/// Reads a variable-length number: seven bits a byte, the lowest first, the eighth says that more follow.
+#[inline]
+fn number(bytes: &mut &[u8]) -> Result<u64, Malformed> {
+    let mut value = 0;
+    for shift in (0..35).step_by(7) {
+        let (byte, rest) = bytes.split_first().ok_or(Malformed)?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(Malformed)
+}
+
+/// Writes a frame.
+#[inline]
+pub(crate) fn write(to: &mut BytesMut, kind: u8, stream: u32, body: &[u8]) {
+    let mut header = [kind; MAX_FRAME_HEADER];
+    let mut at = 1;
+    write_number(&mut header, &mut at, u64::from(stream));
+    write_number(&mut header, &mut at, body.len() as u64);
+    to.extend_from_slice(&header[..at]);
+    to.extend_from_slice(body);
+}
+
+#[inline]
+fn write_number(to: &mut [u8; MAX_FRAME_HEADER], at: &mut usize, mut number: u64) {
+    while number >= 0x80 && *at < MAX_FRAME_HEADER {
+        to[*at] = number as u8 | 0x80;
+        *at += 1;
+        number >>= 7;
+    }
+    to[*at] = number as u8;
+    *at += 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_are_read_as_written() {
+        let header = Header { flags: PING | NEW, sequence: 0x0102_0304_0506_0708, ack: u64::MAX };
+        let bytes = header.bytes();
+        assert_eq!(bytes[..10], [1, 17, 8, 7, 6, 5, 4, 3, 2, 1]);
+        assert_eq!(Header::read(&bytes), Ok(header));
+        assert_eq!(Header::read(&bytes[..17]), Err(Malformed));
+        assert_eq!(Header::read(&[2; 18]), Err(Malformed), "another version");
+    }
+
+    #[test]
+    fn frames_are_read_as_written() {
+        let mut bytes = BytesMut::new();
+        let long = [7; 300];
+        let frames = [(DATA, 1, &b"token"[..]), (END, 127, b""), (DATA, 128, &long), (99, u32::MAX, b"x")];
+        for (kind, stream, body) in frames {
+            write(&mut bytes, kind, stream, body);
+        }
+        assert_eq!(bytes[..8], [2, 1, 5, b't', b'o', b'k', b'e', b'n']);
+        assert_eq!(bytes[8..11], [3, 127, 0]);
+        assert_eq!(bytes[11..16], [2, 0x80, 1, 0xac, 2]);
+        let read: Vec<_> = Frames::new(&bytes).map(Result::unwrap).map(|f| (f.kind, f.stream, f.body)).collect();
+        assert_eq!(read, frames);
+    }
+
+    #[test]
+    fn any_bytes_give_frames_or_an_error() {
+        for bytes in [&[2][..], &[2, 1], &[2, 1, 5, 0], &[2, 0x80, 0x80, 0x80, 0x80, 0x80, 0], &[2, 0xff, 0xff, 0xff, 0xff, 0x7f, 0], &[2, 0, 0xff, 0xff, 0xff, 0xff, 0x7f]] {
+            let read: Vec<_> = Frames::new(bytes).collect();
+            assert_eq!(read, [Err(Malformed)], "{bytes:?}");
+        }
+        let mut state = 1_u64;
+        for _ in 0..100_000 {
+            let bytes: Vec<u8> = (0..state % 40)
+                .map(|_| {
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    (state >> 33) as u8
+                })
+                .collect();
+            state = state.wrapping_add(1);
+            let total: usize = Frames::new(&bytes).flatten().map(|frame| frame.body.len()).sum();
+            assert!(total <= bytes.len());
+        }
+    }
+}

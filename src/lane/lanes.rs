@@ -1,0 +1,259 @@
+//! All lanes of a connection: how they are offered, begun and found again.
+//!
+//! A gateway offers one inbox to all its workers; each worker makes an inbox of its own for each gateway, which it shows
+//! to that gateway only. So a lane is found by its worker's inbox, which nobody else knows. The inboxes stand below the
+//! connection's own: nats-server answers 503 as soon as its process is gone.
+
+use crate::error::{Error, Result, Status};
+use crate::inbound::{Inbound, Receiver};
+use crate::lane::driver::{Accepted, Lane, Party};
+use crate::lane::frame::{self, Header};
+use crate::lane::state::{Credit, Patience};
+use crate::{fork, random, wire};
+use async_nats::{Client, Message, StatusCode, Subject};
+use dashmap::DashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+/// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
+const MAX_LANES: usize = 65_536;
+
+/// Who asked for a stream, and hears of a worker that accepts it.
+pub(crate) trait Asker: Send + Sync {
+    /// The worker accepts it on this lane; the party and its window, unless it has ended, or was answered otherwise.
+    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted;
+}
+
+/// All lanes of a connection.
+pub(crate) struct Lanes {
+    this: Weak<Lanes>,
+    runtime: &'static Handle,
+    inbound: Arc<Inbound>,
+    /// What the subjects of all ends begin with, dot included.
+    prefix: String,
+    offline_subject: String,
+    /// The last token of the inbox that is offered.
+    offer: String,
+    limit: usize,
+    patience: Patience,
+    clients: watch::Sender<Option<Client>>,
+    /// Lanes by the last token of this end's subject: as the worker's end it came with the request, as the gateway's end
+    /// it is the offer with a number behind.
+    own: DashMap<String, Arc<Lane>>,
+    /// The same lanes by the other end's subject.
+    by_peer: DashMap<String, Arc<Lane>>,
+    asked: DashMap<u64, Arc<dyn Asker>>,
+    pub(crate) sent: Arc<AtomicU64>,
+    pub(crate) ignored: AtomicU64,
+}
+
+impl Lanes {
+    pub(crate) fn new(
+        runtime: &'static Handle,
+        inbound: Arc<Inbound>,
+        inbox: &str,
+        offline_subject: &str,
+        limit: usize,
+        patience: Patience,
+    ) -> Arc<Lanes> {
+        Arc::new_cyclic(|this| Lanes {
+            this: this.clone(),
+            runtime,
+            inbound,
+            prefix: format!("{inbox}lane."),
+            offline_subject: offline_subject.into(),
+            offer: random::token(),
+            limit,
+            patience,
+            clients: watch::channel(None).0,
+            own: DashMap::new(),
+            by_peer: DashMap::new(),
+            asked: DashMap::new(),
+            sent: Arc::default(),
+            ignored: AtomicU64::new(0),
+        })
+    }
+
+    /// What to subscribe for all ends that are here.
+    pub(crate) fn wildcard(&self) -> Subject {
+        format!("{}*", self.prefix).into()
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.own.len()
+    }
+
+    /// Bytes that wait to be sent or acknowledged.
+    pub(crate) fn backlog(&self) -> usize {
+        self.own.iter().map(|lane| lane.backlog()).sum()
+    }
+
+    /// The present NATS client; None: there is none.
+    pub(crate) fn set_client(&self, client: Option<Client>) {
+        self.clients.send_replace(client);
+    }
+
+    /// Waits until the other ends have all that was sent, or the connection is lost.
+    pub(crate) async fn drain(&self) {
+        let mut clients = self.clients.subscribe();
+        let drained = async {
+            for lane in self.all() {
+                lane.drain().await;
+            }
+        };
+        tokio::select! {
+            () = drained => {}
+            _ = clients.wait_for(Option::is_none) => {}
+        }
+    }
+
+    /// Ends all now.
+    pub(crate) fn end(&self) {
+        self.all().iter().for_each(|lane| lane.end(&self.inbound));
+    }
+
+    fn all(&self) -> Vec<Arc<Lane>> {
+        self.own.iter().map(|lane| Arc::clone(&lane)).collect()
+    }
+
+    // The gateway's side ----------------------------------------------------------------------------------------------
+
+    /// The value of a request's header, which offers a lane for the stream with this key.
+    pub(crate) fn offer(&self, key: u64, window: u64) -> String {
+        format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer)
+    }
+
+    /// Has `asker` hear when the request with this key is accepted.
+    pub(crate) fn expect(&self, key: u64, asker: Arc<dyn Asker>) {
+        self.asked.insert(key, asker);
+    }
+
+    /// Takes back `expect`: whoever accepts it from now on is cancelled.
+    pub(crate) fn forget(&self, key: u64) {
+        self.asked.remove(&key);
+    }
+
+    fn accept(&self, lane: &Arc<Lane>, key: u64, stream: u32) -> Accepted {
+        let (_, asker) = self.asked.remove(&key)?;
+        asker.accepted(lane, stream)
+    }
+
+    /// Begins the lane of a worker that we do not know, if this is its first message.
+    fn begin(&self, peer: &Subject, payload: &[u8]) -> Option<Arc<Lane>> {
+        let header = Header::read(payload).ok()?;
+        let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
+        (is_first && self.has_room() && wire::may_answer(peer, &self.offline_subject))
+            .then(|| self.make(format!("{}-{}", self.offer, fork::number()), peer.clone(), false))
+    }
+
+    // The worker's side -----------------------------------------------------------------------------------------------
+
+    /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it.
+    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn Party>) -> Result<(Arc<Lane>, Arc<Credit>)> {
+        let wrong = || Error::invalid(format!("{} {offer:?} offers no lane of version {}", wire::LANE, frame::VERSION));
+        let mut words = offer.split(' ');
+        let (version, inbox, key, window) = (words.next(), words.next(), words.next(), words.next());
+        if version.and_then(|version| version.parse().ok()) != Some(frame::VERSION) {
+            return Err(wrong());
+        }
+        let inbox = inbox.filter(|inbox| wire::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
+        let key = key.and_then(|key| u64::from_str_radix(key, 16).ok()).ok_or_else(wrong)?;
+        let window = window.and_then(|window| window.parse().ok()).ok_or_else(wrong)?;
+        // One that is over is about to be forgotten.
+        for _ in 0..2 {
+            let found = self.by_peer.get(inbox).map(|lane| Arc::clone(&lane)).filter(|lane| !lane.is_over());
+            let lane = match found {
+                Some(lane) => lane,
+                None if self.has_room() => self.make(random::token(), inbox.into(), true),
+                None => break,
+            };
+            if let Some(credit) = lane.open(key, window, Arc::clone(to)) {
+                return Ok((lane, credit));
+            }
+        }
+        Err(Error::new(Status::Full, format!("there are {MAX_LANES} lanes: no more are begun")))
+    }
+
+    // Both ------------------------------------------------------------------------------------------------------------
+
+    fn has_room(&self) -> bool {
+        self.own.len() < MAX_LANES
+    }
+
+    /// Makes an end, and has it run until it is over.
+    fn make(&self, token: String, peer: Subject, serves: bool) -> Arc<Lane> {
+        let own = format!("{}{token}", self.prefix);
+        let lane = Lane::new(own.into(), peer, serves, self.limit, self.patience);
+        self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
+        self.own.insert(token.clone(), Arc::clone(&lane));
+        let (clients, inbound, sent) = (self.clients.subscribe(), Arc::clone(&self.inbound), Arc::clone(&self.sent));
+        let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
+        self.runtime.spawn(async move {
+            task.drive(clients, &inbound, &sent).await;
+            if let Some(lanes) = lanes.upgrade() {
+                lanes.own.remove(&token);
+                lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
+            }
+        });
+        lane
+    }
+
+    /// Answers a message of a lane that is not known here: either all of it is still to come, or it is over.
+    fn disown(&self, own: Subject, peer: &Subject, payload: &[u8]) {
+        let Ok(header) = Header::read(payload) else { return };
+        if header.has(frame::RESET) || !wire::may_answer(peer, &self.offline_subject) {
+            return;
+        }
+        let flags = if header.has(frame::NEW) { frame::GAP | frame::PONG } else { frame::RESET };
+        let answer = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
+        if let Some(client) = self.clients.borrow().clone() {
+            let peer = peer.clone();
+            self.runtime.spawn(async move { client.publish_with_reply(peer, own, answer).await });
+        }
+    }
+
+    fn ignore(&self) {
+        self.ignored.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl Receiver for Lanes {
+    fn message(&self, message: Message) {
+        let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
+        if message.status == Some(StatusCode::NO_RESPONDERS) {
+            return match self.own.get(token).map(|lane| Arc::clone(&lane)) {
+                Some(lane) => lane.nobody_there(&self.inbound),
+                None => self.ignore(),
+            };
+        }
+        let Some(peer) = &message.reply else { return self.ignore() };
+        let known = if token == self.offer {
+            // A worker's message: its subject says which lane it is.
+            let known = self.by_peer.get(peer.as_str()).map(|lane| Arc::clone(&lane));
+            known.or_else(|| self.begin(peer, &message.payload))
+        } else {
+            self.own.get(token).map(|lane| Arc::clone(&lane))
+        };
+        let Some(lane) = known else {
+            self.ignore();
+            return self.disown(message.subject.clone(), peer, &message.payload);
+        };
+        // A gateway names the inbox that it offered, with the lane's number behind.
+        let is_from_peer =
+            peer.strip_prefix(lane.peer().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
+        let accept = |key, stream| self.accept(&lane, key, stream);
+        if !is_from_peer || lane.receive(&message.payload, &self.inbound, accept).is_err() {
+            self.ignore();
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        // They outlive a lost connection.
+        if why == Status::Closed {
+            self.all().iter().for_each(|lane| lane.connection_closed());
+        }
+    }
+}

@@ -1,0 +1,740 @@
+//! One end of a lane, without input, output or clock: it is fed messages and instants, and returns what to send and what
+//! to tell. Both ends are the same but for who may open streams.
+//!
+//! Messages with frames are numbered, and kept until the other end has acknowledged them. What is missing is found out by
+//! the other end (a number too high: GAP) or by asking (PING; the PONG acknowledges all that came before it), and sent
+//! again from the first missing on. After a reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
+
+use crate::lane::frame::{self, Frames, Header, Malformed, Run};
+use bytes::{Bytes, BytesMut};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What a message counts in its stream's window in addition to its bytes.
+pub(crate) const OVERHEAD: u64 = 64;
+/// How large messages with several frames get.
+const CHUNK: usize = 64 << 10;
+/// An acknowledgement is sent after so many bytes, or so much later when nothing is sent that could carry it.
+const ACK_AFTER: usize = 2 * CHUNK;
+const ACK_DELAY: Duration = Duration::from_millis(25);
+/// How long what was sent may stay unacknowledged before we ask.
+const ASK_AFTER: Duration = Duration::from_millis(500);
+/// While we must know whether the other end is there, the first PING is repeated after this, then after twice as long …
+const PING_AGAIN: Duration = Duration::from_millis(20);
+/// A timer that is so late was not the only one: this process, or its machine, stood still.
+const LATE: Duration = Duration::from_millis(250);
+/// How many beats of silence are one too many.
+const MAX_MISSED: u32 = 3;
+/// How much rarer beats are while no streams run.
+const IDLE_FACTOR: u32 = 12;
+
+/// How long to be patient.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    /// A silent peer is probed this often, and gone after three.
+    pub(crate) heartbeat: Duration,
+    /// How long a peer that nats-server does not know may be away.
+    pub(crate) grace: Duration,
+    /// How long the other end may take for its reconnect after we had ours.
+    pub(crate) reconnect: Duration,
+}
+
+/// What an end has to tell; `S` stands for a stream or sender.
+#[derive(Debug)]
+pub(crate) enum Tell<S> {
+    /// Messages came, all in the one that was received.
+    Data(S, Run),
+    /// The worker ended it.
+    End(S),
+    /// The worker ended it with an error.
+    Error(S, Bytes),
+    /// The worker sent more than there was room for: it was cancelled.
+    Overrun(S),
+    /// The gateway cancelled it for this reason.
+    Cancelled(S, u8),
+    /// There may be room for what was refused.
+    Room(S),
+    /// The other end is gone. `false`: it may never have heard of this stream.
+    Gone(S, bool),
+}
+
+/// Why a message was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// The stream's reader, or the lane, has no room.
+    Full,
+    /// The other end is gone, or the lane was closed.
+    Over,
+}
+
+/// A sender's share in its stream's window. Used under the lane's lock only.
+#[derive(Debug)]
+pub(crate) struct Credit {
+    stream: u32,
+    window: u64,
+    outstanding: AtomicU64,
+}
+
+impl Credit {
+    fn outstanding(&self) -> u64 {
+        self.outstanding.load(Ordering::Relaxed)
+    }
+
+    fn has_room(&self, weight: u64) -> bool {
+        has_room(self.outstanding(), self.window, weight)
+    }
+}
+
+/// A message may pass the window's end by itself, as long as less than half of it is taken: so even one that is larger
+/// than the window gets through, and the reader need not tell of every message that it took.
+fn has_room(outstanding: u64, window: u64, weight: u64) -> bool {
+    outstanding <= window / 2 || outstanding + weight <= window
+}
+
+/// What a reader has taken and not yet told: it tells when it is half of the window.
+#[derive(Debug)]
+pub(crate) struct Grant {
+    window: u64,
+    taken: AtomicU64,
+}
+
+impl Grant {
+    pub(crate) fn new(window: u64) -> Grant {
+        Grant { window, taken: AtomicU64::new(0) }
+    }
+
+    /// Notes what was taken, and returns what to tell.
+    pub(crate) fn take(&self, weight: u64) -> Option<u64> {
+        let taken = self.taken.fetch_add(weight, Ordering::Relaxed) + weight;
+        // Strictly more: what is not told is at most half, and then the sender has room.
+        (taken > self.window / 2).then(|| self.taken.swap(0, Ordering::Relaxed)).filter(|told| *told > 0)
+    }
+}
+
+/// A stream that is served at this end.
+struct Out<S> {
+    to: S,
+    credit: Arc<Credit>,
+    /// The number of the message with its ACCEPT.
+    accepted_in: u64,
+}
+
+/// A stream that was requested at this end.
+struct In<S> {
+    to: S,
+    window: u64,
+    unconsumed: u64,
+}
+
+/// One end of a lane.
+pub(crate) struct State<S> {
+    patience: Patience,
+    /// How many bytes may wait for their acknowledgement.
+    limit: usize,
+    /// Whether this is the worker's end.
+    serves: bool,
+    life: Life,
+
+    /// What gathers; each has room for its header in front.
+    chunks: VecDeque<BytesMut>,
+    chunk_size: usize,
+    /// Sent; the first has the number `acked + 1`.
+    unacked: VecDeque<Bytes>,
+    acked: u64,
+    /// Which of them is to be sent again next.
+    resend: Option<usize>,
+    backlog: usize,
+
+    received: u64,
+    /// Bytes that came since our last acknowledgement.
+    unacknowledged: usize,
+    ack_at: Option<Instant>,
+    /// Flags of the next message; it is sent even if it has nothing else.
+    flags: u8,
+    ack_now: bool,
+    /// Where the gap begins that was last told, and the one last heard of: once each, or repeats would multiply.
+    gap_told: Option<u64>,
+    gap_heard: Option<u64>,
+
+    is_linked: bool,
+    /// Nothing but PINGs until there was a PONG.
+    is_held: bool,
+    ping_at: Instant,
+    ping_interval: Duration,
+    /// The last number that had been sent before the first PING that is unanswered.
+    asked_for: Option<u64>,
+    progress_at: Instant,
+    /// nats-server says that nobody is there.
+    suspect_since: Option<Instant>,
+    /// Until when the other end may be about its own reconnect.
+    reconnecting: Option<Instant>,
+    beat_at: Instant,
+    missed: u32,
+
+    last_stream: u32,
+    outs: HashMap<u32, Out<S>, ahash::RandomState>,
+    ins: HashMap<u32, In<S>, ahash::RandomState>,
+    /// Streams whose senders were refused and want to hear of room.
+    wanting: HashSet<u32, ahash::RandomState>,
+
+    /// Set while the driver sleeps: until when.
+    asleep: Option<Option<Instant>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Open,
+    /// Over, and the other end is to be told.
+    Over,
+    Told,
+}
+
+impl<S: Clone> State<S> {
+    /// `serves`: the worker's end. `limit`: how many bytes may wait for their acknowledgement.
+    pub(crate) fn new(serves: bool, limit: usize, patience: Patience, now: Instant) -> State<S> {
+        State {
+            patience,
+            limit,
+            serves,
+            life: Life::Open,
+            chunks: VecDeque::new(),
+            chunk_size: 0,
+            unacked: VecDeque::new(),
+            acked: 0,
+            resend: None,
+            backlog: 0,
+            received: 0,
+            unacknowledged: 0,
+            ack_at: None,
+            flags: 0,
+            ack_now: false,
+            gap_told: None,
+            gap_heard: None,
+            is_linked: false,
+            is_held: false,
+            ping_at: now,
+            ping_interval: PING_AGAIN,
+            asked_for: None,
+            progress_at: now,
+            suspect_since: None,
+            reconnecting: None,
+            beat_at: now + patience.heartbeat,
+            missed: 0,
+            last_stream: 0,
+            outs: HashMap::default(),
+            ins: HashMap::default(),
+            wanting: HashSet::default(),
+            asleep: None,
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.life != Life::Open
+    }
+
+    /// Whether the other end has all that was sent, or never will.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.is_over() || (self.unacked.is_empty() && self.chunks.is_empty())
+    }
+
+    /// Bytes that were sent or wait, and are not acknowledged.
+    pub(crate) fn backlog(&self) -> usize {
+        self.backlog
+    }
+
+    fn has_streams(&self) -> bool {
+        !self.outs.is_empty() || !self.ins.is_empty()
+    }
+
+    fn last_sent(&self) -> u64 {
+        self.acked + self.unacked.len() as u64
+    }
+
+    // The worker's calls ----------------------------------------------------------------------------------------------
+
+    /// Accepts the request with this key. None when the lane is over.
+    pub(crate) fn open(&mut self, key: u64, window: u64, to: S, now: Instant) -> Option<Arc<Credit>> {
+        if self.is_over() {
+            return None;
+        }
+        self.wake_beat(now);
+        self.last_stream += 1;
+        let stream = self.last_stream;
+        self.append(frame::ACCEPT, stream, &key.to_le_bytes());
+        let credit = Arc::new(Credit { stream, window, outstanding: AtomicU64::new(0) });
+        let accepted_in = self.last_sent() + self.chunks.len() as u64;
+        self.outs.insert(stream, Out { to, credit: Arc::clone(&credit), accepted_in });
+        Some(credit)
+    }
+
+    /// Sends a message of a stream.
+    #[inline]
+    pub(crate) fn send(&mut self, credit: &Credit, data: &[u8]) -> Result<(), Refusal> {
+        if self.is_over() {
+            return Err(Refusal::Over);
+        }
+        let weight = data.len() as u64 + OVERHEAD;
+        if !credit.has_room(weight) || !self.has_room(data.len()) {
+            return Err(Refusal::Full);
+        }
+        credit.outstanding.store(credit.outstanding() + weight, Ordering::Relaxed);
+        self.append(frame::DATA, credit.stream, data);
+        Ok(())
+    }
+
+    /// Has `Tell::Room` said, once, when there may be room for what was refused.
+    pub(crate) fn want_room(&mut self, credit: &Credit) {
+        self.wanting.insert(credit.stream);
+    }
+
+    /// Ends a stream; with an error if there is a text.
+    pub(crate) fn finish(&mut self, credit: &Credit, error: Option<&[u8]>) {
+        self.wanting.remove(&credit.stream);
+        if self.outs.remove(&credit.stream).is_some() {
+            match error {
+                None => self.append(frame::END, credit.stream, &[]),
+                Some(text) => self.append(frame::ERROR, credit.stream, text),
+            }
+        }
+    }
+
+    // The gateway's calls ---------------------------------------------------------------------------------------------
+
+    /// Gives a stream's worker room for so much more.
+    pub(crate) fn grant(&mut self, stream: u32, weight: u64) {
+        if let Some(own) = self.ins.get_mut(&stream) {
+            own.unconsumed = own.unconsumed.saturating_sub(weight);
+            self.append(frame::CREDIT, stream, &weight.to_le_bytes());
+        }
+    }
+
+    /// Ends a stream from this side.
+    pub(crate) fn cancel(&mut self, stream: u32, reason: u8) {
+        if self.ins.remove(&stream).is_some() {
+            self.append(frame::CANCEL, stream, &[reason]);
+        }
+    }
+
+    // The connection's calls ------------------------------------------------------------------------------------------
+
+    /// There is a connection to nats-server, and was since the lane was made.
+    pub(crate) fn begin(&mut self) {
+        self.is_linked = true;
+    }
+
+    /// There is a connection to nats-server again.
+    pub(crate) fn link_up(&mut self, now: Instant) {
+        self.is_linked = true;
+        self.reconnecting = Some(now + self.patience.reconnect);
+        self.hold(now);
+        self.flags |= frame::GAP;
+        self.beat_at = now + self.patience.heartbeat;
+        self.missed = 0;
+    }
+
+    /// The connection is lost: no time passes for the other end.
+    pub(crate) fn link_down(&mut self) {
+        self.is_linked = false;
+        self.suspect_since = None;
+        self.asked_for = None;
+        self.flags = 0;
+        self.ack_now = false;
+        self.resend = None;
+    }
+
+    /// nats-server says that nobody is there.
+    pub(crate) fn nobody_there(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
+        if self.is_linked && self.suspect_since.is_none() && !self.is_over() {
+            self.suspect_since = Some(now);
+            self.asked_for = Some(self.last_sent());
+            if !self.is_held {
+                self.hold(now);
+            }
+            self.tick(now, tells);
+        }
+    }
+
+    /// Ends the lane: all that runs on it is told so, and then the other end.
+    pub(crate) fn end(&mut self, tells: &mut Vec<Tell<S>>) {
+        if self.is_over() {
+            return;
+        }
+        self.life = Life::Over;
+        let acked = self.acked;
+        tells.extend(self.outs.drain().map(|(_, out)| Tell::Gone(out.to, out.accepted_in <= acked)));
+        tells.extend(self.ins.drain().map(|(_, own)| Tell::Gone(own.to, true)));
+        self.wanting.clear();
+        self.chunks.clear();
+        self.unacked.clear();
+        self.backlog = 0;
+    }
+
+    /// All that runs on it.
+    pub(crate) fn parties(&self) -> Vec<S> {
+        self.outs.values().map(|out| &out.to).chain(self.ins.values().map(|own| &own.to)).cloned().collect()
+    }
+
+    /// Asks the other end to acknowledge all at once.
+    pub(crate) fn ask(&mut self, now: Instant) {
+        self.wake_beat(now);
+        self.flags |= frame::PING;
+    }
+
+    /// A message came from the other end. `accept` says, for a request's key, who it was that asked, if somebody still
+    /// wants the stream with this number.
+    pub(crate) fn receive(
+        &mut self,
+        message: &Bytes,
+        now: Instant,
+        tells: &mut Vec<Tell<S>>,
+        mut accept: impl FnMut(u64, u32) -> Option<(S, u64)>,
+    ) -> Result<(), Malformed> {
+        let header = Header::read(message)?;
+        if self.is_over() {
+            return Ok(());
+        }
+        if header.ack > self.last_sent() {
+            return Err(Malformed);
+        }
+        if header.has(frame::RESET) {
+            self.end(tells);
+            self.life = Life::Told;
+            return Ok(());
+        }
+        self.suspect_since = None;
+        self.reconnecting = None;
+        self.missed = 0;
+        self.beat_at = now + self.beat();
+        self.acknowledged(header.ack, now, tells);
+        if header.has(frame::PONG) {
+            self.is_held = false;
+            if self.asked_for.take().is_some_and(|asked_for| header.ack < asked_for) {
+                self.send_again(now);
+            }
+        }
+        if header.has(frame::GAP) && (header.has(frame::PING) || self.gap_heard != Some(header.ack)) {
+            self.gap_heard = Some(header.ack);
+            self.send_again(now);
+        }
+        if header.has(frame::PING) {
+            self.flags |= frame::PONG;
+        }
+        let frames = message.len() > frame::HEADER;
+        if frames && header.sequence <= self.received {
+            self.ack_now = true;
+        } else if frames && header.sequence == self.received + 1 {
+            self.received += 1;
+            self.unacknowledged += message.len();
+            self.ack_now |= self.unacknowledged >= ACK_AFTER;
+            self.ack_at.get_or_insert(now + ACK_DELAY);
+            if self.take_frames(message, now, tells, &mut accept).is_err() {
+                self.end(tells);
+                return Err(Malformed);
+            }
+        } else if header.sequence > self.received && self.gap_told != Some(self.received) {
+            self.gap_told = Some(self.received);
+            self.flags |= frame::GAP;
+        }
+        Ok(())
+    }
+
+    /// What to send next. None: nothing before `deadline`, unless something happens.
+    pub(crate) fn poll(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) -> Option<Bytes> {
+        self.asleep = None;
+        if self.is_linked {
+            self.tick(now, tells);
+            match self.life {
+                Life::Open => {
+                    if let Some(message) = self.next_message(now) {
+                        return Some(message);
+                    }
+                }
+                Life::Over => {
+                    self.life = Life::Told;
+                    return Some(self.header_only(frame::RESET));
+                }
+                Life::Told => {}
+            }
+        }
+        self.asleep = Some(self.deadline());
+        None
+    }
+
+    /// When to poll again even if nothing happens.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        if !self.is_linked || self.is_over() {
+            return None;
+        }
+        let asks_at = (!self.unacked.is_empty() && !self.is_held).then(|| self.progress_at + ASK_AFTER);
+        let ping_at = self.is_held.then_some(self.ping_at);
+        [Some(self.beat_at), asks_at, ping_at, self.ack_at, self.gone_at()].into_iter().flatten().min()
+    }
+
+    /// Whether the driver sleeps though there is something to do: said once.
+    #[inline]
+    pub(crate) fn must_wake(&mut self) -> bool {
+        let Some(until) = self.asleep else { return false };
+        let is_due = (!self.is_held && (!self.chunks.is_empty() || self.resend.is_some()))
+            || self.flags != 0
+            || self.ack_now
+            || self.life == Life::Over;
+        let wakes = (is_due && self.is_linked) || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
+        if wakes {
+            self.asleep = None;
+        }
+        wakes
+    }
+
+    // Inside ----------------------------------------------------------------------------------------------------------
+
+    fn beat(&self) -> Duration {
+        let is_idle = !self.has_streams() && self.is_drained();
+        if is_idle { self.patience.heartbeat * IDLE_FACTOR } else { self.patience.heartbeat }
+    }
+
+    /// A stream begins: from now on the beats are frequent.
+    fn wake_beat(&mut self, now: Instant) {
+        self.beat_at = self.beat_at.min(now + self.patience.heartbeat);
+    }
+
+    fn hold(&mut self, now: Instant) {
+        self.is_held = true;
+        self.ping_at = now;
+        self.ping_interval = PING_AGAIN;
+    }
+
+    fn send_again(&mut self, now: Instant) {
+        self.resend = (!self.unacked.is_empty()).then_some(0);
+        self.progress_at = now;
+    }
+
+    /// When a suspect is gone.
+    fn gone_at(&self) -> Option<Instant> {
+        let at = self.suspect_since? + self.patience.grace;
+        Some(self.reconnecting.map_or(at, |until| at.max(until)))
+    }
+
+    fn tick(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
+        if self.is_over() {
+            return;
+        }
+        if now >= self.beat_at {
+            self.beat_at = now + self.beat();
+            self.missed += 1;
+            self.flags |= frame::PING;
+        }
+        let is_silent = self.missed >= MAX_MISSED && self.reconnecting.is_none_or(|until| now >= until);
+        match self.gone_at() {
+            // We were not there ourselves: what came meanwhile is still to be read.
+            Some(at) if now > at + LATE => self.reconnecting = Some(now + LATE),
+            Some(at) if now >= at => return self.end(tells),
+            _ if is_silent => return self.end(tells),
+            _ => {}
+        }
+        if self.is_held && now >= self.ping_at {
+            self.flags |= frame::PING;
+            self.ping_at = now + self.ping_interval;
+            self.ping_interval = (self.ping_interval * 2).min(ASK_AFTER);
+        }
+        if !self.is_held && !self.unacked.is_empty() && now >= self.progress_at + ASK_AFTER {
+            self.flags |= frame::PING;
+            self.progress_at = now;
+        }
+        if self.ack_at.is_some_and(|at| now >= at) {
+            self.ack_now = true;
+        }
+    }
+
+    fn next_message(&mut self, now: Instant) -> Option<Bytes> {
+        if !self.is_held {
+            if let Some(index) = self.resend.take()
+                && let Some(sent) = self.unacked.get(index)
+            {
+                self.resend = (index + 1 < self.unacked.len()).then_some(index + 1);
+                let mut again = BytesMut::from(&sent[..]);
+                let sequence = self.acked + 1 + index as u64;
+                self.seal(&mut again, sequence);
+                return Some(again.freeze());
+            }
+            if let Some(mut chunk) = self.chunks.pop_front() {
+                if self.unacked.is_empty() {
+                    self.progress_at = now;
+                }
+                self.chunk_size = chunk.len();
+                self.unacked.push_back(Bytes::new());
+                let sequence = self.last_sent();
+                self.seal(&mut chunk, sequence);
+                let message = chunk.freeze();
+                if let Some(last) = self.unacked.back_mut() {
+                    *last = message.clone();
+                }
+                return Some(message);
+            }
+        }
+        (self.flags != 0 || self.ack_now).then(|| self.header_only(0))
+    }
+
+    fn header_only(&mut self, flags: u8) -> Bytes {
+        let mut message = BytesMut::zeroed(frame::HEADER);
+        self.flags |= flags;
+        let sequence = self.last_sent();
+        self.seal(&mut message, sequence);
+        message.freeze()
+    }
+
+    /// Writes the header of a message that is sent now.
+    fn seal(&mut self, message: &mut BytesMut, sequence: u64) {
+        let mut flags = std::mem::take(&mut self.flags);
+        if flags & frame::PING != 0 {
+            // What the answer must cover is what was sent before this.
+            self.asked_for.get_or_insert(sequence);
+        }
+        if self.serves && self.acked == 0 {
+            flags |= frame::NEW;
+        }
+        let header = Header { flags, sequence, ack: self.received };
+        message[..frame::HEADER].copy_from_slice(&header.bytes());
+        self.ack_now = false;
+        self.ack_at = None;
+        self.unacknowledged = 0;
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.backlog == 0 || self.backlog + bytes <= self.limit
+    }
+
+    #[inline]
+    fn append(&mut self, kind: u8, stream: u32, body: &[u8]) {
+        let size = body.len() + frame::MAX_FRAME_HEADER;
+        let has_room = self.chunks.back().is_some_and(|chunk| chunk.len() + size <= CHUNK);
+        if !has_room {
+            // As much as the last one took, so that neither a busy lane copies nor an idle one wastes.
+            let capacity = (frame::HEADER + size).max(self.chunk_size.next_power_of_two().min(CHUNK));
+            let mut chunk = BytesMut::with_capacity(capacity);
+            chunk.extend_from_slice(&[0; frame::HEADER]);
+            self.chunks.push_back(chunk);
+        }
+        if let Some(chunk) = self.chunks.back_mut() {
+            let before = chunk.len();
+            frame::write(chunk, kind, stream, body);
+            self.backlog += chunk.len() - before;
+        }
+    }
+
+    fn acknowledged(&mut self, ack: u64, now: Instant, tells: &mut Vec<Tell<S>>) {
+        if ack <= self.acked {
+            return;
+        }
+        let count = usize::try_from(ack - self.acked).unwrap_or(usize::MAX).min(self.unacked.len());
+        self.backlog -= self.unacked.drain(..count).map(|message| message.len() - frame::HEADER).sum::<usize>();
+        self.acked = ack;
+        self.resend = self.resend.map(|index| index.saturating_sub(count)).filter(|index| *index < self.unacked.len());
+        self.progress_at = now;
+        if !self.wanting.is_empty() && self.backlog <= self.limit / 2 {
+            let outs = &self.outs;
+            self.wanting.retain(|stream| match outs.get(stream) {
+                Some(out) if !out.credit.has_room(OVERHEAD) => true,
+                Some(out) => {
+                    tells.push(Tell::Room(out.to.clone()));
+                    false
+                }
+                None => false,
+            });
+        }
+    }
+
+    fn take_frames(
+        &mut self,
+        message: &Bytes,
+        now: Instant,
+        tells: &mut Vec<Tell<S>>,
+        accept: &mut impl FnMut(u64, u32) -> Option<(S, u64)>,
+    ) -> Result<(), Malformed> {
+        let mut frames = Frames::new(&message[frame::HEADER..]);
+        let mut start = frame::HEADER;
+        while let Some(frame) = frames.next() {
+            let frame = frame?;
+            match (frame.kind, self.serves) {
+                (frame::DATA, false) => {
+                    let mut run = Run { start: start as u32, end: 0, count: 0, bytes: 0 };
+                    let mut body = Some(frame.body);
+                    let own = self.ins.get_mut(&frame.stream);
+                    let mut room = own.as_ref().map(|own| (own.unconsumed, own.window));
+                    let mut is_overrun = false;
+                    while let Some(data) = body.take() {
+                        let weight = data.len() as u64 + OVERHEAD;
+                        if let Some((unconsumed, window)) = &mut room {
+                            is_overrun |= !has_room(*unconsumed, *window, weight);
+                            *unconsumed += weight;
+                        }
+                        run.count += 1;
+                        run.bytes += data.len() as u64;
+                        let mut ahead = frames.clone();
+                        if let Some(Ok(next)) = ahead.next()
+                            && next.kind == frame::DATA
+                            && next.stream == frame.stream
+                        {
+                            frames = ahead;
+                            body = Some(next.body);
+                        }
+                    }
+                    run.end = (message.len() - frames.left()) as u32;
+                    if let (Some(own), Some((unconsumed, _))) = (own, room) {
+                        own.unconsumed = unconsumed;
+                        let to = own.to.clone();
+                        if is_overrun {
+                            self.cancel(frame.stream, 0);
+                            tells.push(Tell::Overrun(to));
+                        } else {
+                            tells.push(Tell::Data(to, run));
+                        }
+                    }
+                }
+                (frame::ACCEPT, false) if frame.stream > self.last_stream => {
+                    let key = u64::from_le_bytes(*frame.body.first_chunk().ok_or(Malformed)?);
+                    self.last_stream = frame.stream;
+                    self.wake_beat(now);
+                    match accept(key, frame.stream) {
+                        Some((to, window)) => {
+                            self.ins.insert(frame.stream, In { to, window, unconsumed: 0 });
+                        }
+                        // Nobody wants it any longer, or nobody ever asked.
+                        None => self.append(frame::CANCEL, frame.stream, &[0]),
+                    }
+                }
+                (frame::END, false) => {
+                    if let Some(own) = self.ins.remove(&frame.stream) {
+                        tells.push(Tell::End(own.to));
+                    }
+                }
+                (frame::ERROR, false) => {
+                    if let Some(own) = self.ins.remove(&frame.stream) {
+                        tells.push(Tell::Error(own.to, message.slice_ref(frame.body)));
+                    }
+                }
+                (frame::CANCEL, true) => {
+                    self.wanting.remove(&frame.stream);
+                    if let Some(out) = self.outs.remove(&frame.stream) {
+                        tells.push(Tell::Cancelled(out.to, frame.body.first().copied().unwrap_or_default()));
+                    }
+                }
+                (frame::CREDIT, true) => {
+                    let weight = u64::from_le_bytes(*frame.body.first_chunk().ok_or(Malformed)?);
+                    if let Some(out) = self.outs.get(&frame.stream) {
+                        let left = out.credit.outstanding().saturating_sub(weight);
+                        out.credit.outstanding.store(left, Ordering::Relaxed);
+                        if self.backlog <= self.limit / 2 && self.wanting.remove(&frame.stream) {
+                            tells.push(Tell::Room(out.to.clone()));
+                        }
+                    }
+                }
+                // What a later version may say, or a stream that has ended.
+                _ => {}
+            }
+            start = message.len() - frames.left();
+        }
+        Ok(())
+    }
+}
