@@ -307,7 +307,7 @@ impl Lane {
                 let message = state.poll(Instant::now(), &mut tells);
                 (message, state.deadline(), state.is_over())
             };
-            if !tells.is_empty() {
+            if !tells.is_empty() || is_over {
                 self.tell(tells, &Bytes::new(), inbound);
             }
             match (message, &client) {
