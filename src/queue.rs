@@ -22,6 +22,8 @@ const MAX_NEWS: usize = 1024;
 pub(crate) const COPY_BELOW: usize = 4096;
 /// How many events may gather before the waiting thread is called in any case.
 const PATIENCE: usize = 64;
+/// The same for events that come by the thousand.
+const PATIENCE_WITH_BATCHES: usize = 8192;
 
 /// What an event tells.
 #[repr(i32)]
@@ -513,7 +515,7 @@ impl Queue {
             return None;
         }
         let Some(event) = make() else { return Some(false) };
-        Some(self.put_patiently(&mut inner, Entry::Single(event)))
+        Some(self.put_patiently(&mut inner, Entry::Single(event), PATIENCE))
     }
 
     /// As `push_patiently`, for what came in one lane message.
@@ -528,13 +530,13 @@ impl Queue {
         if batch.is_empty() {
             return Some(false);
         }
-        Some(self.put_patiently(&mut inner, Entry::Batch(batch)))
+        Some(self.put_patiently(&mut inner, Entry::Batch(batch), PATIENCE_WITH_BATCHES))
     }
 
-    fn put_patiently(&self, inner: &mut Inner, entry: Entry) -> bool {
+    fn put_patiently(&self, inner: &mut Inner, entry: Entry, patience: usize) -> bool {
         inner.count += entry.count();
         inner.entries.push_back(entry);
-        if inner.count < PATIENCE {
+        if inner.count < patience {
             return inner.is_awaited() && !mem::replace(&mut inner.deferred, true);
         }
         self.call(inner);

@@ -4,7 +4,6 @@ use crate::connection::Connection;
 use crate::error::{Result, Status};
 use crate::fork;
 use crate::lane::driver::{Lane, Party};
-use crate::lane::frame;
 use crate::lane::state::Credit;
 use crate::outbox::{LOST, Note, Writer, stopped};
 use crate::queue::{Event, Kind, Origin, Queue, Single};
@@ -17,9 +16,6 @@ use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-
-/// What a lane needs of a NATS message for itself.
-const FRAMING: usize = frame::HEADER + frame::MAX_FRAME_HEADER;
 
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
@@ -81,12 +77,13 @@ impl Sender {
     ///
     /// # Errors
     /// Why it may send no more; `TooLarge`, `Reserved`, `Full`.
+    #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
-        self.check(data)?;
-        match self.lane.get() {
-            Some((lane, credit)) => lane.send(&self.word, credit, data)?,
-            None => self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?,
+        if let Some((lane, credit)) = self.lane.get() {
+            return lane.send(&self.word, credit, data);
         }
+        self.check(data)?;
+        self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
         self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -95,12 +92,13 @@ impl Sender {
     ///
     /// # Errors
     /// As `send`, with `Timeout` in place of `Full`.
+    #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
-        self.check(data)?;
-        match self.lane.get() {
-            Some((lane, credit)) => lane.send_wait(&self.word, credit, data, timeout)?,
-            None => self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?,
+        if let Some((lane, credit)) = self.lane.get() {
+            return lane.send_wait(&self.word, credit, data, timeout);
         }
+        self.check(data)?;
+        self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
         self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
@@ -133,7 +131,7 @@ impl Sender {
     /// How many messages it sent.
     #[must_use]
     pub fn send_count(&self) -> u64 {
-        self.sent.load(Ordering::Relaxed)
+        self.lane.get().map_or_else(|| self.sent.load(Ordering::Relaxed), |(_, credit)| credit.sent())
     }
 
     /// 0 while it may send; then, for ever, the code of the status that says why not, as an unsigned number.
@@ -179,14 +177,10 @@ impl Sender {
 
     fn check(&self, data: &[u8]) -> Result<(), Status> {
         stopped(&self.word)?;
-        let (room, is_reserved) = match self.lane.get() {
-            Some(_) => (self.connection().max_payload().saturating_sub(FRAMING), false),
-            None => (self.connection().max_payload(), wire::is_reserved(data)),
-        };
-        if data.len() > room {
+        if data.len() > self.connection().max_payload() {
             return Err(Status::TooLarge);
         }
-        if is_reserved {
+        if wire::is_reserved(data) {
             return Err(Status::Reserved);
         }
         Ok(())
@@ -194,7 +188,7 @@ impl Sender {
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
         match self.lane.get() {
-            Some((lane, credit)) => lane.finish(&self.word, Status::Closed, credit, error.map(|text| self.cut(text)))?,
+            Some((lane, credit)) => lane.finish(&self.word, Status::Closed, credit, error)?,
             None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
                 None => Note::End(self.reply.clone()),
                 Some(text) => self.error_note(text),
@@ -203,11 +197,6 @@ impl Sender {
         self.service.forget(self.number);
         registry::detach(&self.client, self.number);
         Ok(())
-    }
-
-    /// What of a text has room in a lane message.
-    fn cut<'a>(&self, text: &'a [u8]) -> &'a [u8] {
-        &text[..text.len().min(self.connection().max_payload().saturating_sub(FRAMING))]
     }
 
     fn error_note(&self, text: &[u8]) -> Note {

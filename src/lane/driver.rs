@@ -120,6 +120,7 @@ impl Lane {
                     Status::Full
                 }
                 Refusal::Over => Status::PeerGone,
+                Refusal::TooLarge => Status::TooLarge,
             })
         })
     }
@@ -139,6 +140,7 @@ impl Lane {
             match state.send(credit, data) {
                 Ok(()) => break,
                 Err(Refusal::Over) => return Err(Status::PeerGone),
+                Err(Refusal::TooLarge) => return Err(Status::TooLarge),
                 Err(Refusal::Full) => {}
             }
             let now = Instant::now();
@@ -297,8 +299,10 @@ impl Lane {
     /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
     pub(crate) async fn drive(&self, mut clients: watch::Receiver<Option<Client>>, inbound: &Inbound, sent: &AtomicU64) {
         let mut client = clients.borrow_and_update().clone();
-        if client.is_some() {
-            self.state.lock().begin();
+        if let Some(client) = &client {
+            let mut state = self.state.lock();
+            state.set_max_payload(client.max_payload());
+            state.begin();
         }
         loop {
             let mut tells = Vec::new();
@@ -357,7 +361,8 @@ impl Lane {
         let client = clients.borrow_and_update().clone();
         let mut state = self.state.lock();
         state.link_down();
-        if client.is_some() {
+        if let Some(client) = &client {
+            state.set_max_payload(client.max_payload());
             state.link_up(Instant::now());
         }
         client

@@ -14,8 +14,12 @@ use std::time::{Duration, Instant};
 
 /// What a message counts in its stream's window in addition to its bytes.
 pub(crate) const OVERHEAD: u64 = 64;
+/// The largest message that nats-server takes unless it says otherwise.
+const MAX_PAYLOAD: usize = 1 << 20;
 /// How large messages with several frames get.
 const CHUNK: usize = 64 << 10;
+/// How many of their buffers are kept when nothing is in them.
+const MAX_SPARES: usize = 16;
 /// An acknowledgement is sent after so many bytes, or so much later when nothing is sent that could carry it.
 const ACK_AFTER: usize = 2 * CHUNK;
 const ACK_DELAY: Duration = Duration::from_millis(25);
@@ -67,6 +71,8 @@ pub(crate) enum Refusal {
     Full,
     /// The other end is gone, or the lane was closed.
     Over,
+    /// It has no room in a NATS message.
+    TooLarge,
 }
 
 /// A sender's share in its stream's window. Used under the lane's lock only.
@@ -75,9 +81,15 @@ pub(crate) struct Credit {
     stream: u32,
     window: u64,
     outstanding: AtomicU64,
+    sent: AtomicU64,
 }
 
 impl Credit {
+    /// How many messages were sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
     fn outstanding(&self) -> u64 {
         self.outstanding.load(Ordering::Relaxed)
     }
@@ -91,6 +103,11 @@ impl Credit {
 /// than the window gets through, and the reader need not tell of every message that it took.
 fn has_room(outstanding: u64, window: u64, weight: u64) -> bool {
     outstanding <= window / 2 || outstanding + weight <= window
+}
+
+/// What of a NATS message is left for one of a stream.
+fn max_message(max_payload: usize) -> usize {
+    max_payload.saturating_sub(frame::HEADER + frame::MAX_FRAME_HEADER)
 }
 
 /// What a reader has taken and not yet told: it tells when it is half of the window.
@@ -133,6 +150,8 @@ pub(crate) struct State<S> {
     patience: Patience,
     /// How many bytes may wait for their acknowledgement.
     limit: usize,
+    /// How large a message of a stream may be.
+    max_message: usize,
     /// Whether this is the worker's end.
     serves: bool,
     life: Life,
@@ -140,6 +159,8 @@ pub(crate) struct State<S> {
     /// What gathers; each has room for its header in front.
     chunks: VecDeque<BytesMut>,
     chunk_size: usize,
+    /// Full-sized buffers to be used again: fresh ones cost the system more than what they are filled with.
+    spares: Vec<BytesMut>,
     /// Sent; the first has the number `acked + 1`.
     unacked: VecDeque<Bytes>,
     acked: u64,
@@ -197,10 +218,12 @@ impl<S: Clone> State<S> {
         State {
             patience,
             limit,
+            max_message: max_message(MAX_PAYLOAD),
             serves,
             life: Life::Open,
             chunks: VecDeque::new(),
             chunk_size: 0,
+            spares: Vec::new(),
             unacked: VecDeque::new(),
             acked: 0,
             resend: None,
@@ -263,7 +286,7 @@ impl<S: Clone> State<S> {
         self.last_stream += 1;
         let stream = self.last_stream;
         self.append(frame::ACCEPT, stream, &key.to_le_bytes());
-        let credit = Arc::new(Credit { stream, window, outstanding: AtomicU64::new(0) });
+        let credit = Arc::new(Credit { stream, window, outstanding: AtomicU64::new(0), sent: AtomicU64::new(0) });
         let accepted_in = self.last_sent() + self.chunks.len() as u64;
         self.outs.insert(stream, Out { to, credit: Arc::clone(&credit), accepted_in });
         Some(credit)
@@ -275,11 +298,15 @@ impl<S: Clone> State<S> {
         if self.is_over() {
             return Err(Refusal::Over);
         }
+        if data.len() > self.max_message {
+            return Err(Refusal::TooLarge);
+        }
         let weight = data.len() as u64 + OVERHEAD;
         if !credit.has_room(weight) || !self.has_room(data.len()) {
             return Err(Refusal::Full);
         }
         credit.outstanding.store(credit.outstanding() + weight, Ordering::Relaxed);
+        credit.sent.store(credit.sent() + 1, Ordering::Relaxed);
         self.append(frame::DATA, credit.stream, data);
         Ok(())
     }
@@ -295,7 +322,10 @@ impl<S: Clone> State<S> {
         if self.outs.remove(&credit.stream).is_some() {
             match error {
                 None => self.append(frame::END, credit.stream, &[]),
-                Some(text) => self.append(frame::ERROR, credit.stream, text),
+                Some(text) => {
+                    let room = text.len().min(self.max_message);
+                    self.append(frame::ERROR, credit.stream, text.get(..room).unwrap_or_default());
+                }
             }
         }
     }
@@ -318,6 +348,11 @@ impl<S: Clone> State<S> {
     }
 
     // The connection's calls ------------------------------------------------------------------------------------------
+
+    /// nats-server takes messages of so many bytes.
+    pub(crate) fn set_max_payload(&mut self, max_payload: usize) {
+        self.max_message = max_message(max_payload);
+    }
 
     /// There is a connection to nats-server, and was since the lane was made.
     pub(crate) fn begin(&mut self) {
@@ -608,11 +643,13 @@ impl<S: Clone> State<S> {
     #[inline]
     fn append(&mut self, kind: u8, stream: u32, body: &[u8]) {
         let size = body.len() + frame::MAX_FRAME_HEADER;
-        let has_room = self.chunks.back().is_some_and(|chunk| chunk.len() + size <= CHUNK);
+        let most = CHUNK.min(frame::HEADER + frame::MAX_FRAME_HEADER + self.max_message);
+        let has_room = self.chunks.back().is_some_and(|chunk| chunk.len() + size <= most);
         if !has_room {
             // As much as the last one took, so that neither a busy lane copies nor an idle one wastes.
             let capacity = (frame::HEADER + size).max(self.chunk_size.next_power_of_two().min(CHUNK));
-            let mut chunk = BytesMut::with_capacity(capacity);
+            let spare = if capacity == CHUNK { self.spares.pop() } else { None };
+            let mut chunk = spare.unwrap_or_else(|| BytesMut::with_capacity(capacity));
             chunk.extend_from_slice(&[0; frame::HEADER]);
             self.chunks.push_back(chunk);
         }
@@ -628,7 +665,16 @@ impl<S: Clone> State<S> {
             return;
         }
         let count = usize::try_from(ack - self.acked).unwrap_or(usize::MAX).min(self.unacked.len());
-        self.backlog -= self.unacked.drain(..count).map(|message| message.len() - frame::HEADER).sum::<usize>();
+        for message in self.unacked.drain(..count) {
+            self.backlog -= message.len() - frame::HEADER;
+            if self.spares.len() < MAX_SPARES
+                && let Ok(mut buffer) = message.try_into_mut()
+                && buffer.capacity() == CHUNK
+            {
+                buffer.clear();
+                self.spares.push(buffer);
+            }
+        }
         self.acked = ack;
         self.resend = self.resend.map(|index| index.saturating_sub(count)).filter(|index| *index < self.unacked.len());
         self.progress_at = now;
