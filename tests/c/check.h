@@ -22,9 +22,10 @@
 static const char *url;
 static const char *asked_for; /* the one test to run; NULL: all */
 static const char *running = "main";
+static const char *level = ""; /* told with it */
 
 static inline void start_of_line(const char *file, int line) {
-  fprintf(stderr, "%s:%d: %s: ", file, line, running);
+  fprintf(stderr, "%s:%d: %s%s: ", file, line, running, level);
 }
 
 /* Without the host's atexit handlers: a test may be about them, and it has failed. */
@@ -93,6 +94,23 @@ static inline bool is_asked_for(const char *test) { return asked_for && strcmp(a
       test();                                   \
       CHECK_EQ(presence_online_count(), 0);     \
     }                                           \
+  } while (0)
+
+/* Runs a test twice: its peers use lanes, and all their streams are on level 0 of the wire. */
+#define RUN_ON_BOTH(test)                       \
+  do {                                          \
+    CHECK_EQ(setenv("LANES", "true", 1), 0);    \
+    RUN(test);                                  \
+    RUN_ON_LEVEL_0(test);                       \
+  } while (0)
+
+#define RUN_ON_LEVEL_0(test)                    \
+  do {                                          \
+    CHECK_EQ(setenv("LANES", "false", 1), 0);   \
+    level = " on level 0";                      \
+    RUN(test);                                  \
+    level = "";                                 \
+    CHECK_EQ(setenv("LANES", "true", 1), 0);    \
   } while (0)
 
 /* Runs what another test starts, in a process of its own. */

@@ -48,6 +48,7 @@ static void use_after_the_end(void) {
   expect(both.gateway.queue, PRESENCE_EVENT_END);
   presence_stream_free(both.stream);
   CHECK_STATUS(presence_stream_cancel(both.stream), PRESENCE_CLOSED);
+  CHECK_STATUS(presence_stream_consumed(both.stream, 1), PRESENCE_CLOSED);
   presence_stream_free(both.stream);
 
   presence_queue_free(both.gateway.queue);
@@ -71,6 +72,7 @@ static void what_is_no_handle(void) {
     presence_stream_free((presence_stream *)pointers[i]);
     CHECK(presence_service_stop((presence_service *)pointers[i]) != PRESENCE_OK);
     CHECK(presence_stream_cancel((presence_stream *)pointers[i]) != PRESENCE_OK);
+    CHECK(presence_stream_consumed((presence_stream *)pointers[i], 1) != PRESENCE_OK);
     if (pointers[i] != self.conn) CHECK(presence_close((presence_conn *)pointers[i], 0) != PRESENCE_OK);
     if (pointers[i] != self.queue) CHECK(presence_queue_wait((presence_queue *)pointers[i], &event, 1, 0) < 0);
   }
@@ -138,10 +140,11 @@ static void ended_by_eight_threads(void) {
     pair both = open_pair("c");
     presence_stream *cancelled = request(both.gateway, "pair", "d", 2);
     presence_sender *stopped = accept_request(both.worker);
+    settle(both.worker, both.gateway, "pair");
     run_in_all(cancel_stream, cancelled);
     check_one_succeeded();
     expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
-    expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+    expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED);
     run_in_all(end_by_error, both.sender);
     check_one_succeeded();
     expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
@@ -262,10 +265,10 @@ static void closed_while_eight_threads_use_it(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(use_after_the_end);
+  RUN_ON_BOTH(use_after_the_end);
   RUN(what_is_no_handle);
-  RUN(ended_by_eight_threads);
-  RUN(sent_by_seven_while_one_ends);
-  RUN(closed_while_eight_threads_use_it);
+  RUN_ON_BOTH(ended_by_eight_threads);
+  RUN_ON_BOTH(sent_by_seven_while_one_ends);
+  RUN_ON_BOTH(closed_while_eight_threads_use_it);
   return 0;
 }

@@ -41,7 +41,8 @@ static_assert(offsetof(presence_stats, messages_ignored) == 72, "messages_ignore
 static_assert(offsetof(presence_stats, offline_out) == 80, "offline_out");
 static_assert(offsetof(presence_stats, offline_in) == 88, "offline_in");
 static_assert(offsetof(presence_stats, bytes_waiting) == 96, "bytes_waiting");
-static_assert(offsetof(presence_stats, reserved) == 104, "reserved");
+static_assert(offsetof(presence_stats, lanes) == 104, "lanes");
+static_assert(offsetof(presence_stats, reserved) == 112, "reserved");
 
 static_assert(PRESENCE_OK == 0 && PRESENCE_INVALID == -1 && PRESENCE_OFFLINE == -2 && PRESENCE_CLOSED == -3, "status");
 static_assert(PRESENCE_CANCELLED == -4 && PRESENCE_FULL == -5 && PRESENCE_TOO_LARGE == -6, "status");

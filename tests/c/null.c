@@ -112,6 +112,7 @@ static void requests(void) {
   CHECK(!stream && !is_client_online("c"));
   CHECK_EQ(stats_of(self).streams, 0);
   CHECK_STATUS(presence_stream_cancel(NULL), PRESENCE_INVALID);
+  CHECK_STATUS(presence_stream_consumed(NULL, 1), PRESENCE_INVALID);
   presence_stream_free(NULL);
 
   /* Without data, client, config and error. */

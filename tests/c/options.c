@@ -50,6 +50,7 @@ static void numbers(void) {
   static const char *const keys[] = {
       "connect_timeout_ms", "reconnect_min_ms", "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "send_buffer_bytes",
       "session_grace_ms",   "worker_threads",   "timeout_ms",       "retries",        "retry_delay_ms",   "stream_buffer_bytes",
+      "heartbeat_ms",       "peer_grace_ms",
   };
   static const char *const wrong[] = {"", "-1", "x", "1.5", "5s", " 1", "1 ", "0x10", "99999999999999999999"};
   for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
@@ -83,11 +84,15 @@ static void a_wrong_option_changes_nothing(void) {
 
 static void options_for_something_else(void) {
   static const char *const of_requests[][2] = {
-      {"timeout_ms", "1"}, {"retries", "1"}, {"retry_delay_ms", "1"}, {"stream_buffer_bytes", "1"}, {"header.X", "y"}};
+      {"timeout_ms", "1"},          {"retries", "1"},  {"retry_delay_ms", "1"}, {"stream_buffer_bytes", "1"},
+      {"manual_credit", "false"}, {"header.X", "y"},
+  };
   static const char *const of_connections[][2] = {
-      {"name", "x"}, {"user", "x"}, {"announce", "never"}, {"send_buffer_bytes", "1"}, {"session_grace_ms", "1"}};
+      {"name", "x"},             {"user", "x"},       {"announce", "never"},
+      {"send_buffer_bytes", "1"}, {"lanes", "false"}, {"heartbeat_ms", "1000"},
+  };
   peer self = open_peer();
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < 6; i++) {
     presence_conn *conn = NULL;
     presence_config *config = presence_config_new();
     OK(presence_config_set(config, of_requests[i][0], of_requests[i][1]));

@@ -13,11 +13,21 @@ typedef struct peer {
   presence_queue *queue;
 } peer;
 
+/* Whether what is opened uses lanes; a process that a test starts is told by its environment. */
+static inline bool on_lanes(void) {
+  const char *lanes = getenv("LANES");
+  return !lanes || strcmp(lanes, "true") == 0;
+}
+
+/* Why the sender of a cancelled stream stops: level 0 can only tell that its client left. */
+#define CANCELLED (on_lanes() ? PRESENCE_CANCELLED : PRESENCE_OFFLINE)
+
 /* Connects with one option, or with none (NULL). */
 static inline peer open_peer_with(const char *key, const char *value) {
   peer self;
   presence_config *config = presence_config_new();
   presence_error error;
+  OK(presence_config_set(config, "lanes", on_lanes() ? "true" : "false"));
   if (key) OK(presence_config_set(config, key, value));
   OK(presence_connect(url, config, &self.conn, &error));
   OK(presence_queue_new(&self.queue));
@@ -115,6 +125,16 @@ static inline presence_stats stats_of(peer self) {
   presence_stats stats;
   OK(presence_conn_stats(self.conn, &stats));
   return stats;
+}
+
+/* One whole stream: when it has come, the gateway knows of all streams before which lane they are on. */
+static inline void settle(peer worker, peer gateway, const char *subject) {
+  presence_stream *stream = request(gateway, subject, "", 0);
+  presence_sender *sender = accept_request(worker);
+  OK(presence_sender_end(sender));
+  CHECK(expect(gateway.queue, PRESENCE_EVENT_END).stream == stream);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
 }
 
 /* A worker and a gateway, each with a connection of its own, and one stream between them. */

@@ -72,10 +72,10 @@ static void ended_by_an_error(void) { check_wait_ends(by_error, PRESENCE_CLOSED)
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(ended_by_a_mark);
-  RUN(ended_by_the_last_session);
-  RUN(ended_by_a_close);
-  RUN(ended_by_an_end);
-  RUN(ended_by_an_error);
+  RUN_ON_BOTH(ended_by_a_mark);
+  RUN_ON_BOTH(ended_by_the_last_session);
+  RUN_ON_BOTH(ended_by_a_close);
+  RUN_ON_BOTH(ended_by_an_end);
+  RUN_ON_BOTH(ended_by_an_error);
   return 0;
 }
