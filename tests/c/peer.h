@@ -37,6 +37,12 @@ static inline peer open_peer_with(const char *key, const char *value) {
 
 static inline peer open_peer(void) { return open_peer_with(NULL, NULL); }
 
+/* The same connection with another queue. */
+static inline peer beside(peer other) {
+  OK(presence_queue_new(&other.queue));
+  return other;
+}
+
 static inline void close_peer(peer self) {
   OK(presence_close(self.conn, PATIENCE));
   presence_queue_free(self.queue);
