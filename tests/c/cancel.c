@@ -1,0 +1,305 @@
+/* On a lane, what ends one stream stops its sender, and nothing else: not its client, nor that client's other streams. */
+#include "peer.h"
+#include <sched.h>
+
+static pid_t server; /* the process of nats-server */
+
+static void check_stopped(presence_sender *sender, int32_t why) {
+  CHECK(presence_sender_is_closed(sender));
+  CHECK_EQ(status_word(sender), (uint32_t)why);
+  CHECK_STATUS(send_text(sender, "late"), why);
+  CHECK_STATUS(presence_sender_send_wait(sender, "late", 4, -1), why);
+  CHECK_STATUS(presence_sender_error(sender, "late", 4), why);
+  CHECK_STATUS(presence_sender_end(sender), why);
+}
+
+static void expect_stopped(peer worker, presence_sender *sender, int32_t why) {
+  presence_event event = expect_status(worker.queue, PRESENCE_EVENT_STOPPED, why);
+  CHECK(event.sender == sender && !event.stream);
+  CHECK(is_text(event.client, event.client_len, "c"));
+  check_stopped(sender, why);
+}
+
+/* Two streams of the same client, the first of which is ended by the gateway. */
+enum how { CANCELLED_BY_CALL, FREED, TIMED_OUT, HOWS };
+
+static void one_of_two(void) {
+  for (int how = 0; how < HOWS; how++) {
+    peer worker = open_peer(), gateway = open_peer(), watch = beside(gateway);
+    OK(presence_watch(watch.queue, 0));
+    presence_service *service = serve(worker, "two");
+    presence_stream *first = request_with(gateway, "two", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "500");
+    presence_stream *second = request(gateway, "two", "c", 2);
+    presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
+    OK(send_text(senders[0], "first"));
+    expect_data(gateway.queue, "first");
+    expect(watch.queue, PRESENCE_EVENT_ONLINE);
+
+    if (how == CANCELLED_BY_CALL) OK(presence_stream_cancel(first));
+    if (how == FREED) presence_stream_free(first);
+    if (how != FREED) {
+      presence_event last = expect_status(gateway.queue, PRESENCE_EVENT_ERROR,
+                                          how == TIMED_OUT ? PRESENCE_TIMEOUT : PRESENCE_CANCELLED);
+      CHECK(last.stream == first && last.tag == 1 && last.data_len > 0);
+    }
+    expect_stopped(worker, senders[0], PRESENCE_CANCELLED);
+    CHECK_STATUS(presence_stream_cancel(first), PRESENCE_CLOSED);
+    CHECK_STATUS(presence_stream_consumed(first, 1), PRESENCE_CLOSED);
+
+    CHECK(is_client_online("c"));
+    OK(send_text(senders[1], "goes on"));
+    expect_data(gateway.queue, "goes on");
+    OK(presence_sender_end(senders[1]));
+    expect(gateway.queue, PRESENCE_EVENT_END);
+    CHECK_EQ(stats_of(gateway).offline_out, 0);
+    CHECK_EQ(stats_of(worker).offline_in, 0);
+    CHECK_EQ(stats_of(worker).senders, 0);
+    CHECK_EQ(stats_of(gateway).streams, 0);
+    /* It was online all the time, and now its last stream has ended. */
+    expect(watch.queue, PRESENCE_EVENT_OFFLINE);
+    expect_nothing(watch.queue);
+    expect_nothing(gateway.queue);
+    expect_nothing(worker.queue);
+    for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
+    presence_stream_free(first);
+    presence_stream_free(second);
+    presence_service_free(service);
+    presence_queue_free(watch.queue);
+    close_peer(gateway);
+    close_peer(worker);
+  }
+}
+
+/* A client who is marked online stays so, and its only stream can be cancelled all the same. */
+static void the_only_one_of_a_client_who_stays(void) {
+  pair both = open_pair("c");
+  settle(both.worker, both.gateway, "pair");
+  OK(mark_client_online("c"));
+  OK(presence_stream_cancel(both.stream));
+  expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
+  expect_stopped(both.worker, both.sender, PRESENCE_CANCELLED);
+  CHECK(is_client_online("c"));
+  OK(mark_client_offline("c"));
+  close_pair(both);
+}
+
+/* A stream of nobody can be stopped, too. */
+static void an_anonymous_one(void) {
+  pair both = open_pair("");
+  OK(send_text(both.sender, "first"));
+  expect_data(both.gateway.queue, "first");
+  OK(presence_stream_cancel(both.stream));
+  presence_event event = expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_CANCELLED);
+  CHECK(event.sender == both.sender && event.client_len == 0);
+  check_stopped(both.sender, PRESENCE_CANCELLED);
+  close_pair(both);
+}
+
+/* Before its worker has heard of it, which cannot be while the server stands still. */
+static void before_it_was_accepted(void) {
+  for (int how = 0; how < HOWS; how++) {
+    peer worker = open_peer(), gateway = open_peer();
+    presence_service *service = serve(worker, "early");
+    OK(mark_client_online("c")); /* so that nobody announces that it left */
+    CHECK_EQ(kill(server, SIGSTOP), 0);
+    presence_stream *stream = request_with(gateway, "early", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "1");
+    if (how == CANCELLED_BY_CALL) OK(presence_stream_cancel(stream));
+    if (how == FREED) presence_stream_free(stream);
+    if (how != FREED) expect(gateway.queue, PRESENCE_EVENT_ERROR);
+    CHECK_EQ(kill(server, SIGCONT), 0);
+    presence_sender *sender = accept_request(worker);
+    expect_stopped(worker, sender, PRESENCE_CANCELLED);
+    expect_nothing(gateway.queue);
+    CHECK_EQ(stats_of(gateway).streams, 0);
+    OK(mark_client_offline("c"));
+    presence_sender_free(sender);
+    presence_stream_free(stream);
+    presence_service_free(service);
+    close_peer(gateway);
+    close_peer(worker);
+  }
+}
+
+/* At once, again and again: whichever way the race between request, ACCEPT and cancel goes, each ends once. */
+static void right_after_the_request(void) {
+  enum { ROUNDS = 500 };
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "early");
+  OK(mark_client_online("c"));
+  for (int round = 0; round < ROUNDS; round++) {
+    presence_stream *stream = request(gateway, "early", "c", 1);
+    if (round % 3 == 1) sched_yield();
+    if (round % 3 == 2) usleep((useconds_t)round);
+    if (round % 2) OK(presence_stream_cancel(stream));
+    else presence_stream_free(stream);
+    presence_sender *sender = accept_request(worker);
+    expect_stopped(worker, sender, PRESENCE_CANCELLED);
+    if (round % 2) expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
+    expect_nothing(gateway.queue);
+    presence_sender_free(sender);
+    presence_stream_free(stream);
+  }
+  CHECK_EQ(stats_of(gateway).streams, 0);
+  CHECK_EQ(stats_of(worker).senders, 0);
+  OK(mark_client_offline("c"));
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* It crosses the worker's end on its way: each side has one of the two, and once. */
+static void while_the_worker_ends_it(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "cross");
+  for (int round = 0; round < 500; round++) {
+    presence_stream *stream = request(gateway, "cross", "", 1);
+    presence_sender *sender = accept_request(worker);
+    OK(send_text(sender, "x"));
+    expect_data(gateway.queue, "x");
+    int32_t ended, cancelled;
+    if (round % 2) {
+      ended = presence_sender_end(sender);
+      cancelled = presence_stream_cancel(stream);
+    } else {
+      cancelled = presence_stream_cancel(stream);
+      ended = presence_sender_end(sender);
+    }
+    CHECK(ended == PRESENCE_OK || ended == PRESENCE_CANCELLED);
+    presence_event last;
+    CHECK_EQ(presence_queue_wait(gateway.queue, &last, 1, PATIENCE), 1);
+    CHECK(last.stream == stream);
+    if (cancelled == PRESENCE_OK) CHECK(last.kind == PRESENCE_EVENT_ERROR && last.status == PRESENCE_CANCELLED);
+    else CHECK_EQ(last.kind, PRESENCE_EVENT_END);
+    expect_nothing(gateway.queue);
+    /* Whoever has ended it is not told that it was stopped: the next event would not be a request. */
+    if (ended != PRESENCE_OK) CHECK(expect(worker.queue, PRESENCE_EVENT_STOPPED).sender == sender);
+    presence_sender_free(sender);
+    presence_stream_free(stream);
+  }
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* What was sent before is not delivered after a cancel, and its room is not lost to others. */
+static void with_much_unread(void) {
+  enum { SIZE = 60000 };
+  static char data[SIZE];
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "unread");
+  for (int round = 0; round < 40; round++) { /* more in all than a lane's 4 MiB, many times */
+    presence_stream *stream = request(gateway, "unread", "c", 1);
+    presence_sender *sender = accept_request(worker);
+    int32_t status = PRESENCE_OK;
+    while (status == PRESENCE_OK) status = presence_sender_send(sender, data, SIZE);
+    CHECK_STATUS(status, PRESENCE_FULL);
+    expect(gateway.queue, PRESENCE_EVENT_DATA);
+    if (round % 2) presence_stream_free(stream);
+    else OK(presence_stream_cancel(stream));
+    presence_event event;
+    do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    while (event.kind == PRESENCE_EVENT_WRITABLE); /* the lane may have had room again */
+    CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
+    check_stopped(sender, PRESENCE_CANCELLED);
+    while (presence_queue_wait(gateway.queue, &event, 1, 0) == 1) CHECK(round % 2 == 0);
+    presence_sender_free(sender);
+    presence_stream_free(stream);
+  }
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* Marks in another process ------------------------------------------------------------------------------------------ */
+
+/* Marks offline who has a stream on a lane, who has none, and one whose request is still on its way. */
+static void mark_quietly(void) {
+  peer self = open_peer_with("announce", "streams");
+  presence_stream *streams[3];
+  for (uint64_t i = 0; i < 2; i++) streams[i] = request(self, "marks", i ? "stays" : "c", i);
+  expect_data(self.queue, "first");
+  expect_data(self.queue, "first");
+  OK(mark_client_offline("c"));
+  CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 0);
+  OK(mark_client_offline("nobody"));
+  OK(presence_listen_offline(self.conn)); /* an echo: what was to be sent is sent */
+  CHECK_EQ(stats_of(self).offline_out, 0);
+
+  CHECK_EQ(kill(server, SIGSTOP), 0);
+  streams[2] = request(self, "marks", "c", 2);
+  OK(mark_client_offline("c"));
+  CHECK_EQ(kill(server, SIGCONT), 0);
+  CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 2);
+  OK(presence_listen_offline(self.conn));
+  CHECK_EQ(stats_of(self).offline_out, 1);
+
+  CHECK_EQ(expect(self.queue, PRESENCE_EVENT_END).tag, 1);
+  for (int i = 0; i < 3; i++) presence_stream_free(streams[i]);
+  close_peer(self);
+}
+
+/* With announce=streams a departure costs no announcement where lanes can tell it; the sender stops as by one. */
+static void by_a_mark(void) {
+  peer worker = open_peer();
+  presence_service *service = serve(worker, "marks");
+  pid_t other = start("mark_quietly");
+  presence_sender *senders[3] = {accept_request(worker), accept_request(worker), NULL};
+  for (int i = 0; i < 2; i++) OK(send_text(senders[i], "first"));
+  expect_stopped(worker, senders[0], PRESENCE_OFFLINE);
+  CHECK_EQ(stats_of(worker).offline_in, 0);
+  senders[2] = accept_request(worker);
+  /* By the announcement, or because nobody wants the stream any longer, whichever comes first. */
+  presence_event event = expect(worker.queue, PRESENCE_EVENT_STOPPED);
+  CHECK(event.sender == senders[2] && (event.status == PRESENCE_OFFLINE || event.status == PRESENCE_CANCELLED));
+  OK(presence_sender_end(senders[1]));
+  expect_exit(other, 0);
+  CHECK_EQ(stats_of(worker).offline_in, 1);
+  for (int i = 0; i < 3; i++) presence_sender_free(senders[i]);
+  presence_service_free(service);
+  close_peer(worker);
+}
+
+/* With announce=always it is announced as well, for those who are not on a lane; the sender stops once. */
+static void mark_loudly(void) {
+  peer self = open_peer();
+  presence_stream *stream = request(self, "marks", "c", 1);
+  expect_data(self.queue, "first");
+  OK(mark_client_offline("c"));
+  expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
+  presence_stream_free(stream);
+  close_peer(self);
+}
+
+static void by_a_mark_that_is_announced(void) {
+  peer worker = open_peer();
+  presence_service *service = serve(worker, "marks");
+  pid_t other = start("mark_loudly");
+  presence_sender *sender = accept_request(worker);
+  OK(send_text(sender, "first"));
+  expect_stopped(worker, sender, PRESENCE_OFFLINE);
+  expect_exit(other, 0);
+  CHECK_EQ(stats_of(worker).offline_in, 1);
+  expect_nothing(worker.queue);
+  presence_sender_free(sender);
+  presence_service_free(service);
+  close_peer(worker);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  const char *pid = getenv("NATS_SERVER_PID");
+  CHECK(pid && atoi(pid) > 1);
+  server = atoi(pid);
+  ROLE(mark_quietly);
+  ROLE(mark_loudly);
+  RUN(one_of_two);
+  RUN(the_only_one_of_a_client_who_stays);
+  RUN(an_anonymous_one);
+  RUN(before_it_was_accepted);
+  RUN(right_after_the_request);
+  RUN(while_the_worker_ends_it);
+  RUN(with_much_unread);
+  RUN(by_a_mark);
+  RUN(by_a_mark_that_is_announced);
+  return 0;
+}
