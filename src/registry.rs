@@ -620,7 +620,7 @@ mod tests {
         detach("watched", sender.number);
         let mut heard = Vec::new();
         let note = |event: Event<'_>| {
-            if event.client.as_deref() == Some("watched") {
+            if event.client == "watched" {
                 assert_eq!(event.tag, 5);
                 heard.push(event.kind);
             }

@@ -124,6 +124,7 @@ impl Grant {
 
     /// Notes what was taken, and returns what to tell.
     pub(crate) fn take(&self, weight: u64) -> Option<u64> {
+        let weight = weight.min(1 << 40);
         let taken = self.taken.fetch_add(weight, Ordering::Relaxed) + weight;
         // Strictly more: what is not told is at most half, and then the sender has room.
         (taken > self.window / 2).then(|| self.taken.swap(0, Ordering::Relaxed)).filter(|told| *told > 0)
@@ -335,8 +336,12 @@ impl<S: Clone> State<S> {
     /// Gives a stream's worker room for so much more.
     pub(crate) fn grant(&mut self, stream: u32, weight: u64) {
         if let Some(own) = self.ins.get_mut(&stream) {
-            own.unconsumed = own.unconsumed.saturating_sub(weight);
-            self.append(frame::CREDIT, stream, &weight.to_le_bytes());
+            // Never more than came, whatever the reader says: what is on its way counts already.
+            let weight = weight.min(own.unconsumed);
+            own.unconsumed -= weight;
+            if weight > 0 {
+                self.append(frame::CREDIT, stream, &weight.to_le_bytes());
+            }
         }
     }
 
