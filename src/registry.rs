@@ -71,7 +71,43 @@ struct Life {
     sessions: usize,
     /// The session whose close began the grace that runs now.
     grace: Option<u64>,
-    running: HashMap<u64, Arc<dyn Running>>,
+    running: Streams,
+}
+
+/// What runs for a client: one stream for nearly all of them, which needs no map.
+#[derive(Default)]
+struct Streams {
+    first: Option<(u64, Arc<dyn Running>)>,
+    others: HashMap<u64, Arc<dyn Running>>,
+}
+
+impl Streams {
+    fn insert(&mut self, number: u64, running: Arc<dyn Running>) {
+        if self.first.is_none() {
+            self.first = Some((number, running));
+        } else {
+            self.others.insert(number, running);
+        }
+    }
+
+    fn remove(&mut self, number: u64) -> bool {
+        self.first.take_if(|(first, _)| *first == number).is_some() || self.others.remove(&number).is_some()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.first.is_none() && self.others.is_empty()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
+        self.first.iter().map(|(_, running)| running).chain(self.others.values())
+    }
+
+    /// Takes out what `is_meant` says.
+    fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Running>) -> bool) -> Vec<Arc<dyn Running>> {
+        let first = self.first.take_if(|(_, running)| is_meant(running)).map(|(_, running)| running);
+        let others = self.others.extract_if(|_, running| is_meant(running)).map(|(_, running)| running);
+        first.into_iter().chain(others).collect()
+    }
 }
 
 impl Presence {
@@ -86,14 +122,14 @@ impl Presence {
     }
 
     fn new(marked: bool) -> Presence {
-        let life = Life { number: fork::number(), marked, sessions: 0, grace: None, running: HashMap::new() };
+        let life = Life { number: fork::number(), marked, sessions: 0, grace: None, running: Streams::default() };
         Presence::Life(Box::new(life))
     }
 
     fn running(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
         let running = match self {
             Presence::Marked => None,
-            Presence::Life(life) => Some(life.running.values()),
+            Presence::Life(life) => Some(life.running.iter()),
         };
         running.into_iter().flatten()
     }
@@ -105,7 +141,7 @@ impl Life {
         !self.marked
             && self.sessions == 0
             && self.grace.is_none()
-            && self.running.values().all(|stream| stream.requested_on().is_none())
+            && self.running.iter().all(|stream| stream.requested_on().is_none())
     }
 }
 
@@ -159,13 +195,13 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
     let is_over = |presence: &mut Presence| match presence {
         Presence::Marked => false,
         Presence::Life(life) => {
-            late.extend(life.running.extract_if(|_, running| running.answers_to() == Some(connection)));
-            late.retain(|(_, running)| running.forbid(Status::Offline));
+            late = life.running.extract(|running| running.answers_to() == Some(connection));
+            late.retain(|running| running.forbid(Status::Offline));
             life.running.is_empty() && life.is_left()
         }
     };
     registry().leave(id, is_over, |_| {});
-    for (_, running) in late {
+    for running in late {
         running.stopped(Status::Offline);
     }
 }
@@ -213,7 +249,7 @@ pub(crate) fn detach(id: &str, number: u64) {
     let is_over = |presence: &mut Presence| match presence {
         Presence::Marked => false,
         Presence::Life(life) => {
-            life.running.remove(&number);
+            life.running.remove(number);
             life.running.is_empty() && life.is_left()
         }
     };
@@ -227,7 +263,7 @@ pub(crate) fn detach(id: &str, number: u64) {
 pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
     let is_left = |presence: &mut Presence| match presence {
         Presence::Marked => false,
-        Presence::Life(life) => life.running.remove(&number).is_some() && life.is_left(),
+        Presence::Life(life) => life.running.remove(number) && life.is_left(),
     };
     if !id.is_empty() {
         registry().leave(id, is_left, |_| connection.announce(id, true));

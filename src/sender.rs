@@ -9,8 +9,8 @@ use crate::outbox::{LOST, Note, Writer, stopped};
 use crate::queue::{Event, Kind, Origin, Queue, Single};
 use crate::registry::{self, Running};
 use crate::service::Service;
-use crate::wire;
-use async_nats::{HeaderMap, Subject};
+use crate::wire::{self, Headers};
+use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -31,7 +31,7 @@ pub struct Sender {
     lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
     answers_to: Option<u64>,
     client: Arc<str>,
-    headers: Option<HeaderMap>,
+    headers: Headers,
     service: Arc<Service>,
     queue: Arc<Queue>,
     this: Weak<Sender>,
@@ -44,7 +44,7 @@ impl Sender {
         tag: u64,
         reply: Subject,
         client: Arc<str>,
-        headers: Option<HeaderMap>,
+        headers: Headers,
     ) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
             word: AtomicU32::new(0),
@@ -143,7 +143,10 @@ impl Sender {
     /// The first value of a header of the request.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        wire::header(self.headers.as_ref(), name)
+        if name == wire::CONNECT_ID {
+            return Some(&*self.client).filter(|client| !client.is_empty());
+        }
+        self.headers.iter().find(|(own, _)| **own == *name).map(|(_, value)| &**value)
     }
 
     /// Wants no more events of it. A stream that was not ended ends with an error.

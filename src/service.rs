@@ -146,9 +146,12 @@ impl Service {
             self.refuse(&reply, wire::BUSY);
             return;
         }
+        // Copied: what came is a part of the NATS client's read buffer, all of which would be kept as long as the sender.
+        let reply = Subject::from(reply.as_str().to_owned());
+        let headers = wire::own_headers(message.headers.as_ref());
         let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
         let sender =
-            Sender::new(Arc::clone(&self), Arc::clone(&self.queue), self.tag, reply, Arc::clone(&id), message.headers);
+            Sender::new(Arc::clone(&self), Arc::clone(&self.queue), self.tag, reply, Arc::clone(&id), headers);
         self.running.insert(sender.number(), Arc::clone(&sender));
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);

@@ -34,7 +34,6 @@ pub struct Stream {
     connection: Arc<Connection>,
     queue: Arc<Queue>,
     client: Box<str>,
-    subject: Box<str>,
     /// 0 while it runs; then, for ever, the status that says why not.
     word: AtomicU32,
     is_freed: AtomicBool,
@@ -48,11 +47,17 @@ pub struct Stream {
     /// The lane that it runs on, and its number there.
     lane: OnceCell<(Arc<Lane>, u32)>,
     grant: Grant,
-    retry: Mutex<Option<Retry>>,
+    /// Until a worker accepts it on a lane.
+    asking: Mutex<Option<Box<Asking>>>,
     timer: Mutex<Option<AbortHandle>>,
 }
 
-/// How to ask again.
+/// Whom it asks, and how to ask again.
+struct Asking {
+    subject: Box<str>,
+    retry: Option<Retry>,
+}
+
 struct Retry {
     request: Request,
     left: u32,
@@ -100,7 +105,6 @@ impl Connection {
             connection,
             queue: Arc::clone(queue),
             client: client.into(),
-            subject: subject.into(),
             word: AtomicU32::new(0),
             is_freed: AtomicBool::new(false),
             has_begun: AtomicBool::new(false),
@@ -110,7 +114,7 @@ impl Connection {
             key,
             lane: OnceCell::new(),
             grant: Grant::new(window),
-            retry: Mutex::new(None),
+            asking: Mutex::new(None),
             timer: Mutex::new(None),
         });
         let reply = self.inbox().expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
@@ -119,10 +123,9 @@ impl Connection {
         }
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
-        if options.retries > 0 {
-            *stream.retry.lock() =
-                Some(Retry { request: request.clone(), left: options.retries, delay: options.retry_delay });
-        }
+        let (left, delay) = (options.retries, options.retry_delay);
+        let retry = (left > 0).then(|| Retry { request: request.clone(), left, delay });
+        *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));
         // Before it is sent: an offline mark from now on finds the stream.
         registry::attach(client, stream.number, Arc::clone(&stream) as _);
         if stopped(&stream.word).is_err() {
@@ -285,7 +288,7 @@ impl Stream {
         self.connection.inbox().forget(self.number);
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
-        *self.retry.lock() = None;
+        *self.asking.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
             self.connection.inbound().push(&self.queue, || Some(event));
@@ -297,7 +300,7 @@ impl Stream {
         if self.waiting.load(Ordering::Relaxed) + weight > self.limit {
             let text = format!(
                 "the reader of a stream of {} was too slow: more than {} bytes waited for it",
-                self.subject, self.limit
+                self.subject(), self.limit
             );
             if self.finish(Kind::Error, Status::Full, text.clone()) {
                 self.queue.push_news(Kind::Log, Status::Full, self.tag, text);
@@ -314,13 +317,19 @@ impl Stream {
         });
     }
 
+    /// What it asked for, in messages.
+    fn subject(&self) -> String {
+        self.asking.lock().as_ref().map_or_else(String::new, |asking| asking.subject.to_string())
+    }
+
     /// Asks again later, if it may; false if it may not, or messages have come.
     fn ask_again(&self) -> bool {
         if self.has_begun.load(Ordering::Relaxed) {
             return false;
         }
-        let mut retry = self.retry.lock();
-        let Some(Retry { request, left, delay }) = retry.as_mut().filter(|retry| retry.left > 0) else { return false };
+        let mut asking = self.asking.lock();
+        let retry = asking.as_mut().and_then(|asking| asking.retry.as_mut()).filter(|retry| retry.left > 0);
+        let Some(Retry { request, left, delay }) = retry else { return false };
         *left -= 1;
         let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
         self.connection.runtime().spawn(async move {
@@ -340,7 +349,7 @@ impl Receiver for Stream {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             // Once messages have come this is not about our request, but somebody's lie.
             if !self.has_begun.load(Ordering::Relaxed) && !self.ask_again() {
-                self.finish(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject));
+                self.finish(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));
             }
             return;
         }
@@ -403,7 +412,7 @@ impl Asker for Stream {
         stopped(&self.word).ok()?;
         // Level 0 has nothing to tell any longer.
         self.connection.inbox().forget(self.number);
-        *self.retry.lock() = None;
+        *self.asking.lock() = None;
         let window = self.limit.min(MAX_WINDOW);
         Some((self, window))
     }

@@ -106,6 +106,18 @@ pub fn header<'a>(headers: Option<&'a HeaderMap>, name: &str) -> Option<&'a str>
     values.first().map(HeaderValue::as_str)
 }
 
+/// A request's own headers, each with its first value, in as little memory as can be: they live as long as its sender.
+pub(crate) type Headers = Box<[(Box<str>, Box<str>)]>;
+
+/// What to keep of a request's headers: all but those that this library reads itself.
+pub(crate) fn own_headers(headers: Option<&HeaderMap>) -> Headers {
+    let all = headers.into_iter().flat_map(HeaderMap::iter).filter_map(|(name, values)| {
+        let name: &str = name.as_ref();
+        (name != CONNECT_ID && name != LANE).then_some((name.into(), values.first()?.as_str().into()))
+    });
+    all.collect()
+}
+
 /// Checks a header that a caller wants to send with a request, and adds it.
 ///
 /// # Errors
