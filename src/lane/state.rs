@@ -561,8 +561,9 @@ impl<S: Clone> State<S> {
             return;
         }
         if now >= self.beat_at {
+            // After a late one we wait for one more: what came while we were not there ourselves is still to be read.
+            self.missed = if now > self.beat_at + LATE { self.missed.min(MAX_MISSED - 1) } else { self.missed + 1 };
             self.beat_at = now + self.beat();
-            self.missed += 1;
             self.flags |= frame::PING;
         }
         let is_silent = self.missed >= MAX_MISSED && self.reconnecting.is_none_or(|until| now >= until);
