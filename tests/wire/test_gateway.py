@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import Connect, Shell
 from proxy import Proxy
-from raw import INBOX, ORIGIN, RawPeer, Subscription, pub
+from raw import INBOX, LANE, ORIGIN, RawPeer, Subscription, pub
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def begin(gateway: Shell, requests: Subscription, tag: int, client: str) -> str:
 
 @pytest.mark.parametrize("client", ["alice", "客户端-Ü", "_-.*>$", "a:b", "x" * 1024])
 def test_the_request_byte_for_byte(connect: Connect, proxy: Proxy, requests: Subscription, client: str) -> None:
-    gateway = connect(proxy.url)
+    gateway = connect(proxy.url, "lanes=false")
     gateway.do(f"request 1 llm.generate {client} hello")
     block = f"NATS/1.0\r\nConnect-ID: {client}\r\n\r\n".encode()
     message = requests.next()
@@ -44,14 +44,25 @@ def test_the_request_byte_for_byte(connect: Connect, proxy: Proxy, requests: Sub
 
 
 def test_an_anonymous_request_byte_for_byte(connect: Connect, proxy: Proxy, requests: Subscription) -> None:
-    gateway = connect(proxy.url)
+    gateway = connect(proxy.url, "lanes=false")
     gateway.do("request 1 llm.generate - hello")
     message = requests.next()
     assert (message.header, message.payload) == (b"", b"hello")
     assert b"PUB llm.generate %s 5\r\nhello\r\n" % message.reply in proxy.sent
 
 
-def test_a_request_with_headers_of_its_own(gateway: Shell, requests: Subscription) -> None:
+def test_a_request_that_offers_a_lane(gateway: Shell, requests: Subscription) -> None:
+    gateway.do("request 1 llm.generate alice hello")
+    message = requests.next()
+    lines = sorted(message.header.split(b"\r\n"))
+    assert lines[:4] == [b"", b"", b"Connect-ID: alice", b"NATS/1.0"]
+    assert LANE.fullmatch(lines[4])
+    assert len(lines) == 5
+    assert message.payload == b"hello"
+
+
+def test_a_request_with_headers_of_its_own(connect: Connect, requests: Subscription) -> None:
+    gateway = connect("", "lanes=false")
     gateway.do("option header.X-Model gpt: 0")
     gateway.do("request 1 llm.generate alice hello")
     lines = requests.next().header.split(b"\r\n")

@@ -61,7 +61,9 @@ async def test_our_gateway(connect: Connect, server: Server) -> None:
     offline: asyncio.Queue[Msg] = asyncio.Queue()
 
     async def serve(request: Msg) -> None:
-        assert request.headers == {"Connect-ID": request.data.decode()}
+        assert request.headers
+        assert request.headers["Connect-ID"] == request.data.decode()
+        assert request.headers.keys() == {"Connect-ID", "Presence-Lane"}
         for i in range(1000):
             await request.respond(b"%d" % i)
         if request.data == b"alice":

@@ -1,4 +1,4 @@
-"""What a lost connection does to streams: they end clearly at both ends, and are never shortened silently."""
+"""What a lost connection does to streams on level 0: they end clearly at both ends, and are never shortened silently."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from raw import INBOX, RawPeer, Subscription, pub
 
 LOST = b"__STREAM_ERROR__:the worker lost its connection to nats-server"
 END = b"__STREAM_END__"
+LEVEL_0 = "lanes=false"
 
 
 @pytest.fixture
 def worker(connect: Connect, proxy: Proxy) -> Shell:
     """A worker whose connection can be cut."""
-    worker = connect(proxy.url)
+    worker = connect(proxy.url, LEVEL_0)
     worker.do("serve llm.generate workers 0")
     return worker
 
@@ -38,7 +39,7 @@ def assert_serves(gateway: Shell, worker: Shell, tag: int) -> None:
 
 
 def test_the_server_is_killed_and_started_again(connect: Connect, server: Server) -> None:
-    gateway, worker = connect(), connect()
+    gateway, worker = connect("", LEVEL_0), connect("", LEVEL_0)
     worker.do("serve llm.generate workers 0")
     for tag in [1, 2]:
         gateway.do(f"request {tag} llm.generate c{tag} x")
@@ -183,8 +184,8 @@ def test_a_confirmed_end_is_not_taken_back(worker: Shell, raw: RawPeer, proxy: P
 
 @pytest.mark.parametrize("whose", ["worker", "gateway"])
 def test_cut_while_messages_flow(connect: Connect, proxy: Proxy, whose: str) -> None:
-    worker = connect(proxy.url if whose == "worker" else "")
-    gateway = connect(proxy.url if whose == "gateway" else "")
+    worker = connect(proxy.url if whose == "worker" else "", LEVEL_0)
+    gateway = connect(proxy.url if whose == "gateway" else "", LEVEL_0)
     worker.do("serve llm.generate workers 0")
     for tag in range(1, 11):
         last = tag * 200

@@ -7,6 +7,7 @@
  *   send N DATA                     flood N COUNT  (0, 1, ...)      end N         error N TEXT  free N
  *   header N NAME                   option KEY VALUE  (for requests from now on)
  *   request TAG SUBJECT CLIENT|- DATA                               cancel TAG    drop TAG
+ *   consumed TAG BYTES              fill N SIZE  (until there is no room: "text" tells how many messages were taken)
  *   online ID                       offline ID                      is_online ID  watch
  *
  * N counts the requests that came, from 1; TAG is 1 to 999.
@@ -142,6 +143,18 @@ static void do_flood(char *line) {
   reply(status, NULL);
 }
 
+/* Sends messages of this size up to the first that is refused. */
+static void do_fill(char *line) {
+  presence_sender *sender = senders[number(&line)];
+  size_t size = (size_t)atoi(word(&line));
+  char *data = calloc(1, size + 1), text[16];
+  int32_t status, count = 0;
+  while ((status = presence_sender_send(sender, data, size)) == PRESENCE_OK) count++;
+  snprintf(text, sizeof text, "%d", count);
+  reply(status, text);
+  free(data);
+}
+
 static void do_header(char *line) {
   presence_sender *sender = senders[number(&line)];
   const char *value;
@@ -159,7 +172,7 @@ static void do_stats(void) {
   printf("{\"event\": \"reply\", \"status\": \"%s\"", status_name(status));
 #define PRINT(field) printf(", \"" #field "\": %llu", (unsigned long long)s.field)
   PRINT(connects), PRINT(streams), PRINT(senders), PRINT(requests), PRINT(requests_busy), PRINT(requests_ignored);
-  PRINT(messages_ignored), PRINT(offline_out), PRINT(offline_in);
+  PRINT(messages_in), PRINT(messages_ignored), PRINT(offline_out), PRINT(offline_in), PRINT(bytes_waiting), PRINT(lanes);
   puts("}");
   funlockfile(stdout);
 }
@@ -171,6 +184,7 @@ static void execute(char *line) {
   else if (IS("serve")) do_serve(line);
   else if (IS("request")) do_request(line);
   else if (IS("flood")) do_flood(line);
+  else if (IS("fill")) do_fill(line);
   else if (IS("header")) do_header(line);
   else if (IS("stats")) do_stats();
   else if (IS("listen")) reply(presence_listen_offline(conn), NULL);
@@ -181,7 +195,10 @@ static void execute(char *line) {
   else if (IS("is_online")) reply(PRESENCE_OK, is_client_online(rest(&line)) ? "yes" : "no");
   else if (IS("cancel")) reply(presence_stream_cancel(streams[number(&line)]), NULL);
   else if (IS("drop")) presence_stream_free(streams[number(&line)]), reply(PRESENCE_OK, NULL);
-  else if (IS("option")) {
+  else if (IS("consumed")) {
+    presence_stream *stream = streams[number(&line)];
+    reply(presence_stream_consumed(stream, strtoull(word(&line), NULL, 10)), NULL);
+  } else if (IS("option")) {
     const char *key = word(&line);
     reply(presence_config_set(options, key, rest(&line)), NULL);
   } else {
@@ -207,7 +224,7 @@ int main(void) {
     line[length - 1] = '\0';
     execute(line);
   }
-  presence_close(conn, 1000);
+  presence_close(conn, 100);
   presence_queue_free(queue);
   pthread_join(printer, NULL);
   for (int i = 0; i < MAX; i++) presence_sender_free(senders[i]), presence_stream_free(streams[i]);

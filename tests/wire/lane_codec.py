@@ -1,0 +1,110 @@
+"""Lane messages as docs/wire.md tells them, encoded and decoded without any of our code."""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+VERSION = 1
+PING, PONG, GAP, RESET, NEW = 1, 2, 4, 8, 16
+ACCEPT, DATA, END, ERROR, CANCEL, CREDIT = range(1, 7)
+OVERHEAD = 64
+"""What each message counts in its stream's window in addition to its bytes."""
+
+
+class Frame(NamedTuple):
+    kind: int
+    stream: int
+    body: bytes = b""
+
+
+class LaneMessage(NamedTuple):
+    flags: int
+    sequence: int
+    ack: int
+    frames: tuple[Frame, ...] = ()
+
+
+def encode(message: LaneMessage) -> bytes:
+    header = struct.pack("<BBQQ", VERSION, *message[:3])
+    return header + b"".join(encode_frame(frame) for frame in message.frames)
+
+
+def encode_frame(frame: Frame) -> bytes:
+    return bytes([frame.kind]) + encode_number(frame.stream) + encode_number(len(frame.body)) + frame.body
+
+
+def encode_number(number: int) -> bytes:
+    digits = bytearray()
+    while number >= 128:
+        digits.append(number % 128 + 128)
+        number //= 128
+    digits.append(number)
+    return bytes(digits)
+
+
+def decode(payload: bytes) -> LaneMessage:
+    """Strict: whatever the document does not allow is a ValueError."""
+    if len(payload) < 18:
+        raise ValueError(f"{len(payload)} bytes are no header")
+    version, flags, sequence, ack = struct.unpack_from("<BBQQ", payload)
+    if version != VERSION or flags >= 32:
+        raise ValueError(f"version {version}, flags {flags}")
+    frames = []
+    at = 18
+    while at < len(payload):
+        kind = payload[at]
+        stream, at = decode_number(payload, at + 1)
+        length, at = decode_number(payload, at)
+        if not ACCEPT <= kind <= CREDIT or stream == 0 or at + length > len(payload):
+            raise ValueError(f"kind {kind}, stream {stream}, {length} bytes of {len(payload) - at}")
+        frames.append(Frame(kind, stream, payload[at : at + length]))
+        at += length
+    return LaneMessage(flags, sequence, ack, tuple(frames))
+
+
+def decode_number(payload: bytes, at: int) -> tuple[int, int]:
+    """The number that begins there, and where it ends."""
+    number = 0
+    for shift in range(0, 35, 7):
+        if at >= len(payload):
+            raise ValueError("a number is cut off")
+        number |= payload[at] % 128 << shift
+        at += 1
+        if payload[at - 1] < 128:
+            return number, at
+    raise ValueError("a number is too long")
+
+
+def u64(number: int) -> bytes:
+    """The body of ACCEPT and CREDIT."""
+    return struct.pack("<Q", number)
+
+
+def from_u64(body: bytes) -> int:
+    number: int = struct.unpack("<Q", body)[0]
+    return number
+
+
+def accept(stream: int, key: int) -> Frame:
+    return Frame(ACCEPT, stream, u64(key))
+
+
+def data(stream: int, body: bytes) -> Frame:
+    return Frame(DATA, stream, body)
+
+
+def end(stream: int) -> Frame:
+    return Frame(END, stream)
+
+
+def error(stream: int, text: bytes) -> Frame:
+    return Frame(ERROR, stream, text)
+
+
+def cancel(stream: int, reason: int) -> Frame:
+    return Frame(CANCEL, stream, bytes([reason]))
+
+
+def credit(stream: int, weight: int) -> Frame:
+    return Frame(CREDIT, stream, u64(weight))

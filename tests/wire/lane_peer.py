@@ -1,0 +1,206 @@
+"""The ends of lanes, by hand: a gateway and a worker that know docs/wire.md and nothing of our code."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import secrets
+from collections import deque
+from typing import NamedTuple
+
+from lane_codec import ACCEPT, GAP, NEW, PING, PONG, RESET, Frame, LaneMessage, accept, decode, encode, from_u64
+from raw import Message, RawPeer, Subscription, pub
+
+# The subjects of our ends.
+OWN = re.compile(rb"_INBOX\.[0-9a-f]{32}\.lane\.[0-9a-f]{32}")
+OWN_GATEWAY = re.compile(OWN.pattern + rb"-[0-9]+")
+OFFER = re.compile(rb"Presence-Lane: (\S+) (\S+) ([0-9a-f]{16}) ([0-9]+)\r\n")
+
+
+class Ended(Exception):
+    """The other end says that the lane is over."""
+
+
+class LaneEnd:
+    """An end that does what it should, message by message, when it is told to.
+
+    Acknowledges what it takes, at once, and answers PINGs while it waits.
+    """
+
+    def __init__(self, raw: RawPeer, own: str, inbox: Subscription, peer: str, *, serves: bool) -> None:
+        self.raw, self.own, self.inbox, self.peer, self.serves = raw, own, inbox, peer, serves
+        self.sent = 0
+        self.acked = 0
+        self.received = 0
+        self.frames: deque[Frame] = deque()
+        """Came, and were not taken yet."""
+        self.answers_pings = True
+        self.acknowledges = True
+
+    def send(self, *frames: Frame, flags: int = 0) -> LaneMessage:
+        """The next message."""
+        self.sent += 1
+        return self.post(LaneMessage(flags, self.sent, self.received, frames))
+
+    def say(self, flags: int = 0, *, ack: int | None = None) -> None:
+        """A message without frames."""
+        self.post(LaneMessage(flags, self.sent, self.received if ack is None else ack))
+
+    def post(self, message: LaneMessage, *, reply: str | None = None) -> LaneMessage:
+        if self.serves and not self.acked:
+            message = message._replace(flags=message.flags | NEW)
+        self.raw.send(pub(self.peer, encode(message), reply=self.own if reply is None else reply))
+        return message
+
+    def receive(self) -> LaneMessage:
+        """The next message, as it came."""
+        message = self.inbox.next()
+        assert not message.header, message
+        if self.serves:
+            assert message.reply.decode().startswith(self.peer + "-"), message
+        elif not self.peer:
+            # The worker's end shows itself.
+            self.peer = message.reply.decode()
+        else:
+            assert message.reply.decode() == self.peer
+        return decode(message.payload)
+
+    def apply(self, message: LaneMessage) -> None:
+        self.acked = max(self.acked, message.ack)
+        if message.flags & RESET:
+            raise Ended
+        if message.frames and message.sequence == self.received + 1:
+            self.received += 1
+            self.frames += message.frames
+            if self.acknowledges:
+                self.say()
+        elif message.sequence > self.received:
+            raise AssertionError(f"{message} comes after number {self.received}")
+        if message.flags & PING and self.answers_pings:
+            self.say(PONG)
+
+    def take(self, kind: int | None = None) -> Frame:
+        """The next frame; of this kind, if one is given."""
+        while not self.frames:
+            self.apply(self.receive())
+        frame = self.frames.popleft()
+        assert kind in (None, frame.kind), frame
+        return frame
+
+    def ask(self) -> LaneMessage:
+        """Waits for the answer to a PING: all that was sent before it has been dealt with."""
+        self.say(PING)
+        while True:
+            message = self.receive()
+            self.apply(message)
+            if message.flags & PONG:
+                return message
+
+    def wait_for(self, flag: int) -> LaneMessage:
+        """Takes messages up to one with this flag."""
+        while True:
+            message = self.receive()
+            if message.flags & flag:
+                return message
+            self.apply(message)
+
+    def wait_for_end(self) -> None:
+        """Takes what comes, until the other end says that it is over."""
+        try:
+            while True:
+                self.apply(self.receive())
+        except Ended:
+            pass
+
+
+class GatewayByHand:
+    """Offers lanes to workers of ours."""
+
+    def __init__(self, raw: RawPeer) -> None:
+        self.raw = raw
+        self.offer = f"_INBOX.{secrets.token_hex(16)}.lane.{secrets.token_hex(16)}"
+        self.inbox = raw.subscribe(self.offer)
+        self.behind = raw.subscribe(f"{self.offer}-1")
+        """What comes to the end's own name: 503s, and answers about a lane that is not known any longer."""
+
+    def request(self, subject: str, client: str, *, key: int, window: int = 65536, offer: str = "") -> Subscription:
+        """Requests a stream; gives what comes to the request's own inbox, on level 0."""
+        offer = offer or f"1 {self.offer} {key:016x} {window}"
+        reply, answers = self.raw.inbox()
+        header = f"Connect-ID: {client}\r\nPresence-Lane: {offer}\r\n"
+        self.raw.send(pub(subject, b"hello", reply=reply, header=header.encode()))
+        return answers
+
+    def lane(self) -> LaneEnd:
+        """This end of the lane whose first message comes next."""
+        return LaneEnd(self.raw, f"{self.offer}-1", self.inbox, "", serves=False)
+
+
+class Asked(NamedTuple):
+    """A request of a gateway of ours, with what it offers."""
+
+    message: Message
+    version: str
+    offer: str
+    key: int
+    window: int
+
+    @property
+    def reply(self) -> str:
+        return self.message.reply.decode()
+
+
+class WorkerByHand:
+    """Serves a subject for gateways of ours."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, raw: RawPeer, subject: str) -> None:
+        self.raw = raw
+        self.requests = raw.subscribe(subject, "workers")
+
+    def next(self) -> Asked:
+        message = self.requests.next()
+        found = OFFER.search(message.header)
+        assert found, message
+        version, offer, key, window = (text.decode() for text in found.groups())
+        return Asked(message, version, offer, int(key, 16), int(window))
+
+    def lane(self, asked: Asked, own: str = "") -> LaneEnd:
+        """This end of a new lane to who asked."""
+        own = own or f"_INBOX.by.hand.{next(self._numbers)}"
+        return LaneEnd(self.raw, own, self.raw.subscribe(own), asked.offer, serves=True)
+
+    def accept(self) -> LaneEnd:
+        """Accepts the next request, as stream 1 of a lane of its own."""
+        asked = self.next()
+        lane = self.lane(asked)
+        lane.send(accept(1, asked.key))
+        return lane
+
+
+def take_accept(lane: LaneEnd, key: int) -> int:
+    """The stream that our worker has accepted for this key."""
+    frame = lane.take(ACCEPT)
+    assert from_u64(frame.body) == key
+    return frame.stream
+
+
+def no_responders(subject: str) -> bytes:
+    """What nats-server sends where nobody is, when somebody else sends it."""
+    block = b"NATS/1.0 503\r\n\r\n"
+    return b"HPUB %s %d %d\r\n%s\r\n" % (subject.encode(), len(block), len(block), block)
+
+
+__all__ = [
+    "GAP",
+    "OWN",
+    "OWN_GATEWAY",
+    "Asked",
+    "Ended",
+    "GatewayByHand",
+    "LaneEnd",
+    "WorkerByHand",
+    "no_responders",
+    "take_accept",
+]

@@ -1,0 +1,687 @@
+"""Our worker, and a gateway that speaks lanes by hand."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import Connect, Shell
+from harness import Server
+from lane_codec import (
+    DATA, ERROR, GAP, NEW, OVERHEAD, PING, PONG, RESET,
+    Frame, LaneMessage, accept, cancel, credit, data, decode, encode, end, error,
+)  # fmt: skip
+from lane_peer import OWN, GatewayByHand, LaneEnd, no_responders, take_accept
+from raw import RawPeer, pub
+
+OFFLINE, CANCELLED = 2, 4
+"""Reasons in a CANCEL."""
+
+
+@pytest.fixture
+def worker(connect: Connect) -> Shell:
+    worker = connect()
+    worker.do("serve llm.generate workers 0")
+    return worker
+
+
+@pytest.fixture
+def gateway(raw: RawPeer) -> GatewayByHand:
+    return GatewayByHand(raw)
+
+
+@pytest.fixture
+def lane(gateway: GatewayByHand) -> LaneEnd:
+    return gateway.lane()
+
+
+def begin(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, client: str, window: int = 65536) -> tuple[int, int]:
+    """A stream that has begun: its number in the worker, and on the lane."""
+    key = hash(client) % 2**64
+    gateway.request("llm.generate", client, key=key, window=window)
+    n = worker.wait(event="REQUEST", client=client)["n"]
+    return n, take_accept(lane, key)
+
+
+def ignored(worker: Shell) -> int:
+    count: int = worker.ask("stats")["messages_ignored"]
+    return count
+
+
+def assert_goes_on(worker: Shell, lane: LaneEnd, n: int, stream: int) -> None:
+    """The stream carries a message to its end."""
+    worker.do(f"send {n} still here")
+    assert lane.take() == data(stream, b"still here")
+    worker.do(f"end {n}")
+    assert lane.take() == end(stream)
+
+
+def test_a_stream(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    answers = gateway.request("llm.generate", "alice", key=7)
+    request = worker.wait(event="REQUEST")
+    assert (request["client"], request["data"]) == ("alice", "hello")
+    first = lane.receive()
+    # It is new until something was acknowledged.
+    assert first == LaneMessage(NEW, 1, 0, (accept(1, 7),))
+    worker.do("send 1 one")
+    assert lane.receive() == LaneMessage(NEW, 2, 0, (data(1, b"one"),))
+    lane.received = 2
+    lane.say()
+    assert lane.ask() == LaneMessage(PONG, 2, 0)
+    worker.do("send 1 ")
+    # What nobody could send on level 0.
+    worker.do("send 1 __STREAM_END__")
+    worker.do("end 1")
+    assert [lane.take() for _ in range(3)] == [data(1, b""), data(1, b"__STREAM_END__"), end(1)]
+    # Nothing came on level 0, and when all is acknowledged nothing waits.
+    lane.ask()
+    assert answers.payloads() == []
+    stats = worker.ask("stats")
+    assert (stats["lanes"], stats["senders"], stats["bytes_waiting"], stats["messages_ignored"]) == (1, 0, 0, 0)
+
+
+def test_the_workers_end_has_128_random_bits_of_its_own(worker: Shell, raw: RawPeer) -> None:
+    inboxes = set()
+    for key in range(20):
+        gateway = GatewayByHand(raw)
+        lane = gateway.lane()
+        gateway.request("llm.generate", "alice", key=key)
+        take_accept(lane, key)
+        assert OWN.fullmatch(lane.peer.encode())
+        inboxes.add(lane.peer.split(".")[-1])
+    assert len(inboxes) == 20
+    # No bit is the same in all of them.
+    numbers = [int(inbox, 16) for inbox in inboxes]
+    always = zeros = 2**128 - 1
+    for number in numbers:
+        always &= number
+        zeros &= ~number
+    assert (bin(always).count("1"), bin(zeros).count("1")) < (4, 4)
+    assert worker.ask("stats")["lanes"] == 20
+
+
+def test_streams_of_a_gateway_share_a_lane(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    streams = dict(begin(worker, gateway, lane, f"c{i}") for i in range(10))
+    assert sorted(streams.values()) == list(range(1, 11))
+    for i in range(20):
+        for n in streams:
+            worker.do(f"send {n} {i}")
+    came: dict[int, list[bytes]] = {}
+    for _ in range(200):
+        frame = lane.take(DATA)
+        came.setdefault(frame.stream, []).append(frame.body)
+    assert came == {stream: [b"%d" % i for i in range(20)] for stream in streams.values()}
+    assert worker.ask("stats")["lanes"] == 1
+
+
+def test_what_gathers_comes_in_one_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", window=1 << 22)
+    worker.do(f"flood {n} 50000")
+    got: list[bytes] = []
+    messages = 0
+    while len(got) < 50_000:
+        message = lane.receive()
+        assert len(encode(message)) <= 65536
+        lane.apply(message)
+        messages += bool(message.frames)
+        got += [frame.body for frame in message.frames]
+    assert got == [b"%d" % i for i in range(50_000)]
+    # How many exactly depends on how busy the machine is.
+    assert messages < 25_000
+
+
+def test_an_error(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    worker.do(f"send {n} one")
+    worker.do(f"error {n} no such model")
+    assert [lane.take(), lane.take()] == [data(stream, b"one"), error(stream, b"no such model")]
+
+
+def test_a_sender_freed_without_an_end_ends_with_an_error(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    worker.do(f"free {n}")
+    assert lane.take() == error(stream, b"the worker left the stream unfinished")
+
+
+@pytest.mark.parametrize(
+    ("reason", "status"), [(CANCELLED, "CANCELLED"), (OFFLINE, "OFFLINE"), (0, "CANCELLED"), (255, "CANCELLED")]
+)
+def test_cancel_stops_that_sender(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, reason: int, status: str
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    other, others = begin(worker, gateway, lane, "alice")
+    lane.send(cancel(stream, reason))
+    stopped = worker.wait(event="STOPPED")
+    assert (stopped["n"], stopped["status"]) == (n, status)
+    for command in [f"send {n} x", f"end {n}", f"error {n} x"]:
+        assert worker.ask(command)["status"] == status
+    # Nothing follows for it, and the client's other stream goes on.
+    assert_goes_on(worker, lane, other, others)
+
+
+def test_a_cancel_without_a_reason(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.send(Frame(cancel(1, 0).kind, stream))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "CANCELLED"
+
+
+def test_an_announcement_stops_the_sender(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    raw.send(pub("client.offline", b"alice"))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
+    assert lane.take() == error(stream, b"the client is offline")
+
+
+def test_over_the_limit_server_busy(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    worker = connect()
+    worker.do("serve llm.generate workers 1")
+    n, stream = begin(worker, gateway, lane, "alice")
+    # A refusal needs no lane.
+    assert gateway.request("llm.generate", "bob", key=2).payload() == b"__STREAM_ERROR__:server busy"
+    assert_goes_on(worker, lane, n, stream)
+
+
+# The window -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "size", "count"),
+    [
+        (1000, 36, 10),  # 100 each: exactly full
+        (1000, 37, 9),  # 101 each: the tenth would pass the window's end, with more than half of it taken
+        (1000, 436, 2),  # 500 each: with half of it taken, no more, a message fits in any case
+        (1000, 600, 1),
+        (1000, 5000, 1),  # larger than the window
+        (127, 0, 1),  # 64 each: more than half is taken, and another does not fit
+        (128, 0, 2),
+        (1, 100, 1),
+        (0, 100, 1),
+    ],
+)
+def test_the_window(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window: int, size: int, count: int
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", window)
+    refused = worker.ask(f"fill {n} {size}")
+    assert (refused["status"], refused["text"]) == ("FULL", str(count))
+    for _ in range(count):
+        assert lane.take() == data(stream, bytes(size))
+    # Acknowledged is not used up: no room yet.
+    lane.ask()
+    assert worker.ask(f"fill {n} {size}")["text"] == "0"
+    lane.send(credit(stream, count * (size + OVERHEAD)))
+    lane.ask()
+    assert worker.wait(event="WRITABLE")["n"] == n
+    assert worker.ask(f"fill {n} {size}")["text"] == str(count)
+
+
+def test_half_of_the_window_is_enough_for_a_message_of_any_size(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", 1000)
+    worker.ask(f"fill {n} 36")
+    lane.send(credit(stream, 499))
+    lane.ask()
+    assert worker.ask(f"fill {n} 5000")["text"] == "0"
+    lane.send(credit(stream, 1))
+    lane.ask()
+    assert worker.ask(f"fill {n} 5000")["text"] == "1"
+
+
+@pytest.mark.parametrize("weight", [2**64 - 1, 2**63, 65537])
+def test_more_credit_than_is_due_is_all(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, weight: int) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", 1000)
+    other, others = begin(worker, gateway, lane, "bob", 1000)
+    worker.ask(f"fill {n} 36")
+    lane.send(credit(stream, weight), credit(stream, weight))
+    lane.ask()
+    assert worker.ask(f"fill {n} 36")["text"] == "10"
+    assert worker.ask(f"fill {other} 36")["text"] == "10"
+
+
+def test_a_stream_without_room_does_not_hold_up_others(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
+) -> None:
+    slow, _ = begin(worker, gateway, lane, "slow", 1000)
+    quick, stream = begin(worker, gateway, lane, "quick")
+    assert worker.ask(f"fill {slow} 36")["text"] == "10"
+    for _ in range(10):
+        lane.take(DATA)
+    assert_goes_on(worker, lane, quick, stream)
+
+
+def test_what_is_not_acknowledged_has_a_limit(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    worker = connect("", "send_buffer_bytes=65536")
+    worker.do("serve llm.generate workers 0")
+    n, stream = begin(worker, gateway, lane, "alice", 1 << 22)
+    lane.acknowledges = lane.answers_pings = False
+    refused = worker.ask(f"fill {n} 1000")
+    assert (refused["status"], refused["text"]) == ("FULL", "65")  # of 1004 bytes each, with their frames
+    assert worker.ask("stats")["bytes_waiting"] >= 65 * 1004
+    for _ in range(65):
+        lane.take(DATA)
+    lane.say()
+    assert worker.wait(event="WRITABLE")["n"] == n
+
+
+def test_the_largest_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", 1 << 22)
+    largest = (1 << 20) - 18 - 11
+    assert worker.ask(f"fill {n} {largest + 1}")["status"] == "TOO_LARGE"
+    assert int(worker.ask(f"fill {n} {largest}")["text"]) > 0
+    assert lane.take() == data(stream, bytes(largest))
+
+
+# Numbers, acknowledgements, gaps ----------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_sent_again(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    for i in range(5):
+        worker.do(f"send {n} {i}")
+        assert lane.receive().frames == (data(stream, b"%d" % i),)
+    # We say that we have got two of them.
+    lane.received = 3
+    lane.say(GAP)
+    again = [lane.receive() for _ in range(3)]
+    assert [(message.sequence, message.frames) for message in again] == [
+        (4, (data(stream, b"2"),)), (5, (data(stream, b"3"),)), (6, (data(stream, b"4"),))
+    ]  # fmt: skip
+    # The same said twice is one gap.
+    lane.say(GAP)
+    lane.received = 6
+    assert lane.ask() == LaneMessage(PONG, 6, 0)
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_what_is_not_acknowledged_is_asked_for(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.acknowledges = lane.answers_pings = False
+    worker.do(f"send {n} lost")
+    assert lane.receive().frames == (data(stream, b"lost"),)
+    # We did not get it, nor the first PING; or the PONG was lost.
+    assert lane.receive() == LaneMessage(PING, 2, 0)
+    assert lane.receive() == LaneMessage(PING, 2, 0)
+    lane.say(PONG)
+    assert lane.receive() == LaneMessage(0, 2, 0, (data(stream, b"lost"),))
+    lane.received = 2
+    lane.say(PONG)
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_duplicates_are_dropped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", 1000)
+    worker.ask(f"fill {n} 36")
+    again = lane.send(credit(stream, 500))
+    for _ in range(5):
+        lane.post(again)
+    assert lane.ask().ack == 1
+    # Once 500, not six times.
+    assert worker.ask(f"fill {n} 36")["text"] == "5"
+
+
+def test_what_comes_out_of_order_waits_for_what_is_missing(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    other, others = begin(worker, gateway, lane, "bob")
+    messages = [LaneMessage(0, 1, lane.received, (cancel(stream, OFFLINE),)),
+                LaneMessage(0, 2, lane.received, (credit(others, 100),)),
+                LaneMessage(0, 3, lane.received, (cancel(others, OFFLINE),))]  # fmt: skip
+    lane.post(messages[2])
+    told = lane.wait_for(GAP)
+    assert told.ack == 0
+    assert worker.take(event="STOPPED") is None
+    # Told once, not for each that follows.
+    lane.post(messages[1])
+    lane.sent = 3
+    assert lane.ask().ack == 0
+    for message in messages:
+        lane.post(message)
+    assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
+    assert worker.wait(event="STOPPED", n=other)["status"] == "OFFLINE"
+    assert lane.ask().ack == 3
+
+
+def test_a_gap_at_the_end_is_seen_by_a_message_without_frames(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.sent = 1  # Lost on the way.
+    lane.say()
+    assert lane.wait_for(GAP).ack == 0
+    lane.sent = 0
+    lane.send(cancel(stream, OFFLINE))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
+
+
+def test_a_ping_is_answered(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.send(credit(stream, 1))
+    assert lane.ask() == LaneMessage(PONG, 1, 1)
+    assert_goes_on(worker, lane, n, stream)
+
+
+# What is new, what is wrong ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "offer",
+    ["", "1", "2 {inbox} {key} 65536", "0 {inbox} {key} 65536", "-1 {inbox} {key} 65536", "256 {inbox} {key} 65536",
+     "x {inbox} {key} 65536", "1 {inbox}", "1 {inbox} {key}", "1 {inbox} xyz 65536", "1 {inbox} 1{key} 65536",
+     "1 {inbox} {key} -1", "1 {inbox} {key} x", "1 {inbox} {key} 99999999999999999999", "1  {inbox} {key} 65536",
+     "1 client.offline {key} 65536", "1 $SYS.REQ.SERVER.PING {key} 65536", "1 $JS.API.INFO {key} 65536",
+     "1 {inbox}.* {key} 65536", "1 {inbox}.> {key} 65536", "1 > {key} 65536", "1 . {key} 65536", "1 a..b {key} 65536",
+     "1 a\tb {key} 65536", "1 " + "x" * 4096 + ".* {key} 65536"],
+)  # fmt: skip
+def test_an_offer_that_is_not_ours_is_answered_on_level_0(
+    worker: Shell, raw: RawPeer, gateway: GatewayByHand, offer: str
+) -> None:
+    everything = raw.subscribe(">")
+    offer = offer.format(inbox=gateway.offer, key="0123456789abcdef")
+    answers = gateway.request("llm.generate", "alice", key=0, offer=offer or " ")
+    n = worker.wait(event="REQUEST")["n"]
+    worker.do(f"send {n} one")
+    worker.do(f"end {n}")
+    assert [answers.payload(), answers.payload()] == [b"one", b"__STREAM_END__"]
+    # Nothing but the request and its answers went anywhere.
+    assert [everything.payload() for _ in range(3)] == [b"hello", b"one", b"__STREAM_END__"]
+    stats = worker.ask("stats")
+    assert (stats["lanes"], stats["requests_ignored"]) == (0, 0)
+
+
+def test_more_words_in_an_offer_are_for_later_versions(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    gateway.request("llm.generate", "alice", key=0, offer=f"1 {gateway.offer} 0123456789abcdef 65536 and more")
+    take_accept(lane, 0x0123456789ABCDEF)
+
+
+def test_a_worker_without_lanes_answers_on_level_0(connect: Connect, gateway: GatewayByHand) -> None:
+    worker = connect("", "lanes=false")
+    worker.do("serve llm.generate workers 0")
+    answers = gateway.request("llm.generate", "alice", key=1)
+    worker.wait(event="REQUEST")
+    worker.do("send 1 one")
+    assert answers.payload() == b"one"
+
+
+def test_unknown_kinds_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.send(Frame(7, stream, b"x" * 300), Frame(0, stream), Frame(255, 2**32 - 1, b"y"), cancel(stream, OFFLINE))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
+    assert ignored(worker) == 0
+
+
+def test_what_only_workers_say_is_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.send(accept(9, 9), data(stream, b"x"), end(stream), error(stream, b"x"))
+    lane.ask()
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_streams_that_were_never_opened_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    lane.send(*(frame for other in [0, 2, 1000, 2**32 - 1] for frame in (cancel(other, OFFLINE), credit(other, 1))))
+    lane.ask()
+    assert_goes_on(worker, lane, n, stream)
+
+
+def message_of(frames: bytes, sequence: int = 1) -> bytes:
+    return encode(LaneMessage(0, sequence, 0)) + frames
+
+
+MALFORMED = {
+    "kind alone": b"\x05",
+    "stream number cut off": b"\x05\x80",
+    "length missing": b"\x05\x01",
+    "length cut off": b"\x05\x01\x80",
+    "body cut off": b"\x05\x01\x02\x04",
+    "body of 4 GiB": b"\x05\x01\xff\xff\xff\xff\x0f",
+    "stream number above 32 bits": b"\x05\x80\x80\x80\x80\x10\x01\x04",
+    "number of six bytes": b"\x05\x80\x80\x80\x80\x80\x00\x01\x04",
+    "credit too short": b"\x06\x01\x07" + b"\x00" * 7,
+    "credit empty": b"\x06\x01\x00",
+    "after a good frame": b"\x06\x01\x08" + b"\x00" * 8 + b"\x05",
+}
+
+
+@pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_frames_end_the_lane_and_no_other(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, frames: bytes
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    bystander = GatewayByHand(raw)
+    others = bystander.lane()
+    other, other_stream = begin(worker, bystander, others, "bob")
+    raw.send(pub(lane.peer, message_of(frames), reply=lane.own))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    assert lane.wait_for(RESET).flags == RESET
+    assert ignored(worker) == 1
+    assert_goes_on(worker, others, other, other_stream)
+    # The gateway begins anew.
+    again = gateway.lane()
+    begin(worker, gateway, again, "alice")
+    assert again.peer != lane.peer
+
+
+STRANGE = {
+    "nothing": b"",
+    "a byte": b"\x01",
+    "a header cut off": encode(LaneMessage(0, 1, 0))[:17],
+    "version 0": b"\x00" + encode(LaneMessage(0, 1, 0, (cancel(1, OFFLINE),)))[1:],
+    "version 2": b"\x02" + encode(LaneMessage(0, 1, 0, (cancel(1, OFFLINE),)))[1:],
+    "version 255": b"\xff" * 40,
+    "an acknowledgement of what was not sent": encode(LaneMessage(0, 1, 1000, (cancel(1, OFFLINE),))),
+    "the end of a lane, with such": encode(LaneMessage(RESET, 0, 2**64 - 1)),
+    "text": b"__STREAM_END__",
+}
+
+
+@pytest.mark.parametrize("payload", STRANGE.values(), ids=STRANGE.keys())
+def test_other_versions_and_nonsense_are_ignored(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, payload: bytes
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    raw.send(pub(lane.peer, payload, reply=lane.own))
+    assert lane.ask() == LaneMessage(PONG, 1, 0)
+    assert ignored(worker) == 1
+    assert_goes_on(worker, lane, n, stream)
+
+
+def strangers(lane: LaneEnd) -> Iterator[str]:
+    """Names by which somebody else could come."""
+    yield ""
+    yield "_INBOX.stranger"
+    yield lane.peer
+    yield lane.own[:-3]  # a part of the offer
+    yield lane.own[:-2] + "x"
+    yield "client.offline"
+
+
+@pytest.mark.parametrize("forged", [
+    LaneMessage(0, 1, 1, (cancel(1, OFFLINE),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0),
+    LaneMessage(NEW, 1, 0, (accept(1, 1),)), LaneMessage(0, 1, 2**64 - 1),
+])  # fmt: skip
+def test_who_is_not_the_other_end_is_ignored(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, forged: LaneMessage
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    announcements = raw.subscribe("client.offline")
+    count = 0
+    for count, reply in enumerate(strangers(lane), 1):
+        lane.post(forged, reply=reply)
+    assert lane.ask() == LaneMessage(PONG, 1, 0)
+    assert ignored(worker) == count
+    assert announcements.payloads() == []
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_lanes_that_are_not_known_are_told_so(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    prefix = lane.peer.rpartition(".")[0]
+    reply, answers = raw.inbox()
+    for unknown in [f"{prefix}.{'0' * 32}", f"{prefix}.x"]:
+        raw.send(pub(unknown, encode(LaneMessage(0, 5, 3, (cancel(1, OFFLINE),))), reply=reply))
+        answer = answers.next()
+        assert (answer.reply.decode(), answer.payload) == (unknown, encode(LaneMessage(RESET, 0, 0)))
+    assert ignored(worker) == 2
+    # Who asks nothing gets no answer: not what is no lane message, nor the end of a lane, nor who must not be answered to.
+    everything = raw.subscribe(">")
+    ours = {f"{prefix}.x": [b"", b"\x02" * 18, b"hello", encode(LaneMessage(RESET, 0, 0))]}
+    for payload in ours[f"{prefix}.x"]:
+        raw.send(pub(f"{prefix}.x", payload, reply=reply))
+    for forbidden in ["", "client.offline", "$SYS.REQ.SERVER.PING", "a.*", "a.>"]:
+        raw.send(pub(f"{prefix}.x", encode(LaneMessage(0, 1, 0)), reply=forbidden))
+    lane.ask()
+    assert ignored(worker) == 11
+    subjects = [everything.next().subject.decode() for _ in range(11)]
+    assert subjects[:9] == [f"{prefix}.x"] * 9
+    assert subjects[9:] == [lane.peer, gateway.offer]  # the PING and its PONG
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_random_bytes_on_every_subject(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    import random
+
+    dice = random.Random(1)
+    prefix = lane.peer.rpartition(".")[0]
+    count = 0
+    for _ in range(500):
+        payload = dice.randbytes(dice.randrange(60))
+        if dice.random() < 0.5:
+            payload = b"\x01" + payload
+        for subject in [lane.peer, f"{prefix}.x"]:
+            raw.send(pub(subject, payload, reply=dice.choice(["", "_INBOX.stranger", lane.peer])))
+            count += 1
+    # From the other end itself, but with a number that cannot be: no frame of it is looked at.
+    for _ in range(500):
+        payload = encode(LaneMessage(dice.randrange(256), 2**63, 2**63)) + dice.randbytes(dice.randrange(60))
+        raw.send(pub(lane.peer, payload, reply=lane.own))
+        count += 1
+    assert lane.ask() == LaneMessage(PONG, 1, 0)
+    # What we are told about lanes that do not exist comes back to ourselves at times, and is ignored once more.
+    assert count <= ignored(worker) <= 2 * count
+    assert worker.ask("stats")["connects"] == 1
+    assert_goes_on(worker, lane, n, stream)
+
+
+# Death -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_503_from_nowhere_ends_nothing_while_we_answer(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    for i in range(20):
+        raw.send(no_responders(lane.peer))
+        # It asks, and holds back until we answer.
+        assert lane.receive().flags & PING
+        worker.do(f"send {n} {i}")
+        lane.say(PONG)
+        assert lane.take() == data(stream, b"%d" % i)
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: Server, raw: RawPeer) -> None:
+    worker = connect("", "peer_grace_ms=300")
+    worker.do("serve llm.generate workers 0")
+    dying = RawPeer(server.port)
+    gateway = GatewayByHand(dying)
+    lane = gateway.lane()
+    n, _ = begin(worker, gateway, lane, "alice")
+    other = GatewayByHand(raw)
+    others = other.lane()
+    bystander, stream = begin(worker, other, others, "bob")
+    dying.close()
+    since = time.monotonic()
+    while worker.ask(f"send {n} x")["status"] == "OK":
+        time.sleep(0.005)
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    assert 0.25 < time.monotonic() - since < 3
+    assert_goes_on(worker, others, bystander, stream)
+    assert worker.ask("stats")["lanes"] == 1
+
+
+def test_without_grace_one_503_is_enough(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+    """So peer_grace_ms=0 is for where nobody forges."""
+    worker = connect("", "peer_grace_ms=0")
+    worker.do("serve llm.generate workers 0")
+    n, _ = begin(worker, gateway, lane, "alice")
+    raw.send(no_responders(lane.peer))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    lane.wait_for_end()
+
+
+def test_503s_to_other_subjects_are_ignored(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    prefix = lane.peer.rpartition(".")[0]
+    raw.send(no_responders(f"{prefix}.x") + no_responders(f"{prefix}.{'0' * 32}"))
+    lane.ask()
+    assert ignored(worker) == 2
+    assert_goes_on(worker, lane, n, stream)
+
+
+def test_a_silent_gateway_is_gone_after_three_beats(
+    connect: Connect, gateway: GatewayByHand, lane: LaneEnd
+) -> None:
+    worker = connect("", "heartbeat_ms=100")
+    worker.do("serve llm.generate workers 0")
+    n, _ = begin(worker, gateway, lane, "alice")
+    lane.answers_pings = False
+    # While it answers it is there, however long nothing is sent.
+    for _ in range(5):
+        lane.wait_for(PING)
+        lane.say(PONG)
+    since = time.monotonic()
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    assert 0.2 < time.monotonic() - since < 2
+    lane.wait_for_end()
+
+
+def test_the_other_end_resets(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, _ = begin(worker, gateway, lane, "alice")
+    lane.ask()  # It has nothing to do any longer, but its beats.
+    lane.say(RESET)
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    # What comes later meets a lane that is not known.
+    deadline = time.monotonic() + 3
+    while worker.ask("stats")["lanes"]:
+        assert time.monotonic() < deadline, "the lane stays"
+    lane.say()
+    assert decode(gateway.behind.payload()) == LaneMessage(RESET, 0, 0)
+    again = gateway.lane()
+    n, stream = begin(worker, gateway, again, "alice")
+    assert_goes_on(worker, again, n, stream)
+
+
+def test_a_request_that_the_gateway_cannot_have_heard_accepted_ends_on_level_0_too(
+    connect: Connect, raw: RawPeer, server: Server
+) -> None:
+    worker = connect("", "peer_grace_ms=100")
+    worker.do("serve llm.generate workers 0")
+    gateway = GatewayByHand(raw)
+    answers = gateway.request("llm.generate", "alice", key=1, offer="1 _INBOX.nobody.here 0000000000000001 1000")
+    assert worker.wait(event="STOPPED")["status"] == "PEER_GONE"
+    assert answers.payload().startswith(b"__STREAM_ERROR__:")
+
+
+def test_closing_tells_the_gateway(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice")
+    worker.do(f"send {n} x")
+    worker.tell("close 900")
+    assert lane.take() == data(stream, b"x")
+    assert lane.take(ERROR).stream == stream
+    lane.wait_for_end()
+    worker.wait(event="reply", status="OK")
+    assert worker.wait(event="STOPPED", n=n)["status"] == "CLOSED"
+
+
