@@ -510,12 +510,14 @@ int32_t presence_request(struct presence_conn *conn,
                          struct presence_error *error);
 
 /**
- * For streams requested with the option manual_credit: `bytes` of a stream's messages were used up, and its worker may
- * send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
+ * For streams requested with the option manual_credit: `bytes` of its messages that left the queue were used up, and the
+ * worker may send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
  *
- * It may be told for many messages at once. PRESENCE_CLOSED when the stream has ended.
+ * It may be told for many messages at once; the 64 that each counts in addition are reckoned here. 0 is for messages
+ * without bytes. More than there was is the same as all. PRESENCE_CLOSED when the stream has ended.
  */
-int32_t presence_stream_consumed(struct presence_stream *stream, size_t bytes);
+int32_t presence_stream_consumed(struct presence_stream *stream,
+                                 size_t bytes);
 
 /**
  * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
@@ -693,12 +695,29 @@ void presence_service_free(struct presence_service *service);
  * Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
  *
  * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
- * stream goes on after these), PRESENCE_CLOSED, PRESENCE_DISCONNECTED.
+ * stream goes on after these), PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0
+ * PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
+ * taken some, or what waits to be sent is half of send_buffer_bytes.
  *
  * # Safety
  * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
  */
 int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+
+/**
+ * Sends several messages of the stream, up to the first that is refused. Never blocks.
+ *
+ * `data` has them one behind the other, `lens` the length of each. Returns how many were sent: fewer than `count` when one
+ * was refused after others were sent (the next call tells why); when the first is refused, what presence_sender_send
+ * would return for it. 0 for `count` 0.
+ *
+ * # Safety
+ * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `lens` is readable for `count` elements and `data` for their sum.
+ */
+int64_t presence_sender_send_many(struct presence_sender *sender,
+                                  const void *data,
+                                  const size_t *lens,
+                                  size_t count);
 
 /**
  * As presence_sender_send, but where that would be PRESENCE_FULL it waits for room, at most `timeout_ms`.

@@ -88,6 +88,29 @@ impl Sender {
         Ok(())
     }
 
+    /// Sends messages that stand one behind the other in `data`, up to the first that is refused: how many were sent.
+    ///
+    /// # Errors
+    /// As `send`, when the first is refused; `Invalid` when the lengths are not those of `data`.
+    pub fn send_many(&self, data: &[u8], lengths: &[usize]) -> Result<usize, Status> {
+        if lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length)) != Some(data.len()) {
+            return Err(Status::Invalid);
+        }
+        if let Some((lane, credit)) = self.lane.get() {
+            return lane.send_many(&self.word, credit, data, lengths);
+        }
+        let mut rest = data;
+        for (sent, length) in lengths.iter().enumerate() {
+            let (message, behind) = rest.split_at(*length);
+            match self.send(message) {
+                Ok(()) => rest = behind,
+                Err(status) if sent == 0 => return Err(status),
+                Err(_) => return Ok(sent),
+            }
+        }
+        Ok(lengths.len())
+    }
+
     /// Sends one message, waiting for room (`None`: without limit).
     ///
     /// # Errors

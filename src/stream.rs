@@ -41,7 +41,8 @@ pub struct Stream {
     /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
     waiting: AtomicU64,
     limit: u64,
-    manual_credit: bool,
+    /// With manual credit: what has left the queue and was not used yet.
+    held: Option<Box<Mutex<Held>>>,
     /// Names the request for those who accept it on a lane.
     key: u64,
     /// The lane that it runs on, and its number there.
@@ -50,6 +51,30 @@ pub struct Stream {
     /// Until a worker accepts it on a lane.
     asking: Mutex<Option<Box<Asking>>>,
     timer: Mutex<Option<AbortHandle>>,
+}
+
+/// Messages in the hands of a reader who tells when they are used.
+#[derive(Default)]
+struct Held {
+    count: u64,
+    bytes: u64,
+}
+
+impl Held {
+    fn add(&mut self, count: u64, bytes: u64) {
+        self.count += count;
+        self.bytes += bytes;
+    }
+
+    /// What was taken with so many bytes used: as large a part of the messages as of their bytes. All of them are when all
+    /// bytes are, so that a reader need not count messages, and those without bytes are held back too.
+    fn take(&mut self, bytes: u64) -> u64 {
+        let bytes = bytes.min(self.bytes);
+        let count = if bytes == self.bytes { self.count } else { self.count * bytes / self.bytes };
+        self.count -= count;
+        self.bytes -= bytes;
+        bytes + count * OVERHEAD
+    }
 }
 
 /// Whom it asks, and how to ask again.
@@ -110,7 +135,7 @@ impl Connection {
             has_begun: AtomicBool::new(false),
             waiting: AtomicU64::new(0),
             limit: options.stream_buffer as u64,
-            manual_credit: options.manual_credit,
+            held: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
             grant: Grant::new(window),
@@ -193,8 +218,9 @@ impl Stream {
         if stopped(&self.word).is_err() {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
         }
-        if self.manual_credit {
-            self.give_room(bytes);
+        if let Some(held) = &self.held {
+            let used = held.lock().take(bytes);
+            self.give_room(used);
         }
         Ok(())
     }
@@ -462,8 +488,10 @@ impl Origin for Stream {
     }
 
     fn taken(&self, count: u64, bytes: u64) {
-        let bytes = if self.manual_credit { 0 } else { bytes };
-        self.give_room(count * OVERHEAD + bytes);
+        match &self.held {
+            Some(held) => held.lock().add(count, bytes),
+            None => self.give_room(count * OVERHEAD + bytes),
+        }
     }
 }
 

@@ -48,10 +48,11 @@ pub unsafe extern "C" fn presence_request(
     }
 }
 
-/// For streams requested with the option manual_credit: `bytes` of a stream's messages were used up, and its worker may
-/// send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
+/// For streams requested with the option manual_credit: `bytes` of its messages that left the queue were used up, and the
+/// worker may send as many more. Without that option, what leaves the queue counts as used, and this has no effect.
 ///
-/// It may be told for many messages at once. PRESENCE_CLOSED when the stream has ended.
+/// It may be told for many messages at once; the 64 that each counts in addition are reckoned here. 0 is for messages
+/// without bytes. More than there was is the same as all. PRESENCE_CLOSED when the stream has ended.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: usize) -> i32 {
     guard(|| borrow(stream)?.consumed(bytes as u64))

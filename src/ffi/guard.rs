@@ -288,6 +288,21 @@ pub(super) unsafe fn bytes<'a>(data: *const std::ffi::c_void, len: usize) -> Res
 }
 
 /// # Safety
+/// `lens` is readable for `count` elements.
+pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a [usize]> {
+    // SAFETY: as many bytes as the elements have are readable, by the caller's promise.
+    unsafe { bytes(lens.cast(), count.checked_mul(size_of::<usize>()).unwrap_or(usize::MAX)) }?;
+    if count == 0 {
+        return Ok(&[]);
+    }
+    if !lens.is_aligned() {
+        return Err(Error::invalid("lens is not aligned"));
+    }
+    // SAFETY: not NULL, aligned, and readable, as checked and promised.
+    Ok(unsafe { std::slice::from_raw_parts(lens, count) })
+}
+
+/// # Safety
 /// `text` is NULL or NUL-terminated.
 pub(super) unsafe fn c_bytes<'a>(name: &str, text: *const c_char) -> Result<&'a [u8]> {
     if text.is_null() {

@@ -2,11 +2,11 @@
 
 use super::connection::presence_conn;
 use super::guard::{
-    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, handle, limit, presence_error, release,
-    sender_ref, write_out,
+    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, guard_value, handle, lengths, limit, presence_error,
+    release, sender_ref, write_out,
 };
 use super::queue::presence_queue;
-use crate::error::Error;
+use crate::error::{Error, Status};
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
@@ -72,7 +72,9 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 /// Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
 ///
 /// Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
-/// stream goes on after these), PRESENCE_CLOSED, PRESENCE_DISCONNECTED.
+/// stream goes on after these), PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0
+/// PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
+/// taken some, or what waits to be sent is half of send_buffer_bytes.
 ///
 /// # Safety
 /// `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
@@ -80,6 +82,36 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 pub unsafe extern "C" fn presence_sender_send(sender: *mut presence_sender, data: *const c_void, len: usize) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.send(bytes(data, len)?) })
+}
+
+/// Sends several messages of the stream, up to the first that is refused. Never blocks.
+///
+/// `data` has them one behind the other, `lens` the length of each. Returns how many were sent: fewer than `count` when one
+/// was refused after others were sent (the next call tells why); when the first is refused, what presence_sender_send
+/// would return for it. 0 for `count` 0.
+///
+/// # Safety
+/// `sender` is NULL (PRESENCE_INVALID) or not freed yet; `lens` is readable for `count` elements and `data` for their sum.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_send_many(
+    sender: *mut presence_sender,
+    data: *const c_void,
+    lens: *const usize,
+    count: usize,
+) -> i64 {
+    let sent = guard_value(|| -> Result<usize, Status> {
+        // SAFETY: the caller's promises are those of sender_ref, lengths and bytes.
+        unsafe {
+            let (sender, lengths) = (sender_ref(sender)?, lengths(lens, count)?);
+            let sum = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
+            let data = bytes(data, sum.unwrap_or(usize::MAX))?;
+            sender.send_many(data, lengths)
+        }
+    });
+    match sent {
+        Ok(count) => i64::try_from(count).unwrap_or(i64::MAX),
+        Err(status) => status.into(),
+    }
 }
 
 /// As presence_sender_send, but where that would be PRESENCE_FULL it waits for room, at most `timeout_ms`.

@@ -60,8 +60,10 @@ impl Lane {
         serves: bool,
         limit: usize,
         patience: Patience,
+        max_payload: usize,
     ) -> Arc<Lane> {
-        let state = State::new(serves, limit, patience, Instant::now());
+        let mut state = State::new(serves, limit, patience, Instant::now());
+        state.set_max_payload(max_payload);
         Arc::new(Lane {
             own,
             peer,
@@ -75,10 +77,6 @@ impl Lane {
 
     pub(crate) fn peer(&self) -> &Subject {
         &self.peer
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.state.lock().is_over()
     }
 
     pub(crate) fn backlog(&self) -> usize {
@@ -100,7 +98,7 @@ impl Lane {
 
     // The worker's calls ----------------------------------------------------------------------------------------------
 
-    /// Accepts a request. None when the lane is over.
+    /// Accepts a request. None when the lane is over, or has no numbers left.
     pub(crate) fn open(&self, key: u64, window: u64, to: Arc<dyn Party>) -> Option<Arc<Credit>> {
         self.change(|state| state.open(key, window, to, Instant::now()))
     }
@@ -114,14 +112,24 @@ impl Lane {
     pub(crate) fn send(&self, word: &AtomicU32, credit: &Credit, data: &[u8]) -> Result<(), Status> {
         self.change(|state| {
             stopped(word)?;
-            state.send(credit, data).map_err(|refusal| match refusal {
-                Refusal::Full => {
-                    state.want_room(credit);
-                    Status::Full
-                }
-                Refusal::Over => Status::PeerGone,
-                Refusal::TooLarge => Status::TooLarge,
-            })
+            state.send(credit, data).map_err(|refusal| refused(state, credit, refusal))
+        })
+    }
+
+    /// As `send` for messages one behind the other: how many were sent before one was refused, or why the first was.
+    pub(crate) fn send_many(
+        &self,
+        word: &AtomicU32,
+        credit: &Credit,
+        data: &[u8],
+        lengths: &[usize],
+    ) -> Result<usize, Status> {
+        self.change(|state| {
+            stopped(word)?;
+            match state.send_many(credit, data, lengths) {
+                (0, Err(refusal)) => Err(refused(state, credit, refusal)),
+                (sent, _) => Ok(sent),
+            }
         })
     }
 
@@ -382,5 +390,17 @@ impl Lane {
             }
             Err(_) => Err(()),
         }
+    }
+}
+
+/// What a refusal is to the caller, who hears of room if that is what was missing.
+fn refused(state: &mut State<Arc<dyn Party>>, credit: &Credit, refusal: Refusal) -> Status {
+    match refusal {
+        Refusal::Full => {
+            state.want_room(credit);
+            Status::Full
+        }
+        Refusal::Over => Status::PeerGone,
+        Refusal::TooLarge => Status::TooLarge,
     }
 }

@@ -12,7 +12,7 @@ use crate::lane::state::{Credit, Patience};
 use crate::{fork, random, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -39,6 +39,8 @@ pub(crate) struct Lanes {
     limit: usize,
     patience: Patience,
     clients: watch::Sender<Option<Client>>,
+    /// What the last server took.
+    max_payload: AtomicUsize,
     /// Lanes by the last token of this end's subject: as the worker's end it came with the request, as the gateway's end
     /// it is the offer with a number behind.
     own: DashMap<String, Arc<Lane>>,
@@ -68,6 +70,7 @@ impl Lanes {
             limit,
             patience,
             clients: watch::channel(None).0,
+            max_payload: AtomicUsize::new(1 << 20),
             own: DashMap::new(),
             by_peer: DashMap::new(),
             asked: DashMap::new(),
@@ -93,6 +96,9 @@ impl Lanes {
 
     /// The present NATS client; None: there is none.
     pub(crate) fn set_client(&self, client: Option<Client>) {
+        if let Some(client) = &client {
+            self.max_payload.store(client.max_payload(), Ordering::Relaxed);
+        }
         self.clients.send_replace(client);
     }
 
@@ -162,9 +168,8 @@ impl Lanes {
         let inbox = inbox.filter(|inbox| wire::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
         let key = key.and_then(|key| u64::from_str_radix(key, 16).ok()).ok_or_else(wrong)?;
         let window = window.and_then(|window| window.parse().ok()).ok_or_else(wrong)?;
-        // One that is over is about to be forgotten.
         for _ in 0..2 {
-            let found = self.by_peer.get(inbox).map(|lane| Arc::clone(&lane)).filter(|lane| !lane.is_over());
+            let found = self.by_peer.get(inbox).map(|lane| Arc::clone(&lane));
             let lane = match found {
                 Some(lane) => lane,
                 None if self.has_room() => self.make(random::token(), inbox.into(), true),
@@ -173,6 +178,8 @@ impl Lanes {
             if let Some(credit) = lane.open(key, window, Arc::clone(to)) {
                 return Ok((lane, credit));
             }
+            // It is over, or has no numbers left: requests go to another from now on.
+            self.by_peer.remove_if(inbox, |_, other| Arc::ptr_eq(other, &lane));
         }
         Err(Error::new(Status::Full, format!("there are {MAX_LANES} lanes: no more are begun")))
     }
@@ -186,7 +193,7 @@ impl Lanes {
     /// Makes an end, and has it run until it is over.
     fn make(&self, token: String, peer: Subject, serves: bool) -> Arc<Lane> {
         let own = format!("{}{token}", self.prefix);
-        let lane = Lane::new(own.into(), peer, serves, self.limit, self.patience);
+        let lane = Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
         self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
         self.own.insert(token.clone(), Arc::clone(&lane));
         let (clients, inbound, sent) = (self.clients.subscribe(), Arc::clone(&self.inbound), Arc::clone(&self.sent));

@@ -278,14 +278,11 @@ impl<S: Clone> State<S> {
 
     // The worker's calls ----------------------------------------------------------------------------------------------
 
-    /// Accepts the request with this key. None when the lane is over.
+    /// Accepts the request with this key. None when the lane is over, or has no numbers left.
     pub(crate) fn open(&mut self, key: u64, window: u64, to: S, now: Instant) -> Option<Arc<Credit>> {
-        if self.is_over() {
-            return None;
-        }
+        let stream = self.last_stream.checked_add(1).filter(|_| !self.is_over())?;
+        self.last_stream = stream;
         self.wake_beat(now);
-        self.last_stream += 1;
-        let stream = self.last_stream;
         self.append(frame::ACCEPT, stream, &key.to_le_bytes());
         let credit = Arc::new(Credit { stream, window, outstanding: AtomicU64::new(0), sent: AtomicU64::new(0) });
         let accepted_in = self.last_sent() + self.chunks.len() as u64;
@@ -310,6 +307,18 @@ impl<S: Clone> State<S> {
         credit.sent.store(credit.sent() + 1, Ordering::Relaxed);
         self.append(frame::DATA, credit.stream, data);
         Ok(())
+    }
+
+    /// Sends messages that stand one behind the other, up to the first that is refused: how many were sent, and why no more.
+    pub(crate) fn send_many(&mut self, credit: &Credit, mut data: &[u8], lengths: &[usize]) -> (usize, Result<(), Refusal>) {
+        for (sent, length) in lengths.iter().enumerate() {
+            let (message, rest) = data.split_at(*length);
+            if let Err(refusal) = self.send(credit, message) {
+                return (sent, Err(refusal));
+            }
+            data = rest;
+        }
+        (lengths.len(), Ok(()))
     }
 
     /// Has `Tell::Room` said, once, when there may be room for what was refused.
@@ -518,9 +527,8 @@ impl<S: Clone> State<S> {
         let Some(until) = self.asleep else { return false };
         let is_due = (!self.is_held && (!self.chunks.is_empty() || self.resend.is_some()))
             || self.flags != 0
-            || self.ack_now
-            || self.life == Life::Over;
-        let wakes = (is_due && self.is_linked) || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
+            || self.ack_now;
+        let wakes = self.is_over() || (is_due && self.is_linked) || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
         if wakes {
             self.asleep = None;
         }
@@ -744,7 +752,10 @@ impl<S: Clone> State<S> {
                         }
                     }
                 }
-                (frame::ACCEPT, false) if frame.stream > self.last_stream => {
+                (frame::ACCEPT, false) => {
+                    if frame.stream <= self.last_stream {
+                        return Err(Malformed);
+                    }
                     let key = u64::from_le_bytes(*frame.body.first_chunk().ok_or(Malformed)?);
                     self.last_stream = frame.stream;
                     self.wake_beat(now);
