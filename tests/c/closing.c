@@ -1,0 +1,276 @@
+/* A connection closes in the middle of streams on a lane: what was sent before arrives, and the other end is told. */
+#include "content.h"
+#include <time.h>
+
+enum { STREAMS = 20, SIZE = 1000 };
+
+static int64_t now_ms(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+typedef struct crowd {
+  peer worker, gateway;
+  presence_service *service;
+  presence_stream *streams[STREAMS];
+  presence_sender *senders[STREAMS];
+  uint64_t sent[STREAMS];
+} crowd;
+
+static crowd open_crowd(void) {
+  crowd self;
+  self.worker = open_peer();
+  self.gateway = open_peer();
+  self.service = serve(self.worker, "crowd");
+  for (uint64_t i = 0; i < STREAMS; i++) {
+    self.streams[i] = request(self.gateway, "crowd", "c", i);
+    self.senders[i] = accept_request(self.worker);
+    self.sent[i] = 0;
+  }
+  settle(self.worker, self.gateway, "crowd");
+  return self;
+}
+
+/* Its connections are closed already. */
+static void free_crowd(crowd *self) {
+  for (int i = 0; i < STREAMS; i++) {
+    presence_sender_free(self->senders[i]);
+    presence_stream_free(self->streams[i]);
+  }
+  presence_service_free(self->service);
+  presence_queue_free(self->worker.queue);
+  presence_queue_free(self->gateway.queue);
+}
+
+/* Sends on all streams in turn until the lane has no room. */
+static void send_much(crowd *self) {
+  unsigned char message[SIZE];
+  for (int i = 0;; i = (i + 1) % STREAMS) {
+    fill_content(message, SIZE, (uint64_t)i, self->sent[i]);
+    int32_t status = presence_sender_send(self->senders[i], message, SIZE);
+    if (status == PRESENCE_FULL) return;
+    OK(status);
+    self->sent[i]++;
+  }
+}
+
+/* The worker closes: all that it sent comes, then the end, or an error where there was none. Nobody reads meanwhile. */
+static void the_worker(void) {
+  crowd self = open_crowd();
+  send_much(&self);
+  for (int i = 0; i < STREAMS; i += 2) OK(presence_sender_end(self.senders[i]));
+  OK(presence_close(self.worker.conn, PATIENCE));
+  for (int i = 0; i < STREAMS; i++) CHECK_STATUS(send_text(self.senders[i], "late"), PRESENCE_CLOSED);
+  uint64_t received[STREAMS] = {0};
+  for (int ended = 0; ended < STREAMS;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(self.gateway.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_DATA) {
+      CHECK_CONTENT(&event, SIZE, event.tag, received[event.tag]);
+      received[event.tag]++;
+      continue;
+    }
+    CHECK_EQ(event.kind, event.tag % 2 ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_END);
+    CHECK_STATUS(event.status, event.tag % 2 ? PRESENCE_REMOTE : PRESENCE_OK);
+    CHECK_EQ(received[event.tag], self.sent[event.tag]);
+    if (event.tag % 2) CHECK(event.data_len > 0);
+    ended++;
+  }
+  expect_nothing(self.gateway.queue);
+  for (int i = 1; i < STREAMS; i += 2) { /* those that were not ended are told, among them who may have heard of room before */
+    presence_event event;
+    do CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, PATIENCE), 1);
+    while (event.kind == PRESENCE_EVENT_WRITABLE);
+    CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
+    CHECK_STATUS(event.status, PRESENCE_CLOSED);
+  }
+  OK(presence_close(self.gateway.conn, PATIENCE));
+  free_crowd(&self);
+}
+
+/* The gateway closes, with much unread: its streams have ended, and the senders stop. */
+static void the_gateway(void) {
+  crowd self = open_crowd();
+  send_much(&self);
+  OK(presence_close(self.gateway.conn, PATIENCE));
+  for (int stopped = 0; stopped < STREAMS;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_WRITABLE) continue;
+    CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
+    CHECK_STATUS(event.status, PRESENCE_CANCELLED);
+    stopped++;
+  }
+  for (int ended = 0; ended < STREAMS;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(self.gateway.queue, &event, 1, 0), 1);
+    if (event.kind == PRESENCE_EVENT_DATA) continue;
+    CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
+    CHECK_STATUS(event.status, PRESENCE_CLOSED);
+    ended++;
+  }
+  expect_nothing(self.gateway.queue);
+  OK(presence_close(self.worker.conn, PATIENCE));
+  free_crowd(&self);
+}
+
+static void *close_conn(void *conn) {
+  int64_t since = now_ms();
+  OK(presence_close((presence_conn *)conn, PATIENCE));
+  CHECK(now_ms() - since < 10000);
+  return NULL;
+}
+
+/* Both at once: each stream and each sender ends once. */
+static void both_at_once(void) {
+  for (int round = 0; round < 20; round++) {
+    crowd self = open_crowd();
+    if (round % 2) send_much(&self);
+    pthread_t threads[] = {start_thread(close_conn, self.worker.conn), start_thread(close_conn, self.gateway.conn)};
+    for (int i = 0; i < 2; i++) join_thread(threads[i]);
+    int ended = 0, stopped = 0;
+    presence_event event;
+    while (presence_queue_wait(self.gateway.queue, &event, 1, 0) == 1) {
+      if (event.kind == PRESENCE_EVENT_DATA) continue;
+      CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
+      CHECK(event.status == PRESENCE_CLOSED || event.status == PRESENCE_REMOTE);
+      ended++;
+    }
+    while (presence_queue_wait(self.worker.queue, &event, 1, 0) == 1) {
+      if (event.kind == PRESENCE_EVENT_WRITABLE) continue;
+      CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
+      CHECK(event.status == PRESENCE_CLOSED || event.status == PRESENCE_CANCELLED);
+      stopped++;
+    }
+    CHECK_EQ(ended, STREAMS);
+    CHECK_EQ(stopped, STREAMS);
+    free_crowd(&self);
+  }
+}
+
+/* Without any time to drain, the other end learns of it all the same: by what came, or because nobody is there. */
+static void in_no_time(void) {
+  for (int round = 0; round < 20; round++) {
+    crowd self = open_crowd();
+    peer closes = round % 2 ? self.worker : self.gateway, other = round % 2 ? self.gateway : self.worker;
+    if (round % 4 > 1) send_much(&self);
+    int32_t status = presence_close(closes.conn, 0);
+    CHECK(status == PRESENCE_OK || status == PRESENCE_TIMEOUT);
+    for (int ended = 0; ended < STREAMS;) {
+      presence_event event;
+      CHECK_EQ(presence_queue_wait(other.queue, &event, 1, PATIENCE), 1);
+      if (event.kind == PRESENCE_EVENT_DATA || event.kind == PRESENCE_EVENT_WRITABLE) continue;
+      CHECK_EQ(event.kind, round % 2 ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_STOPPED);
+      if (event.status != PRESENCE_PEER_GONE) CHECK_STATUS(event.status, round % 2 ? PRESENCE_REMOTE : PRESENCE_CANCELLED);
+      ended++;
+    }
+    OK(presence_close(other.conn, PATIENCE));
+    free_crowd(&self);
+  }
+}
+
+/* Processes that end right after they closed ------------------------------------------------------------------------- */
+
+static void send_and_leave(void) {
+  peer self = open_peer();
+  presence_service *service = serve(self, "leave");
+  presence_sender *sender = accept_request(self);
+  unsigned char message[SIZE];
+  for (uint64_t i = 0; i < 20000; i++) {
+    fill_content(message, SIZE, 1, i);
+    OK(presence_sender_send_wait(sender, message, SIZE, PATIENCE));
+  }
+  OK(presence_sender_end(sender));
+  OK(presence_close(self.conn, PATIENCE));
+  (void)service;
+  _exit(0);
+}
+
+static void a_worker_that_leaves(void) {
+  peer gateway = open_peer();
+  pid_t worker = start("send_and_leave");
+  presence_stream *stream = request_with(gateway, "leave", "c", 1, "retries", "100000");
+  for (uint64_t i = 0; i < 20000; i++) {
+    presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK_CONTENT(&event, SIZE, 1, i);
+  }
+  expect(gateway.queue, PRESENCE_EVENT_END);
+  expect_exit(worker, 0);
+  presence_stream_free(stream);
+  close_peer(gateway);
+}
+
+static void read_and_leave(void) {
+  peer self = open_peer();
+  (void)request(self, "leave", "c", 1);
+  (void)request(self, "leave", "c", 2);
+  expect_data(self.queue, "first");
+  expect_data(self.queue, "first");
+  OK(presence_close(self.conn, PATIENCE));
+  _exit(0);
+}
+
+static void a_gateway_that_leaves(void) {
+  peer worker = open_peer_with("peer_grace_ms", "60000"); /* that it is gone is not what tells */
+  presence_service *service = serve(worker, "leave");
+  pid_t gateway = start("read_and_leave");
+  presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
+  for (int i = 0; i < 2; i++) OK(send_text(senders[i], "first"));
+  for (int i = 0; i < 2; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_CANCELLED);
+  expect_exit(gateway, 0);
+  int64_t since = now_ms();
+  while (stats_of(worker).lanes > 0) { /* nothing is left of it */
+    CHECK(now_ms() - since < PATIENCE);
+    usleep(1000);
+  }
+  for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
+  presence_service_free(service);
+  close_peer(worker);
+}
+
+/* The other end stands still: a close waits as long as it may, and says that not all has come. */
+static void stand(void) {
+  peer self = open_peer();
+  presence_stream *stream = request(self, "leave", "c", 1);
+  presence_event event;
+  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+  while (event.kind == PRESENCE_EVENT_DATA);
+  CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
+  presence_stream_free(stream);
+  close_peer(self);
+}
+
+static void before_one_that_stands_still(void) {
+  peer worker = open_peer();
+  presence_service *service = serve(worker, "leave");
+  pid_t gateway = start("stand");
+  presence_sender *sender = accept_request(worker);
+  OK(send_text(sender, "first"));
+  CHECK_EQ(kill(gateway, SIGSTOP), 0);
+  for (int i = 0; i < 100; i++) OK(send_text(sender, "more"));
+  int64_t since = now_ms();
+  CHECK_STATUS(presence_close(worker.conn, 300), PRESENCE_TIMEOUT);
+  CHECK(now_ms() - since >= 290 && now_ms() - since < 3000);
+  CHECK_EQ(kill(gateway, SIGCONT), 0);
+  expect_exit(gateway, 0);
+  presence_sender_free(sender);
+  presence_service_free(service);
+  presence_queue_free(worker.queue);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  ROLE(send_and_leave);
+  ROLE(read_and_leave);
+  ROLE(stand);
+  if (is_asked_for("stand")) return 0;
+  RUN(the_worker);
+  RUN(the_gateway);
+  RUN(both_at_once);
+  RUN(in_no_time);
+  RUN(a_worker_that_leaves);
+  RUN(a_gateway_that_leaves);
+  RUN(before_one_that_stands_still);
+  return 0;
+}
