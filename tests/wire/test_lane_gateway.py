@@ -1,0 +1,722 @@
+"""Our gateway, and a worker that speaks lanes by hand."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+import pytest
+from conftest import Connect, Shell
+from harness import Server
+from lane_codec import (
+    CANCEL, CREDIT, GAP, NEW, OVERHEAD, PING, PONG, RESET,
+    Frame, LaneMessage, accept, cancel, credit, data, decode, encode, encode_frame, end, error, from_u64,
+)  # fmt: skip
+from lane_peer import OWN, OWN_GATEWAY, Asked, LaneEnd, WorkerByHand, no_responders
+from raw import RawPeer, pub
+
+UNKNOWN, OFFLINE, CANCELLED, TIMEOUT = 0, 2, 4, 12
+"""Reasons in a CANCEL."""
+
+
+@pytest.fixture
+def gateway(connect: Connect) -> Shell:
+    return connect()
+
+
+@pytest.fixture
+def worker(raw: RawPeer) -> WorkerByHand:
+    return WorkerByHand(raw, "llm.generate")
+
+
+def ask(gateway: Shell, worker: WorkerByHand, tag: int, client: str = "alice") -> Asked:
+    gateway.do(f"request {tag} llm.generate {client} hello")
+    return worker.next()
+
+
+def begin(gateway: Shell, worker: WorkerByHand, tag: int, client: str = "alice") -> LaneEnd:
+    """A stream that has begun, as stream 1 of a lane of its own."""
+    gateway.do(f"request {tag} llm.generate {client} hello")
+    return worker.accept()
+
+
+def go_on(gateway: Shell, worker: WorkerByHand, lane: LaneEnd, tag: int, stream: int) -> None:
+    """A further stream of the lane."""
+    lane.send(accept(stream, ask(gateway, worker, tag).key))
+
+
+def assert_goes_on(gateway: Shell, lane: LaneEnd, tag: int, stream: int = 1) -> None:
+    """The stream carries a message to its end."""
+    lane.send(data(stream, b"still here"), end(stream))
+    assert gateway.wait(tag=tag)["data"] == "still here"
+    assert gateway.wait(tag=tag)["event"] == "END"
+
+
+def ignored(gateway: Shell) -> int:
+    count: int = gateway.ask("stats")["messages_ignored"]
+    return count
+
+
+def test_requests_offer_one_lane_and_a_key_each(connect: Connect, worker: WorkerByHand) -> None:
+    offers, keys = set(), set()
+    for process in [connect(), connect()]:
+        for tag in range(1, 11):
+            asked = ask(process, worker, tag)
+            assert OWN.fullmatch(asked.offer.encode())
+            assert (asked.version, asked.window) == ("1", 1 << 22)
+            offers.add(asked.offer)
+            keys.add(asked.key)
+    assert (len(offers), len(keys)) == (2, 20)
+
+
+@pytest.mark.parametrize(("buffer", "window"), [("65536", 65536), ("4194304", 4194304), ("999999999", 4194304)])
+def test_the_window_is_the_readers(gateway: Shell, worker: WorkerByHand, buffer: str, window: int) -> None:
+    gateway.do(f"option stream_buffer_bytes {buffer}")
+    assert ask(gateway, worker, 1).window == window
+
+
+def test_a_stream(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    payloads = [b"one", b"", bytes(range(256)), b"__STREAM_END__", b"__STREAM_ERROR__:x", b"x" * 100_000]
+    lane.send(*(data(1, payload) for payload in payloads[:3]))
+    for payload in payloads[3:]:
+        lane.send(data(1, payload))
+    received = [gateway.wait(event="DATA", tag=1)["data"].encode("latin-1") for _ in payloads]
+    assert received == payloads
+    lane.send(end(1))
+    gateway.wait(event="END", tag=1)
+    answer = lane.ask()
+    assert (answer.flags, answer.ack) == (PONG, 6)
+    assert gateway.ask("is_online alice")["text"] == "no"
+    stats = gateway.ask("stats")
+    assert (stats["lanes"], stats["streams"], stats["messages_ignored"], stats["offline_out"]) == (1, 0, 0, 0)
+
+
+def test_the_gateways_end_is_the_offer_with_a_number(gateway: Shell, worker: WorkerByHand) -> None:
+    names = set()
+    for tag in range(1, 4):
+        lane = begin(gateway, worker, tag)
+        message = lane.inbox.next()
+        assert OWN_GATEWAY.fullmatch(message.reply)
+        assert message.reply.decode().startswith(lane.peer + "-")
+        names.add(message.reply)
+    assert len(names) == 3
+    assert gateway.ask("stats")["lanes"] == 3
+
+
+def test_what_came_is_acknowledged_by_itself(gateway: Shell, worker: WorkerByHand) -> None:
+    since = time.monotonic()
+    lane = begin(gateway, worker, 1)
+    assert lane.receive() == LaneMessage(0, 0, 1)
+    assert time.monotonic() - since < 1
+    # Much at a time is acknowledged in between, too.
+    for _ in range(5):
+        lane.send(data(1, b"x" * 65536))
+    acks = [lane.receive().ack for _ in range(2)]
+    assert acks[0] < acks[1] <= 6
+
+
+def test_streams_of_a_lane_do_not_mix(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    for tag in range(2, 6):
+        go_on(gateway, worker, lane, tag, tag)
+    for i in range(20):
+        lane.send(*(data(tag, b"%d %d" % (tag, i)) for tag in range(1, 6)))
+    for tag in range(1, 6):
+        received = [gateway.wait(event="DATA", tag=tag)["data"] for _ in range(20)]
+        assert received == [f"{tag} {i}" for i in range(20)]
+    assert gateway.ask("stats")["lanes"] == 1
+
+
+@pytest.mark.parametrize("text", ["no such model", "", "server busy", "__STREAM_END__"])
+def test_an_error(gateway: Shell, worker: WorkerByHand, text: str) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.send(data(1, b"one"), error(1, text.encode()), data(1, b"late"), end(1))
+    assert gateway.wait(event="DATA")["data"] == "one"
+    failed = gateway.wait(event="ERROR")
+    assert (failed["status"], failed["data"]) == ("REMOTE", text)
+    lane.ask()
+    assert not [event for event in gateway.events if event["event"] in ("DATA", "END")]
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "reason"),
+    [("cancel 1", "CANCELLED", CANCELLED), ("drop 1", None, CANCELLED), ("offline alice", "OFFLINE", OFFLINE)],
+)
+def test_leaving_cancels(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer, command: str, status: str | None, reason: int
+) -> None:
+    announcements = raw.subscribe("client.offline")
+    lane = begin(gateway, worker, 1)
+    go_on(gateway, worker, lane, 2, 2)
+    lane.send(data(1, b"x"))
+    gateway.wait(event="DATA")
+    gateway.do(command)
+    frames = {lane.take(CANCEL) for _ in range(2 if reason == OFFLINE else 1)}
+    assert frames == ({cancel(1, reason), cancel(2, reason)} if reason == OFFLINE else {cancel(1, reason)})
+    if status:
+        assert gateway.wait(event="ERROR", tag=1)["status"] == status
+    # What the worker sent before it knew is for nobody.
+    lane.send(data(1, b"late"), end(1))
+    lane.ask()
+    assert gateway.take(event="DATA") is None
+    assert gateway.take(event="END") is None
+    if reason == CANCELLED:
+        # Of the client's other stream nobody heard anything.
+        assert_goes_on(gateway, lane, 2, 2)
+        gateway.do("offline after")
+        assert announcements.payload() == b"after"
+    else:
+        assert announcements.payload() == b"alice"
+
+
+def test_a_stream_that_took_too_long_is_cancelled(gateway: Shell, worker: WorkerByHand) -> None:
+    gateway.do("option timeout_ms 50")
+    lane = begin(gateway, worker, 1)
+    assert lane.take() == cancel(1, TIMEOUT)
+    assert gateway.wait(event="ERROR")["status"] == "TIMEOUT"
+
+
+def test_announcing_only_streams_that_have_no_lane(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+    announcements = raw.subscribe("client.offline")
+    gateway = connect("", "announce=streams")
+    lane = begin(gateway, worker, 1, "on_a_lane")
+    lane.send(data(1, b"x"))
+    gateway.wait(event="DATA")
+    gateway.do("offline on_a_lane")
+    assert lane.take() == cancel(1, OFFLINE)
+    # Not accepted yet: who knows where it is.
+    ask(gateway, worker, 2, "asked")
+    gateway.do("offline asked")
+    assert announcements.payload() == b"asked"
+
+
+def test_an_announcement_of_a_peer_ends_the_stream(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    gateway.do("listen")
+    lane = begin(gateway, worker, 1)
+    lane.ask()
+    raw.send(pub("client.offline", b"alice"))
+    assert gateway.wait(event="ERROR")["status"] == "OFFLINE"
+    assert lane.take() == cancel(1, OFFLINE)
+
+
+# ACCEPT ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["cancel 1", "drop 1", "offline alice"])
+def test_a_cancel_before_the_accept(gateway: Shell, worker: WorkerByHand, command: str) -> None:
+    asked = ask(gateway, worker, 1)
+    gateway.do(command)
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key), data(1, b"x"), end(1))
+    assert lane.take() == cancel(1, UNKNOWN)
+    assert gateway.take(event="DATA") is None
+
+
+def test_a_key_that_nobody_asked_with(gateway: Shell, worker: WorkerByHand) -> None:
+    asked = ask(gateway, worker, 1)
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key ^ 1), data(1, b"forged"), error(1, b"forged"))
+    assert lane.take() == cancel(1, UNKNOWN)
+    # Who was really asked is not harmed.
+    lane.send(accept(2, asked.key))
+    assert_goes_on(gateway, lane, 1, 2)
+
+
+def test_a_request_is_accepted_once(gateway: Shell, worker: WorkerByHand) -> None:
+    asked = ask(gateway, worker, 1)
+    first, second = worker.lane(asked), worker.lane(asked)
+    first.send(accept(1, asked.key))
+    first.ask()
+    second.send(accept(1, asked.key), data(1, b"second"), end(1))
+    assert second.take() == cancel(1, UNKNOWN)
+    first.send(accept(2, asked.key))
+    assert first.take() == cancel(2, UNKNOWN)
+    assert_goes_on(gateway, first, 1)
+
+
+def test_who_answered_on_level_0_has_it(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    asked = ask(gateway, worker, 1)
+    raw.send(pub(asked.reply, b"one"))
+    gateway.wait(event="DATA")
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key), data(1, b"two"))
+    assert lane.take() == cancel(1, UNKNOWN)
+    raw.send(pub(asked.reply, b"__STREAM_END__"))
+    gateway.wait(event="END")
+    assert gateway.take(event="DATA") is None
+
+
+def test_what_comes_on_level_0_after_the_accept_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    asked = ask(gateway, worker, 1)
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key))
+    lane.ask()
+    raw.send(pub(asked.reply, b"two") + pub(asked.reply, b"__STREAM_END__") + no_responders(asked.reply))
+    assert_goes_on(gateway, lane, 1)
+    assert ignored(gateway) == 3
+
+
+def test_other_workers_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    # Both at once, from one gateway.
+    lane = begin(gateway, worker, 1)
+    asked = ask(gateway, worker, 2)
+    raw.send(pub(asked.reply, b"plain") + pub(asked.reply, b"__STREAM_END__"))
+    assert gateway.wait(tag=2)["data"] == "plain"
+    gateway.wait(event="END", tag=2)
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_a_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByHand) -> None:
+    gateway = connect("", "lanes=false")
+    gateway.do("request 1 llm.generate alice hello")
+    assert b"Presence-Lane" not in worker.requests.next().header
+
+
+# The window ------------------------------------------------------------------------------------------------------------
+
+
+def test_credit_comes_when_more_than_half_was_used(gateway: Shell, worker: WorkerByHand) -> None:
+    gateway.do("option stream_buffer_bytes 1000")
+    lane = begin(gateway, worker, 1)
+    total = 0
+    for i in range(100):
+        lane.send(data(1, b"x" * 36))
+        total += 36 + OVERHEAD
+        gateway.wait(event="DATA")
+        if (i + 1) % 6 == 0:
+            frame = lane.take(CREDIT)
+            assert (frame.stream, from_u64(frame.body)) == (1, 600)
+    lane.ask()
+    assert not lane.frames
+
+
+def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
+    gateway.do("option stream_buffer_bytes 1000")
+    gateway.do("option manual_credit true")
+    lane = begin(gateway, worker, 1)
+    lane.send(*(data(1, b"x" * 36) for _ in range(10)))
+    for _ in range(10):
+        gateway.wait(event="DATA")
+    # The messages have left the queue, but were not used.
+    lane.ask()
+    assert not lane.frames
+    # So much of their bytes, so much of what they count in addition.
+    gateway.do("consumed 1 180")
+    lane.ask()
+    assert not lane.frames  # 500 of 1000 is not more than half.
+    gateway.do("consumed 1 36")
+    assert lane.take() == credit(1, 600)
+    # More than there was is all.
+    gateway.do("consumed 1 1000000000")
+    lane.send(data(1, b""), data(1, b""))
+    for _ in range(2):
+        gateway.wait(event="DATA")
+    gateway.do("consumed 1 0")
+    assert lane.take() == credit(1, 400 + 2 * OVERHEAD)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [36] * 11,  # 1100 of 1000
+        [5000, 0],
+        [437, 500],  # 501: more than half is taken
+    ],
+)
+def test_a_worker_that_sends_more_than_the_window(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
+    gateway.do("option manual_credit true")
+    go = begin(gateway, worker, 2)  # with a window of 4 MiB
+    gateway.do("option stream_buffer_bytes 1000")
+    go_on(gateway, worker, go, 1, 2)
+    # In one message: the reader cannot have used anything in between.
+    go.send(*(data(2, bytes(size)) for size in sizes))
+    failed = gateway.wait(event="ERROR", tag=1)
+    assert failed["status"] == "FULL"
+    assert "window" in failed["data"]
+    assert go.take() == cancel(2, UNKNOWN)
+    # More of it changes nothing, and others are unharmed.
+    go.send(*(data(2, bytes(size)) for size in sizes), end(2))
+    assert_goes_on(gateway, go, 2)
+
+
+@pytest.mark.parametrize("sizes", [[36] * 10, [5000], [436, 5000]])
+def test_a_worker_that_sends_what_the_window_allows(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
+    gateway.do("option manual_credit true")
+    gateway.do("option stream_buffer_bytes 1000")
+    lane = begin(gateway, worker, 1)
+    lane.send(*(data(1, bytes(size)) for size in sizes))
+    for size in sizes:
+        assert len(gateway.wait(tag=1, event="DATA")["data"]) == size
+    lane.send(end(1))
+    gateway.wait(event="END", tag=1)
+
+
+# Numbers, acknowledgements, gaps ---------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_sent_again(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    go_on(gateway, worker, lane, 2, 2)
+    gateway.do("cancel 1")
+    assert lane.receive().frames == (cancel(1, CANCELLED),)
+    gateway.do("cancel 2")
+    assert lane.receive().frames == (cancel(2, CANCELLED),)
+    lane.say(GAP)
+    again = [lane.receive() for _ in range(2)]
+    assert [(message.sequence, message.frames) for message in again] == [
+        (1, (cancel(1, CANCELLED),)), (2, (cancel(2, CANCELLED),))
+    ]  # fmt: skip
+
+
+def test_what_is_not_acknowledged_is_asked_for(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.ask()
+    lane.acknowledges = lane.answers_pings = False
+    gateway.do("cancel 1")
+    assert lane.receive().frames == (cancel(1, CANCELLED),)
+    assert lane.receive() == LaneMessage(PING, 1, 1)
+    lane.say(PONG)
+    assert lane.receive().frames == (cancel(1, CANCELLED),)
+
+
+def test_duplicates_are_dropped(gateway: Shell, worker: WorkerByHand) -> None:
+    asked = ask(gateway, worker, 1)
+    lane = worker.lane(asked)
+    first = lane.send(accept(1, asked.key), data(1, b"a"))
+    second = lane.send(data(1, b"b"))
+    for message in [first, second, second, first, first]:
+        lane.post(message)
+    lane.send(end(1))
+    assert [gateway.wait(tag=1)["data"] for _ in range(3)] == ["a", "b", ""]
+    assert lane.ask().ack == 3
+    assert gateway.take(event="DATA") is None
+
+
+def test_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
+    dice = random.Random(2)
+    for tag in range(1, 31):
+        asked = ask(gateway, worker, tag)
+        lane = worker.lane(asked)
+        messages = [LaneMessage(0, 1, 0, (accept(1, asked.key),))]
+        messages += [LaneMessage(0, i, 0, (data(1, b"%d" % i), data(1, b"%d'" % i))) for i in range(2, 12)]
+        messages += [LaneMessage(0, 12, 0, (end(1),))]
+        # Some are lost each time, until all were there.
+        lane.sent = 12
+        ack = 0
+        while ack < 12:
+            chosen = [message for message in messages if dice.random() < 0.7]
+            dice.shuffle(chosen)
+            for message in chosen:
+                lane.post(message)
+            ack = lane.ask().ack
+        received = [gateway.wait(tag=tag)["data"] for _ in range(21)]
+        assert received == [text for i in range(2, 12) for text in (str(i), f"{i}'")] + [""]
+
+
+def test_a_gap_is_told_once(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.ask()
+    lane.sent = 2  # Number 2 was lost.
+    for i in range(3, 10):
+        lane.send(data(1, b"%d" % i))
+    told = lane.receive()
+    assert (told.flags, told.ack) == (GAP, 1)
+    assert lane.ask() == LaneMessage(PONG, 0, 1)
+    lane.sent = 1
+    for i in range(2, 10):
+        lane.send(data(1, b"%d" % i))
+    assert [gateway.wait(event="DATA")["data"] for _ in range(2, 10)] == [str(i) for i in range(2, 10)]
+
+
+def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHand) -> None:
+    asked = ask(gateway, worker, 1)
+    lane = worker.lane(asked)
+    lane.sent = 1
+    lane.send(data(1, b"x"), end(1))
+    # It begins with number 1: until that comes there is no such lane, and nothing is lost.
+    told = lane.inbox.next()
+    assert (told.reply.decode(), decode(told.payload)) == (asked.offer, LaneMessage(GAP | PONG, 0, 0))
+    assert gateway.ask("stats")["lanes"] == 0
+    lane.sent = 0
+    lane.send(accept(1, asked.key))
+    lane.send(data(1, b"x"), end(1))
+    assert [gateway.wait(tag=1)["data"] for _ in range(2)] == ["x", ""]
+
+
+# What is new, what is wrong --------------------------------------------------------------------------------------------
+
+
+def test_unknown_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.send(Frame(7, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
+    assert [gateway.wait(event="DATA")["data"] for _ in range(2)] == ["x", "z"]
+    assert_goes_on(gateway, lane, 1)
+    assert ignored(gateway) == 0
+
+
+def test_what_only_gateways_say_is_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.send(cancel(1, CANCELLED), Frame(CREDIT, 1, bytes(8)), Frame(CREDIT, 1))
+    lane.ask()
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_streams_that_were_never_accepted_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    for other in [0, 2, 1000, 2**32 - 1]:
+        lane.send(data(other, b"x"), data(other, b"y"), end(other), error(other, b"x"))
+    lane.ask()
+    assert_goes_on(gateway, lane, 1)
+    assert gateway.ask("stats")["streams"] == 0
+
+
+MALFORMED = {
+    "kind alone": b"\x02",
+    "body cut off": b"\x02\x01\x05abcd",
+    "length of 4 GiB": b"\x02\x01\xff\xff\xff\xff\x0f",
+    "stream number above 32 bits": b"\x02\x80\x80\x80\x80\x10\x01x",
+    "number of six bytes": b"\x02\x80\x80\x80\x80\x80\x00\x01x",
+    "key too short": b"\x01\x02\x07" + bytes(7),
+    "key missing": b"\x01\x02\x00",
+    "a stream number that was used before": encode_frame(accept(1, 1)),
+    "after good frames": b"\x02\x01\x01a\x02\x01\x01b\x02",
+}
+
+
+@pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_frames_end_the_lane_and_no_other(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer, frames: bytes
+) -> None:
+    bystander = begin(gateway, worker, 1)
+    lane = begin(gateway, worker, 2)
+    payload = encode(LaneMessage(0, 2, 0)) + frames
+    raw.send(pub(lane.peer, payload, reply=lane.own))
+    assert gateway.wait(event="ERROR", tag=2)["status"] == "PEER_GONE"
+    lane.wait_for_end()
+    assert ignored(gateway) == 1
+    assert_goes_on(gateway, bystander, 1)
+
+
+STRANGE = {
+    "nothing": b"",
+    "a header cut off": encode(LaneMessage(0, 2, 0))[:17],
+    "version 0": b"\x00" + encode(LaneMessage(0, 2, 0, (end(1),)))[1:],
+    "version 2": b"\x02" + encode(LaneMessage(0, 2, 0, (end(1),)))[1:],
+    "an acknowledgement of what was not sent": encode(LaneMessage(0, 2, 1000, (end(1),))),
+    "the end of a lane, with such": encode(LaneMessage(RESET, 0, 2**64 - 1)),
+    "text": b"__STREAM_END__",
+}
+
+
+@pytest.mark.parametrize("payload", STRANGE.values(), ids=STRANGE.keys())
+def test_other_versions_and_nonsense_are_ignored(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer, payload: bytes
+) -> None:
+    lane = begin(gateway, worker, 1)
+    raw.send(pub(lane.peer, payload, reply=lane.own))
+    assert lane.ask().ack == 1
+    assert ignored(gateway) == 1
+    assert_goes_on(gateway, lane, 1)
+
+
+def strangers(lane: LaneEnd) -> Iterator[str]:
+    """Names by which somebody else could come."""
+    yield ""
+    yield "_INBOX.stranger"
+    yield lane.peer
+    yield lane.own + "x"
+    yield lane.own[:-1]
+    yield "client.offline"
+    yield "$SYS.REQ.SERVER.PING"
+    yield "a.*"
+
+
+@pytest.mark.parametrize("forged", [
+    LaneMessage(0, 2, 0, (end(1),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0), LaneMessage(0, 2, 2**64 - 1),
+])  # fmt: skip
+def test_who_is_not_the_other_end_is_ignored(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer, forged: LaneMessage
+) -> None:
+    lane = begin(gateway, worker, 1)
+    own = lane.inbox.next().reply.decode()
+    everything = raw.subscribe("client.offline")
+    count = 0
+    for reply in strangers(lane):
+        for subject in [lane.peer, own]:
+            raw.send(pub(subject, encode(forged), reply=reply))
+            count += 1
+    lane.ask()
+    # Our answers to the one that bears our own name come back to us.
+    assert count <= ignored(gateway) <= count + 4
+    assert [payload for payload in everything.payloads() if payload != encode(forged)] == []
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_a_stranger_begins_a_lane_and_gains_nothing(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    lane = begin(gateway, worker, 1)
+    asked = ask(gateway, worker, 2)
+    stranger = worker.lane(asked)
+    stranger.send(accept(1, 0), data(1, b"forged"), end(1), error(2, b"forged"))
+    assert stranger.take() == cancel(1, UNKNOWN)
+    assert_goes_on(gateway, lane, 1)
+    lane.send(accept(2, asked.key))
+    assert_goes_on(gateway, lane, 2, 2)
+
+
+def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    asked = ask(gateway, worker, 1)
+    everything = raw.subscribe(">")
+    forbidden = ["client.offline", "$SYS.REQ.SERVER.PING", "$JS.API.INFO", "a.*", "a.>", ""]
+    for own in forbidden:
+        raw.send(pub(asked.offer, encode(LaneMessage(NEW, 1, 0, (accept(1, asked.key),))), reply=own))
+        raw.send(pub(asked.offer, encode(LaneMessage(NEW, 2, 0, (end(1),))), reply=own))
+        raw.send(pub(asked.offer, encode(LaneMessage(0, 1, 0)), reply=own))
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key))
+    lane.ask()
+    assert ignored(gateway) == 3 * len(forbidden)
+    assert gateway.ask("stats")["lanes"] == 1
+    subjects = {everything.next().subject.decode() for _ in range(3 * len(forbidden) + 3)}
+    assert subjects == {asked.offer, lane.own}
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_lanes_that_are_not_known_are_told_so(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    asked = ask(gateway, worker, 1)
+    lane = worker.lane(asked)
+    lane.acked = 1  # So it says no longer that it is new.
+    lane.say()
+    assert lane.receive() == LaneMessage(RESET, 0, 0)
+    # The end of a lane is not answered, nor is what is no lane message; whoever may not be answered is not.
+    lane.say(RESET)
+    raw.send(pub(asked.offer, b"nonsense", reply=lane.own))
+    raw.send(pub(asked.offer, encode(LaneMessage(0, 1, 0)), reply=""))
+    lane.acked = 0
+    lane.send(accept(1, asked.key))
+    lane.ask()
+    assert ignored(gateway) == 4
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_random_bytes_on_every_subject(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    lane = begin(gateway, worker, 1)
+    own = lane.inbox.next().reply.decode()
+    dice = random.Random(1)
+    prefix = lane.peer.rpartition(".")[0]
+    for _ in range(500):
+        payload = dice.randbytes(dice.randrange(60))
+        if dice.random() < 0.5:
+            payload = b"\x01" + payload
+        for subject in [lane.peer, own, f"{prefix}.x", f"{lane.peer}-x", f"{lane.peer}-0"]:
+            raw.send(pub(subject, payload, reply=dice.choice(["", "_INBOX.stranger", lane.peer, own])))
+    for _ in range(500):
+        payload = encode(LaneMessage(dice.randrange(256), 2**63, 2**63)) + dice.randbytes(dice.randrange(60))
+        raw.send(pub(lane.peer, payload, reply=lane.own))
+    lane.ask()
+    assert ignored(gateway) >= 3000 - 500  # Some of them are a new lane's first message, by chance.
+    assert gateway.ask("stats")["connects"] == 1
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_frames_at_random(gateway: Shell, worker: WorkerByHand) -> None:
+    """Well-formed messages of a worker gone mad end at most its own lane."""
+    bystander = begin(gateway, worker, 1)
+    dice = random.Random(3)
+    for tag in range(2, 52):
+        lane = begin(gateway, worker, tag)
+        for _ in range(20):
+            frames = [Frame(dice.randrange(9), dice.choice([0, 1, 2, 2**32 - 1]), dice.randbytes(dice.choice([0, 1, 8, 99])))
+                      for _ in range(dice.randrange(5))]  # fmt: skip
+            flags = dice.choice([0, PING, PONG, GAP, PING | GAP, NEW, 32, 64, 128])
+            lane.post(LaneMessage(flags, lane.sent + dice.choice([0, 1, 1, 1, 2]), dice.choice([0, 0, 1, 2]), tuple(frames)))
+            lane.sent += 1
+    assert_goes_on(gateway, bystander, 1)
+    assert gateway.ask("stats")["connects"] == 1
+
+
+# Death -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    lane = begin(gateway, worker, 1)
+    own = lane.inbox.next().reply.decode()
+    for i in range(20):
+        raw.send(no_responders(own))
+        assert lane.receive().flags & PING
+        lane.say(PONG)
+        lane.send(data(1, b"%d" % i))
+        assert gateway.wait(event="DATA")["data"] == str(i)
+        lane.ask()
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_a_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    """It is what other workers know: the lanes' own names have numbers, and 503s come to these."""
+    lane = begin(gateway, worker, 1)
+    raw.send(no_responders(lane.peer) + no_responders(f"{lane.peer}-0"))
+    lane.ask()
+    assert ignored(gateway) == 2
+    assert_goes_on(gateway, lane, 1)
+
+
+def test_without_grace_one_503_is_enough(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+    """So peer_grace_ms=0 is for where nobody forges."""
+    gateway = connect("", "peer_grace_ms=0")
+    lane = begin(gateway, worker, 1)
+    raw.send(no_responders(lane.inbox.next().reply.decode()))
+    assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
+
+
+def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: Server, worker: WorkerByHand) -> None:
+    gateway = connect("", "peer_grace_ms=300", "heartbeat_ms=100")
+    bystander = begin(gateway, worker, 1)
+    dying = RawPeer(server.port)
+    # One request each, in turn: the other has to be gone for that.
+    lane = WorkerByHand(dying, "other.subject")
+    gateway.do("request 2 other.subject bob hello")
+    lane.accept().ask()
+    dying.close()
+    since = time.monotonic()
+    deadline = since + 5
+    while (failed := gateway.take(event="ERROR", tag=2)) is None:
+        assert time.monotonic() < deadline
+        bystander.ask()
+    assert failed["status"] == "PEER_GONE"
+    assert time.monotonic() - since > 0.25
+    assert_goes_on(gateway, bystander, 1)
+
+
+def test_a_silent_worker_is_gone_after_three_beats(connect: Connect, worker: WorkerByHand) -> None:
+    gateway = connect("", "heartbeat_ms=100")
+    lane = begin(gateway, worker, 1)
+    lane.answers_pings = False
+    for _ in range(5):
+        lane.wait_for(PING)
+        lane.say(PONG)
+    since = time.monotonic()
+    assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
+    assert 0.2 < time.monotonic() - since < 2
+    lane.wait_for_end()
+
+
+def test_the_other_end_resets(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.ask()
+    lane.say(RESET)
+    assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
+    deadline = time.monotonic() + 3
+    while gateway.ask("stats")["lanes"]:
+        assert time.monotonic() < deadline, "the lane stays"
+    assert_goes_on(gateway, begin(gateway, worker, 2), 2)
+
+
+def test_closing_cancels(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.ask()
+    gateway.tell("close 900")
+    assert lane.take(CANCEL).stream == 1
+    lane.wait_for_end()
+    gateway.wait(event="reply", status="OK")
+    assert gateway.wait(event="ERROR")["status"] == "CLOSED"
