@@ -1,4 +1,4 @@
-"""Every pair of a worker's and a gateway's language, each in a process of its own."""
+"""Every pair of a worker's and a gateway's language, each in a process of its own, on lanes and on level 0."""
 
 from __future__ import annotations
 
@@ -36,16 +36,23 @@ def server() -> Iterator[Server]:
     server.kill()
 
 
+@pytest.fixture(params=["true", "false"], ids=["lanes", "level0"])
+def lanes(request: pytest.FixtureRequest) -> str:
+    """The option of both ends."""
+    value: str = request.param
+    return value
+
+
 @pytest.fixture
-def gateway(server: Server, gateway_language: str) -> Iterator[Program]:
-    with Program(command(gateway_language, is_worker=False), server.url) as gateway:
+def gateway(server: Server, gateway_language: str, lanes: str) -> Iterator[Program]:
+    with Program(command(gateway_language, is_worker=False), server.url, lanes) as gateway:
         gateway.wait(event="ready")
         yield gateway
 
 
 @pytest.fixture
-def worker(server: Server, worker_language: str) -> Iterator[Program]:
-    with Program(command(worker_language, is_worker=True), server.url, "svc") as worker:
+def worker(server: Server, worker_language: str, lanes: str) -> Iterator[Program]:
+    with Program(command(worker_language, is_worker=True), server.url, "svc", lanes) as worker:
         worker.wait(event="ready")
         yield worker
 
@@ -120,3 +127,29 @@ def test_the_workers_error_arrives(gateway: Program, worker: Program) -> None:
 def test_nobody_serves(gateway: Program) -> None:
     gateway.tell("request nobody.here ann count 1")
     assert gateway.wait(event="error", patience=5)["status"] == NO_RESPONDERS
+
+
+@every_worker
+@every_gateway
+@pytest.mark.parametrize("lanes", ["true"], ids=["lanes"], indirect=True)
+def test_nats_server_is_killed_in_the_middle(server: Server, gateway: Program, worker: Program) -> None:
+    for client in CLIENTS:
+        gateway.tell(f"request svc {client} endless")
+    received = 0
+    for _ in range(2):
+        for client in CLIENTS:
+            receive(gateway, client, received, 100)
+        received += 100
+        server.kill()
+        server.start()
+    # On a lane they go on: nothing is lost, doubled or out of order, up to the end.
+    for client in CLIENTS:
+        receive(gateway, client, received, 100)
+    received += 100
+    worker.tell("finish")
+    for client in CLIENTS:
+        done = worker.wait(event="done", client=client)
+        assert (done["why"], done["accepted"]) == (0, 0)
+        receive(gateway, client, received, done["sent"] - received)
+        gateway.wait(event="end", client=client)
+    assert gateway.events == []

@@ -1,5 +1,5 @@
 /*
- * gateway URL: a gateway in C. Commands on standard input, what comes of them on standard output.
+ * gateway URL LANES: a gateway in C; LANES is its option of that name, true or false. Commands on standard input, what comes of them on standard output.
  *
  *   request SUBJECT CLIENT TEXT
  *   leave CLIENT
@@ -55,10 +55,13 @@ int main(int argc, char **argv) {
   presence_queue *queue;
   presence_error error;
   presence_event events[64];
-  if (argc != 2 || presence_queue_new(&queue) || presence_connect(argv[1], NULL, &conn, &error)) {
+  presence_config *config = presence_config_new();
+  if (argc != 3 || presence_config_set(config, "lanes", argv[2]) || presence_queue_new(&queue) ||
+      presence_connect(argv[1], config, &conn, &error)) {
     fprintf(stderr, "%s\n", error.message);
     return 1;
   }
+  presence_config_free(config);
   setvbuf(stdout, NULL, _IOLBF, 0);
   setvbuf(stdin, NULL, _IONBF, 0); /* what stands in a buffer, poll does not see */
   puts("{\"event\": \"ready\"}");

@@ -1,4 +1,4 @@
-"""gateway_async.py URL: gateway.c in Python, with asyncio."""
+"""gateway_async.py URL LANES: gateway.c in Python, with asyncio."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ async def read(stream: aio.Stream, client: str) -> None:
         tell(event="error", client=client, status=error.status, text=str(error))
 
 
-async def main(url: str) -> None:
+async def main(url: str, lanes: str) -> None:
     readers = set()
-    async with aio.connect(url) as conn:
+    async with aio.connect(url, lanes=lanes) as conn:
         tell(event="ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             command, *words = line.rstrip("\n").split(" ", 3)
@@ -37,4 +37,4 @@ async def main(url: str) -> None:
                 mark_client_offline(words[0])
 
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""gateway_sync.py URL: gateway.c in Python, with a thread for each stream."""
+"""gateway_sync.py URL LANES: gateway.c in Python, with a thread for each stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(stream: presence.Stream, client: str) -> None:
         tell(event="error", client=client, status=error.status, text=str(error))
 
 
-with presence.connect(sys.argv[1]) as conn:
+with presence.connect(sys.argv[1], lanes=sys.argv[2]) as conn:
     tell(event="ready")
     for line in sys.stdin:
         command, *words = line.rstrip("\n").split(" ", 3)

@@ -1,5 +1,5 @@
 /*
- * worker URL SUBJECT: a worker in C that does what requests say, with one thread for all streams.
+ * worker URL SUBJECT LANES: a worker in C that does what requests say, with one thread for all streams.
  *
  *   count N     N messages "CLIENT 0", "CLIENT 1", ...
  *   endless     the same, until "finish" is read from standard input
@@ -79,11 +79,14 @@ int main(int argc, char **argv) {
   presence_service *service;
   presence_error error;
   presence_event events[16];
-  if (argc != 3 || presence_queue_new(&queue) || presence_connect(argv[1], NULL, &conn, &error) ||
+  presence_config *config = presence_config_new();
+  if (argc != 4 || presence_config_set(config, "lanes", argv[3]) || presence_queue_new(&queue) ||
+      presence_connect(argv[1], config, &conn, &error) ||
       presence_serve(conn, queue, argv[2], "workers", 0, 0, &service, &error)) {
     fprintf(stderr, "%s\n", error.message);
     return 1;
   }
+  presence_config_free(config);
   setvbuf(stdout, NULL, _IOLBF, 0);
   puts("{\"event\": \"ready\"}");
   struct pollfd fds[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.fd = presence_queue_fd(queue), .events = POLLIN}};

@@ -1,4 +1,4 @@
-// gateway URL: gateway.c in Go, with a goroutine for each stream.
+// gateway URL LANES: gateway.c in Go, with a goroutine for each stream.
 package main
 
 import (
@@ -14,7 +14,7 @@ import (
 )
 
 func main() {
-	conn, err := presence.Connect(os.Args[1])
+	conn, err := presence.Connect(os.Args[1], presence.With("lanes", os.Args[2]))
 	check(err)
 	fmt.Println(`{"event": "ready"}`)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {

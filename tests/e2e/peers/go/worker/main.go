@@ -1,4 +1,4 @@
-// worker URL SUBJECT: worker.c in Go.
+// worker URL SUBJECT LANES: worker.c in Go.
 package main
 
 import (
@@ -21,7 +21,7 @@ const further = 100
 func main() {
 	finishing := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
-	conn, err := presence.Connect(os.Args[1], presence.WithLog(func(e presence.Event) {
+	conn, err := presence.Connect(os.Args[1], presence.With("lanes", os.Args[3]), presence.WithLog(func(e presence.Event) {
 		if e.Kind == presence.Serving {
 			fmt.Println(`{"event": "ready"}`)
 		}
