@@ -1,6 +1,7 @@
-/* Many threads request, send, end, cancel, mark and free at the same time, and connections close under all of that: every
- * stream that was not freed ends once, what it gave has no gap, and nothing is left over. */
+/* Many threads request, send, end, cancel, mark and free at the same time, while connections close and nats-server is
+ * killed and started again: every stream that was not freed ends once, what it gave has no gap, and nothing is left over. */
 #include "content.h"
+#include "server.h"
 #include <time.h>
 
 enum { REQUESTERS = 6, SENDERS = 4, BATCH = 32, MAX_STREAMS = 1 << 16 };
@@ -15,6 +16,7 @@ static struct {
 
 static uint64_t begun; /* atomic, as the next */
 static bool is_over, is_closing;
+static own_server *server; /* that is killed again and again; NULL: none */
 static uint64_t limit;
 static peer worker, gateway;
 
@@ -82,6 +84,7 @@ static void *take_requests(void *unused) {
     CHECK(count >= 0);
     pthread_mutex_lock(&pool.lock);
     for (int64_t i = 0; i < count; i++) {
+      if (server && events[i].kind >= PRESENCE_EVENT_CONNECTED) continue;
       if (events[i].kind != PRESENCE_EVENT_REQUEST) {
         CHECK(events[i].kind == PRESENCE_EVENT_STOPPED || events[i].kind == PRESENCE_EVENT_WRITABLE);
         continue;
@@ -104,6 +107,7 @@ static void *read_all(void *unused) {
     if (count == 0 && is_set(&is_over)) return unused;
     CHECK(count >= 0);
     for (int64_t i = 0; i < count; i++) {
+      if (server && events[i].kind >= PRESENCE_EVENT_CONNECTED) continue;
       uint64_t tag = events[i].tag, *next = &table[tag].next;
       CHECK_EQ(__atomic_load_n(&table[tag].ends, __ATOMIC_SEQ_CST), 0); /* nothing comes after the end */
       if (events[i].kind == PRESENCE_EVENT_DATA && events[i].data_len == sizeof *next) {
@@ -117,6 +121,7 @@ static void *read_all(void *unused) {
       } else {
         if (events[i].kind == PRESENCE_EVENT_END) CHECK(*next == UINT64_MAX); /* all has come */
         else CHECK_EQ(events[i].kind, PRESENCE_EVENT_ERROR);
+        if (events[i].status == PRESENCE_DISCONNECTED) CHECK(server && *next == 0); /* it was not accepted yet */
         if (events[i].status == PRESENCE_PEER_GONE || events[i].status == PRESENCE_CLOSED) CHECK(is_set(&is_closing));
         __atomic_add_fetch(&table[tag].ends, 1, __ATOMIC_SEQ_CST);
       }
@@ -145,6 +150,10 @@ static void *request_all(void *client) {
                                         strlen((const char *)client), config, tag, &table[tag].stream, NULL);
       if (status != PRESENCE_OK) {
         if (status == PRESENCE_OFFLINE) continue; /* marked so at this very moment */
+        if (status == PRESENCE_DISCONNECTED && server) {
+          usleep(1000); /* not now */
+          continue;
+        }
         CHECK_STATUS(status, PRESENCE_CLOSED);
         CHECK(is_set(&is_closing));
         presence_config_free(config);
@@ -209,8 +218,8 @@ static void race(uint64_t streams, enum closes closes) {
   begun = 0;
   limit = streams;
   is_over = is_closing = false;
-  worker = open_peer();
-  gateway = open_peer();
+  worker = server ? open_peer_at(server->url, NULL, NULL) : open_peer();
+  gateway = server ? open_peer_at(server->url, NULL, NULL) : open_peer();
   presence_service *service = serve(worker, "race");
   pthread_t requesters[REQUESTERS], senders[SENDERS];
   pthread_t reader = start_thread(read_all, NULL), taker = start_thread(take_requests, NULL);
@@ -223,6 +232,14 @@ static void race(uint64_t streams, enum closes closes) {
     pthread_t closer = start_thread(close_conn, closes & THE_WORKER ? worker.conn : gateway.conn);
     if (closes == BOTH) close_conn(gateway.conn);
     join_thread(closer);
+  }
+  while (server && load(&begun) < streams) {
+    uint64_t next = load(&begun) + 200 < streams ? load(&begun) + 200 : streams;
+    while (load(&begun) < next) usleep(100);
+    uint64_t connects = stats_of(worker).connects;
+    kill_server(server);
+    start_server(server);
+    while (stats_of(worker).connects == connects || stats_of(gateway).connects == connects) usleep(100); /* both are back */
   }
   for (int i = 0; i < REQUESTERS; i++) join_thread(requesters[i]);
   /* What is on its way still comes, and nothing is left over. */
@@ -254,9 +271,18 @@ static void while_connections_close(void) {
   for (int round = 0; round < 15; round++) race(500 + 200 * (uint64_t)round, (enum closes)(1 + round % 3));
 }
 
+static void while_the_server_restarts(void) {
+  own_server own = new_server();
+  server = &own;
+  race(12000, NOTHING);
+  kill_server(server);
+  server = NULL;
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   RUN(all_at_once);
   RUN(while_connections_close);
+  RUN(while_the_server_restarts);
   return 0;
 }
