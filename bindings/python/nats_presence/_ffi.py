@@ -1,6 +1,8 @@
 """The C ABI of libnats_presence, as include/nats_presence.h declares it; a test compares the two.
 
 Handles are `c_void_p`, that is `int`. Bytes that are only read by the library are `c_char_p`, that is `bytes`.
+
+What is called for every message is there a second time, as cheap as ctypes can: see below.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import sys
 from ctypes import (
     CDLL,
     POINTER,
+    PyDLL,
     Structure,
     c_bool,
     c_char,
@@ -79,7 +82,8 @@ class Stats(Structure):
         ("offline_out", c_uint64),
         ("offline_in", c_uint64),
         ("bytes_waiting", c_uint64),
-        ("reserved", c_uint64 * 7),
+        ("lanes", c_uint64),
+        ("reserved", c_uint64 * 6),
     ]
 
 
@@ -119,6 +123,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_handle, _handle, c_char_p, c_char_p, c_size_t, c_char_p, c_size_t, _handle, c_uint64, _out, _error],
     ),
+    "presence_stream_consumed": (c_int32, [_handle, c_size_t]),
     "presence_stream_cancel": (c_int32, [_handle]),
     "presence_stream_free": (None, [_handle]),
     "mark_client_online": (c_int32, [c_char_p]),
@@ -140,6 +145,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_service_stop": (c_int32, [_handle]),
     "presence_service_free": (None, [_handle]),
     "presence_sender_send": (c_int32, [_handle, c_char_p, c_size_t]),
+    "presence_sender_send_many": (c_int64, [_handle, c_char_p, POINTER(c_size_t), c_size_t]),
     "presence_sender_send_wait": (c_int32, [_handle, c_char_p, c_size_t, c_int64]),
     "presence_sender_error": (c_int32, [_handle, c_char_p, c_size_t]),
     "presence_sender_end": (c_int32, [_handle]),
@@ -178,3 +184,31 @@ def _load() -> CDLL:
 
 
 lib = _load()
+
+# Calls that never wait need not give the GIL away, which costs as much again; with a busy thread beside, much more.
+_now = PyDLL(lib._name, handle=lib._handle)
+
+
+def _typed(name: str) -> Any:
+    function = _now[name]
+    function.restype, function.argtypes = FUNCTIONS[name]
+    return function
+
+
+def _untyped(name: str) -> Any:
+    """Without argtypes a call costs half. It takes bytes, and what handle_parameter and SIZES give; no plain int."""
+    function = _now[name]
+    function.restype, _ = FUNCTIONS[name]
+    return function
+
+
+queue_wait_now = _typed("presence_queue_wait")
+stream_consumed = _typed("presence_stream_consumed")
+send_now = _untyped("presence_sender_send")
+send_many_now = _untyped("presence_sender_send_many")
+send_wait_now = _untyped("presence_sender_send_wait")
+
+handle_parameter = c_void_p.from_param
+SMALL = 4096
+SIZES = tuple(map(c_size_t.from_param, range(SMALL + 1)))
+NO_WAIT = c_int64.from_param(0)

@@ -7,13 +7,14 @@ import logging
 import warnings
 import weakref
 from collections.abc import Mapping
-from ctypes import byref, c_size_t, c_uint32, c_void_p, string_at
+from ctypes import byref, c_size_t, c_uint32, c_void_p
 from typing import Callable, NamedTuple
 
 from . import _ffi
 from ._arguments import Option, Payload, config, integer, milliseconds, payload, text
+from ._events import Event, decode
 from ._ffi import lib
-from .errors import Closed, PresenceError, check, check_error
+from .errors import Closed, Invalid, PresenceError, check, check_error
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
@@ -50,22 +51,10 @@ def notify(on_event: OnEvent, event: ConnectionEvent) -> None:
         log.exception("on_event failed for %r", event)
 
 
-def new_queue() -> int:
-    """A presence_queue."""
-    queue = c_void_p()
-    check(lib.presence_queue_new(byref(queue)), "making a queue")
-    return queue.value or 0
-
-
-def decode(address: int | None, size: int) -> str:
-    """Text in the library's memory."""
-    return string_at(address or 0, size).decode(errors="replace")
-
-
-def connection_event(event: _ffi.Event) -> ConnectionEvent | None:
+def connection_event(event: Event) -> ConnectionEvent | None:
     """An event of a connection as Python sees it; None for others."""
     kind = _EVENT_KINDS.get(event.kind)
-    return None if kind is None else ConnectionEvent(kind, event.status, decode(event.data, event.data_len))
+    return None if kind is None else ConnectionEvent(kind, event.status, event.text)
 
 
 class BaseSender:
@@ -79,6 +68,7 @@ class BaseSender:
 
     def __init__(self, handle: int, client_id: str) -> None:
         self._handle = handle
+        self._parameter = _ffi.handle_parameter(handle)
         self._word = c_uint32.from_address(lib.presence_sender_status_word(handle))
         self._detached = False
         self.client_id = client_id
@@ -98,7 +88,7 @@ class BaseSender:
 
     @property
     def closed(self) -> bool:
-        """Whether it may send no more: it has ended, the client has left, or the connection is lost. As status."""
+        """Whether it may send no more: it has ended, the client has left, or nobody can be reached. As status."""
         return self._word.value != 0
 
     @property
@@ -107,18 +97,23 @@ class BaseSender:
         return int(lib.presence_sender_send_count(self._handle))
 
     def end(self) -> None:
-        """Ends the stream; once more is fine. Raises why it was stopped, if it was: Offline, Disconnected, Closed."""
-        check(lib.presence_sender_end(self._handle), f"ending the stream of client {self.client_id!r}")
+        """Ends the stream; once more is fine.
+
+        Raises why it was stopped, if it was: Offline, Cancelled, PeerGone, Disconnected, Closed.
+        """
+        self._ended(lib.presence_sender_end(self._handle))
 
     def error(self, message: str) -> None:
         """Ends the stream with an error, whose text the reader gets. Raises as end(), and Closed when it has ended."""
         raw = payload(message)
-        status = lib.presence_sender_error(self._handle, raw, len(raw))
-        check(status, f"ending the stream of client {self.client_id!r}")
+        self._ended(lib.presence_sender_error(self._handle, raw, len(raw)))
 
     def detach(self) -> None:
         """Keeps the stream open when the handler returns. Whoever still has the sender then ends it."""
         self._detached = True
+
+    def _ended(self, status: int) -> None:
+        check(status, f"ending the stream of client {self.client_id!r}")
 
     def _check(self, status: int, size: int) -> None:
         if status:
@@ -143,13 +138,13 @@ class BaseSender:
 class Request:
     """A request that a worker serves."""
 
-    def __init__(self, sender: BaseSender, event: _ffi.Event) -> None:
+    def __init__(self, sender: BaseSender, event: Event) -> None:
         self._sender = sender
         self.client_id = sender.client_id
         """The client's id; "" for an anonymous one."""
-        self.subject = decode(event.subject, event.subject_len)
+        self.subject = event.subject
         """The subject it came on."""
-        self.data: bytes = string_at(event.data or 0, event.data_len)
+        self.data = event.data
         """Its payload."""
 
     def header(self, name: str) -> str | None:
@@ -247,11 +242,13 @@ class BaseConnection:
 def request_options(
     timeout: float | None, headers: Mapping[str, str] | None, options: Mapping[str, Option]
 ) -> dict[str, Option]:
-    """The options of presence_request."""
+    """The options of presence_request, with credit as the reader reads."""
+    if "manual_credit" in options:
+        raise Invalid("option manual_credit: is always true here, for a reader gives credit as it reads")
     named: dict[str, Option] = {f"header.{name}": value for name, value in (headers or {}).items()}
     if timeout is not None:
         named["timeout_ms"] = max(1, milliseconds("timeout", timeout))
-    return {**options, **named}
+    return {**options, **named, "manual_credit": True}
 
 
 def drain_ms(drain: float | None) -> int:

@@ -13,30 +13,28 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
-from ctypes import string_at
 from typing import Callable
 
 from . import _ffi
 from ._arguments import Option, Payload, payload
-from ._ffi import Event, lib
+from ._blocks import Blocks
+from ._events import DATA, DATA_LEN, KIND, MEMORY, TAG, Event, Events, new_queue
+from ._ffi import SIZES, SMALL, lib, send_now, stream_consumed
 from ._shared import (
     BaseConnection,
     BaseSender,
     OnEvent,
     Request,
     connection_event,
-    decode,
     drain_ms,
-    new_queue,
     notify,
     request_options,
 )
 from .errors import PresenceError, check, error, status_text
 
-BATCH = 256
-BURST = 64
-STREAM_BUFFER = 64 << 20
-MESSAGE_OVERHEAD = 64
+BATCH = 1024
+BURST = 256
+MAX_WINDOW = 4 << 20
 
 
 class Sender(BaseSender):
@@ -49,27 +47,46 @@ class Sender(BaseSender):
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, data: Payload) -> None:
-        """Sends one message; text as UTF-8. Waits while there is no room, and yields to the loop now and then.
+        """Sends one message; text as UTF-8. Waits while there is no room: the reader, or nats-server, is behind.
 
-        Raises Offline as soon as the client has left, and Closed or Disconnected when the stream is over otherwise.
-        After TooLarge, Reserved and Invalid the stream goes on.
+        Yields to the loop now and then.
+        Raises Offline as soon as the client has left, and Cancelled (the reader left the stream), PeerGone, Closed or
+        Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
+        Cancelled while it waits, it has not sent.
         """
-        raw = payload(data)
-        while True:
-            status = lib.presence_sender_send(self._handle, raw, len(raw))
-            if status != _ffi.FULL or self.closed:
-                break
-            self._changed.clear()
-            await self._changed.wait()
-        self._check(status, len(raw))
-        self._burst = (self._burst + 1) % BURST
-        if self._burst == 0:
+        if type(data) is not bytes or len(data) > SMALL or send_now(self._parameter, data, SIZES[len(data)]) != _ffi.OK:
+            await self._send(payload(data))
+        self._burst += 1
+        if self._burst == BURST:
+            self._burst = 0
             await asyncio.sleep(0)
 
     async def send_many(self, messages: Iterable[Payload]) -> None:
-        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came."""
-        for data in messages:
-            await self.send(data)
+        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
+
+        A list or tuple is looked through before (Invalid), and costs a fraction of as many calls of send; of what else
+        can be iterated over each message is sent as it comes.
+        """
+        if not isinstance(messages, (list, tuple)):
+            for data in messages:
+                await self.send(data)
+            return
+        blocks = Blocks(messages)
+        while blocks:
+            if not blocks.send(self._parameter):
+                await self._send(blocks.pop())  # Waits, or raises what is wrong.
+            await asyncio.sleep(0)
+
+    async def _send(self, raw: bytes) -> None:
+        while (status := lib.presence_sender_send(self._handle, raw, len(raw))) == _ffi.FULL:
+            # What changes is told by events, which this thread takes from the queue: none is missed in between.
+            self._changed.clear()
+            await self._changed.wait()
+        self._check(status, len(raw))
+
+    def _ended(self, status: int) -> None:
+        self._changed.set()
+        super()._ended(status)
 
     def _on_stopped(self, status: int) -> None:
         self._changed.set()
@@ -81,27 +98,33 @@ class Sender(BaseSender):
 
 
 Handler = Callable[[Request, Sender], Awaitable[object]]
+Put = Callable[[bytes], None]
 
 
 class Stream:
     """The messages of one stream, as an asynchronous iterator of bytes.
 
     It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
-    Offline, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
     Leaving the `async with`, or dropping it, cancels it.
     """
 
     _handle: int | None = None
 
-    def __init__(self, conn: Connection) -> None:
+    def __init__(self, conn: Connection, tag: int) -> None:
         self._conn = conn
+        self._tag = tag
         self._messages: deque[bytes] = deque()
-        self._room = STREAM_BUFFER
+        self._used = 0
+        self._tell_at = 0
+        self._must_tell = False
         self._arrived = asyncio.Event()
         self._ended = False
         self._failure: PresenceError | None = None
 
     def __del__(self) -> None:
+        self._conn._streams.pop(self._tag, None)
         lib.presence_stream_free(self._handle)
 
     def __aiter__(self) -> Stream:
@@ -112,17 +135,21 @@ class Stream:
             if self._ended:
                 failure, self._failure = self._failure, None
                 raise failure or StopAsyncIteration
+            if self._must_tell:
+                self._must_tell = False
+                self._tell()
             self._arrived.clear()
             await self._arrived.wait()
         data = self._messages.popleft()
-        self._room += len(data) + MESSAGE_OVERHEAD
+        self._used += len(data)
+        if self._used > self._tell_at:
+            self._tell()
         return data
 
     def cancel(self) -> None:
-        """Ends the stream, for its reader with Cancelled, and tells the worker that the client has left.
+        """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
 
-        But while another stream, a session or a mark keeps the client online here, the worker is not told. Once the
-        stream has ended this has no effect.
+        Once the stream has ended this has no effect.
         """
         lib.presence_stream_cancel(self._handle)
 
@@ -132,27 +159,25 @@ class Stream:
     async def __aexit__(self, *error: object) -> None:
         self.cancel()
 
-    def _on_event(self, event: Event) -> None:
-        if self._ended:
-            return
-        if event.kind == _ffi.EVENT_DATA:
-            data = string_at(event.data or 0, event.data_len)
-            self._room -= len(data) + MESSAGE_OVERHEAD
-            if self._room >= 0:
-                self._messages.append(data)
-                self._arrived.set()
-            else:
-                self.cancel()
-                self._end(error(_ffi.FULL, "the stream's reader was too slow: stream_buffer_bytes wait for it"))
-        elif event.kind == _ffi.EVENT_END:
-            self._end(None)
-        elif event.kind == _ffi.EVENT_ERROR:
-            self._end(error(event.status, decode(event.data, event.data_len)))
+    def _tell(self) -> None:
+        """Gives the worker room for what was read."""
+        stream_consumed(self._handle, self._used)
+        self._used = 0
+
+    def _arrives(self) -> Put:
+        """Messages arrive: where to put them."""
+        self._must_tell = True
+        self._arrived.set()
+        return self._messages.append
 
     def _end(self, failure: PresenceError | None) -> None:
         if not self._ended:
             self._ended, self._failure = True, failure
             self._arrived.set()
+
+
+def _drop(message: bytes) -> None:
+    """For messages of a stream that nobody has any longer."""
 
 
 class Connection(BaseConnection):
@@ -167,9 +192,9 @@ class Connection(BaseConnection):
         self._handlers: dict[int, Handler] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
-        self._streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
+        self._streams: dict[int, weakref.ref[Stream]] = {}
         self._stopped = asyncio.Event()
-        self._events = (Event * BATCH)()
+        self._events = Events(BATCH)
         self._queue = new_queue()
         self._fd: int = lib.presence_queue_fd(self._queue)
         check(min(self._fd, 0), "the queue's file descriptor")
@@ -218,13 +243,16 @@ class Connection(BaseConnection):
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
 
         `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (see presence_config_set in the C header). Raises Invalid, TooLarge, Full, Disconnected, Closed.
+        (how far the reader may be behind; see presence_config_set in the C header).
+        Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
-        tag, stream = next(self._tags), Stream(self)
-        settings = request_options(timeout, headers, options)
-        self._streams[tag] = stream
-        stream._handle = self._request(self._live_queue(), subject, data, client_id, settings, tag)
-        stream._room = int(options.get("stream_buffer_bytes") or STREAM_BUFFER)
+        queue, settings = self._live_queue(), request_options(timeout, headers, options)
+        tag = next(self._tags)
+        stream = Stream(self, tag)
+        self._streams[tag] = weakref.ref(stream)
+        stream._handle = self._request(queue, subject, data, client_id, settings, tag)
+        # Well before the worker has no room left, and not for each message.
+        stream._tell_at = min(int(options.get("stream_buffer_bytes") or MAX_WINDOW), MAX_WINDOW) // 16
         return stream
 
     def stop(self) -> None:
@@ -271,19 +299,34 @@ class Connection(BaseConnection):
         """Dispatches what waits in the queue, up to a batch; whether there was any."""
         if self._queue is None:
             return False
-        count = lib.presence_queue_wait(self._queue, self._events, BATCH, 0)
-        for event in self._events[: max(count, 0)]:
-            self._dispatch(event)
-        return bool(count > 0)
+        count = self._events.poll(self._queue)
+        tag: int = 0
+        put: Put = _drop
+        for event in self._events.take():
+            if event[KIND] != _ffi.EVENT_DATA:
+                self._dispatch(Event._make(event))
+                continue
+            if event[TAG] != tag:
+                tag = event[TAG]
+                stream = self._stream(tag)
+                put = _drop if stream is None else stream._arrives()
+            put(MEMORY[event[DATA] : event[DATA] + event[DATA_LEN]])
+        return count > 0
+
+    def _stream(self, tag: int) -> Stream | None:
+        found = self._streams.get(tag)
+        return None if found is None else found()
 
     def _dispatch(self, event: Event) -> None:
         kind = event.kind
-        if kind in (_ffi.EVENT_DATA, _ffi.EVENT_END, _ffi.EVENT_ERROR):
-            stream = self._streams.get(event.tag)
-            if stream is not None:
-                stream._on_event(event)
+        if kind == _ffi.EVENT_END:
+            if (stream := self._stream(event.tag)) is not None:
+                stream._end(None)
+        elif kind == _ffi.EVENT_ERROR:
+            if (stream := self._stream(event.tag)) is not None:
+                stream._end(error(event.status, event.text))
         elif kind == _ffi.EVENT_REQUEST:
-            sender = Sender(event.sender, decode(event.client, event.client_len))
+            sender = Sender(event.sender, event.client)
             handler = self._handlers.get(event.tag)
             if handler is None:
                 return  # Serving failed after all: the sender, dropped, ends its stream.
@@ -321,8 +364,9 @@ class Connection(BaseConnection):
                 self._loop.remove_reader(self._fd)
             lib.presence_queue_free(self._queue)
             self._queue = None
-        for stream in list(self._streams.values()):
-            stream._end(error(_ffi.CLOSED, "the connection was closed"))
+        for tag in list(self._streams):
+            if (stream := self._stream(tag)) is not None:
+                stream._end(error(_ffi.CLOSED, "the connection was closed"))
         for sender in list(self._senders.values()):
             sender._changed.set()
         self._stopped.set()

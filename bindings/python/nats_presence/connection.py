@@ -9,41 +9,44 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from ctypes import byref, string_at
 from functools import partial
 from typing import Any, Callable
 
 from . import _ffi
 from ._arguments import Option, Payload, integer, payload
-from ._ffi import Event, lib
+from ._blocks import Blocks
+from ._events import DATA, DATA_LEN, KIND, MEMORY, Event, Events, new_queue
+from ._ffi import NO_WAIT, SIZES, SMALL, lib, send_wait_now, stream_consumed
+from ._reader import SLICE_MS, QueueReader
 from ._shared import (
     BaseConnection,
     BaseSender,
     OnEvent,
     Request,
     connection_event,
-    decode,
     drain_ms,
-    new_queue,
     notify,
     request_options,
 )
-from .errors import Busy, PresenceError, check, error
-
-# Python handles signals (KeyboardInterrupt) between two waits only.
-SLICE_MS = 100
-BATCH = 64
+from .errors import PresenceError, check, error
 
 
 class Sender(BaseSender):
     __doc__ = f"{BaseSender.__doc__}\n    Every method may be called from any thread."
 
     def send(self, data: Payload) -> None:
-        """Sends one message; text as UTF-8. Waits while there is no room.
+        """Sends one message; text as UTF-8. Waits while there is no room: the reader, or nats-server, is behind.
 
-        Raises Offline as soon as the client has left, and Closed or Disconnected when the stream is over otherwise.
-        After TooLarge, Reserved and Invalid the stream goes on.
+        Raises Offline as soon as the client has left, and Cancelled (the reader left the stream), PeerGone, Closed or
+        Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
         """
+        # Not presence_sender_send: nobody waits for the event that follows its refusal.
+        if (
+            type(data) is bytes
+            and len(data) <= SMALL
+            and send_wait_now(self._parameter, data, SIZES[len(data)], NO_WAIT) == _ffi.OK
+        ):
+            return
         raw = payload(data)
         status = _ffi.TIMEOUT
         while status == _ffi.TIMEOUT:
@@ -51,75 +54,72 @@ class Sender(BaseSender):
         self._check(status, len(raw))
 
     def send_many(self, messages: Iterable[Payload]) -> None:
-        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came."""
-        for data in messages:
-            self.send(data)
+        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
+
+        A list or tuple is looked through before (Invalid), and costs a fraction of as many calls of send; of what else
+        can be iterated over each message is sent as it comes.
+        """
+        if not isinstance(messages, (list, tuple)):
+            for data in messages:
+                self.send(data)
+            return
+        blocks = Blocks(messages)
+        while blocks:
+            if not blocks.send(self._parameter):
+                self.send(blocks.pop())  # Waits, or raises what is wrong.
 
 
 Handler = Callable[[Request, Sender], object]
 
 
-class Stream:
+class Stream(QueueReader[bytes]):
     """The messages of one stream, as an iterator of bytes.
 
     It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
-    Offline, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
     Leaving the `with`, or dropping it, cancels it.
     One thread at a time may wait for a message: Busy. cancel() may be called from any thread.
     """
 
     _handle: int | None = None
-    _queue: int | None = None
 
     def __init__(
         self, conn: Connection, subject: str, data: Payload, client_id: str, options: dict[str, Option]
     ) -> None:
+        super().__init__()
         self._conn = conn
-        self._queue = new_queue()
-        self._handle = conn._request(self._queue, subject, data, client_id, options, 0)
-        self._reading = threading.Lock()
-        self._events = (Event * BATCH)()
-        self._next = self._count = 0
+        self._used: int | None = None
         self._ended = False
+        self._failure: PresenceError | None = None
+        self._handle = conn._request(self._queue or 0, subject, data, client_id, options, 0)
 
     def __del__(self) -> None:
-        # Only here: until now a thread could be reading what the queue gave.
         lib.presence_stream_free(self._handle)
-        lib.presence_queue_free(self._queue)
+        super().__del__()
 
-    def __iter__(self) -> Stream:
-        return self
+    def _before_wait(self) -> None:
+        if self._ended:
+            failure, self._failure = self._failure, None
+            raise failure or StopIteration
+        if self._used is not None:
+            stream_consumed(self._handle, self._used)
+            self._used = None
 
-    def __next__(self) -> bytes:
-        if not self._reading.acquire(blocking=False):
-            self._conn.stats()  # Raises Forked in a child.
-            raise Busy("another thread waits for this stream's next message")
-        try:
-            while not self._ended:
-                if self._next == self._count:
-                    self._next = self._count = 0
-                    count = lib.presence_queue_wait(self._queue, self._events, BATCH, SLICE_MS)
-                    if count < 0:
-                        check(count, "stream")
-                    self._count = count
-                    continue
-                event = self._events[self._next]
-                self._next += 1
-                if event.kind == _ffi.EVENT_DATA:
-                    return string_at(event.data or 0, event.data_len)
-                if event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR):
-                    self._ended = True
-                if event.kind == _ffi.EVENT_ERROR:
-                    raise error(event.status, decode(event.data, event.data_len))
-            raise StopIteration
-        finally:
-            self._reading.release()
+    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
+        messages = [MEMORY[e[DATA] : e[DATA] + e[DATA_LEN]] for e in events if e[KIND] == _ffi.EVENT_DATA]
+        if messages:
+            self._ready.extend(messages)
+            self._used = (self._used or 0) + sum(map(len, messages))
+        for event in map(Event._make, events[-1:]):  # Nothing follows an end.
+            if event.kind == _ffi.EVENT_ERROR:
+                self._failure = error(event.status, event.text)
+            self._ended = event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
 
     def cancel(self) -> None:
-        """Ends the stream, for its reader with Cancelled, and tells the worker that the client has left.
+        """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
 
-        But while another stream, a session or a mark keeps the client online here, the worker is not told. Once the
-        stream has ended this has no effect.
+        Once the stream has ended this has no effect.
         """
         lib.presence_stream_cancel(self._handle)
 
@@ -154,11 +154,11 @@ class _Pool:
         lib.presence_queue_free(self.queue)
 
     def _run(self) -> None:
-        event = Event()
+        events = Events(1)
         while True:
             with self._turn:
-                count = lib.presence_queue_wait(self.queue, byref(event), 1, 0 if self._stopping else -1)
-                taken = self._take(event) if count > 0 else None
+                count = events.wait(self.queue, 0 if self._stopping else -1)
+                taken = self._take(Event._make(*events.take())) if count > 0 else None
             if count < 0 or (count == 0 and self._stopping):
                 return
             if taken is not None:
@@ -201,7 +201,7 @@ class Connection(BaseConnection):
         def take(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
                 return None
-            sender = Sender(event.sender, decode(event.client, event.client_len))
+            sender = Sender(event.sender, event.client)
             return Request(sender, event), sender
 
         def decorate(handler: Handler) -> Handler:
@@ -242,7 +242,8 @@ class Connection(BaseConnection):
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
 
         `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (see presence_config_set in the C header). Raises Invalid, TooLarge, Full, Disconnected, Closed.
+        (how far the reader may be behind; see presence_config_set in the C header).
+        Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
         return Stream(self, subject, data, client_id, request_options(timeout, headers, options))
 

@@ -1,0 +1,43 @@
+"""Many messages at once: what costs is the call, not the message."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from ._arguments import Payload, payload
+from ._ffi import SIZES, send_many_now
+
+MESSAGES = 1024
+BYTES = 1 << 18
+
+
+class Blocks:
+    """Messages to be sent; true as long as there are any."""
+
+    def __init__(self, messages: Sequence[Payload]) -> None:
+        """Raises Invalid."""
+        plain: Sequence[Any] = messages if set(map(type, messages)) <= {bytes} else list(map(payload, messages))
+        self._messages: Sequence[bytes] = plain
+        self._ends = [0, *accumulate(map(len, plain))]
+        self._at = 0
+
+    def __bool__(self) -> bool:
+        return self._at < len(self._messages)
+
+    def send(self, sender: object) -> bool:
+        """Sends what there is room for, at most a block; whether it was any. `sender`: as untyped calls take it."""
+        last = bisect_right(self._ends, self._ends[self._at] + BYTES) - 1
+        block = self._messages[self._at : max(self._at + 1, min(last, self._at + MESSAGES))]
+        lengths = array("L", map(len, block)).tobytes()  # Of size_t.
+        sent: int = send_many_now(sender, b"".join(block), lengths, SIZES[len(block)])
+        self._at += max(sent, 0)
+        return sent > 0
+
+    def pop(self) -> bytes:
+        """The next, to be sent by itself."""
+        self._at += 1
+        return self._messages[self._at - 1]
