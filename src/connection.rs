@@ -119,7 +119,7 @@ impl Connection {
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
         let inbound: Arc<Inbound> = Arc::default();
-        let inbox = format!("{}.{}.", options.inbox_prefix, random::token());
+        let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
         let patience = Patience {
             heartbeat: options.heartbeat,
             grace: options.peer_grace,
@@ -129,7 +129,7 @@ impl Connection {
         let lanes = Lanes::new(
             runtime,
             Arc::clone(&inbound),
-            &inbox,
+            Arc::clone(&inbox),
             &options.offline_subject,
             options.send_buffer,
             patience,
@@ -140,7 +140,7 @@ impl Connection {
             runtime,
             dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
             inbound,
-            inbox: Arc::new(Inbox::new(inbox)),
+            inbox,
             lanes,
             outbox: Outbox::new(options.send_buffer),
             offline_subject: options.offline_subject.as_str().into(),

@@ -19,6 +19,7 @@ use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 
 use crate::error::Status;
+use crate::lane::driver::{Accepted, Lane};
 use crate::queue::{Batch, Queue, Single};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
@@ -27,6 +28,10 @@ pub(crate) trait Receiver: Send + Sync {
     fn message(&self, message: Message);
     /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
     fn ended(&self, why: Status);
+    /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
+    fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
+        None
+    }
 }
 
 /// What is to be subscribed as long as there is a connection.
@@ -251,7 +256,12 @@ impl Inbox {
     /// Gives what comes to the subject that this returns to `receiver`.
     pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
         self.expected.insert(number, receiver);
-        format!("{}{number}", self.prefix).into()
+        format!("{}{number:x}", self.prefix).into()
+    }
+
+    /// Who expects answers to this number. (Its entry is not held meanwhile: it may forget itself.)
+    pub(crate) fn expected(&self, number: u64) -> Option<Arc<dyn Receiver>> {
+        self.expected.get(&number).map(|entry| Arc::clone(entry.value()))
     }
 
     /// Takes back `expect`.
@@ -262,9 +272,9 @@ impl Inbox {
 
 impl Receiver for Inbox {
     fn message(&self, message: Message) {
-        let number = message.subject.strip_prefix(&*self.prefix).and_then(|token| token.parse().ok());
-        // The entry is not held while its receiver is called: it may forget itself.
-        match number.and_then(|number: u64| self.expected.get(&number).map(|entry| Arc::clone(entry.value()))) {
+        let token = message.subject.strip_prefix(&*self.prefix);
+        let number = token.and_then(|token| u64::from_str_radix(token, 16).ok());
+        match number.and_then(|number| self.expected(number)) {
             Some(receiver) => receiver.message(message),
             None => {
                 self.ignored.fetch_add(1, Ordering::Relaxed);

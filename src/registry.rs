@@ -13,6 +13,7 @@ use crate::queue::{Kind, Queue};
 use crate::runtime;
 use parking_lot::RwLock;
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -68,9 +69,9 @@ enum Presence {
 struct Life {
     number: u64,
     marked: bool,
-    sessions: usize,
+    sessions: u32,
     /// The session whose close began the grace that runs now.
-    grace: Option<u64>,
+    grace: Option<NonZeroU64>,
     running: Streams,
 }
 
@@ -78,7 +79,7 @@ struct Life {
 #[derive(Default)]
 struct Streams {
     first: Option<(u64, Arc<dyn Running>)>,
-    others: HashMap<u64, Arc<dyn Running>>,
+    others: Option<Box<HashMap<u64, Arc<dyn Running>>>>,
 }
 
 impl Streams {
@@ -86,27 +87,33 @@ impl Streams {
         if self.first.is_none() {
             self.first = Some((number, running));
         } else {
-            self.others.insert(number, running);
+            self.others.get_or_insert_default().insert(number, running);
         }
     }
 
     fn remove(&mut self, number: u64) -> bool {
-        self.first.take_if(|(first, _)| *first == number).is_some() || self.others.remove(&number).is_some()
+        self.first.take_if(|(first, _)| *first == number).is_some() || {
+            let removed = self.others.as_mut().is_some_and(|others| others.remove(&number).is_some());
+            self.others.take_if(|others| others.is_empty());
+            removed
+        }
     }
 
     fn is_empty(&self) -> bool {
-        self.first.is_none() && self.others.is_empty()
+        self.first.is_none() && self.others.is_none()
     }
 
     fn iter(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
-        self.first.iter().map(|(_, running)| running).chain(self.others.values())
+        self.first.iter().map(|(_, running)| running).chain(self.others.iter().flat_map(|others| others.values()))
     }
 
     /// Takes out what `is_meant` says.
     fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Running>) -> bool) -> Vec<Arc<dyn Running>> {
         let first = self.first.take_if(|(_, running)| is_meant(running)).map(|(_, running)| running);
-        let others = self.others.extract_if(|_, running| is_meant(running)).map(|(_, running)| running);
-        first.into_iter().chain(others).collect()
+        let others = self.others.iter_mut().flat_map(|others| others.extract_if(|_, running| is_meant(running)));
+        let extracted = first.into_iter().chain(others.map(|(_, running)| running)).collect();
+        self.others.take_if(|others| others.is_empty());
+        extracted
     }
 }
 
@@ -392,7 +399,7 @@ impl Session {
                     return false;
                 }
                 begins_grace = !grace.is_zero();
-                life.grace = begins_grace.then_some(self.number);
+                life.grace = NonZeroU64::new(self.number).filter(|_| begins_grace);
                 !begins_grace
             }
             _ => false,
@@ -415,7 +422,7 @@ impl Drop for Session {
 fn end_grace(id: &str, life: u64, session: u64) {
     let registry = registry();
     let is_over = |presence: &mut Presence| match presence {
-        Presence::Life(own) if own.number == life && own.grace == Some(session) => {
+        Presence::Life(own) if own.number == life && own.grace.is_some_and(|own| own.get() == session) => {
             own.grace = None;
             !own.marked
         }

@@ -25,23 +25,18 @@ pub struct Sender {
     is_freed: AtomicBool,
     sent: AtomicU64,
     number: u64,
-    tag: u64,
     reply: Subject,
     /// Where it sends, and its share in it, if the requester offered a lane; else to `reply`.
     lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
-    answers_to: Option<u64>,
     client: Arc<str>,
     headers: Headers,
     service: Arc<Service>,
-    queue: Arc<Queue>,
     this: Weak<Sender>,
 }
 
 impl Sender {
     pub(crate) fn new(
         service: Arc<Service>,
-        queue: Arc<Queue>,
-        tag: u64,
         reply: Subject,
         client: Arc<str>,
         headers: Headers,
@@ -52,14 +47,11 @@ impl Sender {
             is_freed: AtomicBool::new(false),
             sent: AtomicU64::new(0),
             number: fork::number(),
-            tag,
-            answers_to: registry::owner_of(&reply),
             reply,
             lane: OnceCell::new(),
             client,
             headers,
             service,
-            queue,
             this: this.clone(),
         })
     }
@@ -240,7 +232,7 @@ impl Sender {
     fn event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, Bytes::new());
-            self.queue.push(Single { client: Some(Arc::clone(&self.client)), ..event });
+            self.service.queue().push(Single { client: Some(Arc::clone(&self.client)), ..event });
         }
     }
 }
@@ -274,13 +266,13 @@ impl Running for Sender {
     }
 
     fn answers_to(&self) -> Option<u64> {
-        self.answers_to
+        registry::owner_of(&self.reply)
     }
 }
 
 impl Party for Sender {
     fn queue(&self) -> &Arc<Queue> {
-        &self.queue
+        self.service.queue()
     }
 
     fn cancelled(&self, why: Status) {
@@ -319,7 +311,7 @@ impl Origin for Sender {
     }
 
     fn tag(&self) -> u64 {
-        self.tag
+        self.service.tag()
     }
 
     fn is_running(&self) -> bool {

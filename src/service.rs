@@ -87,6 +87,14 @@ impl Service {
         &self.connection
     }
 
+    pub(crate) fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+
+    pub(crate) fn tag(&self) -> u64 {
+        self.tag
+    }
+
     /// Takes no more requests. Streams that run go on.
     ///
     /// # Errors
@@ -151,7 +159,7 @@ impl Service {
         let headers = wire::own_headers(message.headers.as_ref());
         let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
         let sender =
-            Sender::new(Arc::clone(&self), Arc::clone(&self.queue), self.tag, reply, Arc::clone(&id), headers);
+            Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
         self.running.insert(sender.number(), Arc::clone(&sender));
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);

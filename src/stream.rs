@@ -8,7 +8,6 @@ use crate::fork;
 use crate::inbound::Receiver;
 use crate::outbox::{Request, stopped};
 use crate::lane::driver::{Accepted, Lane, Party};
-use crate::lane::lanes::Asker;
 use crate::lane::state::{Grant, OVERHEAD};
 use crate::queue::{COPY_BELOW, Event, Kind, Origin, Queue, Single};
 use crate::random;
@@ -24,7 +23,7 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 
 /// The most that a worker may send on a lane before its reader has taken something.
-const MAX_WINDOW: u64 = 4 << 20;
+const MAX_WINDOW: u32 = 4 << 20;
 
 /// A stream that this process requested.
 pub struct Stream {
@@ -43,7 +42,7 @@ pub struct Stream {
     limit: u64,
     /// With manual credit: what has left the queue and was not used yet.
     held: Option<Box<Mutex<Held>>>,
-    /// Names the request for those who accept it on a lane.
+    /// Its number in the inbox, which only those know who were asked.
     key: u64,
     /// The lane that it runs on, and its number there.
     lane: OnceCell<(Arc<Lane>, u32)>,
@@ -108,7 +107,7 @@ impl Connection {
         let client = client::id(client)?;
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
-        let (key, window) = (random::number(), (options.stream_buffer as u64).min(MAX_WINDOW));
+        let (key, window) = (random::number(), window(options.stream_buffer as u64));
         if let Some(lanes) = self.lanes() {
             headers.insert(wire::LANE, lanes.offer(key, window));
         }
@@ -138,14 +137,11 @@ impl Connection {
             held: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
-            grant: Grant::new(window),
+            grant: Grant::new(window.into()),
             asking: Mutex::new(None),
             timer: Mutex::new(None),
         });
-        let reply = self.inbox().expect(stream.number, Arc::clone(&stream) as Arc<dyn Receiver>);
-        if let Some(lanes) = self.lanes() {
-            lanes.expect(key, Arc::clone(&stream) as _);
-        }
+        let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn Receiver>);
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
         let (left, delay) = (options.retries, options.retry_delay);
@@ -168,6 +164,11 @@ impl Connection {
         }
         Ok(stream)
     }
+}
+
+/// How far a worker on a lane may be ahead of a reader with so much room.
+fn window(limit: u64) -> u32 {
+    u32::try_from(limit).unwrap_or(MAX_WINDOW).min(MAX_WINDOW)
 }
 
 /// The request's headers: the client's id, and the caller's own.
@@ -301,17 +302,12 @@ impl Stream {
                 lane.cancel(*stream, why);
                 true
             }
-            None => {
-                if let Some(lanes) = self.connection.lanes() {
-                    lanes.forget(self.key);
-                }
-                false
-            }
+            None => false,
         }
     }
 
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
-        self.connection.inbox().forget(self.number);
+        self.connection.inbox().forget(self.key);
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
         *self.asking.lock() = None;
@@ -371,6 +367,21 @@ impl Stream {
 }
 
 impl Receiver for Stream {
+    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
+        if self.has_begun.swap(true, Ordering::Relaxed) {
+            // Another worker has answered on level 0: two of them serve it without a group.
+            return None;
+        }
+        let _ = self.lane.set((Arc::clone(lane), stream));
+        fence(Ordering::SeqCst);
+        stopped(&self.word).ok()?;
+        // Level 0 has nothing to tell any longer.
+        self.connection.inbox().forget(self.key);
+        *self.asking.lock() = None;
+        let window = window(self.limit);
+        Some((self, window))
+    }
+
     fn message(&self, message: Message) {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             // Once messages have come this is not about our request, but somebody's lie.
@@ -424,23 +435,6 @@ impl Running for Stream {
 
     fn answers_to(&self) -> Option<u64> {
         None
-    }
-}
-
-impl Asker for Stream {
-    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
-        if self.has_begun.swap(true, Ordering::Relaxed) {
-            // Another worker has answered on level 0: two of them serve it without a group.
-            return None;
-        }
-        let _ = self.lane.set((Arc::clone(lane), stream));
-        fence(Ordering::SeqCst);
-        stopped(&self.word).ok()?;
-        // Level 0 has nothing to tell any longer.
-        self.connection.inbox().forget(self.number);
-        *self.asking.lock() = None;
-        let window = self.limit.min(MAX_WINDOW);
-        Some((self, window))
     }
 }
 

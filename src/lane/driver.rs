@@ -37,7 +37,7 @@ pub(crate) trait Party: Origin {
 }
 
 /// Accepted: who asked with this key, and the stream's window.
-pub(crate) type Accepted = Option<(Arc<dyn Party>, u64)>;
+pub(crate) type Accepted = Option<(Arc<dyn Party>, u32)>;
 
 /// One end of a lane.
 pub(crate) struct Lane {
@@ -99,7 +99,7 @@ impl Lane {
     // The worker's calls ----------------------------------------------------------------------------------------------
 
     /// Accepts a request. None when the lane is over, or has no numbers left.
-    pub(crate) fn open(&self, key: u64, window: u64, to: Arc<dyn Party>) -> Option<Arc<Credit>> {
+    pub(crate) fn open(&self, key: u64, window: u32, to: Arc<dyn Party>) -> Option<Arc<Credit>> {
         self.change(|state| state.open(key, window, to, Instant::now()))
     }
 

@@ -5,7 +5,7 @@
 //! connection's own: nats-server answers 503 as soon as its process is gone.
 
 use crate::error::{Error, Result, Status};
-use crate::inbound::{Inbound, Receiver};
+use crate::inbound::{Inbound, Inbox, Receiver};
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Patience};
@@ -19,12 +19,6 @@ use tokio::sync::watch;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
 const MAX_LANES: usize = 65_536;
-
-/// Who asked for a stream, and hears of a worker that accepts it.
-pub(crate) trait Asker: Send + Sync {
-    /// The worker accepts it on this lane; the party and its window, unless it has ended, or was answered otherwise.
-    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted;
-}
 
 /// All lanes of a connection.
 pub(crate) struct Lanes {
@@ -46,7 +40,7 @@ pub(crate) struct Lanes {
     own: DashMap<String, Arc<Lane>>,
     /// The same lanes by the other end's subject.
     by_peer: DashMap<String, Arc<Lane>>,
-    asked: DashMap<u64, Arc<dyn Asker>>,
+    inbox: Arc<Inbox>,
     pub(crate) sent: Arc<AtomicU64>,
     pub(crate) ignored: AtomicU64,
 }
@@ -55,7 +49,7 @@ impl Lanes {
     pub(crate) fn new(
         runtime: &'static Handle,
         inbound: Arc<Inbound>,
-        inbox: &str,
+        inbox: Arc<Inbox>,
         offline_subject: &str,
         limit: usize,
         patience: Patience,
@@ -64,7 +58,7 @@ impl Lanes {
             this: this.clone(),
             runtime,
             inbound,
-            prefix: format!("{inbox}lane."),
+            prefix: format!("{}lane.", inbox.prefix()),
             offline_subject: offline_subject.into(),
             offer: random::token(),
             limit,
@@ -73,7 +67,7 @@ impl Lanes {
             max_payload: AtomicUsize::new(1 << 20),
             own: DashMap::new(),
             by_peer: DashMap::new(),
-            asked: DashMap::new(),
+            inbox,
             sent: Arc::default(),
             ignored: AtomicU64::new(0),
         })
@@ -127,24 +121,13 @@ impl Lanes {
 
     // The gateway's side ----------------------------------------------------------------------------------------------
 
-    /// The value of a request's header, which offers a lane for the stream with this key.
-    pub(crate) fn offer(&self, key: u64, window: u64) -> String {
+    /// The value of a request's header, which offers a lane for the stream with this key: its number in the inbox.
+    pub(crate) fn offer(&self, key: u64, window: u32) -> String {
         format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer)
     }
 
-    /// Has `asker` hear when the request with this key is accepted.
-    pub(crate) fn expect(&self, key: u64, asker: Arc<dyn Asker>) {
-        self.asked.insert(key, asker);
-    }
-
-    /// Takes back `expect`: whoever accepts it from now on is cancelled.
-    pub(crate) fn forget(&self, key: u64) {
-        self.asked.remove(&key);
-    }
-
     fn accept(&self, lane: &Arc<Lane>, key: u64, stream: u32) -> Accepted {
-        let (_, asker) = self.asked.remove(&key)?;
-        asker.accepted(lane, stream)
+        self.inbox.expected(key)?.accepted(lane, stream)
     }
 
     /// Begins the lane of a worker that we do not know, if this is its first message.

@@ -79,7 +79,7 @@ pub(crate) enum Refusal {
 #[derive(Debug)]
 pub(crate) struct Credit {
     stream: u32,
-    window: u64,
+    window: u32,
     outstanding: AtomicU64,
     sent: AtomicU64,
 }
@@ -95,7 +95,7 @@ impl Credit {
     }
 
     fn has_room(&self, weight: u64) -> bool {
-        has_room(self.outstanding(), self.window, weight)
+        has_room(self.outstanding(), self.window.into(), weight)
     }
 }
 
@@ -142,7 +142,7 @@ struct Out<S> {
 /// A stream that was requested at this end.
 struct In<S> {
     to: S,
-    window: u64,
+    window: u32,
     unconsumed: u64,
 }
 
@@ -279,7 +279,7 @@ impl<S: Clone> State<S> {
     // The worker's calls ----------------------------------------------------------------------------------------------
 
     /// Accepts the request with this key. None when the lane is over, or has no numbers left.
-    pub(crate) fn open(&mut self, key: u64, window: u64, to: S, now: Instant) -> Option<Arc<Credit>> {
+    pub(crate) fn open(&mut self, key: u64, window: u32, to: S, now: Instant) -> Option<Arc<Credit>> {
         let stream = self.last_stream.checked_add(1).filter(|_| !self.is_over())?;
         self.last_stream = stream;
         self.wake_beat(now);
@@ -438,7 +438,7 @@ impl<S: Clone> State<S> {
         message: &Bytes,
         now: Instant,
         tells: &mut Vec<Tell<S>>,
-        mut accept: impl FnMut(u64, u32) -> Option<(S, u64)>,
+        mut accept: impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let header = Header::read(message)?;
         if self.is_over() {
@@ -710,7 +710,7 @@ impl<S: Clone> State<S> {
         message: &Bytes,
         now: Instant,
         tells: &mut Vec<Tell<S>>,
-        accept: &mut impl FnMut(u64, u32) -> Option<(S, u64)>,
+        accept: &mut impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let mut frames = Frames::new(&message[frame::HEADER..]);
         let mut start = frame::HEADER;
@@ -721,7 +721,7 @@ impl<S: Clone> State<S> {
                     let mut run = Run { start: start as u32, end: 0, count: 0, bytes: 0 };
                     let mut body = Some(frame.body);
                     let own = self.ins.get_mut(&frame.stream);
-                    let mut room = own.as_ref().map(|own| (own.unconsumed, own.window));
+                    let mut room = own.as_ref().map(|own| (own.unconsumed, own.window.into()));
                     let mut is_overrun = false;
                     while let Some(data) = body.take() {
                         let weight = data.len() as u64 + OVERHEAD;
