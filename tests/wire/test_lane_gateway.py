@@ -10,9 +10,27 @@ import pytest
 from conftest import Connect, Shell
 from harness import Server
 from lane_codec import (
-    CANCEL, CREDIT, GAP, NEW, OVERHEAD, PING, PONG, RESET,
-    Frame, LaneMessage, accept, cancel, credit, data, decode, encode, encode_frame, end, error, from_u64,
-)  # fmt: skip
+    CANCEL,
+    CREDIT,
+    GAP,
+    NEW,
+    OVERHEAD,
+    PING,
+    PONG,
+    RESET,
+    Frame,
+    LaneMessage,
+    accept,
+    cancel,
+    credit,
+    data,
+    decode,
+    encode,
+    encode_frame,
+    end,
+    error,
+    from_u64,
+)
 from lane_peer import OWN, OWN_GATEWAY, Asked, LaneEnd, WorkerByHand, no_responders
 from raw import RawPeer, pub
 
@@ -201,7 +219,7 @@ def test_an_announcement_of_a_peer_ends_the_stream(gateway: Shell, worker: Worke
     assert lane.take() == cancel(1, OFFLINE)
 
 
-# ACCEPT ----------------------------------------------------------------------------------------------------------------
+# ACCEPT --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["cancel 1", "drop 1", "offline alice"])
@@ -274,7 +292,7 @@ def test_a_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByH
     assert b"Presence-Lane" not in worker.requests.next().header
 
 
-# The window ------------------------------------------------------------------------------------------------------------
+# The window ----------------------------------------------------------------------------------------------------------
 
 
 def test_credit_comes_when_more_than_half_was_used(gateway: Shell, worker: WorkerByHand) -> None:
@@ -353,7 +371,7 @@ def test_a_worker_that_sends_what_the_window_allows(gateway: Shell, worker: Work
     gateway.wait(event="END", tag=1)
 
 
-# Numbers, acknowledgements, gaps ---------------------------------------------------------------------------------------
+# Numbers, acknowledgements, gaps -------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_sent_again(gateway: Shell, worker: WorkerByHand) -> None:
@@ -445,7 +463,7 @@ def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHan
     assert [gateway.wait(tag=1)["data"] for _ in range(2)] == ["x", ""]
 
 
-# What is new, what is wrong --------------------------------------------------------------------------------------------
+# What is new, what is wrong ------------------------------------------------------------------------------------------
 
 
 def test_unknown_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
@@ -534,7 +552,8 @@ def strangers(lane: LaneEnd) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("forged", [
-    LaneMessage(0, 2, 0, (end(1),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0), LaneMessage(0, 2, 2**64 - 1),
+    LaneMessage(0, 2, 0, (end(1),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0),
+    LaneMessage(0, 2, 2**64 - 1),
 ])  # fmt: skip
 def test_who_is_not_the_other_end_is_ignored(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer, forged: LaneMessage
@@ -627,16 +646,19 @@ def test_frames_at_random(gateway: Shell, worker: WorkerByHand) -> None:
     for tag in range(2, 52):
         lane = begin(gateway, worker, tag)
         for _ in range(20):
-            frames = [Frame(dice.randrange(9), dice.choice([0, 1, 2, 2**32 - 1]), dice.randbytes(dice.choice([0, 1, 8, 99])))
-                      for _ in range(dice.randrange(5))]  # fmt: skip
+            frames = []
+            for _ in range(dice.randrange(5)):
+                stream, size = dice.choice([0, 1, 2, 2**32 - 1]), dice.choice([0, 1, 8, 99])
+                frames.append(Frame(dice.randrange(9), stream, dice.randbytes(size)))
             flags = dice.choice([0, PING, PONG, GAP, PING | GAP, NEW, 32, 64, 128])
-            lane.post(LaneMessage(flags, lane.sent + dice.choice([0, 1, 1, 1, 2]), dice.choice([0, 0, 1, 2]), tuple(frames)))
+            sequence, ack = lane.sent + dice.choice([0, 1, 1, 1, 2]), dice.choice([0, 0, 1, 2])
+            lane.post(LaneMessage(flags, sequence, ack, tuple(frames)))
             lane.sent += 1
     assert_goes_on(gateway, bystander, 1)
     assert gateway.ask("stats")["connects"] == 1
 
 
-# Death -----------------------------------------------------------------------------------------------------------------
+# Death ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:

@@ -1,4 +1,4 @@
-"""What a lost connection does to streams on level 0: they end clearly at both ends, and are never shortened silently."""
+"""What a lost connection does to streams on level 0: they end clearly at both ends, never shortened silently."""
 
 from __future__ import annotations
 

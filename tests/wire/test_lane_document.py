@@ -1,0 +1,165 @@
+"""docs/wire.md tells the truth: its examples are what our ends send, and what they understand."""
+
+from __future__ import annotations
+
+import re
+
+import lane_codec
+import pytest
+from conftest import Connect, Shell
+from harness import ROOT
+from lane_codec import LaneMessage, accept, credit, data, decode, encode
+from lane_peer import GatewayByHand, LaneEnd, WorkerByHand
+from raw import RawPeer, pub
+
+DOCUMENT = (ROOT / "docs/wire.md").read_text()
+KEY = 0x0123456789ABCDEF
+
+
+def from_hex(text: str) -> bytes:
+    return bytes.fromhex("".join(line.partition("#")[0] for line in text.splitlines()))
+
+
+EXAMPLES = {name: from_hex(text) for name, text in re.findall(r"```hex (\w+)\n(.*?)```", DOCUMENT, re.DOTALL)}
+
+
+def next_of(lane: LaneEnd, example: str) -> bytes:
+    """The lane's next message, as it came; acknowledgements that go alone, and PINGs, come whenever they do."""
+    wanted = decode(EXAMPLES[example])
+    while True:
+        message = lane.receive()
+        lane.apply(message)
+        if message.frames or (message.flags & ~lane_codec.NEW) not in (0, lane_codec.PING) or message == wanted:
+            return encode(message)
+
+
+def test_the_examples_are_all_there() -> None:
+    messages = {name: decode(payload) for name, payload in EXAMPLES.items()}
+    assert {name: encode(message) for name, message in messages.items()} == EXAMPLES
+    assert {frame.kind for message in messages.values() for frame in message.frames} == set(range(1, 7))
+    flags = [flag for flag in (1, 2, 4, 8, 16) if any(message.flags & flag for message in messages.values())]
+    assert len(flags) == 5
+
+
+def test_the_tables() -> None:
+    kinds = re.findall(r"^\| (\d+) \| ([A-Z]+) \| (?:worker|gateway) \|", DOCUMENT, re.MULTILINE)
+    flags = re.findall(r"^\| ([A-Z]+) \| (\d+) \|", DOCUMENT, re.MULTILINE)
+    assert len(kinds) == 6
+    assert len(flags) == 5
+    for name, number in [(name, number) for number, name in kinds] + flags:
+        assert getattr(lane_codec, name) == int(number), name
+    numbers = re.findall(r"^\| (\d+) \| `([0-9a-f ]+)` \|", DOCUMENT, re.MULTILINE)
+    assert len(numbers) == 5
+    for number, digits in numbers:
+        assert lane_codec.encode_number(int(number)) == bytes.fromhex(digits)
+
+
+def test_what_our_worker_sends(connect: Connect, raw: RawPeer) -> None:
+    worker = connect()
+    worker.do("serve llm.generate workers 0")
+    gateway = GatewayByHand(raw)
+    lane = gateway.lane()
+    gateway.request("llm.generate", "alice", key=KEY, window=65536)
+    worker.wait(event="REQUEST")
+    assert next_of(lane, "accept") == EXAMPLES["accept"]
+    lane.ask()  # It has our acknowledgement.
+    worker.do("send 1 hello")
+    assert next_of(lane, "data") == EXAMPLES["data"]
+    worker.do("send 1 " + "x" * 40_000)
+    assert decode(next_of(lane, "data")).sequence == 3
+    assert raw_send(lane, "credit") == 1
+    raw_send(lane, "ping")
+    assert next_of(lane, "pong") == EXAMPLES["pong"]
+    worker.do("end 1")
+    assert next_of(lane, "end") == EXAMPLES["end"]
+    for n, key in [(2, 2), (3, 3)]:
+        gateway.request("llm.generate", "alice", key=key)
+        worker.wait(event="REQUEST")
+        assert decode(next_of(lane, "accept")).frames == (accept(n, key),)
+        if n == 2:
+            worker.do("error 2 no such model")
+            assert next_of(lane, "error") == EXAMPLES["error"]
+    # Its number 2 is lost.
+    lane.post(LaneMessage(0, 3, 7, (credit(3, 1),)))
+    assert next_of(lane, "gap") == EXAMPLES["gap"]
+    raw_send(lane, "cancel")
+    assert worker.wait(event="STOPPED", n=3)["status"] == "CANCELLED"
+    raw.send(pub(lane.peer[:-1], EXAMPLES["ping"], reply=lane.own))
+    assert gateway.behind.payload() == EXAMPLES["reset"]
+
+
+def raw_send(lane: LaneEnd, example: str) -> int:
+    """Sends an example as it stands there; returns its number."""
+    lane.raw.send(pub(lane.peer, EXAMPLES[example], reply=lane.own))
+    lane.sent = decode(EXAMPLES[example]).sequence
+    return lane.sent
+
+
+def test_what_our_gateway_sends(connect: Connect, raw: RawPeer) -> None:
+    gateway = connect()
+    worker = WorkerByHand(raw, "llm.generate")
+    lane = begin(gateway, worker)
+    assert lane.receive() == decode(EXAMPLES["ack"])
+    lane.acked = 1  # It is not new any longer.
+    raw_send(lane, "data")
+    assert gateway.wait(event="DATA")["data"] == "hello"
+    lane.answers_pings = lane.acknowledges = False
+    lane.send(data(1, b"x" * 40_000))
+    assert next_of(lane, "credit") == EXAMPLES["credit"]
+    assert next_of(lane, "ping") == EXAMPLES["ping"]
+    raw_send(lane, "pong")
+    raw_send(lane, "end")
+    gateway.wait(event="END", tag=1)
+    for tag in [2, 3]:
+        gateway.do(f"request {tag} llm.generate alice hello")
+        lane.received = 1
+        lane.send(accept(tag, worker.next().key))
+        if tag == 2:
+            raw_send(lane, "error")
+            assert gateway.wait(event="ERROR", tag=2)["data"] == "no such model"
+    lane.ask()
+    gateway.do("cancel 3")
+    assert next_of(lane, "cancel") == EXAMPLES["cancel"]
+    raw_send(lane, "gap")
+    assert next_of(lane, "cancel") == EXAMPLES["cancel"]
+
+
+def begin(gateway: Shell, worker: WorkerByHand) -> LaneEnd:
+    """The example's request, accepted."""
+    gateway.do("option stream_buffer_bytes 65536")
+    gateway.do("request 1 llm.generate alice hello")
+    asked = worker.next()
+    lane = worker.lane(asked)
+    lane.raw.send(pub(lane.peer, EXAMPLES["accept"][:-8] + lane_codec.u64(asked.key), reply=lane.own))
+    lane.sent = 1
+    return lane
+
+
+@pytest.mark.parametrize(("flags", "example"), [(0, "reset"), (lane_codec.NEW, "unknown")])
+def test_what_our_gateway_says_of_a_lane_that_it_does_not_know(
+    connect: Connect, raw: RawPeer, flags: int, example: str
+) -> None:
+    gateway = connect()
+    worker = WorkerByHand(raw, "llm.generate")
+    gateway.do("request 1 llm.generate alice hello")
+    lane = worker.lane(worker.next())
+    raw.send(pub(lane.peer, encode(LaneMessage(flags, 7, 3)), reply=lane.own))
+    assert lane.inbox.payload() == EXAMPLES[example]
+
+
+def test_what_our_ends_make_of_a_reset(connect: Connect, raw: RawPeer) -> None:
+    gateway = connect()
+    lane = begin(gateway, WorkerByHand(raw, "llm.generate"))
+    raw_send(lane, "reset")
+    assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
+
+
+def test_a_worker_that_hears_that_its_first_message_is_missing(connect: Connect, raw: RawPeer) -> None:
+    worker = connect()
+    worker.do("serve llm.generate workers 0")
+    gateway = GatewayByHand(raw)
+    lane = gateway.lane()
+    gateway.request("llm.generate", "alice", key=KEY)
+    assert encode(lane.receive()) == EXAMPLES["accept"]
+    raw_send(lane, "unknown")
+    assert encode(lane.receive()) == EXAMPLES["accept"]
