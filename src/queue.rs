@@ -65,6 +65,8 @@ pub(crate) trait Origin: Any + Send + Sync {
     fn is_running(&self) -> bool;
     /// So many DATA events of it, with so many bytes in all, have left the queue.
     fn taken(&self, _count: u64, _bytes: u64) {}
+    /// So many DATA events were dropped with a queue, or for want of one.
+    fn dropped(&self, _count: u64, _bytes: u64) {}
     /// Its request was dropped with the queue: nobody will answer it.
     fn abandoned(&self) {}
 }
@@ -187,6 +189,11 @@ impl Batch {
             (run.start, run.end) = (start, copy.len() as u32);
         }
         self.message = copy.freeze();
+    }
+
+    /// Nobody will read it: its workers are not to wait for that.
+    fn drop_all(&self) {
+        self.parts.iter().for_each(|(origin, run)| origin.dropped(run.count.into(), run.bytes));
     }
 
     /// Cuts off the first `count` events.
@@ -482,8 +489,10 @@ impl Queue {
             mem::take(&mut inner.entries)
         };
         for entry in entries {
-            if let Entry::Single(Single { kind: Kind::Request, origin: Some(origin), .. }) = entry {
-                origin.abandoned();
+            match entry {
+                Entry::Single(Single { kind: Kind::Request, origin: Some(origin), .. }) => origin.abandoned(),
+                Entry::Single(_) => {}
+                Entry::Batch(batch) => batch.drop_all(),
             }
         }
         self.given.lock().clear();
@@ -523,6 +532,8 @@ impl Queue {
         batch.compact();
         let mut inner = self.inner.lock();
         if inner.closed {
+            drop(inner);
+            batch.drop_all();
             return None;
         }
         // Asked with the queue locked: nothing comes after a stream's last event.

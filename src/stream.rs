@@ -487,6 +487,10 @@ impl Origin for Stream {
             None => self.give_room(count * OVERHEAD + bytes),
         }
     }
+
+    fn dropped(&self, count: u64, bytes: u64) {
+        self.give_room(count * OVERHEAD + bytes);
+    }
 }
 
 impl Event<'_> {

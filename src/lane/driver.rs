@@ -10,6 +10,7 @@ use crate::outbox::stopped;
 use crate::queue::{Batch, Origin, Queue};
 use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
+use once_cell::sync::OnceCell;
 use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -44,6 +45,8 @@ pub(crate) struct Lane {
     /// The subjects of both ends.
     own: Subject,
     peer: Subject,
+    /// The worker's end: what the gateway's end calls itself. Should it be lost and made anew, that is another lane.
+    known_as: OnceCell<Box<str>>,
     state: Mutex<State<Arc<dyn Party>>>,
     changed: Notify,
     /// Threads wait for room.
@@ -67,6 +70,7 @@ impl Lane {
         Arc::new(Lane {
             own,
             peer,
+            known_as: OnceCell::new(),
             state: Mutex::new(state),
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
@@ -77,6 +81,11 @@ impl Lane {
 
     pub(crate) fn peer(&self) -> &Subject {
         &self.peer
+    }
+
+    /// Whether a message that names `end` as its sender is from the end that was there from the beginning.
+    pub(crate) fn is_same_end(&self, end: &str) -> bool {
+        end == self.peer.as_str() || **self.known_as.get_or_init(|| end.into()) == *end
     }
 
     pub(crate) fn backlog(&self) -> usize {

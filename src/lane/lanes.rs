@@ -234,6 +234,11 @@ impl Receiver for Lanes {
         // A gateway names the inbox that it offered, with the lane's number behind.
         let is_from_peer =
             peer.strip_prefix(lane.peer().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
+        if is_from_peer && !lane.is_same_end(peer) {
+            // The end that we know is over: what it had is lost.
+            lane.end(&self.inbound);
+            return self.ignore();
+        }
         let accept = |key, stream| self.accept(&lane, key, stream);
         if !is_from_peer || lane.receive(&message.payload, &self.inbound, accept).is_err() {
             self.ignore();

@@ -444,13 +444,15 @@ impl<S: Clone> State<S> {
         if self.is_over() {
             return Ok(());
         }
-        if header.ack > self.last_sent() {
-            return Err(Malformed);
-        }
         if header.has(frame::RESET) {
             self.end(tells);
             self.life = Life::Told;
             return Ok(());
+        }
+        if header.ack > self.last_sent() {
+            // It heard another end in our place, or lies.
+            self.end(tells);
+            return Err(Malformed);
         }
         self.suspect_since = None;
         self.reconnecting = None;
