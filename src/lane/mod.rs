@@ -5,3 +5,5 @@ pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod lanes;
 pub(crate) mod state;
+#[cfg(test)]
+mod simulation;

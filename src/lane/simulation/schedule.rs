@@ -1,0 +1,270 @@
+//! What happens in a simulation: a setup and steps, made from a seed.
+
+use std::fmt;
+
+/// Numbers that look random (splitmix64).
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    /// A number below `limit`.
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    pub(super) fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len() as u64) as usize]
+    }
+}
+
+/// A number that looks random, always the same for the same.
+pub(super) fn mix(number: u64) -> u64 {
+    let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ (number >> 31)
+}
+
+/// Which process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Side {
+    Worker,
+    Gateway,
+}
+
+impl Side {
+    pub(super) const BOTH: [Side; 2] = [Side::Worker, Side::Gateway];
+}
+
+/// What the network does to messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Weather {
+    /// How many of a hundred are lost.
+    pub(super) drop: u64,
+    /// How many of a hundred come twice.
+    pub(super) double: u64,
+    /// Whether they may overtake each other.
+    pub(super) reorder: bool,
+    /// How long they take at most, to the server and from there, in microseconds.
+    pub(super) delay: u64,
+}
+
+impl Weather {
+    pub(super) const CALM: Weather = Weather { drop: 0, double: 0, reorder: false, delay: 1000 };
+}
+
+/// How a stream is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reader {
+    /// All at once.
+    Eager,
+    /// A message each so many milliseconds.
+    Every(u64),
+    /// Not at all, for now.
+    Stopped,
+}
+
+/// A stream as it is requested.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spec {
+    pub(super) window: u32,
+    /// How large its messages are, or at most.
+    pub(super) size: usize,
+    pub(super) is_varied: bool,
+    pub(super) reader: Reader,
+    /// Room is given in two parts.
+    pub(super) in_parts: bool,
+    /// Two workers take the request.
+    pub(super) twice: bool,
+}
+
+/// What does not change while a simulation runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Setup {
+    /// Decides on the luck of each message.
+    pub(super) luck: u64,
+    pub(super) heartbeat_ms: u64,
+    pub(super) grace_ms: u64,
+    pub(super) reconnect_ms: u64,
+    /// How much may wait on a lane.
+    pub(super) limit: usize,
+    pub(super) max_payload: usize,
+    /// How late, in microseconds, tasks and threads may do what they are called for.
+    pub(super) lag: u64,
+    /// Senders wait in `send_wait`, and not for the event of room.
+    pub(super) waits: bool,
+    /// Senders send many messages at once.
+    pub(super) many: bool,
+    /// Readers that stand still do so until all other streams have ended.
+    pub(super) blocked: bool,
+}
+
+/// One thing that happens. Numbers of streams are taken modulo how many there are.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step {
+    /// So many microseconds pass.
+    Wait(u64),
+    Weather(Weather),
+    Request(Spec),
+    /// The worker has so many messages more to send.
+    Send {
+        stream: usize,
+        count: u32,
+    },
+    /// The worker ends the stream; `now`: without what still waits for room.
+    Finish {
+        stream: usize,
+        error: bool,
+        now: bool,
+    },
+    Read {
+        stream: usize,
+        reader: Reader,
+    },
+    Cancel {
+        stream: usize,
+    },
+    /// The connection to nats-server is lost.
+    Cut(Side),
+    Link(Side),
+    /// It is lost and back before anybody notices.
+    Blink(Side),
+    /// nats-server restarts.
+    CutBoth,
+    LinkBoth,
+    /// The process, or its machine, stands still for so many milliseconds.
+    Suspend(Side, u64),
+    /// The process is killed, and another one begins.
+    Restart(Side),
+    /// One of the process's lanes is ended there.
+    End(Side),
+    /// All has to be acknowledged at once: a connection closes.
+    Ask(Side),
+}
+
+/// All that happens.
+#[derive(Clone, Debug)]
+pub(super) struct Schedule {
+    pub(super) setup: Setup,
+    pub(super) steps: Vec<Step>,
+}
+
+impl Schedule {
+    pub(super) fn of(seed: u64) -> Schedule {
+        let mut random = Random::new(mix(seed));
+        let setup = Setup {
+            luck: random.next(),
+            heartbeat_ms: random.pick(&[100, 500, 5000, 5000]),
+            grace_ms: random.pick(&[0, 50, 300, 1000, 1000]),
+            reconnect_ms: random.pick(&[200, 1200, 3000, 9000]),
+            limit: random.pick(&[1, 100, 1000, 10_000, 4 << 20, 4 << 20]),
+            max_payload: random.pick(&[300, 4096, 1 << 20, 1 << 20, 1 << 20]),
+            lag: random.pick(&[0, 100, 2000]),
+            waits: random.chance(30),
+            many: random.chance(30),
+            blocked: random.chance(30),
+        };
+        // Not every kind of trouble each time: two of them together are seen best without a third.
+        let troubles: Vec<u64> = (0..TROUBLES).filter(|_| random.chance(30)).collect();
+        let count = random.pick(&[6, 12, 24, 48]) + random.below(8);
+        let mut steps = vec![Step::Request(spec(&mut random))];
+        for _ in 0..count {
+            let trouble = if troubles.is_empty() || random.chance(60) { TROUBLES } else { random.pick(&troubles) };
+            steps.push(step(&mut random, &setup, trouble));
+            if random.chance(50) {
+                steps.push(Step::Wait(wait(&mut random, &setup)));
+            }
+        }
+        Schedule { setup, steps }
+    }
+}
+
+/// How many kinds of trouble there are.
+const TROUBLES: u64 = 9;
+
+fn step(random: &mut Random, setup: &Setup, trouble: u64) -> Step {
+    let stream = random.below(16) as usize;
+    let side = random.pick(&Side::BOTH);
+    match trouble {
+        0 => Step::Weather(weather(random)),
+        1 => random.pick(&[Step::Cut(side), Step::Link(side), Step::Link(side)]),
+        2 => Step::Blink(side),
+        3 => random.pick(&[Step::CutBoth, Step::LinkBoth, Step::LinkBoth]),
+        4 => Step::Suspend(side, random.pick(&[1, 20, 200, 400, 1000, 4 * setup.heartbeat_ms])),
+        5 => Step::Restart(side),
+        6 => Step::End(side),
+        7 => Step::Cancel { stream },
+        8 => Step::Read { stream, reader: reader(random) },
+        _ => match random.below(20) {
+            0..=4 => Step::Request(spec(random)),
+            5..=14 => Step::Send { stream, count: random.pick(&[1, 1, 2, 5, 20]) },
+            15..=17 => Step::Finish { stream, error: random.chance(30), now: random.chance(30) },
+            18 => Step::Read { stream, reader: Reader::Eager },
+            _ => Step::Ask(side),
+        },
+    }
+}
+
+fn wait(random: &mut Random, setup: &Setup) -> u64 {
+    let longest = random.pick(&[
+        100,
+        1000,
+        1000,
+        30_000,
+        30_000,
+        200_000,
+        700_000,
+        setup.grace_ms * 1200,
+        setup.heartbeat_ms * 1200,
+        setup.heartbeat_ms * 5000,
+        setup.reconnect_ms * 1200,
+    ]);
+    random.below(longest + 1)
+}
+
+fn weather(random: &mut Random) -> Weather {
+    Weather {
+        drop: random.pick(&[0, 0, 0, 5, 30, 60, 100]),
+        double: random.pick(&[0, 0, 10, 50]),
+        reorder: random.chance(40),
+        delay: random.pick(&[100, 1000, 10_000, 100_000]),
+    }
+}
+
+fn reader(random: &mut Random) -> Reader {
+    random.pick(&[Reader::Eager, Reader::Every(1), Reader::Every(30), Reader::Stopped])
+}
+
+fn spec(random: &mut Random) -> Spec {
+    let is_large = random.chance(2);
+    Spec {
+        window: random.pick(&[1, 64, 130, 200, 1000, 10_000, 4 << 20]),
+        size: if is_large {
+            random.pick(&[20_000, 70_000, 150_000])
+        } else {
+            random.pick(&[0, 1, 16, 16, 100, 300, 1000])
+        },
+        is_varied: random.chance(50),
+        reader: if random.chance(50) { Reader::Eager } else { reader(random) },
+        in_parts: random.chance(30),
+        twice: random.chance(5),
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(to, "{:?}", self.setup)?;
+        self.steps.iter().enumerate().try_for_each(|(number, step)| writeln!(to, "{number:4} {step:?}"))
+    }
+}
