@@ -101,12 +101,12 @@ static void before_it_was_accepted(void) {
     peer worker = open_peer(), gateway = open_peer();
     presence_service *service = serve(worker, "early");
     OK(mark_client_online("c")); /* so that nobody announces that it left */
-    CHECK_EQ(kill(server, SIGSTOP), 0);
+    suspend(server);
     presence_stream *stream = request_with(gateway, "early", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "1");
     if (how == CANCELLED_BY_CALL) OK(presence_stream_cancel(stream));
     if (how == FREED) presence_stream_free(stream);
     if (how != FREED) expect(gateway.queue, PRESENCE_EVENT_ERROR);
-    CHECK_EQ(kill(server, SIGCONT), 0);
+    resume(server);
     presence_sender *sender = accept_request(worker);
     expect_stopped(worker, sender, PRESENCE_CANCELLED);
     expect_nothing(gateway.queue);
@@ -225,10 +225,10 @@ static void mark_quietly(void) {
   OK(presence_listen_offline(self.conn)); /* an echo: what was to be sent is sent */
   CHECK_EQ(stats_of(self).offline_out, 0);
 
-  CHECK_EQ(kill(server, SIGSTOP), 0);
+  suspend(server);
   streams[2] = request(self, "marks", "c", 2);
   OK(mark_client_offline("c"));
-  CHECK_EQ(kill(server, SIGCONT), 0);
+  resume(server);
   CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 2);
   OK(presence_listen_offline(self.conn));
   CHECK_EQ(stats_of(self).offline_out, 1);

@@ -247,12 +247,12 @@ static void before_one_that_stands_still(void) {
   pid_t gateway = start("stand");
   presence_sender *sender = accept_request(worker);
   OK(send_text(sender, "first"));
-  CHECK_EQ(kill(gateway, SIGSTOP), 0);
+  suspend(gateway);
   for (int i = 0; i < 100; i++) OK(send_text(sender, "more"));
   int64_t since = now_ms();
   CHECK_STATUS(presence_close(worker.conn, 300), PRESENCE_TIMEOUT);
   CHECK(now_ms() - since >= 290 && now_ms() - since < 3000);
-  CHECK_EQ(kill(gateway, SIGCONT), 0);
+  resume(gateway);
   expect_exit(gateway, 0);
   presence_sender_free(sender);
   presence_service_free(service);

@@ -81,7 +81,7 @@ static void a_server_that_takes_nothing(void) {
   presence_stream *streams[] = {request(both.gateway, "flow", "ends", 2), request(both.gateway, "flow", "stays", 3)};
   presence_sender *ends = accept_request(both.worker), *stays = accept_request(both.worker);
 
-  CHECK_EQ(kill(server, SIGSTOP), 0);
+  suspend(server);
   int64_t accepted = 0;
   int32_t status;
   while ((status = presence_sender_send_wait(stays, data, SIZE, 300)) == PRESENCE_OK) {
@@ -102,7 +102,7 @@ static void a_server_that_takes_nothing(void) {
   CHECK_STATUS(waits[0].gave, PRESENCE_OFFLINE);
   CHECK_STATUS(waits[1].gave, PRESENCE_CLOSED);
 
-  CHECK_EQ(kill(server, SIGCONT), 0);
+  resume(server);
   /* There is room for the one that was refused, and perhaps was earlier: the system's buffers grow. */
   for (int stopped = 0, writable = 0; stopped + writable < 2;) {
     presence_event event;
@@ -136,9 +136,9 @@ static void a_server_that_takes_nothing(void) {
 /* A close waits as long as it may, and says that the server may not have it all. */
 static void closing_without_an_answer(void) {
   peer self = open_peer();
-  CHECK_EQ(kill(server, SIGSTOP), 0);
+  suspend(server);
   CHECK_STATUS(presence_close(self.conn, 100), PRESENCE_TIMEOUT);
-  CHECK_EQ(kill(server, SIGCONT), 0);
+  resume(server);
   CHECK_STATUS(presence_close(self.conn, 100), PRESENCE_CLOSED);
   presence_queue_free(self.queue);
 }
@@ -208,7 +208,7 @@ static void a_reader_who_keeps_up(void) {
   presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes", "1000");
   presence_sender *sender = accept_request(worker);
   for (int i = 0; i < 1000; i++) {
-    OK(presence_sender_send(sender, &i, sizeof i));
+    OK(presence_sender_send_wait(sender, &i, sizeof i, PATIENCE)); /* on a lane, until it has heard of the room */
     read_numbers(gateway, i, 1);
   }
   OK(presence_sender_end(sender));

@@ -161,12 +161,12 @@ static void a_worker_that_stands_still(void) {
   presence_stream *streams[] = {request(gateway, "gone.idle", "c", 0), request(gateway, "gone.stream", "c", 1)};
   bool has_begun[2] = {false, false};
   while (!has_begun[0] || !has_begun[1]) has_begun[expect(gateway.queue, PRESENCE_EVENT_DATA).tag] = true;
-  CHECK_EQ(kill(worker, SIGSTOP), 0);
+  suspend(worker);
   int64_t since = now_ms();
   expect_gone(gateway, 2, 0);
   int64_t after = now_ms() - since;
   CHECK(after >= 900 && after < 6000);
-  CHECK_EQ(kill(worker, SIGCONT), 0);
+  resume(worker);
 
   /* Its senders were stopped: the one that was freed by start_worker, and these. */
   presence_event event;
@@ -197,9 +197,9 @@ static void standing_still_for_a_moment(void) {
   presence_stream *stream = request(gateway, "gone.stream", "c", 1);
   uint64_t number = 0;
   for (int round = 0; round < 5; round++) {
-    CHECK_EQ(kill(worker, SIGSTOP), 0);
+    suspend(worker);
     usleep(700000);
-    CHECK_EQ(kill(worker, SIGCONT), 0);
+    resume(worker);
     for (int i = 0; i < 70000; i++, number++) { /* more than there is room for: some were sent since */
       presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
       CHECK_CONTENT(&event, number % 100, 1, number);
@@ -217,7 +217,7 @@ static void closing_after_a_worker_was_killed(void) {
     pid_t worker = start_worker(gateway);
     presence_stream *stream = request(gateway, "gone.idle", "c", 1);
     expect_data(gateway.queue, "idle");
-    CHECK_EQ(kill(worker, SIGSTOP), 0);
+    suspend(worker);
     if (round == 0) OK(presence_stream_cancel(stream)); /* else the close does it */
     end_process(worker);
     int64_t since = now_ms();
@@ -236,7 +236,7 @@ static void closing_while_a_worker_stands_still(void) {
     pid_t worker = start_worker(gateway);
     presence_stream *stream = request(gateway, "gone.idle", "c", 1);
     expect_data(gateway.queue, "idle");
-    CHECK_EQ(kill(worker, SIGSTOP), 0);
+    suspend(worker);
     if (is_cancelled) OK(presence_stream_cancel(stream));
     int64_t since = now_ms();
     OK(presence_close(gateway.conn, PATIENCE));
@@ -302,7 +302,7 @@ static void a_killed_reader(void) {
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("ask");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
-  CHECK_EQ(kill(gateway, SIGSTOP), 0);
+  suspend(gateway);
   int32_t status;
   while ((status = presence_sender_send_wait(senders[0], data, sizeof data, 200)) == PRESENCE_OK) continue;
   CHECK_STATUS(status, PRESENCE_TIMEOUT);
@@ -320,10 +320,10 @@ static void a_gateway_that_stands_still(void) {
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
   settle(worker, beside(worker), "ask"); /* over another lane: its first message is on its way at least */
   OK(send_text(senders[1], "begins"));
-  CHECK_EQ(kill(gateway, SIGSTOP), 0);
+  suspend(gateway);
   int64_t after = send_until_gone(worker, senders);
   CHECK(after >= 900 && after < 6000);
-  CHECK_EQ(kill(gateway, SIGCONT), 0);
+  resume(gateway);
   expect_exit(gateway, 0); /* its streams ended with PRESENCE_PEER_GONE */
   for (int k = 0; k < 2; k++) presence_sender_free(senders[k]);
   presence_service_free(service);

@@ -232,6 +232,46 @@ static void *wait_for_room(void *argument) {
   return NULL;
 }
 
+/* As many as there is room for are sent, and the next call is refused. */
+static void many_at_once_without_room(void) {
+  enum { COUNT = 1000, WINDOW = 100 };
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "many");
+  presence_stream *stream = request_with(gateway, "many", "c", 1, "stream_buffer_bytes", "10000");
+  presence_sender *sender = accept_request(worker);
+  unsigned char data[COUNT * 36];
+  size_t lengths[COUNT];
+  for (uint64_t i = 0; i < COUNT; i++) {
+    lengths[i] = 36; /* each counts 100 */
+    fill_content(data + i * 36, 36, 1, i);
+  }
+  CHECK_EQ(presence_sender_send_many(sender, data, lengths, COUNT), WINDOW);
+  uint64_t sent = WINDOW;
+  for (uint64_t received = 0; received < COUNT;) {
+    if (sent < COUNT) {
+      CHECK_STATUS(presence_sender_send_many(sender, data + sent * 36, lengths, COUNT - sent), PRESENCE_FULL);
+      for (uint64_t end = received + WINDOW / 2 + 1; received < end; received++) {
+        presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+        CHECK_CONTENT(&event, 36, 1, received);
+      }
+      CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
+      int64_t count = presence_sender_send_many(sender, data + sent * 36, lengths, COUNT - sent);
+      CHECK(count == WINDOW / 2 + 1 || (uint64_t)count == COUNT - sent);
+      sent += (uint64_t)count;
+      CHECK_EQ(presence_sender_send_count(sender), sent);
+      continue;
+    }
+    presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK_CONTENT(&event, 36, 1, received);
+    received++;
+  }
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
 /* A send that waits for room goes on when the reader takes, and whatever ends the sender ends it. */
 static void waiting_for_the_reader(void) {
   enum { READER, CANCEL, FREE, MARK, END, CLOSE_GATEWAY, CLOSE_WORKER, WAYS };
@@ -342,6 +382,25 @@ static void one_slow_among_many(void) {
   close_peer(worker);
 }
 
+/* The reader's queue is freed: its stream goes on without telling anybody, and its worker is not held back by it. */
+static void a_queue_that_was_freed(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "freed");
+  presence_stream *stream = request_with(gateway, "freed", "c", 1, "stream_buffer_bytes", "6400");
+  presence_sender *sender = accept_request(worker);
+  CHECK_EQ(fill(sender), 100);
+  presence_queue_free(gateway.queue);
+  expect(worker.queue, PRESENCE_EVENT_WRITABLE);
+  for (int i = 0; i < 10000; i++) OK(presence_sender_send_wait(sender, "x", 1, 3000));
+  OK(presence_sender_end(sender));
+  while (stats_of(gateway).streams > 0) usleep(1000);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  OK(presence_close(gateway.conn, PATIENCE));
+  close_peer(worker);
+}
+
 /* Manual credit ----------------------------------------------------------------------------------------------------- */
 
 static presence_stream *request_manually(peer gateway, const char *subject, const char *bytes) {
@@ -366,17 +425,17 @@ static void manual_credit(void) {
   CHECK_STATUS(presence_sender_send(sender, data, SIZE), PRESENCE_FULL);
   take(gateway, WINDOW);
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
-  /* The overhead was given back: 6400 of 100000. So much that with this it is more than half is told at once. */
-  OK(presence_stream_consumed(stream, 50000 - 6400));
+  /* Half of the window is not told yet; what is more is told at once, with the 64 of each message. */
+  OK(presence_stream_consumed(stream, WINDOW / 2 * SIZE));
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
-  OK(presence_stream_consumed(stream, 1));
+  OK(presence_stream_consumed(stream, SIZE));
   CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
   int sent = 0;
   while (presence_sender_send(sender, data, SIZE) == PRESENCE_OK) sent++;
-  CHECK(sent >= 50 && sent <= 51);
+  CHECK_EQ(sent, WINDOW / 2 + 1);
   take(gateway, sent);
   /* For many messages at once, and one by one. */
-  OK(presence_stream_consumed(stream, (WINDOW + sent) * SIZE - (50000 - 6400 + 1)));
+  OK(presence_stream_consumed(stream, (size_t)(WINDOW / 2 - 1 + sent) * SIZE));
   for (int i = 0; i < 1000; i++) {
     OK(presence_sender_send_wait(sender, data, SIZE, PATIENCE));
     take(gateway, 1);
@@ -388,6 +447,26 @@ static void manual_credit(void) {
   presence_stream_free(stream);
   CHECK_STATUS(presence_stream_consumed(stream, SIZE), PRESENCE_CLOSED);
   presence_sender_free(sender);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* Messages without bytes are held back, too, until it is told that those before them were used. */
+static void manual_credit_for_nothing(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "manual");
+  presence_stream *stream = request_manually(gateway, "manual", "6400");
+  presence_sender *sender = accept_request(worker);
+  for (int round = 0; round < 20; round++) {
+    for (int i = 0; i < 100; i++) OK(presence_sender_send_wait(sender, "", 0, PATIENCE));
+    CHECK_STATUS(presence_sender_send_wait(sender, "", 0, 0), PRESENCE_TIMEOUT);
+    take(gateway, 100);
+    if (round == 0) CHECK_STATUS(presence_sender_send_wait(sender, "", 0, 200), PRESENCE_TIMEOUT);
+    OK(presence_stream_consumed(stream, 0));
+  }
+  presence_sender_free(sender);
+  presence_stream_free(stream);
   presence_service_free(service);
   close_peer(gateway);
   close_peer(worker);
@@ -458,9 +537,12 @@ int main(int argc, char **argv) {
   RUN(full_and_writable);
   RUN(windows);
   RUN(larger_than_the_window);
+  RUN(many_at_once_without_room);
   RUN(waiting_for_the_reader);
   RUN(one_slow_among_many);
+  RUN(a_queue_that_was_freed);
   RUN(manual_credit);
+  RUN(manual_credit_for_nothing);
   RUN(more_credit_than_was_due);
   RUN(credit_without_the_option);
   return 0;

@@ -126,6 +126,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
   presence_queue_wake(queue);
   CHECK_STATUS(presence_service_stop(both.service), PRESENCE_FORKED);
   CHECK_STATUS(presence_stream_cancel(both.stream), PRESENCE_FORKED);
+  CHECK_STATUS(presence_stream_consumed(both.stream, 1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_send(both.sender, "x", 1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_send_wait(both.sender, "x", 1, -1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_error(both.sender, "x", 1), PRESENCE_FORKED);

@@ -137,7 +137,7 @@ static void ended_without_a_connection(void) {
 /* A request that no worker has accepted yet ends with the connection. */
 static void requested_in_vain(void) {
   pair both = open_pair_here("c");
-  CHECK_EQ(kill(server.process, SIGSTOP), 0);
+  suspend(server.process);
   presence_stream *stream = request(both.gateway, "pair", "d", 2);
   kill_server(&server);
   start_server(&server);

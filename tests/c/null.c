@@ -133,6 +133,7 @@ static void senders(void) {
   CHECK_EQ(presence_sender_send_count(NULL), 0);
   CHECK(!presence_sender_status_word(NULL));
   CHECK_STATUS(presence_sender_header(NULL, "Connect-ID", &value, &length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_send_many(NULL, "x", &length, 1), PRESENCE_INVALID);
   presence_sender_free(NULL);
 
   pair both = open_pair("c");
@@ -143,14 +144,21 @@ static void senders(void) {
   CHECK_STATUS(presence_sender_send(both.sender, NULL, 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_wait(both.sender, NULL, 1, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_error(both.sender, NULL, 1), PRESENCE_INVALID);
+  size_t lengths[] = {0, 0, SIZE_MAX / 2, SIZE_MAX / 2, SIZE_MAX};
+  CHECK_STATUS(presence_sender_send_many(both.sender, "x", NULL, 1), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_send_many(both.sender, NULL, &length, 1), PRESENCE_INVALID);
+  for (int i = 0; i < 5; i++) CHECK_STATUS(presence_sender_send_many(both.sender, "x", lengths + i, 5 - (size_t)i), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_send_many(both.sender, "x", lengths, SIZE_MAX), PRESENCE_INVALID);
   CHECK(!presence_sender_is_closed(both.sender));
   CHECK_EQ(presence_sender_send_count(both.sender), 0);
 
   /* NULL of no length is an empty message, and no text. */
   OK(presence_sender_send(both.sender, NULL, 0));
   OK(presence_sender_send_wait(both.sender, NULL, 0, 0));
+  CHECK_EQ(presence_sender_send_many(both.sender, NULL, NULL, 0), 0);
+  CHECK_EQ(presence_sender_send_many(both.sender, NULL, lengths, 2), 2);
   OK(presence_sender_error(both.sender, NULL, 0));
-  expect_data(both.gateway.queue, "");
+  for (int i = 0; i < 3; i++) expect_data(both.gateway.queue, "");
   expect_data(both.gateway.queue, "");
   presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
   CHECK_EQ(last.data_len, 0);

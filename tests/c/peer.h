@@ -3,6 +3,7 @@
 #define PEER_H
 
 #include "check.h"
+#include <dirent.h>
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
@@ -47,6 +48,34 @@ static inline void close_peer(peer self) {
   OK(presence_close(self.conn, PATIENCE));
   presence_queue_free(self.queue);
 }
+
+/* How many of a process's threads are not stopped. */
+static inline int count_running(pid_t process) {
+  char path[300];
+  int count = 0;
+  snprintf(path, sizeof path, "/proc/%d/task", (int)process);
+  DIR *tasks = opendir(path);
+  CHECK(tasks);
+  for (struct dirent *task; (task = readdir(tasks));) {
+    char state = 0;
+    if (*task->d_name == '.') continue;
+    snprintf(path, sizeof path, "/proc/%d/task/%s/stat", (int)process, task->d_name);
+    FILE *stat = fopen(path, "r");
+    if (!stat) continue; /* it has ended meanwhile */
+    count += fscanf(stat, "%*d (%*[^)]) %c", &state) != 1 || state != 'T';
+    fclose(stat);
+  }
+  closedir(tasks);
+  return count;
+}
+
+/* Stops a process; when this returns it does nothing any more. (A kill alone does not wait for that.) */
+static inline void suspend(pid_t process) {
+  CHECK_EQ(kill(process, SIGSTOP), 0);
+  while (count_running(process) > 0) usleep(100);
+}
+
+static inline void resume(pid_t process) { CHECK_EQ(kill(process, SIGCONT), 0); }
 
 /* The next event of a queue, which must be of this kind. */
 #define expect(queue, kind) expect_at(queue, kind, __FILE__, __LINE__)

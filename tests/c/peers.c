@@ -1,5 +1,6 @@
 /* Who talks with whom over lanes: with level 0, with itself, in both directions, with two workers, in ten thousand streams. */
 #include "content.h"
+#include "server.h"
 
 static peer open_on_level_0(void) { return open_peer_with("lanes", "false"); }
 
@@ -89,7 +90,7 @@ static void manual_credit_on_level_0(void) {
       OK(presence_sender_end(sender));
       expect(gateway.queue, PRESENCE_EVENT_END);
     } else {
-      CHECK_EQ(taken, 9); /* 100 of each stay, and the last needs 164 */
+      CHECK_EQ(taken, 1000 / (100 + 64));
       while (event.kind == PRESENCE_EVENT_LOG) CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
       CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
       CHECK_STATUS(event.status, PRESENCE_FULL);
@@ -101,6 +102,85 @@ static void manual_credit_on_level_0(void) {
     close_peer(gateway);
     close_peer(worker);
   }
+}
+
+/* A server that takes little: a message may have what it takes, less what a lane needs for itself. */
+static void a_small_max_payload(void) {
+  enum { MAX_PAYLOAD = 1000, LARGEST = MAX_PAYLOAD - 29 };
+  char file[] = "/tmp/presence-XXXXXX";
+  int fd = mkstemp(file);
+  CHECK(fd >= 0);
+  CHECK_EQ(write(fd, "max_payload: 1000\n", 18), 18);
+  close(fd);
+  own_server server = new_server();
+  kill_server(&server);
+  server.config = file;
+  start_server(&server);
+  peer worker = open_peer_at(server.url, NULL, NULL), gateway = open_peer_at(server.url, NULL, NULL);
+  unlink(file);
+  presence_service *service = serve(worker, "small");
+  presence_stream *stream = request(gateway, "small", "c", 1);
+  presence_sender *sender = accept_request(worker);
+  unsigned char message[LARGEST + 1];
+  CHECK_STATUS(presence_sender_send(sender, message, LARGEST + 1), PRESENCE_TOO_LARGE);
+  /* Small ones in between, which gather to batches. */
+  for (uint64_t i = 0; i < 2000; i++) {
+    size_t length = i % 50 == 0 ? LARGEST - i / 50 : i % 40;
+    fill_content(message, length, 1, i);
+    OK(presence_sender_send_wait(sender, message, length, PATIENCE));
+  }
+  char text[2000];
+  memset(text, 'x', sizeof text);
+  OK(presence_sender_error(sender, text, sizeof text));
+  for (uint64_t i = 0; i < 2000; i++) {
+    presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK_CONTENT(&event, i % 50 == 0 ? LARGEST - i / 50 : i % 40, 1, i);
+  }
+  presence_event last = expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+  CHECK_EQ(last.data_len, LARGEST);
+  CHECK_EQ(stats_of(worker).connects, 1);
+  CHECK_EQ(stats_of(gateway).connects, 1);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+  kill_server(&server);
+}
+
+/* Ten gateways, half of them with inboxes of another name, and three workers, all with connections of their own. */
+static void many_connections(void) {
+  enum { GATEWAYS = 10, WORKERS = 3, ROUNDS = 60 };
+  peer gateways[GATEWAYS], workers[WORKERS];
+  presence_service *services[WORKERS];
+  for (int i = 0; i < WORKERS; i++) {
+    workers[i] = i ? open_peer() : open_peer_with("inbox_prefix", "replies.of.worker");
+    workers[i].queue = i ? (presence_queue_free(workers[i].queue), workers[0].queue) : workers[0].queue;
+    OK(presence_serve(workers[i].conn, workers[0].queue, "grouped", "g", 0, 0, &services[i], NULL));
+  }
+  for (int i = 0; i < GATEWAYS; i++) gateways[i] = i % 2 ? open_peer() : open_peer_with("inbox_prefix", "replies.of.gateway");
+  for (int round = 0; round < ROUNDS; round++) {
+    peer gateway = gateways[round % GATEWAYS];
+    presence_stream *stream = request(gateway, "grouped", "c", 1);
+    presence_sender *sender = accept_request(workers[0]);
+    OK(send_text(sender, "__STREAM_END__")); /* it is a lane */
+    OK(presence_sender_end(sender));
+    expect_data(gateway.queue, "__STREAM_END__");
+    expect(gateway.queue, PRESENCE_EVENT_END);
+    presence_sender_free(sender);
+    presence_stream_free(stream);
+  }
+  uint64_t at_gateways = 0, at_workers = 0;
+  for (int i = 0; i < GATEWAYS; i++) at_gateways += stats_of(gateways[i]).lanes;
+  for (int i = 0; i < WORKERS; i++) at_workers += stats_of(workers[i]).lanes;
+  CHECK_EQ(at_gateways, at_workers);
+  CHECK(at_workers >= GATEWAYS && at_workers <= GATEWAYS * WORKERS);
+  for (int i = 0; i < GATEWAYS; i++) close_peer(gateways[i]);
+  for (int i = 0; i < WORKERS; i++) {
+    presence_service_free(services[i]);
+    OK(presence_close(workers[i].conn, PATIENCE));
+  }
+  presence_queue_free(workers[0].queue);
 }
 
 /* Two serve without a group, and both accept: the first has the stream, the other is stopped. The client stays. */
@@ -340,6 +420,8 @@ int main(int argc, char **argv) {
   ROLE(exchange_from_afar);
   RUN(with_one_that_has_no_lanes);
   RUN(manual_credit_on_level_0);
+  RUN(a_small_max_payload);
+  RUN(many_connections);
   RUN(two_workers_for_one_stream);
   RUN(both_directions);
   RUN(both_directions_in_two_processes);

@@ -10,6 +10,7 @@
 typedef struct own_server {
   pid_t process;
   int port;
+  const char *config; /* a file; NULL: none */
   char url[40];
 } own_server;
 
@@ -44,7 +45,8 @@ static inline void start_server(own_server *server) {
   CHECK(server->process >= 0);
   if (server->process == 0) {
     if (!freopen("/dev/null", "w", stderr)) _exit(126);
-    execl(binary, "nats-server", "-a", "127.0.0.1", "-p", port, (char *)NULL);
+    execl(binary, "nats-server", "-a", "127.0.0.1", "-p", port, server->config ? "-c" : (char *)NULL, server->config,
+          (char *)NULL);
     _exit(127);
   }
 }
@@ -56,6 +58,7 @@ static inline void kill_server(own_server *server) {
 
 static inline own_server new_server(void) {
   own_server server;
+  memset(&server, 0, sizeof server);
   close(own_socket(&server.port));
   snprintf(server.url, sizeof server.url, "nats://127.0.0.1:%d", server.port);
   start_server(&server);

@@ -218,6 +218,53 @@ static void what_cannot_be_sent(void) {
   close_pair(both);
 }
 
+/* Messages of all lengths, one behind the other, in calls of a few, up to the first that is refused. */
+static void many_at_once(void) {
+  enum { COUNT = 1000, MAX_PAYLOAD = 1 << 20 };
+  pair both = open_pair("c");
+  unsigned char *data = (unsigned char *)malloc(COUNT * COUNT);
+  size_t lengths[COUNT], at = 0;
+  for (size_t i = 0; i < COUNT * COUNT; i++) data[i] = (unsigned char)(i * 7 + i / 256);
+  for (size_t i = 0; i < COUNT; i++) lengths[i] = i;
+  for (size_t i = 0; i < COUNT;) {
+    size_t count = i % 60 + 1 < COUNT - i ? i % 60 + 1 : COUNT - i;
+    CHECK_EQ(presence_sender_send_many(both.sender, data + at, lengths + i, count), count);
+    for (size_t end = i + count; i < end; i++) at += lengths[i];
+  }
+  CHECK_EQ(presence_sender_send_count(both.sender), COUNT);
+  at = 0;
+  for (size_t i = 0; i < COUNT; i++) {
+    presence_event event = expect(both.gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK(event.data_len == i && memcmp(event.data, data + at, i) == 0);
+    at += i;
+  }
+  free(data);
+
+  /* Nothing is sent after the first that is refused. */
+  char *large = (char *)calloc(1, MAX_PAYLOAD + 10);
+  size_t too_large[] = {2, 3, MAX_PAYLOAD + 1, 1};
+  CHECK_EQ(presence_sender_send_many(both.sender, large, too_large, 4), 2);
+  CHECK_STATUS(presence_sender_send_many(both.sender, large, too_large + 2, 2), PRESENCE_TOO_LARGE);
+  free(large);
+  size_t reserved[] = {1, 14, 1};
+  CHECK_EQ(presence_sender_send_many(both.sender, "x__STREAM_END__y", reserved, 3), on_lanes() ? 3 : 1);
+  if (!on_lanes()) {
+    CHECK_STATUS(presence_sender_send_many(both.sender, "__STREAM_END__y", reserved + 1, 2), PRESENCE_RESERVED);
+  }
+  CHECK_EQ(presence_sender_send_many(both.sender, NULL, NULL, 0), 0);
+  OK(presence_sender_end(both.sender));
+  CHECK_STATUS(presence_sender_send_many(both.sender, "xy", reserved, 1), PRESENCE_CLOSED);
+  CHECK_EQ(presence_sender_send_many(both.sender, NULL, NULL, 0), 0);
+  CHECK_EQ(presence_sender_send_count(both.sender), COUNT + (on_lanes() ? 5 : 3));
+  CHECK_EQ(expect(both.gateway.queue, PRESENCE_EVENT_DATA).data_len, 2);
+  CHECK_EQ(expect(both.gateway.queue, PRESENCE_EVENT_DATA).data_len, 3);
+  expect_data(both.gateway.queue, "x");
+  if (on_lanes()) expect_data(both.gateway.queue, "__STREAM_END__");
+  if (on_lanes()) expect_data(both.gateway.queue, "y");
+  expect(both.gateway.queue, PRESENCE_EVENT_END);
+  close_pair(both);
+}
+
 /* The text of an error is cut to what the server takes. */
 static void a_long_error(void) {
   enum { MAX_PAYLOAD = 1 << 20 };
@@ -499,6 +546,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(a_sender_freed_in_the_middle);
   RUN_ON_BOTH(two_streams_from_two_threads);
   RUN_ON_BOTH(what_cannot_be_sent);
+  RUN_ON_BOTH(many_at_once);
   RUN_ON_BOTH(a_long_error);
   RUN_ON_BOTH(nobody_serves);
   RUN_ON_BOTH(asked_again_until_somebody_serves);

@@ -39,7 +39,7 @@ static void check_wait_ends(void (*end)(void), int32_t expected) {
   both.stream = request(both.gateway, "waits", "c", 1);
   both.sender = accept_request(both.worker);
 
-  CHECK_EQ(kill(atoi(server), SIGSTOP), 0);
+  suspend(atoi(server));
   int32_t status;
   do status = presence_sender_send_wait(both.sender, data, SIZE, 300);
   while (status == PRESENCE_OK);
@@ -52,7 +52,7 @@ static void check_wait_ends(void (*end)(void), int32_t expected) {
   clock_gettime(CLOCK_REALTIME, &deadline);
   deadline.tv_sec += 5; /* nothing else would end it: the server still stands */
   int joined = pthread_timedjoin_np(thread, NULL, &deadline);
-  CHECK_EQ(kill(atoi(server), SIGCONT), 0);
+  resume(atoi(server));
   CHECK_EQ(joined, 0);
   CHECK_STATUS(wait.gave, expected);
 
