@@ -6,10 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Union
@@ -125,6 +127,7 @@ class Program:
         )
         self.events: list[Event] = []
         self.has_ended = False
+        self._exits_with = 0
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -169,12 +172,18 @@ class Program:
                 return self.events.pop(index)
         return None
 
+    def kill(self) -> None:
+        """Kills it as the system would, which is no failure of the test."""
+        self.process.kill()
+        self._exits_with = -signal.SIGKILL
+
     def end(self) -> None:
         """Closes its input, which ends it; it must do so by itself and well."""
         assert self.process.stdin
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
-            assert self.process.wait(PATIENCE) == 0, f"{self.name} exited with {self.process.returncode}"
+            assert self.process.wait(PATIENCE) == self._exits_with, f"{self.name} exited with {self.process.returncode}"
         finally:
             self.process.kill()
             self.process.wait()

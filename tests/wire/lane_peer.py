@@ -55,6 +55,9 @@ class LaneEnd:
     def receive(self) -> LaneMessage:
         """The next message, as it came."""
         message = self.inbox.next()
+        while message.header.startswith(b"NATS/1.0 503"):
+            # It is not there at the moment.
+            message = self.inbox.next()
         assert not message.header, message
         if self.serves:
             # A lane of the gateway's has a number; where it knows of none, the offer itself answers.

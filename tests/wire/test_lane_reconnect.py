@@ -1,0 +1,311 @@
+"""What a lost connection does to streams on a lane: nothing, if both ends come back in time."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from conftest import Connect, Shell
+from harness import Server
+from lane_codec import GAP, NEW, PING, PONG, Frame, LaneMessage, cancel, data, encode_frame
+from lane_peer import GatewayByHand, WorkerByHand, take_accept
+from proxy import Proxy
+from raw import RawPeer, Subscription, pub
+from test_supervision import LONE_CR
+
+
+@pytest.fixture
+def worker(connect: Connect, proxy: Proxy) -> Shell:
+    """A worker whose connection can be cut."""
+    worker = connect(proxy.url)
+    worker.do("serve llm.generate workers 0")
+    return worker
+
+
+def begin(gateway: Shell, worker: Shell, tag: int) -> int:
+    gateway.do(f"request {tag} llm.generate client{tag} x")
+    n: int = worker.wait(event="REQUEST", client=f"client{tag}")["n"]
+    # Before that it is not on a lane for the gateway.
+    worker.do(f"send {n} accepted")
+    assert gateway.wait(event="DATA", tag=tag)["data"] == "accepted"
+    return n
+
+
+def receive(gateway: Shell, tag: int, first: int, count: int) -> None:
+    """The stream's next messages, all of them, in order, once."""
+    received = [gateway.wait(event="DATA", tag=tag)["data"] for _ in range(count)]
+    assert received == [str(i) for i in range(first, first + count)]
+
+
+def as_sent(stream: int, text: str) -> bytes:
+    """What a message looks like on its way."""
+    return encode_frame(data(stream, text.encode()))
+
+
+def test_the_server_is_killed_and_started_again(connect: Connect, server: Server) -> None:
+    gateway, worker = connect(), connect()
+    worker.do("serve llm.generate workers 0")
+    streams = {tag: begin(gateway, worker, tag) for tag in range(1, 6)}
+    for tag, n in streams.items():
+        worker.do(f"flood {n} 100")
+        receive(gateway, tag, 0, 100)
+    # One that nobody has accepted: it is not on a lane.
+    silent = RawPeer(server.port)
+    silent.subscribe("other.subject")
+    gateway.do("request 10 other.subject alice x")
+    for _ in range(3):
+        server.kill()
+        for end in [gateway, worker]:
+            end.wait(event="DISCONNECTED")
+        # Sends are taken meanwhile.
+        for n in streams.values():
+            worker.do(f"flood {n} 100")
+        assert gateway.ask("request 11 llm.generate carol x")["status"] == "DISCONNECTED"
+        server.start()
+        for tag in streams:
+            receive(gateway, tag, 0, 100)
+        for end in [gateway, worker]:
+            end.wait(event="CONNECTED")
+    assert gateway.wait(event="ERROR")["tag"] == 10
+    for tag, n in streams.items():
+        worker.do(f"end {n}")
+        gateway.wait(event="END", tag=tag)
+    assert worker.take(event="STOPPED") is None
+    assert gateway.take(event="ERROR") is None
+    assert gateway.ask("stats")["lanes"] == worker.ask("stats")["lanes"] == 1
+
+
+def test_a_cancel_made_meanwhile_arrives(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+    gateway = connect(proxy.url)
+    first, second = begin(gateway, worker, 1), begin(gateway, worker, 2)
+    proxy.cut()
+    for end in [gateway, worker]:
+        end.wait(event="DISCONNECTED")
+    gateway.do("cancel 1")
+    assert gateway.wait(event="ERROR", tag=1)["status"] == "CANCELLED"
+    worker.do(f"flood {first} 100")
+    worker.do(f"flood {second} 100")
+    proxy.resume()
+    assert worker.wait(event="STOPPED")["n"] == first
+    receive(gateway, 2, 0, 100)
+    assert gateway.take(event="DATA") is None
+
+
+@pytest.mark.parametrize("whose", ["worker", "gateway", "both"])
+def test_cut_while_messages_flow(connect: Connect, proxy: Proxy, whose: str) -> None:
+    worker = connect("" if whose == "gateway" else proxy.url)
+    gateway = connect("" if whose == "worker" else proxy.url)
+    worker.do("serve llm.generate workers 0")
+    for tag in range(1, 11):
+        n = begin(gateway, worker, tag)
+        proxy.cut_after(as_sent(tag, str(tag * 400)))
+        worker.tell(f"flood {n} 5000")
+        worker.tell(f"end {n}")
+        cut = gateway if whose == "gateway" else worker
+        cut.wait(event="DISCONNECTED")
+        proxy.resume()
+        receive(gateway, tag, 0, 5000)
+        gateway.wait(event="END", tag=tag)
+        for end in [worker, gateway] if whose == "both" else [cut]:
+            end.wait(event="CONNECTED")
+            end.do("listen")
+            while end.take(event="DISCONNECTED"):
+                pass
+        for _ in ["flood", "end"]:
+            worker.wait(event="reply", status="OK")
+    assert worker.take(event="STOPPED") is None
+
+
+@pytest.mark.parametrize("last", ["0", "1", "500", "999"])
+def test_messages_lost_on_the_way_come_after_all(connect: Connect, worker: Shell, proxy: Proxy, last: str) -> None:
+    gateway = connect()
+    n = begin(gateway, worker, 1)
+    # What the worker sends after `last` is lost, the end too; it does not know until the connection is cut.
+    proxy.swallow_after(as_sent(1, last))
+    worker.do(f"flood {n} 1000")
+    worker.do(f"end {n}")
+    assert proxy.swallowed.wait(20)
+    proxy.cut()
+    proxy.resume()
+    receive(gateway, 1, 0, 1000)
+    gateway.wait(event="END")
+
+
+def test_an_accept_lost_on_the_way_comes_after_all(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+    gateway = connect()
+    begin(gateway, worker, 1)
+    # Of the lane's second stream everything is lost at first.
+    proxy.swallow_after(b"\x01\x02\x08")  # ACCEPT, stream 2
+    gateway.do("request 2 llm.generate client2 x")
+    n = worker.wait(event="REQUEST", client="client2")["n"]
+    worker.do(f"flood {n} 100")
+    assert proxy.swallowed.wait(20)
+    proxy.cut()
+    proxy.resume()
+    receive(gateway, 2, 0, 100)
+
+
+def test_while_it_is_away_sends_are_taken_up_to_the_window(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+    gateway = connect()
+    gateway.do("option stream_buffer_bytes 10000")
+    n = begin(gateway, worker, 1)
+    worker.do(f"send {n} x")
+    gateway.wait(event="DATA")
+    proxy.cut()
+    worker.wait(event="DISCONNECTED")
+    refused = worker.ask(f"fill {n} 36")
+    assert refused["status"] == "FULL"
+    assert 98 <= int(refused["text"]) <= 100
+    # One that waits for room goes on as if nothing had been.
+    worker.tell(f"flood {n} 1000")
+    proxy.resume()
+    for _ in range(int(refused["text"])):
+        assert gateway.wait(event="DATA")["data"] == "\0" * 36
+    receive(gateway, 1, 0, 1000)
+    assert worker.wait(event="reply")["status"] == "OK"
+
+
+def test_after_a_reconnect_nothing_is_sent_before_there_was_a_pong(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
+    gateway = GatewayByHand(raw)
+    lane = gateway.lane()
+    gateway.request("llm.generate", "alice", key=1)
+    take_accept(lane, 1)
+    lane.ask()
+    worker.do("send 1 before")
+    assert lane.receive().frames == (data(1, b"before"),)  # which we forget
+    proxy.cut()
+    worker.wait(event="DISCONNECTED")
+    worker.do("send 1 meanwhile")
+    lane.say(GAP)  # Nobody is there to hear it.
+    proxy.resume()
+    assert lane.receive() == LaneMessage(PING | GAP, 2, 0)
+    for _ in range(5):
+        message = lane.receive()
+        assert (message.flags & PING, message.frames) == (PING, ())
+    lane.say(PONG)
+    came: list[Frame] = []
+    while len(came) < 2:
+        came += lane.receive().frames
+    assert came == [data(1, b"before"), data(1, b"meanwhile")]
+
+
+def test_a_gateway_asks_for_what_it_has_missed(connect: Connect, raw: RawPeer, proxy: Proxy) -> None:
+    gateway = connect(proxy.url)
+    worker = WorkerByHand(raw, "llm.generate")
+    gateway.do("request 1 llm.generate alice x")
+    lane = worker.accept()
+    lane.ask()
+    proxy.cut()
+    gateway.wait(event="DISCONNECTED")
+    lost = [lane.send(data(1, b"%d" % i)) for i in range(10)]
+    gateway.do("cancel 1")
+    proxy.resume()
+    asked = lane.wait_for(PING)
+    assert (asked.flags, asked.ack, asked.frames) == (PING | GAP, 1, ())
+    for message in lost:
+        lane.post(message)
+    lane.say(PONG)
+    assert lane.take() == cancel(1, 4)
+    assert lane.ask().ack == 11
+
+
+@pytest.mark.parametrize("whose", ["worker", "gateway"])
+def test_a_client_that_died_of_a_malformed_message(connect: Connect, raw: RawPeer, whose: str) -> None:
+    gateway, worker = connect(), connect()
+    worker.do("serve llm.generate workers 0")
+    end = worker if whose == "worker" else gateway
+    gateway.do("listen")
+    requests: Subscription = raw.subscribe("llm.generate")
+    n = begin(gateway, worker, 1)
+    header = requests.next().header.decode()
+    offer = header.split("Presence-Lane: 1 ")[1].split(" ")[0]
+    target = "llm.generate" if whose == "worker" else offer
+    for _ in range(20):
+        raw.send(pub(target, b"poison", reply="some.where", header=LONE_CR))
+        worker.do(f"flood {n} 200")
+        receive(gateway, 1, 0, 200)
+        end.wait(event="DISCONNECTED")
+        end.wait(event="CONNECTED")
+        end.do("listen")
+    worker.do(f"end {n}")
+    gateway.wait(event="END")
+    # Each of them was the end of a NATS client; else this test shows nothing.
+    assert end.ask("stats")["connects"] == 21
+
+
+def test_away_for_too_long(connect: Connect, proxy: Proxy) -> None:
+    worker = connect(proxy.url)
+    worker.do("serve llm.generate workers 0")
+    gateway = connect("", "heartbeat_ms=100", "peer_grace_ms=300")
+    n = begin(gateway, worker, 1)
+    worker.do(f"send {n} 0")
+    receive(gateway, 1, 0, 1)
+    proxy.cut()
+    assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
+    assert worker.ask(f"send {n} 1")["status"] == "OK"
+    # The worker learns of it when it comes back: there is no such lane any longer.
+    proxy.resume()
+    assert worker.wait(event="STOPPED")["status"] == "PEER_GONE"
+    assert worker.ask(f"send {n} 2")["status"] == "PEER_GONE"
+    n = begin(gateway, worker, 2)
+    worker.do(f"flood {n} 10")
+    receive(gateway, 2, 0, 10)
+
+
+@pytest.mark.parametrize("whose", ["worker", "gateway"])
+def test_one_end_is_killed(connect: Connect, whose: str) -> None:
+    options = ["peer_grace_ms=0", "heartbeat_ms=200"]
+    gateway, worker = connect("", *options), connect("", *options)
+    worker.do("serve llm.generate workers 0")
+    n = begin(gateway, worker, 1)
+    worker.do(f"flood {n} 10")
+    receive(gateway, 1, 0, 10)
+    dying, left = (worker, gateway) if whose == "worker" else (gateway, worker)
+    dying.kill()
+    ended = left.wait(event="ERROR" if whose == "worker" else "STOPPED", patience=2)
+    assert ended["status"] == "PEER_GONE"
+
+
+@pytest.mark.parametrize("whose", ["worker", "gateway"])
+def test_one_end_is_stopped(connect: Connect, whose: str) -> None:
+    options = ["heartbeat_ms=200"]
+    gateway, worker = connect("", *options), connect("", *options)
+    worker.do("serve llm.generate workers 0")
+    n = begin(gateway, worker, 1)
+    worker.do(f"flood {n} 10")
+    receive(gateway, 1, 0, 10)
+    stopped, left = (worker, gateway) if whose == "worker" else (gateway, worker)
+    kind = "ERROR" if whose == "worker" else "STOPPED"
+    # Not for long: it goes on.
+    stopped.process.send_signal(signal.SIGSTOP)
+    left.do("stats")
+    stopped.process.send_signal(signal.SIGCONT)
+    worker.do(f"flood {n} 10")
+    receive(gateway, 1, 0, 10)
+    stopped.process.send_signal(signal.SIGSTOP)
+    since = time.monotonic()
+    assert left.wait(event=kind)["status"] == "PEER_GONE"
+    assert 0.3 < time.monotonic() - since < 3
+    # It learns of it when it goes on.
+    stopped.process.send_signal(signal.SIGCONT)
+    assert stopped.wait(event="STOPPED" if whose == "worker" else "ERROR")["status"] == "PEER_GONE"
+
+
+def test_new_is_said_until_something_was_acknowledged(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
+    gateway = GatewayByHand(raw)
+    lane = gateway.lane()
+    gateway.request("llm.generate", "alice", key=1)
+    first = lane.receive()
+    assert first.flags == NEW
+    proxy.cut()
+    worker.wait(event="DISCONNECTED")
+    proxy.resume()
+    assert lane.receive() == LaneMessage(PING | GAP | NEW, 1, 0)
+    lane.say(PONG)
+    # What was lost is the lane's beginning.
+    while (again := lane.receive()).frames == ():
+        pass
+    assert (again.sequence, again.frames) == (1, first.frames)
+    lane.apply(again)
+    assert not lane.ask().flags & NEW
