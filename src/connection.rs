@@ -278,9 +278,7 @@ impl Connection {
             requests_ignored: get(&self.counters.requests_ignored),
             messages_out: get(&self.counters.messages_out) + get(&self.lanes.sent),
             messages_in: get(&self.inbound.messages),
-            messages_ignored: get(&self.inbox.ignored)
-                + get(&self.lanes.ignored)
-                + get(&self.counters.offline_ignored),
+            messages_ignored: get(&self.inbox.ignored) + get(&self.lanes.ignored) + get(&self.counters.offline_ignored),
             offline_out: get(&self.counters.offline_out),
             offline_in: get(&self.counters.offline_in),
             bytes_waiting: (self.outbox.weight() + self.lanes.backlog()) as u64,

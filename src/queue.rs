@@ -235,7 +235,9 @@ impl Entry {
                 origin.taken(1, data.len() as u64);
             }
             Entry::Single(_) => {}
-            Entry::Batch(batch) => batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes)),
+            Entry::Batch(batch) => {
+                batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes))
+            }
         }
     }
 
@@ -465,7 +467,8 @@ impl Queue {
                 given.push_back(entry);
             }
             inner.count -= max;
-            inner.watch_events = inner.watch_events.saturating_sub(given.iter().filter(|entry| entry.is_watch()).count());
+            inner.watch_events =
+                inner.watch_events.saturating_sub(given.iter().filter(|entry| entry.is_watch()).count());
             inner.news = inner.news.saturating_sub(given.iter().filter(|entry| entry.is_news()).count());
         }
         inner.signal();

@@ -12,7 +12,7 @@ use crate::id_map::IdMap;
 use crate::queue::{Kind, Queue};
 use crate::runtime;
 use parking_lot::RwLock;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -75,11 +75,11 @@ struct Life {
     running: Streams,
 }
 
-/// What runs for a client: one stream for nearly all of them, which needs no map.
+/// What runs for a client: one stream for nearly all of them, which takes no memory of its own.
 #[derive(Default)]
 struct Streams {
     first: Option<(u64, Arc<dyn Running>)>,
-    others: Option<Box<HashMap<u64, Arc<dyn Running>>>>,
+    others: BTreeMap<u64, Arc<dyn Running>>,
 }
 
 impl Streams {
@@ -87,32 +87,33 @@ impl Streams {
         if self.first.is_none() {
             self.first = Some((number, running));
         } else {
-            self.others.get_or_insert_default().insert(number, running);
+            self.others.insert(number, running);
         }
     }
 
     fn remove(&mut self, number: u64) -> bool {
-        self.first.take_if(|(first, _)| *first == number).is_some() || {
-            let removed = self.others.as_mut().is_some_and(|others| others.remove(&number).is_some());
-            self.others.take_if(|others| others.is_empty());
-            removed
-        }
+        self.first.take_if(|(first, _)| *first == number).is_some() || self.others.remove(&number).is_some()
     }
 
     fn is_empty(&self) -> bool {
-        self.first.is_none() && self.others.is_none()
+        self.first.is_none() && self.others.is_empty()
     }
 
     fn iter(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
-        self.first.iter().map(|(_, running)| running).chain(self.others.iter().flat_map(|others| others.values()))
+        self.first.iter().map(|(_, running)| running).chain(self.others.values())
     }
 
     /// Takes out what `is_meant` says.
     fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Running>) -> bool) -> Vec<Arc<dyn Running>> {
         let first = self.first.take_if(|(_, running)| is_meant(running)).map(|(_, running)| running);
-        let others = self.others.iter_mut().flat_map(|others| others.extract_if(|_, running| is_meant(running)));
-        let extracted = first.into_iter().chain(others.map(|(_, running)| running)).collect();
-        self.others.take_if(|others| others.is_empty());
+        let mut extracted: Vec<_> = first.into_iter().collect();
+        self.others.retain(|_, running| {
+            let is_kept = !is_meant(running);
+            if !is_kept {
+                extracted.push(Arc::clone(running));
+            }
+            is_kept
+        });
         extracted
     }
 }
@@ -339,7 +340,10 @@ impl Registry {
         }
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            announcer.announce(id, presence.running().any(|running| running.requested_on() == here && running.needs_announcement()));
+            announcer.announce(
+                id,
+                presence.running().any(|running| running.requested_on() == here && running.needs_announcement()),
+            );
         }
     }
 

@@ -35,12 +35,7 @@ pub struct Sender {
 }
 
 impl Sender {
-    pub(crate) fn new(
-        service: Arc<Service>,
-        reply: Subject,
-        client: Arc<str>,
-        headers: Headers,
-    ) -> Arc<Sender> {
+    pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
             word: AtomicU32::new(0),
             is_waiting_for_room: AtomicBool::new(false),
@@ -87,6 +82,9 @@ impl Sender {
     pub fn send_many(&self, data: &[u8], lengths: &[usize]) -> Result<usize, Status> {
         if lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length)) != Some(data.len()) {
             return Err(Status::Invalid);
+        }
+        if lengths.is_empty() {
+            return Ok(0);
         }
         if let Some((lane, credit)) = self.lane.get() {
             return lane.send_many(&self.word, credit, data, lengths);

@@ -158,8 +158,7 @@ impl Service {
         let reply = Subject::from(reply.as_str().to_owned());
         let headers = wire::own_headers(message.headers.as_ref());
         let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
-        let sender =
-            Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
+        let sender = Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
         self.running.insert(sender.number(), Arc::clone(&sender));
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);

@@ -6,9 +6,9 @@ use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::inbound::Receiver;
-use crate::outbox::{Request, stopped};
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::state::{Grant, OVERHEAD};
+use crate::outbox::{Request, stopped};
 use crate::queue::{COPY_BELOW, Event, Kind, Origin, Queue, Single};
 use crate::random;
 use crate::registry::{self, Running};
@@ -322,7 +322,8 @@ impl Stream {
         if self.waiting.load(Ordering::Relaxed) + weight > self.limit {
             let text = format!(
                 "the reader of a stream of {} was too slow: more than {} bytes waited for it",
-                self.subject(), self.limit
+                self.subject(),
+                self.limit
             );
             if self.finish(Kind::Error, Status::Full, text.clone()) {
                 self.queue.push_news(Kind::Log, Status::Full, self.tag, text);

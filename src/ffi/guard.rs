@@ -291,7 +291,7 @@ pub(super) unsafe fn bytes<'a>(data: *const std::ffi::c_void, len: usize) -> Res
 /// `lens` is readable for `count` elements.
 pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a [usize]> {
     // SAFETY: as many bytes as the elements have are readable, by the caller's promise.
-    unsafe { bytes(lens.cast(), count.checked_mul(size_of::<usize>()).unwrap_or(usize::MAX)) }?;
+    unsafe { bytes(lens.cast(), count.saturating_mul(size_of::<usize>())) }?;
     if count == 0 {
         return Ok(&[]);
     }

@@ -2,8 +2,8 @@
 
 use super::connection::presence_conn;
 use super::guard::{
-    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, guard_value, handle, lengths, limit, presence_error,
-    release, sender_ref, write_out,
+    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, guard_value, handle, lengths, limit,
+    presence_error, release, sender_ref, write_out,
 };
 use super::queue::presence_queue;
 use crate::error::{Error, Status};

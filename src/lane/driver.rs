@@ -183,7 +183,13 @@ impl Lane {
     }
 
     /// Ends a stream, with an error if there is a text, if `word` is 0, and puts `why` into the word.
-    pub(crate) fn finish(&self, word: &AtomicU32, why: Status, credit: &Credit, error: Option<&[u8]>) -> Result<(), Status> {
+    pub(crate) fn finish(
+        &self,
+        word: &AtomicU32,
+        why: Status,
+        credit: &Credit,
+        error: Option<&[u8]>,
+    ) -> Result<(), Status> {
         self.change(|state| -> Result<(), Status> {
             stopped(word)?;
             word.store(why.code().cast_unsigned(), Ordering::Release);
@@ -314,7 +320,12 @@ impl Lane {
     }
 
     /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
-    pub(crate) async fn drive(&self, mut clients: watch::Receiver<Option<Client>>, inbound: &Inbound, sent: &AtomicU64) {
+    pub(crate) async fn drive(
+        &self,
+        mut clients: watch::Receiver<Option<Client>>,
+        inbound: &Inbound,
+        sent: &AtomicU64,
+    ) {
         let mut client = clients.borrow_and_update().clone();
         if let Some(client) = &client {
             let mut state = self.state.lock();

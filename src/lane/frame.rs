@@ -225,7 +225,14 @@ mod tests {
 
     #[test]
     fn any_bytes_give_frames_or_an_error() {
-        for bytes in [&[2][..], &[2, 1], &[2, 1, 5, 0], &[2, 0x80, 0x80, 0x80, 0x80, 0x80, 0], &[2, 0xff, 0xff, 0xff, 0xff, 0x7f, 0], &[2, 0, 0xff, 0xff, 0xff, 0xff, 0x7f]] {
+        for bytes in [
+            &[2][..],
+            &[2, 1],
+            &[2, 1, 5, 0],
+            &[2, 0x80, 0x80, 0x80, 0x80, 0x80, 0],
+            &[2, 0xff, 0xff, 0xff, 0xff, 0x7f, 0],
+            &[2, 0, 0xff, 0xff, 0xff, 0xff, 0x7f],
+        ] {
             let read: Vec<_> = Frames::new(bytes).collect();
             assert_eq!(read, [Err(Malformed)], "{bytes:?}");
         }

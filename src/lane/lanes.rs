@@ -176,7 +176,8 @@ impl Lanes {
     /// Makes an end, and has it run until it is over.
     fn make(&self, token: String, peer: Subject, serves: bool) -> Arc<Lane> {
         let own = format!("{}{token}", self.prefix);
-        let lane = Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
+        let lane =
+            Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
         self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
         self.own.insert(token.clone(), Arc::clone(&lane));
         let (clients, inbound, sent) = (self.clients.subscribe(), Arc::clone(&self.inbound), Arc::clone(&self.sent));

@@ -4,6 +4,6 @@
 pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod lanes;
-pub(crate) mod state;
 #[cfg(test)]
 mod simulation;
+pub(crate) mod state;

@@ -310,7 +310,12 @@ impl<S: Clone> State<S> {
     }
 
     /// Sends messages that stand one behind the other, up to the first that is refused: how many were sent, and why no more.
-    pub(crate) fn send_many(&mut self, credit: &Credit, mut data: &[u8], lengths: &[usize]) -> (usize, Result<(), Refusal>) {
+    pub(crate) fn send_many(
+        &mut self,
+        credit: &Credit,
+        mut data: &[u8],
+        lengths: &[usize],
+    ) -> (usize, Result<(), Refusal>) {
         for (sent, length) in lengths.iter().enumerate() {
             let (message, rest) = data.split_at(*length);
             if let Err(refusal) = self.send(credit, message) {
@@ -527,10 +532,11 @@ impl<S: Clone> State<S> {
     #[inline]
     pub(crate) fn must_wake(&mut self) -> bool {
         let Some(until) = self.asleep else { return false };
-        let is_due = (!self.is_held && (!self.chunks.is_empty() || self.resend.is_some()))
-            || self.flags != 0
-            || self.ack_now;
-        let wakes = self.is_over() || (is_due && self.is_linked) || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
+        let is_due =
+            (!self.is_held && (!self.chunks.is_empty() || self.resend.is_some())) || self.flags != 0 || self.ack_now;
+        let wakes = self.is_over()
+            || (is_due && self.is_linked)
+            || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
         if wakes {
             self.asleep = None;
         }
@@ -614,6 +620,10 @@ impl<S: Clone> State<S> {
                     self.progress_at = now;
                 }
                 self.chunk_size = chunk.len();
+                if self.limit <= 2 * ACK_AFTER && self.backlog > self.limit / 2 {
+                    // So little may wait that it would all wait for the acknowledgement.
+                    self.flags |= frame::PING;
+                }
                 self.unacked.push_back(Bytes::new());
                 let sequence = self.last_sent();
                 self.seal(&mut chunk, sequence);

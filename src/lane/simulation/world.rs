@@ -784,7 +784,7 @@ impl World {
     fn is_another(&mut self, index: usize, from: Address) -> bool {
         let lane = &mut self.lanes[index];
         let is_end = lane.own.side == Side::Worker && from.number > 0;
-        PINS && is_end && *lane.heard.get_or_insert(from) != from
+        is_end && *lane.heard.get_or_insert(from) != from
     }
 
     fn begin(&mut self, peer: Address, message: &Bytes) -> Option<usize> {
@@ -991,8 +991,12 @@ impl World {
         if let Some(number) = nobody {
             self.fail("what is accepted was opened", format!("{peer} accepts a stream {number}"));
         }
+        // An honest worker answers to an earlier end at most, one that is over.
         if received.is_err() {
-            self.fail("messages are well-formed", format!("{own} refuses {}", described(message)));
+            self.has_restarted = true;
+            if !self.over.contains(&(Side::Gateway, own.generation, peer)) {
+                self.fail("messages are well-formed", format!("{own} refuses {}", described(message)));
+            }
         }
         self.changed(index);
         self.told(index, tells, message);
