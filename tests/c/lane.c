@@ -478,7 +478,6 @@ static void *send_twenty_thousand(void *sender) {
     fill_content(message, i % 100, 1, i);
     OK(presence_sender_send_wait((presence_sender *)sender, message, i % 100, PATIENCE));
   }
-  OK(presence_sender_end((presence_sender *)sender));
   return NULL;
 }
 
@@ -498,8 +497,9 @@ static void more_credit_than_was_due(void) {
       OK(presence_stream_consumed(stream, event.data_len));
       OK(presence_stream_consumed(stream, too_much[i]));
     }
-    expect(gateway.queue, PRESENCE_EVENT_END);
     join_thread(thread);
+    OK(presence_sender_end(sender));
+    expect(gateway.queue, PRESENCE_EVENT_END);
     presence_sender_free(sender);
     presence_stream_free(stream);
     presence_service_free(service);
