@@ -3,7 +3,7 @@
 A *worker* serves requests for streams, a *gateway* requests them for its *clients*. Once a client has left its gateway,
 the worker's *sender* refuses to send: `Offline`, at once.
 
-- Presence, in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session.
+- Presence, in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
 - With threads: connect() gives a Connection, whose service() is the worker's side and stream() the gateway's.
 - With asyncio: the same below nats_presence.aio.
 - Errors: one exception for each status, all below PresenceError.
@@ -12,7 +12,7 @@ Times are seconds; only the names of options that end with _ms say milliseconds.
 """
 
 from . import aio
-from ._shared import ConnectionEvent, Request
+from ._shared import ConnectionEvent, PresenceEvent, Request
 from .connection import Connection, Sender, Stream, connect
 from .errors import (
     Busy,
@@ -33,6 +33,7 @@ from .errors import (
     TooLarge,
 )
 from .presence import Session, is_client_online, mark_client_offline, mark_client_online, online_count, session
+from .watch import Watch, watch
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "Offline",
     "PeerGone",
     "PresenceError",
+    "PresenceEvent",
     "Remote",
     "Request",
     "Reserved",
@@ -59,6 +61,7 @@ __all__ = [
     "Stream",
     "Timeout",
     "TooLarge",
+    "Watch",
     "aio",
     "connect",
     "is_client_online",
@@ -66,4 +69,5 @@ __all__ = [
     "mark_client_online",
     "online_count",
     "session",
+    "watch",
 ]

@@ -40,6 +40,20 @@ _EVENT_KINDS = {
 }
 
 
+class PresenceEvent(NamedTuple):
+    """A client came online or went offline in this process."""
+
+    client_id: str
+    online: bool
+
+
+def presence_event(event: Event) -> PresenceEvent | None:
+    """An event of a watch as Python sees it; None for others."""
+    if event.kind not in (_ffi.EVENT_ONLINE, _ffi.EVENT_OFFLINE):
+        return None
+    return PresenceEvent(event.client, event.kind == _ffi.EVENT_ONLINE)
+
+
 OnEvent = Callable[[ConnectionEvent], object]
 
 

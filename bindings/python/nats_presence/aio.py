@@ -24,10 +24,12 @@ from ._shared import (
     BaseConnection,
     BaseSender,
     OnEvent,
+    PresenceEvent,
     Request,
     connection_event,
     drain_ms,
     notify,
+    presence_event,
     request_options,
 )
 from .errors import PresenceError, check, error, status_text
@@ -391,3 +393,65 @@ async def connect(url: str, *, on_event: OnEvent | None = None, **options: Optio
             await conn.close()
         raise
     await conn.close()
+
+
+class Watch:
+    """Clients that come online and go offline in this process, as an asynchronous iterator of PresenceEvent.
+
+    It ends when its `async with` is left. When 65,536 events wait for it further ones are dropped: it raises Full once,
+    behind those that waited, and goes on.
+    """
+
+    def __init__(self) -> None:
+        self._queue: int | None = new_queue()
+        self._events = Events(BATCH)
+        self._ready: deque[PresenceEvent] = deque()
+        self._arrived = asyncio.Event()
+        self._failure: PresenceError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._fd: int = lib.presence_queue_fd(self._queue)
+        check(min(self._fd, 0), "the queue's file descriptor")
+        check(lib.presence_watch(self._queue, 0), "watching presence")
+
+    def __aiter__(self) -> Watch:
+        return self
+
+    async def __anext__(self) -> PresenceEvent:
+        while not self._ready and self._queue is not None:
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
+            # Taken only now: those that wait are bounded by the library.
+            check(min(self._events.poll(self._queue), 0), "watch")
+            for event in map(Event._make, self._events.take()):
+                if event.kind == _ffi.EVENT_LOG:
+                    self._failure = error(event.status, event.text)
+                elif (told := presence_event(event)) is not None:
+                    self._ready.append(told)
+            if not self._ready and self._failure is None:
+                self._arrived.clear()
+                self._loop.add_reader(self._fd, self._on_arrival)
+                await self._arrived.wait()
+        if not self._ready:
+            raise StopAsyncIteration
+        return self._ready.popleft()
+
+    def _on_arrival(self) -> None:
+        self._loop.remove_reader(self._fd)
+        self._arrived.set()
+
+    def _close(self) -> None:
+        self._loop.remove_reader(self._fd)
+        queue, self._queue = self._queue, None
+        lib.presence_queue_free(queue)
+        self._arrived.set()
+
+
+@asynccontextmanager
+async def watch() -> AsyncIterator[Watch]:
+    """Watches presence in this process: `async with watch() as events`, and then `async for event in events`."""
+    watch = Watch()
+    try:
+        yield watch
+    finally:
+        watch._close()

@@ -111,10 +111,12 @@ class Stream(QueueReader[bytes]):
         if messages:
             self._ready.extend(messages)
             self._used = (self._used or 0) + sum(map(len, messages))
-        for event in map(Event._make, events[-1:]):  # Nothing follows an end.
+        for event in map(Event._make, reversed(events)):
+            if event.kind == _ffi.EVENT_DATA:
+                break  # No message follows an end.
             if event.kind == _ffi.EVENT_ERROR:
                 self._failure = error(event.status, event.text)
-            self._ended = event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
+            self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
 
     def cancel(self) -> None:
         """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
@@ -75,6 +76,19 @@ def server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def url(server: Server) -> str:
     return server.url
+
+
+@pytest.fixture(params=[True, False], ids=["lanes", "level 0"])
+def lanes(request: pytest.FixtureRequest) -> bool:
+    """Whether the connections of a test use lanes."""
+    return bool(request.param)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 class Standstill:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LIMIT, Server
+from conftest import LIMIT, Server, until
 from test_presence import BAD_IDS
 
 import nats_presence
@@ -18,10 +18,19 @@ from nats_presence import Connection, Disconnected, Invalid, PresenceError, Rese
 @pytest.fixture
 def conn(url: str) -> Iterator[Connection]:
     with nats_presence.connect(url) as conn:
-        yield conn
-        stats = conn.stats()
-        assert stats["streams"] == 0 == stats["senders"]
-        assert online_count() == 0
+        yield from unharmed(conn)
+
+
+@pytest.fixture
+def conn_without_lanes(url: str) -> Iterator[Connection]:
+    with nats_presence.connect(url, lanes=False) as conn:
+        yield from unharmed(conn)
+
+
+def unharmed(conn: Connection) -> Iterator[Connection]:
+    yield conn
+    until(lambda: conn.stats()["streams"] == 0 == conn.stats()["senders"])
+    assert online_count() == 0
 
 
 def check(caught: pytest.ExceptionInfo[PresenceError], *told: str) -> None:
@@ -73,36 +82,67 @@ def test_payloads_of_a_wrong_kind(conn: Connection, data: Any) -> None:
     check(caught, f"payload {data!r}")
 
 
-def test_payloads_that_are_refused_leave_the_stream_open(conn: Connection) -> None:
+Refusals = list[tuple[Any, type[PresenceError], str]]
+NO_PAYLOADS: Refusals = [
+    (None, Invalid, "payload None"),
+    (7, Invalid, "payload 7"),
+    ("\ud800", Invalid, "not UTF-8"),
+]
+MARKERS: Refusals = [
+    ("__STREAM_END__", Reserved, "marker"),
+    (b"__STREAM_END__ and more", Reserved, "marker"),
+    ("__STREAM_ERROR__:why", Reserved, "marker"),
+]
+MAX_PAYLOAD = 1 << 20
+LANE_HEADER = 29
+
+
+def refuse(conn: Connection, most: int, refused: Refusals) -> None:
+    """Nothing of it is sent, and then the largest message is."""
+
     @conn.service("answers")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
-        refused: list[tuple[Any, type[PresenceError], str]] = [
-            (b"x" * ((1 << 20) + 1), TooLarge, "1048577 bytes"),
-            ("__STREAM_END__", Reserved, "marker"),
-            (b"__STREAM_END__ and more", Reserved, "marker"),
-            ("__STREAM_ERROR__:why", Reserved, "marker"),
-            (None, Invalid, "payload None"),
-            (7, Invalid, "payload 7"),
-            ("\ud800", Invalid, "not UTF-8"),
-        ]
-        for data, kind, told in refused:
-            with pytest.raises(kind) as caught:
-                sender.send(data)
-            check(caught, told)
+        for data, kind, told in [*refused, (b"x" * (most + 1), TooLarge, f"{most + 1} bytes")]:
+            for send in (
+                sender.send,
+                lambda data: sender.send_many([data, b"x"]),
+                lambda data: sender.send_many({data}),
+            ):
+                with pytest.raises(kind) as caught:
+                    send(data)
+                check(caught, told)
+        with pytest.raises(Invalid):
+            sender.send_many([b"x", None])  # type: ignore[list-item]
         for name in (None, "a\0b"):
             with pytest.raises(Invalid, match="header"):
                 request.header(name)  # type: ignore[arg-type]
         assert sender.send_count == 0
         assert not sender.closed
-        sender.send(b"x" * (1 << 20))
+        sender.send(b"x" * most)
 
-    assert list(conn.stream("answers")) == [b"x" * (1 << 20)]
+    assert list(conn.stream("answers")) == [b"x" * most]
 
 
-def test_a_request_over_max_payload(conn: Connection) -> None:
+def test_payloads_that_are_refused_leave_the_stream_open(conn: Connection) -> None:
+    refuse(conn, MAX_PAYLOAD - LANE_HEADER, NO_PAYLOADS)
+
+
+def test_level_0_refuses_markers_too(conn_without_lanes: Connection) -> None:
+    refuse(conn_without_lanes, MAX_PAYLOAD, NO_PAYLOADS + MARKERS)
+
+
+def test_a_lane_carries_markers(conn: Connection) -> None:
+    conn.service("answers")(lambda request, sender: sender.send_many([data for data, _, _ in MARKERS]))
+    assert list(conn.stream("answers")) == [b"__STREAM_END__", b"__STREAM_END__ and more", b"__STREAM_ERROR__:why"]
+
+
+def test_a_request_over_max_payload(conn: Connection, conn_without_lanes: Connection) -> None:
     with pytest.raises(TooLarge) as caught:
-        conn.stream("answers", b"x" * ((1 << 20) + 1))
-    check(caught, "1048577", "1048576")
+        conn_without_lanes.stream("answers", b"x" * (MAX_PAYLOAD + 1))
+    check(caught, str(MAX_PAYLOAD + 1), str(MAX_PAYLOAD))
+    with pytest.raises(TooLarge) as caught:
+        conn.stream("answers", b"x" * MAX_PAYLOAD)  # The offer of a lane needs room as well.
+    check(caught, f"takes {MAX_PAYLOAD}")
 
 
 REQUEST_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -113,6 +153,8 @@ REQUEST_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"name": "of a connection"}, "name"),
     ({"re\0tries": 1}, "option"),
     ({"stream_buffer_bytes": True}, "stream_buffer_bytes"),
+    ({"manual_credit": False}, "manual_credit"),
+    ({"lanes": False}, "lanes"),
     ({"timeout": 0 - 1}, "timeout -1"),
     ({"timeout": float("nan")}, "timeout nan"),
     ({"timeout": float("inf")}, "timeout inf"),
@@ -139,6 +181,11 @@ CONNECT_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"name": "a\0b"}, "name"),
     ({"name": "a\ud800"}, "name"),
     ({"retries": 1}, "retries"),
+    ({"lanes": "perhaps"}, "lanes"),
+    ({"heartbeat_ms": 0}, "heartbeat_ms"),
+    ({"heartbeat_ms": -1}, "heartbeat_ms"),
+    ({"peer_grace_ms": -1}, "peer_grace_ms"),
+    ({"manual_credit": True}, "manual_credit"),
 ]
 
 
@@ -151,6 +198,7 @@ def test_options_of_a_connection(url: str, options: dict[str, Any], told: str) -
 
 def test_options_that_are_right(url: str) -> None:
     options = {"name": "Ünï", "tls_first": False, "announce": "never", "max_reconnects": 3, "token": None}
+    options |= {"lanes": True, "heartbeat_ms": 500, "peer_grace_ms": 0, "send_buffer_bytes": 1 << 20}
     with nats_presence.connect(url, **options) as conn:  # type: ignore[arg-type]
         assert conn.stats()["connected"] == 1
 
@@ -205,6 +253,10 @@ def test_a_drain_that_is_no_time(conn: Connection, drain: Any) -> None:
     assert conn.stats()["connected"] == 1
 
 
+async def all_of(stream: aio.Stream) -> list[bytes]:
+    return [message async for message in stream]
+
+
 def test_the_same_through_asyncio(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
@@ -225,12 +277,17 @@ def test_the_same_through_asyncio(url: str) -> None:
             @conn.service("answers")
             async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
                 with pytest.raises(TooLarge):
-                    await sender.send(b"x" * ((1 << 20) + 1))
-                with pytest.raises(Reserved):
-                    await sender.send("__STREAM_END__")
+                    await sender.send(b"x" * MAX_PAYLOAD)
+                with pytest.raises(TooLarge):
+                    await sender.send_many([b"x" * MAX_PAYLOAD, b"x"])
+                for data, kind, told in NO_PAYLOADS:
+                    with pytest.raises(kind, match=told):
+                        await sender.send(data)
+                    with pytest.raises(kind, match=told):
+                        await sender.send_many([b"x", data])
                 await sender.send("fine")
 
-            assert [message async for message in conn.stream("answers")] == [b"fine"]
+            assert await asyncio.wait_for(all_of(conn.stream("answers")), LIMIT) == [b"fine"]
             assert conn.stats()["streams"] == 0
 
     asyncio.run(main())

@@ -16,7 +16,7 @@ import pytest
 from conftest import PACKAGE, ROOT, environment
 
 import nats_presence
-from nats_presence import _ffi, errors
+from nats_presence import _events, _ffi, errors
 
 HEADER = ROOT / "include/nats_presence.h"
 STRUCTS = {"presence_error": _ffi.Error, "presence_stats": _ffi.Stats, "presence_event": _ffi.Event}
@@ -95,7 +95,8 @@ def test_structs() -> None:
 def test_numbers() -> None:
     found = re.findall(r"^\s*PRESENCE_(\w+) = (-?\d+),", header(), flags=re.MULTILINE)
     assert len(found) > 20
-    ours = {n: v for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and n != "ERROR_MESSAGE"}
+    sizes = ("ERROR_MESSAGE", "SMALL")
+    ours = {n: v for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and n not in sizes}
     assert {name: int(value) for name, value in found} == ours
     defines = dict(re.findall(r"^#define PRESENCE_(\w+) (\d+)", HEADER.read_text(), flags=re.MULTILINE))
     assert int(defines["ERROR_MESSAGE"]) == _ffi.ERROR_MESSAGE
@@ -122,6 +123,54 @@ def test_layout(tmp_path: Path) -> None:
     subprocess.run([compiler, "-I", HEADER.parent, tmp_path / "layout.c", "-o", program], check=True)
     output = subprocess.run([program], check=True, capture_output=True, text=True).stdout
     assert [int(line) for line in output.split()] == [place for _, place in ours]
+
+
+def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
+    assert _events.FIELDS.size == ctypes.sizeof(_ffi.Event)
+    events = _events.Events(3)
+    numbers = list(range(1, len(_events.Event._fields) + 1))
+    fields = [name for name, *_ in _ffi.Event._fields_ if name != "reserved"]
+    for field, number in zip(fields, numbers):
+        setattr(events._array[0], field, number)
+    events._array[1].kind = 7
+    first, second = events.take()
+    assert _events.Event._make(first) == tuple(numbers)
+    assert fields[_events.KIND] == "kind"
+    assert fields[_events.TAG] == "tag"
+    assert (fields[_events.DATA], fields[_events.DATA_LEN]) == ("data", "data_len")
+    assert second == (7, *[0] * (len(fields) - 1))
+    assert events.take() == []
+    assert not any(events._bytes)
+
+
+def test_memory_is_copied() -> None:
+    text = ctypes.create_string_buffer("a\0Ü".encode(), 16)
+    address = ctypes.addressof(text)
+    taken = _events.copy(address, 4)
+    text[0] = b"b"
+    assert taken == "a\0Ü".encode()
+    assert _events.decode(address, 4) == "b\0Ü"
+    assert _events.copy(0, 0) == _events.copy(1, 0) == b""
+
+
+def test_calls_without_argtypes_pass_what_the_header_says() -> None:
+    """They are made of what ctypes converts by itself: the sizes of these are those of the parameters."""
+    kinds = {"P": c_void_p, "q": ctypes.c_int64, "l": ctypes.c_int64, "L": c_size_t, "Q": c_size_t}
+    calls = {
+        "presence_sender_send": (_ffi.send_now, ["P", None, "L"]),
+        "presence_sender_send_many": (_ffi.send_many_now, ["P", None, None, "L"]),
+        "presence_sender_send_wait": (_ffi.send_wait_now, ["P", None, "L", "l"]),
+    }
+    assert f"{_ffi.handle_parameter(16)!r}".startswith("<cparam 'P'")
+    assert {f"{size!r}"[9] for size in _ffi.SIZES} == {"L"}
+    assert f"{_ffi.NO_WAIT!r}"[9] == "l"
+    for name, (function, given) in calls.items():
+        returns, takes = _ffi.FUNCTIONS[name]
+        assert function.restype is returns
+        assert function.argtypes is None
+        for kind, wanted in zip(given, takes):
+            assert kind is None or ctypes.sizeof(kinds[kind]) == ctypes.sizeof(wanted)
+        assert len(given) == len(takes)
 
 
 def test_each_status_has_its_exception() -> None:

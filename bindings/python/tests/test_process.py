@@ -10,7 +10,7 @@ import pytest
 from conftest import LIMIT, run_python
 
 import nats_presence
-from nats_presence import Connection, Disconnected, Offline, PresenceError, Remote
+from nats_presence import Cancelled, Connection, Disconnected, Offline, PresenceError, Remote
 
 SETUP = """
 import asyncio, multiprocessing, os, sys, threading, time
@@ -107,6 +107,35 @@ with nats_presence.connect(url) as conn:
     assert finish(process) == (0, "[b'late']\n", "")
 
 
+def test_what_comes_with_an_interrupt_is_not_lost(url: str) -> None:
+    """The signal comes during a wait, and then a message: KeyboardInterrupt is raised when the wait has taken it."""
+    process = run_python(
+        SETUP
+        + """
+import signal
+with nats_presence.connect(url) as conn:
+    go, arrived = threading.Event(), threading.Event()
+    @conn.service("answers")
+    def handler(request, sender):
+        sender.send("first")
+        go.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+        sender.send_many(["second", "third"])
+    stream = conn.stream("answers")
+    messages = [next(stream)]
+    for _ in range(2):
+        try:
+            go.set()
+            messages.extend(stream)
+        except KeyboardInterrupt:
+            messages.append(b"interrupted")
+    print(messages)
+""",
+        url,
+    )
+    assert finish(process) == (0, "[b'first', b'interrupted', b'second', b'third']\n", "")
+
+
 EXITS = {
     "sync": """
 conn = nats_presence.connect(url)
@@ -168,9 +197,11 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("code", EXITS.values(), ids=EXITS)
-def test_exit_with_streams_open(conn: Connection, url: str, code: str) -> None:
+@pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "level 0"])
+def test_exit_with_streams_open(url: str, code: str, lanes: bool) -> None:
     """The process ends as it wants to, and those abroad learn of it."""
     told = []
+    conn = nats_presence.connect(url, lanes=lanes)
 
     @conn.service("abroad")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
@@ -184,7 +215,8 @@ def test_exit_with_streams_open(conn: Connection, url: str, code: str) -> None:
     assert finish(process) == (3, "", "")
     conn.stop()
     conn.run()
-    assert [type(refused) for refused in told] == [Offline]
+    conn.close()
+    assert [type(refused) for refused in told] == [Cancelled if lanes else Offline]
 
 
 def test_a_worker_that_exits_ends_its_streams(conn: Connection, url: str) -> None:
@@ -241,7 +273,7 @@ assert next(stream) == next(read_by_a_thread) == b"begun"
 read = []
 reader = threading.Thread(target=lambda: read.extend(read_by_a_thread))
 reader.start()
-while not read_by_a_thread._reading.locked():
+while not read_by_a_thread._waiting.locked():
     time.sleep(0.01)
 session = nats_presence.session("tab")
 

@@ -13,7 +13,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server, Standstill
+from conftest import LIMIT, Server, Standstill, until
 
 import nats_presence
 from nats_presence import (
@@ -39,18 +39,11 @@ from nats_presence import (
 
 
 @pytest.fixture
-def conn(url: str) -> Iterator[Connection]:
-    with nats_presence.connect(url, name="test") as conn:
+def conn(url: str, lanes: bool) -> Iterator[Connection]:
+    with nats_presence.connect(url, name="test", lanes=lanes) as conn:
         yield conn
     gc.collect()
     assert online_count() == 0
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def send_until_refused(sender: Sender, outcome: Queue[Any]) -> None:
@@ -163,7 +156,7 @@ def cancel_from_another_thread(conn: Connection) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_the_loop, leave_the_block, cancel_from_another_thread])
-def test_leaving_a_stream_stops_its_sender(conn: Connection, leave: Callable[[Connection], None]) -> None:
+def test_leaving_a_stream_stops_its_sender(conn: Connection, lanes: bool, leave: Callable[[Connection], None]) -> None:
     outcome: Queue[Any] = Queue()
 
     @conn.service("answers")
@@ -172,7 +165,7 @@ def test_leaving_a_stream_stops_its_sender(conn: Connection, leave: Callable[[Co
 
     leave(conn)
     refused, _ = outcome.get(timeout=LIMIT)
-    assert isinstance(refused, Offline)
+    assert isinstance(refused, Cancelled if lanes else Offline)
     until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
 
 
@@ -333,7 +326,7 @@ def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
     got: Queue[list[bytes]] = Queue()
     reader = threading.Thread(target=lambda: got.put(list(stream)))
     reader.start()
-    until(stream._reading.locked)
+    until(stream._waiting.locked)
     with pytest.raises(Busy):
         next(stream)
     go.set()
@@ -341,7 +334,8 @@ def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
     reader.join()
 
 
-def test_a_slow_reader_loses_its_stream_and_no_other(conn: Connection) -> None:
+@pytest.mark.parametrize("lanes", [False], indirect=True, ids=["level 0"])
+def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(conn: Connection) -> None:
     done = threading.Event()
 
     @conn.service("answers")
@@ -359,17 +353,17 @@ def test_a_slow_reader_loses_its_stream_and_no_other(conn: Connection) -> None:
     assert list(fast) == []
 
 
-def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server) -> None:
+def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server, lanes: bool) -> None:
     outcome: Queue[Any] = Queue()
     go = threading.Event()
-    with nats_presence.connect(server.url, send_buffer_bytes=1 << 16) as conn:
+    with nats_presence.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes) as conn:
 
         @conn.service("answers")
         def handler(request: Request, sender: Sender) -> None:
             sender.send("begun")
             go.wait(LIMIT)
             try:
-                for _ in range(400):
+                for _ in range(100):
                     sender.send(b"x" * 50_000)
                 outcome.put(None)
             except PresenceError as refused:
@@ -385,16 +379,17 @@ def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server) -> Non
             assert isinstance(outcome.get(timeout=LIMIT), Offline)
             assert outcome.empty()
             server.process.send_signal(signal.SIGCONT)
-            assert sum(map(len, stream)) == 400 * 50_000
+            assert sum(map(len, stream)) == 100 * 50_000
             assert outcome.get(timeout=LIMIT) is None
 
 
-@pytest.mark.parametrize(("closes", "reads", "is_told"), [("gateway", Closed, Offline), ("worker", Remote, Closed)])
+@pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
 def test_closing_ends_every_stream_and_handler_once(
-    url: str, closes: str, reads: type[PresenceError], is_told: type[PresenceError]
+    url: str, lanes: bool, closes: str, reads: type[PresenceError]
 ) -> None:
+    is_told: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
     outcome: Queue[Any] = Queue()
-    with nats_presence.connect(url) as worker, nats_presence.connect(url) as gateway:
+    with nats_presence.connect(url, lanes=lanes) as worker, nats_presence.connect(url, lanes=lanes) as gateway:
 
         @worker.service("answers", threads=4)
         def handler(request: Request, sender: Sender) -> None:
