@@ -88,10 +88,9 @@ class Server:
         self.port = -1
         self.start()
 
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [server_binary(), "-a", "127.0.0.1", "-p", str(self.port)], stderr=subprocess.PIPE, text=True
-        )
+    def start(self, *arguments: str) -> None:
+        command = [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), *arguments]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         log = ""
         assert self.process.stderr
         for line in self.process.stderr:

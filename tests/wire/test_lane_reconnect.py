@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import Connect, Shell
@@ -232,6 +233,46 @@ def test_a_client_that_died_of_a_malformed_message(connect: Connect, raw: RawPee
     gateway.wait(event="END")
     # Each of them was the end of a NATS client; else this test shows nothing.
     assert end.ask("stats")["connects"] == 21
+
+
+def test_a_server_that_takes_small_messages_only(connect: Connect, server: Server, tmp_path: Path) -> None:
+    server.kill()
+    settings = tmp_path / "server.conf"
+    settings.write_text("max_payload: 2048")
+    server.start("-c", str(settings))
+    gateway, worker = connect(), connect()
+    worker.do("serve llm.generate workers 0")
+    n = begin(gateway, worker, 1)
+    largest = 2048 - 18 - 11
+    assert worker.ask(f"fill {n} {largest + 1}")["status"] == "TOO_LARGE"
+    for size in [1, 100, 1000, largest]:
+        sent = int(worker.ask(f"fill {n} {size}")["text"])
+        assert sent > 0
+        for _ in range(sent):
+            assert len(gateway.wait(event="DATA")["data"]) == size
+    worker.do(f"end {n}")
+    gateway.wait(event="END")
+    assert worker.ask("stats")["connects"] == 1
+
+
+def test_a_server_that_takes_less_than_before(connect: Connect, server: Server, tmp_path: Path) -> None:
+    gateway, worker = connect(), connect()
+    worker.do("serve llm.generate workers 0")
+    n = begin(gateway, worker, 1)
+    server.kill()
+    for end in [gateway, worker]:
+        end.wait(event="DISCONNECTED")
+    worker.do(f"send {n} {'x' * 5000}")
+    settings = tmp_path / "server.conf"
+    settings.write_text("max_payload: 2048")
+    server.start("-c", str(settings))
+    # That message can never be sent: the lane ends, and both ends are told.
+    assert worker.wait(event="STOPPED")["status"] == "PEER_GONE"
+    assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
+    n = begin(gateway, worker, 2)
+    worker.do(f"flood {n} 1000")
+    receive(gateway, 2, 0, 1000)
+    assert worker.ask(f"send {n} {'x' * 5000}")["status"] == "TOO_LARGE"
 
 
 def test_away_for_too_long(connect: Connect, proxy: Proxy) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import nats
 from conftest import Connect, Shell
 from harness import PATIENCE, Event, Server
+from lane_codec import NEW, Frame, LaneMessage, accept, cancel, data, decode, encode, end, from_u64
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
@@ -87,6 +88,73 @@ async def test_our_gateway(connect: Connect, server: Server) -> None:
         await client.publish("client.offline", b"dave")
         await client.flush()
         assert (await told(gateway, event="ERROR", tag=4))["status"] == "OFFLINE"
+
+
+@asynchronous
+async def test_our_worker_on_a_lane(connect: Connect, server: Server) -> None:
+    worker = connect()
+    worker.do("serve llm.generate workers 0")
+    async with peer(server) as client:
+        offer = client.new_inbox()
+        messages = await client.subscribe(offer)
+        level_0 = await client.subscribe(f"{offer}.reply")
+        headers = {"Connect-ID": "alice", "Presence-Lane": f"1 {offer} 0000000000000007 1000000"}
+        await client.publish("llm.generate", b"hello", reply=f"{offer}.reply", headers=headers)
+        await client.flush()
+        worker.wait(event="REQUEST", client="alice")
+        worker.do("flood 1 1000")
+        worker.do("end 1")
+        frames: list[Frame] = []
+        while len(frames) < 1002:
+            message = await messages.next_msg()
+            assert not message.headers
+            content = decode(message.data)
+            frames += content.frames
+            await client.publish(message.reply, encode(LaneMessage(0, 0, content.sequence)), reply=f"{offer}-1")
+        assert frames == [accept(1, 7), *(data(1, b"%d" % i) for i in range(1000)), end(1)]
+        assert level_0.pending_msgs == 0
+        # Another stream is cancelled.
+        await client.publish("llm.generate", b"hello", reply=f"{offer}.reply", headers=headers)
+        message = await messages.next_msg()
+        while not decode(message.data).frames:
+            message = await messages.next_msg()
+        assert decode(message.data).frames == (accept(2, 7),)
+        content = decode(message.data)
+        left = encode(LaneMessage(0, 1, content.sequence, (cancel(2, 2),)))
+        await client.publish(message.reply, left, reply=f"{offer}-1")
+        await client.flush()
+        assert (await told(worker, event="STOPPED"))["status"] == "OFFLINE"
+
+
+@asynchronous
+async def test_our_gateway_on_a_lane(connect: Connect, server: Server) -> None:
+    gateway = connect()
+    gateway.do("option stream_buffer_bytes 10000")
+    async with peer(server) as client:
+        requests = await client.subscribe("llm.generate", queue="workers")
+        await client.flush()
+        gateway.do("request 1 llm.generate alice hello")
+        request = await requests.next_msg()
+        assert request.headers
+        version, offer, key, window = request.headers["Presence-Lane"].split(" ")
+        assert (version, window) == ("1", "10000")
+        own = client.new_inbox()
+        messages = await client.subscribe(own)
+        first = encode(LaneMessage(NEW, 1, 0, (accept(1, int(key, 16)), data(1, b"0"))))
+        await client.publish(offer, first, reply=own)
+        # As far as there is room, and when there is more again.
+        room, received = 10_000 - 65, 0
+        for i in range(1, 1001):
+            frame = data(1, b"%d" % i) if i < 1000 else end(1)
+            while room < 100:
+                content = decode((await messages.next_msg()).data)
+                received += len(content.frames)
+                room += sum(from_u64(frame.body) for frame in content.frames)
+            room -= len(frame.body) + 64
+            await client.publish(offer, encode(LaneMessage(0, i + 1, received, (frame,))), reply=own)
+        await told(gateway, event="END")
+        assert [gateway.wait(event="DATA")["data"] for _ in range(1000)] == [str(i) for i in range(1000)]
+        assert received > 5
 
 
 async def told(gateway: Shell, **fields: Any) -> Event:
