@@ -701,6 +701,10 @@ impl<S: Clone> State<S> {
                 self.spares.push(buffer);
             }
         }
+        if self.is_drained() {
+            // Nothing is on its way: whoever sends little keeps nothing.
+            self.spares = Vec::new();
+        }
         self.acked = ack;
         self.resend = self.resend.map(|index| index.saturating_sub(count)).filter(|index| *index < self.unacked.len());
         self.progress_at = now;
