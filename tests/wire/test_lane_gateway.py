@@ -584,6 +584,18 @@ def test_a_stranger_begins_a_lane_and_gains_nothing(gateway: Shell, worker: Work
     assert_goes_on(gateway, lane, 2, 2)
 
 
+def test_lanes_of_strangers_who_are_not_there_end(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    lane = begin(gateway, worker, 1)
+    first = encode(LaneMessage(NEW, 1, 0, (accept(1, 0), data(1, b"forged"))))
+    raw.send(b"".join(pub(lane.peer, first, reply=f"_INBOX.nobody.{i}") for i in range(5000)))
+    lane.ask()
+    deadline = time.monotonic() + 10
+    while gateway.ask("stats")["lanes"] > 1:
+        lane.ask()
+        assert time.monotonic() < deadline, "they stay"
+    assert_goes_on(gateway, lane, 1)
+
+
 def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     everything = raw.subscribe(">")
