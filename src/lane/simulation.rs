@@ -2,6 +2,7 @@
 //!
 //! `PRESENCE_SIMULATIONS=1000000` runs more schedules, `PRESENCE_SEED=17` one of them, told in full.
 
+mod hostile;
 mod schedule;
 mod world;
 

@@ -23,8 +23,6 @@ const LATE: Time = 250 * MILLI;
 const ASK_AFTER: Time = 500 * MILLI;
 /// What no honest schedule needs: more is a storm of messages.
 const MAX_EVENTS: u32 = 100_000;
-/// Whether a worker's lane hears one end of its gateway only.
-const PINS: bool = true;
 const ERROR_TEXT: &[u8] = b"the worker failed";
 
 /// A promise that was not kept.
@@ -150,6 +148,8 @@ struct Lane {
     published: u64,
     /// The frames of each message that had some, as a number and a size.
     sent: Vec<(u64, usize)>,
+    /// The number of the last message with frames.
+    sent_last: u64,
     acked: u64,
     /// The numbers of messages that came, from the first missing on.
     came: BTreeSet<u64>,
@@ -839,6 +839,7 @@ impl World {
             opened: 0,
             published: 0,
             sent: Vec::new(),
+            sent_last: 0,
             acked: 0,
             came: BTreeSet::new(),
             came_all: 0,
@@ -1267,6 +1268,14 @@ impl World {
         if lane.is_held {
             return self.fail("nothing but PINGs until there is an answer", format!("{own}: {}", described(message)));
         }
+        // One after the other, or again from the first that is not acknowledged.
+        let missing = lane.acked + 1;
+        if header.sequence != missing.max(lane.sent_last + 1) && header.sequence != missing {
+            let text =
+                format!("{own} sends #{} after #{}, acknowledged is #{}", header.sequence, lane.sent_last, lane.acked);
+            return self.fail("what is missing is sent in order", text);
+        }
+        lane.sent_last = header.sequence;
         let frames = &message[frame::HEADER..];
         let frames = (frames.iter().fold(7, |sum, byte| mix(sum ^ u64::from(*byte))), frames.len());
         let next = lane.sent.len() as u64 + 1;
