@@ -13,6 +13,7 @@ from typing import Any, Callable
 
 import pytest
 from conftest import LIMIT, Server, Standstill
+from test_sync import AS_SENT, MIXED
 
 import nats_presence
 from nats_presence import (
@@ -32,6 +33,7 @@ from nats_presence import (
     mark_client_offline,
     online_count,
 )
+from nats_presence._arguments import Payload
 from nats_presence.aio import Connection, Sender, Stream
 
 Test = Callable[[Connection], Coroutine[Any, Any, None]]
@@ -104,6 +106,46 @@ def test_messages_come_in_order_and_whole(run: Callable[[Test], None]) -> None:
             await sender.send("late")
         assert await received(conn.stream("answers.two")) != []
         assert seen[1][0].client_id == ""
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_many_at_once_are_sent_as_one_by_one(run: Callable[[Test], None], kind: Callable[[list[Payload]], Any]) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            for messages in (MIXED, [], AS_SENT):
+                await sender.send_many(kind(messages))
+            assert sender.send_count == 2 * len(MIXED)
+
+        assert await received(conn.stream("answers")) == AS_SENT * 2
+
+    run(test)
+
+
+def test_sending_many_leaves_the_loop_its_time(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        turns = 0
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            nonlocal turns
+            before = turns
+            await sender.send_many([b"x"] * 50_000)
+            for _ in range(5000):
+                await sender.send(b"x")
+            assert turns - before > 50
+
+        async def turn() -> None:
+            nonlocal turns
+            while True:
+                await asyncio.sleep(0)
+                turns += 1
+
+        turning = asyncio.create_task(turn())
+        assert len(await received(conn.stream("answers"))) == 55_000
+        turning.cancel()
 
     run(test)
 

@@ -36,6 +36,7 @@ from nats_presence import (
     mark_client_offline,
     online_count,
 )
+from nats_presence._arguments import Payload
 
 
 @pytest.fixture
@@ -98,6 +99,68 @@ def test_messages_come_in_order_and_whole(conn: Connection) -> None:
     with pytest.raises(Closed):
         sender.error("late")
     assert not is_client_online("Ünï")
+
+
+MIXED: list[Payload] = [
+    *[b"%d" % number for number in range(3000)],
+    b"x" * 300_000,
+    "text Ü",
+    b"",
+    bytearray(b"array"),
+    memoryview(b"_view_")[1:-1],
+    memoryview(b"12345678").cast("I"),
+    b"y" * 1_000_000,
+    *[b"z" * 1000] * 1000,
+]
+AS_SENT = [message.encode() if isinstance(message, str) else bytes(message) for message in MIXED]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_many_at_once_are_sent_as_one_by_one(conn: Connection, kind: Callable[[list[Payload]], Any]) -> None:
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        for messages in (MIXED, [], AS_SENT):
+            sender.send_many(kind(messages))
+        assert sender.send_count == 2 * len(MIXED)
+
+    assert list(conn.stream("answers")) == AS_SENT * 2
+
+
+def test_what_an_iterator_gives_is_sent_as_it_comes(conn: Connection) -> None:
+    read = threading.Semaphore(0)
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        def think() -> Iterator[bytes]:
+            for number in range(3):
+                yield b"%d" % number
+                assert read.acquire(timeout=LIMIT)
+
+        sender.send_many(think())
+
+    stream = conn.stream("answers")
+    for number in range(3):
+        assert next(stream) == b"%d" % number
+        read.release()
+    assert list(stream) == []
+
+
+def test_sending_many_stops_where_the_client_leaves(conn: Connection) -> None:
+    outcome: Queue[Any] = Queue()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        try:
+            sender.send_many([b"x" * 1000] * 1_000_000)
+        except PresenceError as refused:
+            outcome.put((refused, sender.send_count))
+
+    stream = conn.stream("answers", client_id="tab")
+    next(stream)
+    mark_client_offline("tab")
+    refused, sent = outcome.get(timeout=LIMIT)
+    assert isinstance(refused, Offline)
+    assert 0 < sent < 1_000_000
 
 
 def test_anonymous(conn: Connection) -> None:

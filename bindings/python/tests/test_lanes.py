@@ -1,0 +1,693 @@
+"""What two processes with this library have of each other: readers hold workers back, a stream is cancelled alone, what
+was sent survives a loss of the connection, and who is dead is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Coroutine, Iterator
+from queue import Queue
+from typing import Any, Callable
+
+import pytest
+from conftest import LIMIT, Server, environment, until
+
+import nats_presence
+from nats_presence import (
+    Cancelled,
+    Closed,
+    Connection,
+    PeerGone,
+    PresenceError,
+    Request,
+    Sender,
+    Stream,
+    aio,
+    is_client_online,
+    online_count,
+)
+
+WINDOW = 1 << 16
+
+
+@pytest.fixture
+def conn(url: str) -> Iterator[Connection]:
+    with nats_presence.connect(url, name="test") as conn:
+        yield conn
+    gc.collect()
+    assert online_count() == 0
+
+
+def run(url: str, test: Callable[[aio.Connection], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        async with aio.connect(url, name="test") as conn:
+            await test(conn)
+        gc.collect()
+        assert online_count() == 0
+
+    asyncio.run(asyncio.wait_for(main(), 6 * LIMIT))
+
+
+async def until_aio(condition: Callable[[], object]) -> None:
+    async def wait() -> None:
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    await asyncio.wait_for(wait(), LIMIT)
+
+
+async def received(stream: aio.Stream) -> list[bytes]:
+    return [message async for message in stream]
+
+
+class Standstill:
+    """Is true once a sender has sent something, and then nothing for a fifth of a second."""
+
+    def __init__(self, senders: dict[str, Any], client: str) -> None:
+        self.senders, self.client, self.seen, self.since = senders, client, 0, 0.0
+
+    def __call__(self) -> bool:
+        sender, now = self.senders.get(self.client), time.monotonic()
+        count = sender.send_count if sender else 0
+        if count != self.seen:
+            self.seen, self.since = count, now
+        return count > 0 and now - self.since > 0.2
+
+
+def test_stats_count_lanes(url: str) -> None:
+    for options, lanes in (({}, 1), ({"lanes": False}, 0)):
+        with nats_presence.connect(url) as worker, nats_presence.connect(url, **options) as gateway:
+            worker.service("answers")(lambda request, sender: sender.send("one"))
+            assert list(gateway.stream("answers")) == [b"one"]
+            assert gateway.stats()["lanes"] == worker.stats()["lanes"] == lanes
+
+
+# Slow readers ---------------------------------------------------------------------------------------------------------
+
+
+SIZES = [0, 1, 1000, 2 * WINDOW]
+
+
+def numbered(size: int) -> list[bytes]:
+    """Ten windows of messages, and not less than ten messages."""
+    count = max(10, 10 * WINDOW // (size + 64))
+    return [(b"%d" % number).ljust(size, b".")[:size] for number in range(count)]
+
+
+def most(size: int) -> int:
+    """How many of them there is room for before anything was read: one may pass the end of the window."""
+    return WINDOW // (size + 64) + 1
+
+
+@pytest.mark.parametrize("how", ["send", "send_many"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_slow_reader_holds_its_worker_back_and_no_other(conn: Connection, size: int, how: str) -> None:
+    senders: dict[str, Sender] = {}
+    messages = numbered(size)
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        senders[request.client_id] = sender
+        if how == "send_many":
+            sender.send_many(messages)
+        else:
+            for message in messages:
+                sender.send(message)
+
+    slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=WINDOW)
+    until(Standstill(senders, "slow"))
+    assert senders["slow"].send_count <= most(size)
+    fast = conn.stream("answers", client_id="fast", stream_buffer_bytes=WINDOW)
+    assert list(fast) == messages
+    assert senders["slow"].send_count <= most(size)
+    first = next(slow)
+    assert [first, *slow] == messages
+
+
+@pytest.mark.parametrize("how", ["send", "send_many"])
+@pytest.mark.parametrize("size", SIZES)
+def test_in_asyncio_too(url: str, size: int, how: str) -> None:
+    """Though all of its messages pass one queue, and the reader's are taken out of it before they are read."""
+    senders: dict[str, aio.Sender] = {}
+    messages = numbered(size)
+
+    async def test(conn: aio.Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: aio.Sender) -> None:
+            senders[request.client_id] = sender
+            if how == "send_many":
+                await sender.send_many(messages)
+            else:
+                for message in messages:
+                    await sender.send(message)
+
+        slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=WINDOW)
+        await until_aio(Standstill(senders, "slow"))
+        assert senders["slow"].send_count <= most(size)
+        fast = conn.stream("answers", client_id="fast", stream_buffer_bytes=WINDOW)
+        assert await received(fast) == messages
+        assert senders["slow"].send_count <= most(size)
+        assert len(slow._messages) <= most(size)
+        first = await slow.__anext__()
+        assert [first, *await received(slow)] == messages
+
+    run(url, test)
+
+
+def test_a_reader_that_is_always_a_little_behind_gets_all(url: str) -> None:
+    """It never sees its buffer empty, and gives credit all the same."""
+
+    async def test(conn: aio.Connection) -> None:
+        messages = [b"%d" % number for number in range(20_000)]
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: aio.Sender) -> None:
+            await sender.send_many(messages)
+
+        stream = conn.stream("answers", stream_buffer_bytes=WINDOW)
+        got = []
+        async for message in stream:
+            got.append(message)
+            if len(got) % 50 == 0:
+                await asyncio.sleep(0)
+        assert got == messages
+
+    run(url, test)
+
+
+# Waiting for room -----------------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_room_can_be_cancelled_or_ended_and_the_loop_goes_on(url: str) -> None:
+    async def test(conn: aio.Connection) -> None:
+        senders: asyncio.Queue[aio.Sender] = asyncio.Queue()
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: aio.Sender) -> None:
+            sender.detach()
+            senders.put_nowait(sender)
+
+        stream = conn.stream("answers", stream_buffer_bytes=WINDOW)
+        sender = await senders.get()
+
+        async def send(mark: bytes) -> None:
+            while True:
+                await sender.send(mark * 1000)
+
+        def waits(task: asyncio.Task[None]) -> bool:
+            return bool(sender._changed._waiters) and not task.done()
+
+        one, two = (asyncio.create_task(send(mark)) for mark in (b"1", b"2"))
+        await until_aio(lambda: len(sender._changed._waiters) == 2)
+        sent = sender.send_count
+        one.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await one
+        assert sender.send_count == sent
+        await stream.__anext__()  # All that waits; so there is room again.
+        reader = asyncio.create_task(received(stream))
+        await until_aio(lambda: sender.send_count > 10 * sent)
+        assert not two.done()
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await until_aio(lambda: waits(two))
+        sent = sender.send_count
+        sender.end()
+        with pytest.raises(Closed):
+            await asyncio.wait_for(two, LIMIT)
+        rest = await received(stream)
+        assert len(rest) < sent == sender.send_count
+
+    run(url, test)
+
+
+# One stream alone -----------------------------------------------------------------------------------------------------
+
+
+def cancel(stream: Stream) -> None:
+    stream.cancel()
+
+
+def leave(stream: Stream) -> None:
+    with stream:
+        pass
+
+
+@pytest.mark.parametrize("end", [cancel, leave, None], ids=["cancel", "leave", "drop"])
+def test_cancelling_a_stream_stops_its_sender_alone(conn: Connection, end: Callable[[Stream], None] | None) -> None:
+    stopped: Queue[tuple[bytes, PresenceError]] = Queue()
+    go = threading.Event()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        try:
+            while not go.is_set():
+                sender.send("more")
+                time.sleep(0.001)
+            sender.send("last")
+        except PresenceError as refused:
+            stopped.put((request.data, refused))
+
+    streams = {data: conn.stream("answers", data, client_id="tab") for data in (b"one", b"two", b"three")}
+    assert [next(stream) for stream in streams.values()] == [b"more"] * 3
+    if end:
+        end(streams[b"two"])
+    del streams[b"two"]
+    data, refused = stopped.get(timeout=LIMIT)
+    assert data == b"two"
+    assert isinstance(refused, Cancelled)
+    assert is_client_online("tab")
+    go.set()
+    for stream in streams.values():
+        assert list(stream)[-1] == b"last"
+    assert stopped.empty()
+    assert conn.stats()["offline_out"] == 0
+
+
+def test_a_timeout_stops_its_sender_alone(conn: Connection) -> None:
+    stopped: Queue[tuple[bytes, PresenceError]] = Queue()
+
+    @conn.service("answers")
+    def handler(request: Request, sender: Sender) -> None:
+        try:
+            while True:
+                sender.send("more")
+                time.sleep(0.001)
+        except PresenceError as refused:
+            stopped.put((request.data, refused))
+
+    stays = conn.stream("answers", b"stays", client_id="tab")
+    with pytest.raises(nats_presence.Timeout):
+        list(conn.stream("answers", b"is late", client_id="tab", timeout=0.1))
+    data, refused = stopped.get(timeout=LIMIT)
+    assert data == b"is late"
+    assert isinstance(refused, Cancelled)
+    assert [next(stays) for _ in range(3)] == [b"more"] * 3
+    assert stopped.empty()
+
+
+def test_a_reader_that_leaves_cancels_its_handler_alone(url: str) -> None:
+    async def test(conn: aio.Connection) -> None:
+        stopped: list[tuple[bytes, str]] = []
+
+        @conn.service("answers")
+        async def handler(request: Request, sender: aio.Sender) -> None:
+            try:
+                while True:
+                    await sender.send("more")
+                    await asyncio.sleep(0.001)
+            except asyncio.CancelledError as cancelled:
+                stopped.append((request.data, str(cancelled)))
+                raise
+
+        stays = conn.stream("answers", b"stays", client_id="tab")
+        async for _ in conn.stream("answers", b"leaves", client_id="tab"):
+            break
+        await until_aio(lambda: stopped)
+        assert stopped == [(b"leaves", "cancelled")]
+        for _ in range(3):
+            assert await stays.__anext__() == b"more"
+        assert len(stopped) == 1
+
+    run(url, test)
+
+
+# The connection is lost -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_without_a_connection_comes_later(server: Server) -> None:
+    go, gone = threading.Event(), threading.Event()
+    messages = [b"%d" % number for number in range(1000)]
+    with nats_presence.connect(server.url, on_event=lambda e: e.kind == "disconnected" and gone.set()) as conn:
+
+        @conn.service("answers")
+        def handler(request: Request, sender: Sender) -> None:
+            sender.send("begun")
+            go.wait(LIMIT)
+            for message in messages:
+                sender.send(message)
+            sender.send_many(messages)
+
+        stream = conn.stream("answers", client_id="tab")
+        assert next(stream) == b"begun"
+        server.stop()
+        assert gone.wait(LIMIT)
+        go.set()
+        until(lambda: conn.stats()["bytes_waiting"] > 2 * sum(map(len, messages)))
+        server.start()
+        assert list(stream) == messages * 2
+        assert conn.stats()["connects"] == 2
+
+
+def test_in_asyncio_a_full_buffer_waits_for_the_connection(server: Server) -> None:
+    async def main() -> None:
+        gone, go = asyncio.Event(), asyncio.Event()
+        options = {"send_buffer_bytes": WINDOW}
+        connecting = aio.connect(server.url, on_event=lambda e: e.kind == "disconnected" and gone.set(), **options)
+        senders: dict[str, aio.Sender] = {}
+        messages = [b"%d" % number for number in range(20_000)]
+        async with connecting as conn:
+
+            @conn.service("answers")
+            async def handler(request: Request, sender: aio.Sender) -> None:
+                senders[request.client_id] = sender
+                await sender.send("begun")
+                await go.wait()
+                await sender.send_many(messages)
+
+            stream = conn.stream("answers", client_id="tab")
+            assert await stream.__anext__() == b"begun"
+            server.stop()
+            await asyncio.wait_for(gone.wait(), LIMIT)
+            go.set()
+            await until_aio(lambda: senders["tab"]._changed._waiters)
+            assert 1 < senders["tab"].send_count < len(messages)
+            await asyncio.to_thread(server.start)
+            assert await received(stream) == messages
+
+    asyncio.run(asyncio.wait_for(main(), 3 * LIMIT))
+
+
+# Two processes --------------------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """A Python process that is told and tells by lines."""
+
+    def __init__(self, code: str, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", "-c", code, *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def write(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n")
+        self.process.stdin.flush()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.communicate()
+
+
+SETUP = """
+import asyncio, hashlib, os, sys, threading, time
+import nats_presence
+from nats_presence import aio
+url = sys.argv[1]
+"""
+ENDLESS_WORKER = """
+conn = nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0)
+@conn.service("answers")
+def handler(request, sender):
+    try:
+        while True:
+            sender.send("more")
+            time.sleep(0.01)
+    except nats_presence.PresenceError as refused:
+        print(type(refused).__name__, flush=True)
+print("ready", flush=True)
+conn.run()
+"""
+ENDLESS_GATEWAY = """
+conn = nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0)
+stream = conn.stream("answers", client_id="tab")
+next(stream)
+print("ready", flush=True)
+try:
+    for message in stream:
+        pass
+except nats_presence.PresenceError as ended:
+    print(type(ended).__name__, flush=True)
+"""
+DEATHS = {"killed": (signal.SIGKILL, 0.0), "stopped": (signal.SIGSTOP, 1.0)}
+SIDES = ["sync", "asyncio"]
+
+
+def gone(peer: Peer, death: str, notices: Callable[[], object]) -> None:
+    """The peer dies, which is noticed neither too early nor too late, and, should it live, by itself too."""
+    sent, at_least = DEATHS[death]
+    began = time.monotonic()
+    peer.process.send_signal(sent)
+    notices()
+    # Three silent heartbeats of half a second, the first of which may have begun before.
+    assert at_least <= time.monotonic() - began < LIMIT
+    if sent == signal.SIGSTOP:
+        peer.process.send_signal(signal.SIGCONT)
+        assert peer.read() == "PeerGone"
+
+
+def in_a_loop(url: str, test: Callable[[aio.Connection], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with aio.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+            await asyncio.wait_for(test(conn), 3 * LIMIT)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("side", SIDES)
+def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) -> None:
+    with Peer(SETUP + ENDLESS_WORKER, url) as worker:
+        assert worker.read() == "ready"
+
+        def read(stream: Stream) -> None:
+            with pytest.raises(PeerGone):
+                list(stream)
+
+        async def read_in_a_loop(conn: aio.Connection) -> None:
+            stream = conn.stream("answers", client_id="tab")
+            assert await stream.__anext__() == b"more"
+            reader = asyncio.create_task(received(stream))
+            dying = asyncio.to_thread(gone, worker, death, lambda: until(reader.done))
+            await dying
+            with pytest.raises(PeerGone):
+                await reader
+
+        if side == "asyncio":
+            in_a_loop(url, read_in_a_loop)
+        else:
+            with nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+                stream = conn.stream("answers", client_id="tab")
+                assert next(stream) == b"more"
+                gone(worker, death, lambda: read(stream))
+        assert online_count() == 0
+
+
+@pytest.mark.parametrize("death", DEATHS)
+@pytest.mark.parametrize("side", SIDES)
+def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) -> None:
+    stopped: Queue[tuple[str, int]] = Queue()
+
+    def answer(request: Request, sender: Sender) -> None:
+        try:
+            while True:
+                sender.send("more")
+                time.sleep(0.01)
+        except PresenceError as refused:
+            stopped.put((type(refused).__name__, sender.status))
+
+    async def answer_in_a_loop(request: Request, sender: aio.Sender) -> None:
+        try:
+            while True:
+                await sender.send("more")
+                await asyncio.sleep(0.01)
+        except asyncio.CancelledError:
+            stopped.put(("PeerGone", sender.status))
+            raise
+
+    def dies() -> None:
+        with Peer(SETUP + ENDLESS_GATEWAY, url) as gateway:
+            assert gateway.read() == "ready"
+            assert is_client_online("tab")
+            gone(gateway, death, lambda: until(lambda: not stopped.empty()))
+        assert stopped.get() == ("PeerGone", PeerGone.status)
+        assert stopped.empty()
+        until(lambda: online_count() == 0)
+
+    async def serve(conn: aio.Connection) -> None:
+        conn.service("answers")(answer_in_a_loop)
+        await asyncio.to_thread(dies)
+
+    if side == "asyncio":
+        in_a_loop(url, serve)
+    else:
+        with nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+            conn.service("answers")(answer)
+            dies()
+
+
+COMMON = """
+STREAMS = 200
+FAST = dict(reconnect_min_ms=10, reconnect_max_ms=100)
+def message(number):
+    return number.to_bytes(8, "little") + os.urandom(number % 64)
+class Check:
+    "What a stream was, to be compared at both its ends."
+    def __init__(self):
+        self.digest, self.count, self.last = hashlib.sha256(), 0, None
+    def sent(self):
+        data = message(self.count)
+        self.add(data)
+        return data
+    def add(self, data):
+        self.digest.update(data)
+        self.count += 1
+    def end(self):
+        return b"last" + self.count.to_bytes(8, "little") + self.digest.digest()
+    def got(self, data):
+        if self.last is not None:
+            raise AssertionError("a message after the last")
+        if data.startswith(b"last") and len(data) == 44:
+            self.last = data
+        elif int.from_bytes(data[:8], "little") != self.count:
+            raise AssertionError(f"message {int.from_bytes(data[:8], 'little')} where {self.count} was due")
+        else:
+            self.add(data)
+    def is_whole(self):
+        return self.last == self.end()
+def say(*words):
+    print(*words, flush=True)
+def rounds():
+    "Until the line that is no number: how many connections there shall have been."
+    while (line := sys.stdin.readline().strip()).isdigit():
+        yield int(line)
+def reconnected(conn, connects):
+    while conn.stats()["connects"] < connects:
+        time.sleep(0.005)
+"""
+WORKERS = {
+    "sync": """
+conn, enough = nats_presence.connect(url, **FAST), threading.Event()
+@conn.service("answers", threads=STREAMS)
+def handler(request, sender):
+    check = Check()
+    while not enough.wait(0.05):
+        for _ in range(10):
+            sender.send(check.sent())
+    sender.send(check.end())
+say("ready")
+for connects in rounds():
+    reconnected(conn, connects)
+    say("ok")
+enough.set()
+conn.stop()
+conn.run()
+say(conn.stats()["connects"])
+conn.close()
+""",
+    "asyncio": """
+async def main():
+    async with aio.connect(url, **FAST) as conn:
+        enough = asyncio.Event()
+        @conn.service("answers")
+        async def handler(request, sender):
+            check = Check()
+            while not enough.is_set():
+                await sender.send_many([check.sent() for _ in range(10)])
+                await asyncio.sleep(0.05)
+            await sender.send(check.end())
+        def take_part():
+            for connects in rounds():
+                reconnected(conn, connects)
+                say("ok")
+        say("ready")
+        await asyncio.to_thread(take_part)
+        enough.set()
+        conn.stop()
+        await conn.run()
+        say(conn.stats()["connects"])
+asyncio.run(main())
+""",
+}
+GATEWAYS = {
+    "sync": """
+conn, checks, failures = nats_presence.connect(url, **FAST), [Check() for _ in range(STREAMS)], []
+def read(number):
+    try:
+        for data in conn.stream("answers", client_id=f"client {number}"):
+            checks[number].got(data)
+    except Exception as failure:
+        failures.append(f"{number}: {failure!r}")
+readers = [threading.Thread(target=read, args=(number,), daemon=True) for number in range(STREAMS)]
+for reader in readers:
+    reader.start()
+for connects in rounds():
+    reconnected(conn, connects)
+    before = [check.count for check in checks]
+    while not failures and any(check.count == count for check, count in zip(checks, before)):
+        time.sleep(0.01)
+    say(*failures or ["ok"])
+for reader in readers:
+    reader.join()
+say(*failures or ["ok"])
+say(sum(check.is_whole() for check in checks))
+say(conn.stats()["connects"])
+conn.close()
+""",
+    "asyncio": """
+async def main():
+    checks, failures = [Check() for _ in range(STREAMS)], []
+    async def read(conn, number):
+        try:
+            async for data in conn.stream("answers", client_id=f"client {number}"):
+                checks[number].got(data)
+        except Exception as failure:
+            failures.append(f"{number}: {failure!r}")
+    async with aio.connect(url, **FAST) as conn:
+        readers = [asyncio.create_task(read(conn, number)) for number in range(STREAMS)]
+        def take_part():
+            for connects in rounds():
+                reconnected(conn, connects)
+                before = [check.count for check in checks]
+                while not failures and any(check.count == count for check, count in zip(checks, before)):
+                    time.sleep(0.01)
+                say(*failures or ["ok"])
+        await asyncio.to_thread(take_part)
+        await asyncio.gather(*readers)
+        say(*failures or ["ok"])
+        say(sum(check.is_whole() for check in checks))
+        say(conn.stats()["connects"])
+asyncio.run(main())
+""",
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_twenty_restarts_under_200_streams(server: Server, side: str) -> None:
+    """All of what was sent comes, in order, once."""
+    code = SETUP + COMMON
+    with Peer(code + WORKERS[side], server.url) as worker:
+        assert worker.read() == "ready"
+        with Peer(code + GATEWAYS[side], server.url) as gateway:
+
+            def all_go_on(connects: int) -> None:
+                for peer in (worker, gateway):
+                    peer.write(f"{connects}")
+                    assert peer.read() == "ok"
+
+            all_go_on(1)
+            for restarts in range(1, 21):
+                server.stop()
+                server.start()
+                all_go_on(1 + restarts)
+            worker.write("enough")
+            gateway.write("enough")
+            assert gateway.read() == "ok"
+            assert gateway.read() == "200"
+            assert [int(gateway.read()), int(worker.read())] == [21, 21]
+            assert [worker.process.wait(LIMIT), gateway.process.wait(LIMIT)] == [0, 0]
