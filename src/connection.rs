@@ -212,7 +212,7 @@ impl Connection {
 
     /// The lanes, if this connection has any.
     pub(crate) fn lanes(&self) -> Option<&Lanes> {
-        self.options.lanes.then_some(&*self.lanes)
+        (self.options.lanes && !self.lanes.is_forbidden()).then_some(&*self.lanes)
     }
 
     pub(crate) fn send_buffer(&self) -> usize {
@@ -522,7 +522,19 @@ impl Connection {
 fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
     Arc::new(move |text| {
         if let Some(connection) = connection.upgrade() {
-            connection.log(Status::Disconnected, || format!("nats-server says: {text}"));
+            let subject = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
+            let prefix = &connection.options.inbox_prefix;
+            let is_of_lanes = subject.is_some_and(|subject| connection.lanes.refused(subject, prefix));
+            connection.log(Status::Disconnected, || {
+                let so = if is_of_lanes {
+                    format!(
+                        ": no lanes from now on, level 0 only; allow {prefix}.> for both directions, or set lanes=false"
+                    )
+                } else {
+                    String::new()
+                };
+                format!("nats-server says: {text}{so}")
+            });
         }
     })
 }

@@ -12,13 +12,13 @@ use crate::lane::state::{Credit, Patience};
 use crate::{fork, random, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
-const MAX_LANES: usize = 65_536;
+const MAX_LANES: usize = 8192;
 
 /// All lanes of a connection.
 pub(crate) struct Lanes {
@@ -41,6 +41,8 @@ pub(crate) struct Lanes {
     /// The same lanes by the other end's subject.
     by_peer: DashMap<String, Arc<Lane>>,
     inbox: Arc<Inbox>,
+    /// nats-server does not allow them.
+    forbidden: AtomicBool,
     pub(crate) sent: Arc<AtomicU64>,
     pub(crate) ignored: AtomicU64,
 }
@@ -68,6 +70,7 @@ impl Lanes {
             own: DashMap::new(),
             by_peer: DashMap::new(),
             inbox,
+            forbidden: AtomicBool::new(false),
             sent: Arc::default(),
             ignored: AtomicU64::new(0),
         })
@@ -76,6 +79,27 @@ impl Lanes {
     /// What to subscribe for all ends that are here.
     pub(crate) fn wildcard(&self) -> Subject {
         format!("{}*", self.prefix).into()
+    }
+
+    /// Whether none is to be offered or accepted.
+    pub(crate) fn is_forbidden(&self) -> bool {
+        self.forbidden.load(Ordering::Relaxed)
+    }
+
+    /// nats-server refuses a publication or subscription to this subject. False if that is nothing to do with lanes.
+    ///
+    /// Where it concerns inboxes like our own, there will be no lanes from now on; but a stranger may name any subject as
+    /// its inbox, and must not bring that about.
+    pub(crate) fn refused(&self, subject: &str, inbox_prefix: &str) -> bool {
+        if subject == self.wildcard().as_str() {
+            self.forbidden.store(true, Ordering::Relaxed);
+            return true;
+        }
+        let Some(lane) = self.by_peer.get(subject).map(|lane| Arc::clone(&lane)) else { return false };
+        let is_like_ours = subject.strip_prefix(inbox_prefix).is_some_and(|rest| rest.starts_with('.'));
+        self.forbidden.fetch_or(is_like_ours, Ordering::Relaxed);
+        lane.end(&self.inbound);
+        is_like_ours
     }
 
     /// How many there are.
@@ -198,7 +222,7 @@ impl Lanes {
         if header.has(frame::RESET) || !wire::may_answer(peer, &self.offline_subject) {
             return;
         }
-        let flags = if header.has(frame::NEW) { frame::GAP | frame::PONG } else { frame::RESET };
+        let flags = if header.has(frame::NEW) && self.has_room() { frame::GAP | frame::PONG } else { frame::RESET };
         let answer = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
             let peer = peer.clone();

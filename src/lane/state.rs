@@ -8,6 +8,7 @@
 use crate::lane::frame::{self, Frames, Header, Malformed, Run};
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ const MAX_PAYLOAD: usize = 1 << 20;
 /// How large messages with several frames get.
 const CHUNK: usize = 64 << 10;
 /// How many of their buffers are kept when nothing is in them.
-const MAX_SPARES: usize = 16;
+const MAX_SPARES: usize = 64;
 /// An acknowledgement is sent after so many bytes, or so much later when nothing is sent that could carry it.
 const ACK_AFTER: usize = 2 * CHUNK;
 const ACK_DELAY: Duration = Duration::from_millis(25);
@@ -29,6 +30,8 @@ const ASK_AFTER: Duration = Duration::from_millis(500);
 const PING_AGAIN: Duration = Duration::from_millis(20);
 /// A timer that is so late was not the only one: this process, or its machine, stood still.
 const LATE: Duration = Duration::from_millis(250);
+/// How much may wait in answers to what the other end alone decides, such as streams that nobody wants.
+const MAX_CONTROL: usize = 4 << 20;
 /// How many beats of silence are one too many.
 const MAX_MISSED: u32 = 3;
 /// How much rarer beats are while no streams run.
@@ -194,6 +197,7 @@ pub(crate) struct State<S> {
     reconnecting: Option<Instant>,
     beat_at: Instant,
     missed: u32,
+    was_excused: bool,
 
     last_stream: u32,
     outs: HashMap<u32, Out<S>, ahash::RandomState>,
@@ -246,6 +250,7 @@ impl<S: Clone> State<S> {
             reconnecting: None,
             beat_at: now + patience.heartbeat,
             missed: 0,
+            was_excused: false,
             last_stream: 0,
             outs: HashMap::default(),
             ins: HashMap::default(),
@@ -462,6 +467,7 @@ impl<S: Clone> State<S> {
         self.suspect_since = None;
         self.reconnecting = None;
         self.missed = 0;
+        self.was_excused = false;
         self.beat_at = now + self.beat();
         self.acknowledged(header.ack, now, tells);
         if header.has(frame::PONG) {
@@ -471,7 +477,8 @@ impl<S: Clone> State<S> {
             }
         }
         if header.has(frame::GAP) && (header.has(frame::PING) || self.gap_heard != Some(header.ack)) {
-            self.gap_heard = Some(header.ack);
+            // Heard is what was heeded: a question after nothing is none.
+            self.gap_heard = (!self.unacked.is_empty()).then_some(header.ack);
             self.send_again(now);
         }
         if header.has(frame::PING) {
@@ -572,22 +579,32 @@ impl<S: Clone> State<S> {
         Some(self.reconnecting.map_or(at, |until| at.max(until)))
     }
 
+    /// Whether we stood still ourselves until now: what came meanwhile is still to be read. Said once in a silence, or those
+    /// who are overloaded would wait for the dead for ever.
+    fn excuse(&mut self, now: Instant, due: Instant) -> bool {
+        now > due + LATE && !mem::replace(&mut self.was_excused, true)
+    }
+
+    /// Where a peer that acknowledges nothing has us keep more than it could ever need, it lies.
+    fn most_backlog(&self) -> usize {
+        2 * self.limit.max(MAX_PAYLOAD) + 64 * (self.outs.len() + self.ins.len()) + MAX_CONTROL
+    }
+
     fn tick(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
         if self.is_over() {
             return;
         }
         if now >= self.beat_at {
             // After a late one we wait for one more: what came while we were not there ourselves is still to be read.
-            self.missed = if now > self.beat_at + LATE { self.missed.min(MAX_MISSED - 1) } else { self.missed + 1 };
+            self.missed += u32::from(!self.excuse(now, self.beat_at));
             self.beat_at = now + self.beat();
             self.flags |= frame::PING;
         }
         let is_silent = self.missed >= MAX_MISSED && self.reconnecting.is_none_or(|until| now >= until);
         match self.gone_at() {
-            // We were not there ourselves: what came meanwhile is still to be read.
-            Some(at) if now > at + LATE => self.reconnecting = Some(now + LATE),
+            Some(at) if now >= at && self.excuse(now, at) => self.reconnecting = Some(now + LATE),
             Some(at) if now >= at => return self.end(tells),
-            _ if is_silent => return self.end(tells),
+            _ if is_silent || self.backlog > self.most_backlog() => return self.end(tells),
             _ => {}
         }
         if self.is_held && now >= self.ping_at {
@@ -647,7 +664,7 @@ impl<S: Clone> State<S> {
 
     /// Writes the header of a message that is sent now.
     fn seal(&mut self, message: &mut BytesMut, sequence: u64) {
-        let mut flags = std::mem::take(&mut self.flags);
+        let mut flags = mem::take(&mut self.flags);
         if flags & frame::PING != 0 {
             // What the answer must cover is what was sent before this.
             self.asked_for.get_or_insert(sequence);
