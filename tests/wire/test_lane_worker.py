@@ -478,6 +478,29 @@ def test_malformed_frames_end_the_lane_and_no_other(
     assert again.peer != lane.peer
 
 
+def test_an_acknowledgement_of_what_was_not_sent_ends_the_lane(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    """Somebody else has answered in our place, or it lies: what arrived and what did not cannot be told any longer."""
+    n, _ = begin(worker, gateway, lane, "alice")
+    raw.send(pub(lane.peer, encode(LaneMessage(0, 0, 2)), reply=lane.own))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    assert lane.wait_for(RESET).flags == RESET
+    assert ignored(worker) == 1
+
+
+def test_another_end_of_the_gateway_ends_the_lane(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
+    n, _ = begin(worker, gateway, lane, "alice")
+    lane.ask()
+    # The gateway has begun this lane anew: what the first end had is lost.
+    raw.send(pub(lane.peer, encode(LaneMessage(0, 0, 0)), reply=f"{gateway.offer}-2"))
+    assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+    assert lane.wait_for(RESET).flags == RESET
+    assert ignored(worker) == 1
+
+
 STRANGE = {
     "nothing": b"",
     "a byte": b"\x01",
@@ -485,8 +508,6 @@ STRANGE = {
     "version 0": b"\x00" + encode(LaneMessage(0, 1, 0, (cancel(1, OFFLINE),)))[1:],
     "version 2": b"\x02" + encode(LaneMessage(0, 1, 0, (cancel(1, OFFLINE),)))[1:],
     "version 255": b"\xff" * 40,
-    "an acknowledgement of what was not sent": encode(LaneMessage(0, 1, 1000, (cancel(1, OFFLINE),))),
-    "the end of a lane, with such": encode(LaneMessage(RESET, 0, 2**64 - 1)),
     "text": b"__STREAM_END__",
 }
 
@@ -568,9 +589,9 @@ def test_random_bytes_on_every_subject(worker: Shell, gateway: GatewayByHand, la
         for subject in [lane.peer, f"{prefix}.x"]:
             raw.send(pub(subject, payload, reply=dice.choice(["", "_INBOX.stranger", lane.peer])))
             count += 1
-    # From the other end itself, but with a number that cannot be: no frame of it is looked at.
+    # From the other end itself, too: nothing of these looks like a message of ours.
     for _ in range(500):
-        payload = encode(LaneMessage(dice.randrange(256), 2**63, 2**63)) + dice.randbytes(dice.randrange(60))
+        payload = dice.choice([b"\x01" + dice.randbytes(dice.randrange(17)), b"\x02" + dice.randbytes(60)])
         raw.send(pub(lane.peer, payload, reply=lane.own))
         count += 1
     assert lane.ask() == LaneMessage(PONG, 1, 0)
