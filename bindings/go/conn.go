@@ -5,6 +5,7 @@ import "C"
 
 import (
 	"context"
+	"io"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -25,11 +26,11 @@ type options struct {
 // For Connect: name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file,
 // tls_key_file, connect_timeout_ms (5000), retry_on_initial_connect (false), reconnect_min_ms (50), reconnect_max_ms
 // (4000), max_reconnects (0: never give up), ping_interval_ms (20000), inbox_prefix (_INBOX), offline_subject
-// (client.offline), announce (always, streams or never), send_buffer_bytes (4194304), session_grace_ms (0),
-// worker_threads (1).
+// (client.offline), announce (always, streams or never), lanes (true), heartbeat_ms (5000), peer_grace_ms (1000),
+// send_buffer_bytes (4194304), session_grace_ms (0), worker_threads (1).
 //
 // For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (67108864), header.NAME (a
-// header for the worker).
+// header for the worker). manual_credit is this package's own: what a stream's reader has not read yet counts as waiting.
 //
 // For Serve: max_streams (0: 10,000).
 //
@@ -197,7 +198,8 @@ type Stats struct {
 	MessagesIgnored uint64 // messages that came in for no running stream, or that nobody should have sent
 	OfflineOut      uint64 // offline announcements sent
 	OfflineIn       uint64 // offline announcements of other processes that came in
-	BytesWaiting    uint64 // bytes that wait to be sent
+	BytesWaiting    uint64 // bytes that wait to be sent; on lanes, to be acknowledged
+	Lanes           uint64 // other processes with this library that streams run, or ran, to or from
 }
 
 // Stats returns the connection's figures; all zero once it is closed.
@@ -208,7 +210,7 @@ func (c *Conn) Stats() Stats {
 		s.connected != 0, uint64(s.connects), uint64(s.streams), uint64(s.senders),
 		uint64(s.requests), uint64(s.requests_busy), uint64(s.requests_ignored),
 		uint64(s.messages_out), uint64(s.messages_in), uint64(s.messages_ignored),
-		uint64(s.offline_out), uint64(s.offline_in), uint64(s.bytes_waiting),
+		uint64(s.offline_out), uint64(s.offline_in), uint64(s.bytes_waiting), uint64(s.lanes),
 	}
 }
 
@@ -217,15 +219,23 @@ func (c *Conn) dispatch() {
 	defer close(c.drained)
 	for {
 		events, err := c.queue.wait()
-		for i := range events {
-			c.handleEvent(&events[i])
-		}
 		if err != nil {
 			c.end(err)
 			break
 		}
 		if len(events) == 0 && c.closing.Load() {
 			break
+		}
+		for len(events) > 0 {
+			if n, size := runOf(events); n > 0 {
+				if s := c.stream(uint64(events[0].tag)); s != nil {
+					s.put(events[:n], size)
+				}
+				events = events[n:]
+			} else {
+				c.handleEvent(&events[0])
+				events = events[1:]
+			}
 		}
 	}
 	// Close has ended all streams, with an event for each; whoever came too late for that must not wait for ever.
@@ -251,9 +261,13 @@ func (c *Conn) handleEvent(e *C.presence_event) {
 		if s := c.sender(e.sender); s != nil {
 			signal(s.writable)
 		}
-	case C.PRESENCE_EVENT_DATA, C.PRESENCE_EVENT_END, C.PRESENCE_EVENT_ERROR:
+	case C.PRESENCE_EVENT_END:
 		if s := c.stream(uint64(e.tag)); s != nil {
-			s.handleEvent(e)
+			s.finish(io.EOF, false)
+		}
+	case C.PRESENCE_EVENT_ERROR:
+		if s := c.stream(uint64(e.tag)); s != nil {
+			s.finish(&Error{Status(e.status), string(view(e.data, e.data_len))}, false)
 		}
 	case C.PRESENCE_EVENT_CONNECTED, C.PRESENCE_EVENT_DISCONNECTED, C.PRESENCE_EVENT_LOG:
 		event := exported(e)

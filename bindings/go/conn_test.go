@@ -109,15 +109,18 @@ func TestMarkIsAnnounced(t *testing.T) {
 // What runs when its connection closes ends exactly once, at both ends.
 func TestCloseInFlight(t *testing.T) {
 	for name, closes := range map[string]struct {
+		lanes              string
 		worker             bool
 		handlers, messages Status
 	}{
-		"the worker's":  {worker: true, handlers: ErrClosed, messages: ErrRemote},
-		"the gateway's": {worker: false, handlers: ErrOffline, messages: ErrClosed},
+		"the worker's":           {lanes: "true", worker: true, handlers: ErrClosed, messages: ErrRemote},
+		"the gateway's":          {lanes: "true", worker: false, handlers: ErrCancelled, messages: ErrClosed},
+		"the worker's, level 0":  {lanes: "false", worker: true, handlers: ErrClosed, messages: ErrRemote},
+		"the gateway's, level 0": {lanes: "false", worker: false, handlers: ErrOffline, messages: ErrClosed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := startServer(t)
-			worker, gateway := connect(t, s), connect(t, s)
+			worker, gateway := connect(t, s), connect(t, s, With("lanes", closes.lanes))
 			const n = 50
 			var handlers [n]atomic.Int32
 			var begun, ended sync.WaitGroup

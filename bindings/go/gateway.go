@@ -3,37 +3,50 @@ package presence
 // #include <nats_presence.h>
 // #cgo noescape presence_request
 // #cgo nocallback presence_request
+// #cgo noescape presence_stream_consumed
+// #cgo nocallback presence_stream_consumed
 import "C"
 
 import (
 	"context"
-	"fmt"
+	"encoding/binary"
 	"io"
 	"iter"
+	"slices"
 	"strconv"
 	"sync"
 	"unsafe"
 )
 
-// What may wait for a stream's reader, as the C library counts it.
 const (
-	defaultBuffer   = 64 << 20
+	// What a message counts in addition to its bytes.
 	messageOverhead = 64
+	// How far a worker on a lane may be ahead of the reader, at most.
+	maxWindow = 4 << 20
+	// Messages that came together are kept together, up to this size: what a reader holds on to keeps no more alive.
+	maxRun = 64 << 10
+	// Before each message in a run: its length.
+	prefix = 4
 )
 
 // Stream is a stream that this process requested. It must be read to its end or closed, else it holds what arrives.
+//
+// A reader that does not read holds its own worker back, and no other stream. (A worker without this library, or with
+// lanes=false, cannot be held back: then the stream ends with ErrFull when more than stream_buffer_bytes wait.)
 type Stream struct {
-	conn  *Conn
-	tag   uint64
-	limit int
-	ready chan struct{} // a token: look again
+	conn    *Conn
+	tag     uint64
+	quarter int           // of how far the worker may be ahead: it is told of what was read in such portions
+	ready   chan struct{} // a token: look again
 
-	mu       sync.Mutex
-	handle   *C.presence_stream
-	messages [][]byte
-	bytes    int   // in messages, as they count against limit
-	err      error // why nothing follows messages; io.EOF after the worker's end
-	detach   func() bool
+	mu     sync.Mutex
+	handle *C.presence_stream
+	run    []byte   // what is being read: messages, each behind its length
+	runs   [][]byte // what waits behind it
+	bytes  int      // what was read and the worker not told yet
+	weight int      // the same as it counts against the window
+	err    error    // why nothing follows what waits; io.EOF after the worker's end
+	detach func() bool
 }
 
 // Request requests a stream for a client: data goes to one of the workers that serve the subject. It does not wait for
@@ -54,14 +67,18 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 		return nil, err
 	}
 	o := collect(opts)
+	if slices.ContainsFunc(o.pairs, func(pair [2]string) bool { return pair[0] == "manual_credit" }) {
+		return nil, invalid("option manual_credit is not for you: what was not read yet counts as waiting")
+	}
+	o.pairs = append(o.pairs, [2]string{"manual_credit", "true"})
 	config, err := o.config()
 	if err != nil {
 		return nil, err
 	}
 	defer C.presence_config_free(config)
-	s := &Stream{conn: c, limit: defaultBuffer, ready: make(chan struct{}, 1)}
+	s := &Stream{conn: c, quarter: maxWindow / 4, ready: make(chan struct{}, 1)}
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
-		s.limit = limit
+		s.quarter = min(limit, maxWindow) / 4
 	}
 	if !c.add(s) {
 		return nil, failed(C.PRESENCE_CLOSED, "connection")
@@ -79,8 +96,10 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 }
 
 // Messages yields the stream's messages, and then, unless the worker ended it, one error as the last: ErrRemote (the
-// worker's own), ErrOffline, ErrCancelled, ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull (this reader was too
-// slow), …. Leaving the loop early closes the stream.
+// worker's own), ErrOffline, ErrCancelled, ErrPeerGone, ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, ….
+// Leaving the loop early closes the stream.
+//
+// Each message is the reader's own. Small ones that came together share memory: clone one that is to be kept for long.
 func (s *Stream) Messages() iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		defer s.Close()
@@ -109,9 +128,11 @@ func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 	}
 }
 
-// Close cancels the stream if it still runs, and drops what was not read; Next returns ErrCancelled then. The worker is
-// told that the client left, unless another stream, a session or a mark keeps it online here; then the worker goes on.
-// Once more has no effect. It returns nil.
+// Close cancels the stream if it still runs, and drops what was not read; Next returns ErrCancelled then. It returns nil.
+// Once more has no effect.
+//
+// This stops the stream's sender, with ErrCancelled, and nothing else. A worker without this library, or with lanes=false,
+// can only be told that the client left: it is, unless another stream, a session or a mark keeps the client online here.
 func (s *Stream) Close() error {
 	s.finish(failed(C.PRESENCE_CANCELLED, "stream"), true)
 	return nil
@@ -148,63 +169,73 @@ func (s *Stream) begin(ctx context.Context, handle *C.presence_stream) {
 	s.detach = context.AfterFunc(ctx, func() { s.finish(cancelled(ctx), true) })
 }
 
-// handleEvent takes an event of the stream; it does not wait for the reader.
-func (s *Stream) handleEvent(e *C.presence_event) {
-	switch e.kind {
-	case C.PRESENCE_EVENT_DATA:
-		if !s.put(view(e.data, e.data_len)) {
-			text := fmt.Sprintf("the reader of a stream was too slow: more than %d bytes waited for it", s.limit)
-			s.finish(&Error{ErrFull, text}, false)
-			s.conn.tell(Event{Kind: Log, Status: ErrFull, Text: text})
+// runOf tells how many events at the beginning are messages of the same stream, to be kept together, and in how many bytes.
+func runOf(events []C.presence_event) (n, size int) {
+	for i := range events {
+		e := &events[i]
+		if e.kind != C.PRESENCE_EVENT_DATA || e.tag != events[0].tag || n > 0 && size+prefix+int(e.data_len) > maxRun {
+			break
 		}
-	case C.PRESENCE_EVENT_END:
-		s.finish(io.EOF, false)
-	default:
-		s.finish(&Error{Status(e.status), string(view(e.data, e.data_len))}, false)
+		n++
+		size += prefix + int(e.data_len)
 	}
+	return n, size
 }
 
-// put copies a message for the reader; false when there is no room.
-func (s *Stream) put(data []byte) bool {
+// put copies messages for the reader, whom it does not wait for.
+func (s *Stream) put(events []C.presence_event, size int) {
+	run := make([]byte, 0, size)
+	for i := range events {
+		data := view(events[i].data, events[i].data_len)
+		run = binary.NativeEndian.AppendUint32(run, uint32(len(data)))
+		run = append(run, data...)
+	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.err != nil {
-		return true
+	if s.err == nil {
+		s.runs = append(s.runs, run)
 	}
-	if s.bytes+len(data)+messageOverhead > s.limit {
-		return false
-	}
-	s.bytes += len(data) + messageOverhead
-	s.messages = append(s.messages, append(make([]byte, 0, len(data)), data...))
+	s.mu.Unlock()
 	signal(s.ready)
-	return true
 }
 
-// take gives the reader what there is: a message, or why there is none any more.
+// take gives the reader what there is: a message, or why there is none any more. Before the reader has to wait, and after
+// each quarter of the window, the worker hears what was read.
 func (s *Stream) take() (message []byte, err error, ok bool) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.messages) > 0 {
-		message = s.messages[0]
-		s.messages[0] = nil
-		s.messages = s.messages[1:]
-		s.bytes -= len(message) + messageOverhead
-	} else if s.err == nil {
-		return nil, nil, false
-	} else {
-		err = s.err
+	if len(s.run) == 0 && len(s.runs) > 0 {
+		s.run, s.runs[0] = s.runs[0], nil
+		s.runs = s.runs[1:]
 	}
-	if len(s.messages) > 0 || s.err != nil {
+	switch {
+	case len(s.run) > 0:
+		end := prefix + int(binary.NativeEndian.Uint32(s.run))
+		message, s.run = s.run[prefix:end:end], s.run[end:]
+		s.bytes += len(message)
+		s.weight += len(message) + messageOverhead
+		ok = true
+	case s.err != nil:
+		err, ok = s.err, true
+	}
+	used, tell := s.bytes, s.err == nil && s.weight > 0 && (!ok || s.weight >= s.quarter && s.bytes > 0)
+	if tell {
+		s.bytes, s.weight = 0, 0
+	}
+	if len(s.run) > 0 || len(s.runs) > 0 || s.err != nil {
 		signal(s.ready) // for others who wait too
 	}
-	return message, err, true
+	handle := s.handle
+	s.mu.Unlock()
+	if tell {
+		C.presence_stream_consumed(handle, C.size_t(used)) // CLOSED if it has just ended: then there is nobody to tell
+	}
+	return message, err, ok
 }
 
 // finish ends the stream, once; one that still runs is cancelled.
 func (s *Stream) finish(err error, drop bool) {
 	s.mu.Lock()
 	if drop {
-		s.messages, s.bytes = nil, 0
+		s.run, s.runs = nil, nil
 	}
 	if s.err != nil {
 		s.mu.Unlock()

@@ -119,10 +119,12 @@ func TestStreamEndsWithError(t *testing.T) {
 	_, err := read(t, ask(t, gateway, "nobody", "x"))
 	wantError(t, err, ErrNoResponders, "nobody")
 
-	got, err = read(t, ask(t, gateway, "error", "waiting", With("timeout_ms", "50")))
-	wantError(t, err, ErrTimeout, "")
-	if len(got) > 1 || !errors.Is(receive(t, left), ErrOffline) {
-		t.Error(got)
+	for from, why := range map[*client]Status{gateway: ErrCancelled, connect(t, s, With("lanes", "false")): ErrOffline} {
+		got, err = read(t, ask(t, from, "error", "waiting", With("timeout_ms", "50")))
+		wantError(t, err, ErrTimeout, "")
+		if err := receive(t, left); len(got) > 1 || !errors.Is(err, why) {
+			t.Error(got, err)
+		}
 	}
 
 	stream := ask(t, gateway, "error", "marked")
@@ -267,13 +269,15 @@ func TestRequestRefusesBadInput(t *testing.T) {
 		{subject: "a\xff", named: "subject"},
 		{subject: "a.*", named: `"a.*"`},
 		{subject: "a.>", named: `"a.>"`},
-		{subject: "a", data: long + "x", status: ErrTooLarge, named: "1048577"},
+		{subject: "a", data: long + "x", status: ErrTooLarge, named: "1048576"},
 		{subject: "a", data: long, id: "x", status: ErrTooLarge, named: "headers included"},
 		{subject: "a", opts: []Option{With("timeout", "1")}, named: `"timeout"`},
 		{subject: "a", opts: []Option{With("timeout_ms", "soon")}, named: "timeout_ms"},
 		{subject: "a", opts: []Option{With("timeout_ms", "1\x00")}, named: "timeout_ms"},
 		{subject: "a", opts: []Option{With("timeout_ms\x00", "1")}, named: "timeout_ms"},
 		{subject: "a", opts: []Option{With("user", "u")}, named: "user"},
+		{subject: "a", opts: []Option{With("lanes", "false")}, named: "lanes"},
+		{subject: "a", opts: []Option{With("manual_credit", "false")}, named: "manual_credit"},
 		{subject: "a", opts: []Option{With("header.X", "a\r\nb")}, named: "X"},
 		{subject: "a", opts: []Option{With("header.Connect-ID", "y")}, named: "Connect-ID"},
 	} {

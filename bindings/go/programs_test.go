@@ -204,7 +204,7 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	b.leave()
-	worker.says(t, "[0-9A-Z]{26}: presence: .*client is offline")
+	worker.says(t, "[0-9A-Z]{26}: presence: .*cancelled")
 }
 
 // The package builds from another module's vendor folder, shared and static; the static program needs no file of ours.

@@ -2,6 +2,8 @@ package presence
 
 // #include <stdlib.h>
 // #include <nats_presence.h>
+// #cgo noescape presence_queue_wait
+// #cgo nocallback presence_queue_wait
 import "C"
 
 import (
@@ -108,7 +110,7 @@ type queue struct {
 }
 
 // batch is how many events one wait takes at most.
-const batch = 256
+const batch = 1024
 
 func newQueue() (*queue, error) {
 	q := new(queue)

@@ -1,8 +1,13 @@
 package presence
 
 // #include <nats_presence.h>
-// #cgo noescape presence_sender_send
-// #cgo nocallback presence_sender_send
+//
+// // With types that cgo need not look behind.
+// static inline int32_t sender_send(uintptr_t sender, const uint8_t *data, size_t len) {
+//   return presence_sender_send((presence_sender *)sender, data, len);
+// }
+// #cgo noescape sender_send
+// #cgo nocallback sender_send
 import "C"
 
 import (
@@ -20,8 +25,8 @@ import (
 
 // Handler answers one request. It runs in a goroutine of its own.
 //
-// ctx ends when the client leaves or the stream is stopped otherwise (context.Cause(ctx) is then ErrOffline,
-// ErrDisconnected, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
+// ctx ends when the client leaves or the stream is stopped otherwise (context.Cause(ctx) is then ErrOffline, ErrCancelled,
+// ErrPeerGone, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
 // stream: nil as by [Sender.End], an error or a panic as by [Sender.SendError], unless it was ended before. One that
 // wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
 type Handler func(ctx context.Context, req *Request, s *Sender) error
@@ -39,6 +44,9 @@ type Request struct {
 func (r *Request) Header(name string) string { return r.sender.header(name) }
 
 const stoppedServing = "the worker stopped serving"
+
+// serveEnded stands among statuses for what C does not know: Serve's context has ended.
+const serveEnded Status = 1
 
 // service is one call of Serve.
 type service struct {
@@ -186,18 +194,27 @@ type Sender struct {
 	count  uint64
 }
 
-// Send sends one message of the stream. Where there is no room it waits, without a thread, until there is or the stream
-// or its context ends.
+// Send sends one message of the stream. Where there is no room, because the reader is slow or much waits to be sent, it
+// waits, without a thread, until there is or the stream ends.
 //
-// Once the client is offline it fails with ErrOffline, for ever. Others: ErrCancelled (Serve's context ended), ErrClosed,
-// ErrDisconnected; and, after which the stream goes on, ErrTooLarge and ErrReserved.
-func (s *Sender) Send(data []byte) error {
+// Once the client is offline it fails with ErrOffline, for ever. Others: ErrCancelled (the stream was cancelled, or Serve's
+// context ended), ErrPeerGone (the gateway's process is gone), ErrClosed, ErrDisconnected; and, after which the stream goes
+// on, ErrTooLarge and ErrReserved.
+func (s *Sender) Send(data []byte) error { return s.SendContext(context.Background(), data) }
+
+// SendContext is Send, but when ctx ends first it sends nothing and returns ctx's cause, and the stream goes on.
+func (s *Sender) SendContext(ctx context.Context, data []byte) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	status := s.send(data)
 	for status == ErrFull {
 		select {
 		case <-s.writable:
 		case <-s.over:
 		case <-s.ctx.Done():
+		case <-ctx.Done():
+			return context.Cause(ctx)
 		}
 		if status = s.send(data); status != ErrFull {
 			signal(s.writable) // for others who wait too
@@ -215,7 +232,8 @@ func (s *Sender) send(data []byte) Status {
 	if status := s.state(); status != C.PRESENCE_OK {
 		return status
 	}
-	return Status(C.presence_sender_send(s.handle, unsafe.Pointer(unsafe.SliceData(data)), C.size_t(len(data))))
+	handle, text := C.uintptr_t(uintptr(unsafe.Pointer(s.handle))), (*C.uint8_t)(unsafe.SliceData(data))
+	return Status(C.sender_send(handle, text, C.size_t(len(data))))
 }
 
 // state tells why it may send no more, 0 while it may. The mutex is held.
@@ -227,7 +245,7 @@ func (s *Sender) state() Status {
 		return status
 	}
 	if s.ctx.Err() != nil {
-		return ErrCancelled
+		return serveEnded
 	}
 	return C.PRESENCE_OK
 }
@@ -311,7 +329,7 @@ func (s *Sender) failed(status Status) error {
 	switch status {
 	case C.PRESENCE_OK:
 		return nil
-	case ErrCancelled:
+	case serveEnded:
 		return cancelled(s.ctx)
 	}
 	return failed(C.int32_t(status), fmt.Sprintf("stream of client %q", s.client))
