@@ -150,6 +150,12 @@ struct Lane {
     sent: Vec<(u64, usize)>,
     /// The number of the last message with frames.
     sent_last: u64,
+    /// The other end gave reason to send again, and asked for it: with a GAP behind this number.
+    may_repeat: bool,
+    must_repeat: bool,
+    gap_heard: Option<u64>,
+    gap_told: Option<u64>,
+    gaps_told: u32,
     acked: u64,
     /// The numbers of messages that came, from the first missing on.
     came: BTreeSet<u64>,
@@ -629,6 +635,7 @@ impl World {
             lane.seen = link;
             lane.state.link_down();
             lane.suspect_since = None;
+            lane.must_repeat = false;
             if link.is_some() {
                 lane.state.link_up(now);
                 (lane.linked_at, lane.is_relinked, lane.is_held) = (self.now, true, true);
@@ -840,6 +847,11 @@ impl World {
             published: 0,
             sent: Vec::new(),
             sent_last: 0,
+            may_repeat: false,
+            must_repeat: false,
+            gap_heard: None,
+            gap_told: None,
+            gaps_told: 0,
             acked: 0,
             came: BTreeSet::new(),
             came_all: 0,
@@ -889,9 +901,20 @@ impl World {
     /// After each call of a lane's state.
     fn changed(&mut self, index: usize) {
         let lane = &mut self.lanes[index];
-        if lane.state.must_wake() && matches!(lane.driver, Driver::Asleep(_)) {
-            lane.driver = Driver::Ready(self.now);
+        let must_wake = lane.state.must_wake();
+        if matches!(lane.driver, Driver::Asleep(_)) {
+            if must_wake {
+                lane.driver = Driver::Ready(self.now);
+            } else if lane.must_repeat && !lane.is_held && lane.seen.is_some() && !lane.state.is_over() {
+                let text = format!("{} sleeps", lane.own);
+                self.fail("what is missing is sent at once", text);
+            }
         }
+        self.note_over(index);
+    }
+
+    fn note_over(&mut self, index: usize) {
+        let lane = &self.lanes[index];
         if lane.state.is_over() {
             let worker = if lane.own.side == Side::Worker { lane.own } else { lane.peer };
             self.over.insert((lane.own.side, lane.own.generation, worker));
@@ -916,6 +939,10 @@ impl World {
         if is_over && !was_over {
             self.check_gone(index);
         }
+        let lane = &self.lanes[index];
+        if message.is_none() && seen.is_some() && lane.must_repeat && !lane.is_held && !is_over {
+            self.fail("what is missing is sent at once", format!("{own} does not"));
+        }
         let mut random = Random::new(mix(self.setup.luck ^ self.lanes[index].published));
         let late = random.below(self.setup.lag + 1);
         self.lanes[index].driver = match (&message, seen) {
@@ -928,7 +955,7 @@ impl World {
                 at.max(self.now) + late.min(MILLI)
             })),
         };
-        self.changed_quietly(index);
+        self.note_over(index);
         if !tells.is_empty() || is_over {
             self.told(index, tells, &Bytes::new());
         }
@@ -939,15 +966,6 @@ impl World {
                 self.lanes.retain(|lane| lane.own != own);
             }
             _ => {}
-        }
-    }
-
-    /// After a poll: nobody needs to be woken.
-    fn changed_quietly(&mut self, index: usize) {
-        let lane = &self.lanes[index];
-        if lane.state.is_over() {
-            let worker = if lane.own.side == Side::Worker { lane.own } else { lane.peer };
-            self.over.insert((lane.own.side, lane.own.generation, worker));
         }
     }
 
@@ -1252,6 +1270,14 @@ impl World {
         let lane = &mut self.lanes[index];
         let (own, is_over) = (lane.own, lane.state.is_over());
         let has_frames = message.len() > frame::HEADER;
+        if header.has(frame::GAP) && !header.has(frame::PING) {
+            // Once; and once more if what was missing came while it was about to be told.
+            lane.gaps_told = if lane.gap_told == Some(header.ack) { lane.gaps_told + 1 } else { 1 };
+            lane.gap_told = Some(header.ack);
+            if lane.gaps_told > 2 {
+                return self.fail("a gap is told once", format!("{own}: {}", described(message)));
+            }
+        }
         if message.len() > self.setup.max_payload {
             return self.fail("messages are not too large", format!("{own}: {} bytes", message.len()));
         }
@@ -1270,12 +1296,18 @@ impl World {
         }
         // One after the other, or again from the first that is not acknowledged.
         let missing = lane.acked + 1;
-        if header.sequence != missing.max(lane.sent_last + 1) && header.sequence != missing {
-            let text =
-                format!("{own} sends #{} after #{}, acknowledged is #{}", header.sequence, lane.sent_last, lane.acked);
+        let repeats = header.sequence == missing && lane.sent_last >= missing;
+        let is_next = header.sequence == missing.max(lane.sent_last + 1);
+        if !(header.sequence == missing || is_next && !lane.must_repeat) {
+            let text = format!("{own} sends #{} after #{}, missing is #{missing}", header.sequence, lane.sent_last);
             return self.fail("what is missing is sent in order", text);
         }
+        if repeats && !lane.may_repeat {
+            return self.fail("nothing is sent again without reason", format!("{own}: {}", described(message)));
+        }
         lane.sent_last = header.sequence;
+        lane.may_repeat &= !repeats;
+        lane.must_repeat = false;
         let frames = &message[frame::HEADER..];
         let frames = (frames.iter().fold(7, |sum, byte| mix(sum ^ u64::from(*byte))), frames.len());
         let next = lane.sent.len() as u64 + 1;
@@ -1298,6 +1330,14 @@ impl World {
             (lane.heard_at, lane.is_relinked, lane.suspect_since) = (self.now, false, None);
             lane.is_held &= !header.has(frame::PONG);
             lane.acked = lane.acked.max(header.ack);
+            let is_missing = lane.sent.len() as u64 > lane.acked;
+            let is_gap =
+                is_missing && header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
+            if is_gap {
+                lane.gap_heard = Some(header.ack);
+            }
+            lane.may_repeat |= is_gap || header.has(frame::PONG);
+            lane.must_repeat = is_missing && (is_gap || lane.must_repeat);
         }
         if message.len() > frame::HEADER {
             lane.came.insert(header.sequence);
