@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nkeys
@@ -168,3 +169,58 @@ subscribe: ["_INBOX.>", "client.offline"] } } ] }"""
 
         told = "".join(str(event) for event in events)
         assert "Permissions Violation" in told
+
+
+# What each may do: where it has less than lanes need, streams go on level 0.
+INBOXES = '"_INBOX.>"'
+LEVEL_0_INBOXES = '"_INBOX.*.*"'
+RIGHTS = {
+    "all that lanes need": (f'"llm.>", {INBOXES}', INBOXES, INBOXES, INBOXES, ""),
+    "a gateway that may not publish to workers' ends": (f'"llm.>", {LEVEL_0_INBOXES}', INBOXES, INBOXES, INBOXES, ""),
+    "a gateway that may not hear of lanes": (f'"llm.>", {INBOXES}', LEVEL_0_INBOXES, INBOXES, INBOXES, ""),
+    "a worker that may not hear of lanes": (f'"llm.>", {INBOXES}', INBOXES, INBOXES, LEVEL_0_INBOXES, ""),
+    "a worker that may only answer": (
+        f'"llm.>", {INBOXES}',
+        INBOXES,
+        LEVEL_0_INBOXES,
+        INBOXES,
+        ", allow_responses: { max: -1 }",
+    ),
+}
+
+
+@pytest.mark.parametrize("rights", RIGHTS.values(), ids=RIGHTS.keys())
+def test_lanes_where_they_are_permitted(tmp_path, rights):
+    gateway_publishes, gateway_hears, worker_publishes, worker_hears, responses = rights
+    config = f"""authorization {{ users: [
+        {{ user: gateway, password: x, permissions: {{
+            publish: ["client.offline", {gateway_publishes}], subscribe: [{gateway_hears}] }} }}
+        {{ user: worker, password: x, permissions: {{
+            publish: [{worker_publishes}], subscribe: ["llm.>", "client.offline", {worker_hears}] {responses} }} }}
+    ] }}"""
+    told = []
+    with nats_server(tmp_path, config) as port, contextlib.ExitStack() as stack:
+        connect = [f"nats://{user}:x@127.0.0.1:{port}" for user in ["worker", "gateway"]]
+        worker, gateway = (stack.enter_context(nats_presence.connect(url, on_event=told.append)) for url in connect)
+
+        @worker.service("llm.generate")
+        def count(request, sender):
+            for i in range(int(request.data)):
+                sender.send(b"%d" % i + bytes(100))
+            sender.end()
+
+        # The first may be hurt; it hears of that at once.
+        since = time.monotonic()
+        with contextlib.suppress(nats_presence.PresenceError):
+            list(gateway.stream("llm.generate", b"100000", timeout_ms=10_000))
+        assert time.monotonic() - since < 5
+        # More than any window.
+        assert len(list(gateway.stream("llm.generate", b"100000", timeout_ms=10_000))) == 100_000
+        lanes = worker.stats()["lanes"] + gateway.stats()["lanes"]
+    complaints = "".join(event.text for event in told)
+    if rights == RIGHTS["all that lanes need"]:
+        assert (complaints, lanes) == ("", 2)
+    elif LEVEL_0_INBOXES in (gateway_hears, worker_hears):
+        assert lanes == 0
+    else:
+        assert "lanes=false" in complaints
