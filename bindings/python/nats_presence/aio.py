@@ -216,7 +216,7 @@ class Connection(BaseConnection):
         `max_streams` streams (0: 10,000) run at once: a request beyond is answered with "server busy".
         The stream ends when the handler returns (see Sender.detach), with an error when it raises. When the client
         leaves, or the stream is over otherwise, the handler's task is cancelled; the message of the CancelledError says
-        why. What it still sends raises Offline (or Closed, Disconnected).
+        why. What it still sends raises Offline (or Cancelled, PeerGone, Closed, Disconnected).
         Decorating waits for a round trip to the server, in the loop's thread. Raises Invalid, Closed, Timeout.
         """
 

@@ -102,7 +102,8 @@ def refuse(conn: Connection, most: int, refused: Refusals) -> None:
 
     @conn.service("answers")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
-        for data, kind, told in [*refused, (b"x" * (most + 1), TooLarge, f"{most + 1} bytes")]:
+        too_large: Refusals = [(b"x" * (most + 1), TooLarge, f"{most + 1} bytes")]
+        for data, kind, told in refused + too_large:
             for send in (
                 sender.send,
                 lambda data: sender.send_many([data, b"x"]),

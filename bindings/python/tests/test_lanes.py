@@ -22,6 +22,7 @@ from nats_presence import (
     Cancelled,
     Closed,
     Connection,
+    ConnectionEvent,
     PeerGone,
     PresenceError,
     Request,
@@ -80,7 +81,8 @@ class Standstill:
 
 
 def test_stats_count_lanes(url: str) -> None:
-    for options, lanes in (({}, 1), ({"lanes": False}, 0)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 1), ({"lanes": False}, 0)]
+    for options, lanes in cases:
         with nats_presence.connect(url) as worker, nats_presence.connect(url, **options) as gateway:
             worker.service("answers")(lambda request, sender: sender.send("one"))
             assert list(gateway.stream("answers")) == [b"one"]
@@ -321,10 +323,18 @@ def test_a_reader_that_leaves_cancels_its_handler_alone(url: str) -> None:
 # The connection is lost -----------------------------------------------------------------------------------------------
 
 
+def setting(gone: threading.Event | asyncio.Event) -> Callable[[ConnectionEvent], None]:
+    def on_event(event: ConnectionEvent) -> None:
+        if event.kind == "disconnected":
+            gone.set()
+
+    return on_event
+
+
 def test_what_is_sent_without_a_connection_comes_later(server: Server) -> None:
     go, gone = threading.Event(), threading.Event()
     messages = [b"%d" % number for number in range(1000)]
-    with nats_presence.connect(server.url, on_event=lambda e: e.kind == "disconnected" and gone.set()) as conn:
+    with nats_presence.connect(server.url, on_event=setting(gone)) as conn:
 
         @conn.service("answers")
         def handler(request: Request, sender: Sender) -> None:
@@ -348,8 +358,7 @@ def test_what_is_sent_without_a_connection_comes_later(server: Server) -> None:
 def test_in_asyncio_a_full_buffer_waits_for_the_connection(server: Server) -> None:
     async def main() -> None:
         gone, go = asyncio.Event(), asyncio.Event()
-        options = {"send_buffer_bytes": WINDOW}
-        connecting = aio.connect(server.url, on_event=lambda e: e.kind == "disconnected" and gone.set(), **options)
+        connecting = aio.connect(server.url, on_event=setting(gone), send_buffer_bytes=WINDOW)
         senders: dict[str, aio.Sender] = {}
         messages = [b"%d" % number for number in range(20_000)]
         async with connecting as conn:

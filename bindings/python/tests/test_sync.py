@@ -112,7 +112,7 @@ MIXED: list[Payload] = [
     b"y" * 1_000_000,
     *[b"z" * 1000] * 1000,
 ]
-AS_SENT = [message.encode() if isinstance(message, str) else bytes(message) for message in MIXED]
+AS_SENT: list[Payload] = [message.encode() if isinstance(message, str) else bytes(message) for message in MIXED]
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
