@@ -83,6 +83,11 @@ impl Lane {
         &self.peer
     }
 
+    /// Whether it is the worker's end.
+    pub(crate) fn serves(&self) -> bool {
+        self.state.lock().serves()
+    }
+
     /// Whether a message that names `end` as its sender is from the end that was there from the beginning.
     pub(crate) fn is_same_end(&self, end: &str) -> bool {
         end == self.peer.as_str() || **self.known_as.get_or_init(|| end.into()) == *end

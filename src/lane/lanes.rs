@@ -273,7 +273,9 @@ impl Receiver for Lanes {
     fn ended(&self, why: Status) {
         // They outlive a lost connection.
         if why == Status::Closed {
-            self.all().iter().for_each(|lane| lane.connection_closed());
+            // Streams first: those that are served on this connection, too, are not to see their senders' ends.
+            let (servers, askers): (Vec<_>, Vec<_>) = self.all().into_iter().partition(|lane| lane.serves());
+            askers.iter().chain(&servers).for_each(|lane| lane.connection_closed());
         }
     }
 }

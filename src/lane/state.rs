@@ -259,6 +259,10 @@ impl<S: Clone> State<S> {
         }
     }
 
+    pub(crate) fn serves(&self) -> bool {
+        self.serves
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         self.life != Life::Open
     }

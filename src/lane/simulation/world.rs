@@ -87,6 +87,8 @@ struct Process {
     generation: u32,
     link: Option<Link>,
     links: u32,
+    /// How often it stood still, since when, and until when.
+    suspensions: u32,
     suspended_at: Time,
     suspended_until: Option<Time>,
     resumed_at: Time,
@@ -107,6 +109,7 @@ impl Process {
             generation,
             link: Some(links + 1),
             links: links + 1,
+            suspensions: 0,
             suspended_at: 0,
             suspended_until: None,
             resumed_at: 0,
@@ -162,6 +165,8 @@ struct Lane {
     came_all: u64,
     /// When the other end was heard, or the lane began.
     heard_at: Time,
+    /// How often its own process had stood still by then.
+    suspensions: u32,
     linked_at: Time,
     /// It was linked again, and has not heard of the other end since.
     is_relinked: bool,
@@ -525,6 +530,7 @@ impl World {
                     self.disturbed_at = self.now;
                     let (now, until) = (self.now, self.now + time * MILLI);
                     let process = self.process(side);
+                    process.suspensions += 1;
                     (process.suspended_at, process.suspended_until) = (now, Some(until));
                     self.at(until, Event::Resume(side));
                 }
@@ -856,6 +862,7 @@ impl World {
             came: BTreeSet::new(),
             came_all: 0,
             heard_at: self.now,
+            suspensions: self.processes[side as usize].suspensions,
             linked_at: self.now,
             is_relinked: false,
             suspect_since: None,
@@ -1328,6 +1335,7 @@ impl World {
         let lane = &mut self.lanes[index];
         if !header.has(frame::RESET) {
             (lane.heard_at, lane.is_relinked, lane.suspect_since) = (self.now, false, None);
+            lane.suspensions = self.processes[lane.own.side as usize].suspensions;
             lane.is_held &= !header.has(frame::PONG);
             lane.acked = lane.acked.max(header.ack);
             let is_missing = lane.sent.len() as u64 > lane.acked;
@@ -1432,7 +1440,7 @@ impl World {
             let text = format!("{own} was patient until {now}, should be until {suspect:?} or {silent}");
             return self.fail("patience has its time", text);
         }
-        // What came while the process stood still says that the other end was there.
+        // What came while the process stood still says that the other end was there. Once in a silence it must be read.
         let waits = process.socket.iter().any(|packet| {
             let Cargo::Lane(message) = &packet.cargo else { return false };
             let is_to_it = packet.to == own || (own.side == Side::Gateway && packet.from == peer);
@@ -1440,7 +1448,8 @@ impl World {
         });
         let since = process.suspended_at;
         let due = suspect.map_or(since + self.heartbeat(), |at| at.max(since + LATE));
-        if process.resumed_at == now && waits && now > due + LATE && lane.busy_since.is_some() {
+        let is_first = process.suspensions == lane.suspensions + 1;
+        if process.resumed_at == now && waits && is_first && now > due + LATE && lane.busy_since.is_some() {
             let text = format!("{own} stood still since {since}, and has not read what came");
             return self.fail("who stood still reads before it judges", text);
         }
