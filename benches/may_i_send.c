@@ -2,8 +2,7 @@
  *
  * may_i_send URL IDS CHECKS
  */
-#include "bench.h"
-#include <nats_presence.h>
+#include "ours.h"
 
 static void event_of(presence_queue *queue, int32_t kind, presence_event *event)
 {
@@ -14,15 +13,11 @@ static void event_of(presence_queue *queue, int32_t kind, presence_event *event)
 static presence_sender *running_sender(const char *url)
 {
     presence_error error = {0};
-    presence_conn *conn;
-    presence_queue *queue;
-    presence_service *service;
     presence_stream *stream;
     presence_event event;
-    must(presence_connect(url, NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
-    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
-    must(presence_serve(conn, queue, "bench.check", "", 0, 0, &service, &error) == PRESENCE_OK, "presence_serve",
-         error.message);
+    presence_conn *conn = connect_to(url, "");
+    presence_queue *queue = new_queue();
+    serve(conn, queue, "bench.check", 0);
     must(presence_request(conn, queue, "bench.check", "", 0, "client", 6, NULL, 0, &stream, &error) == PRESENCE_OK,
          "presence_request", error.message);
     event_of(queue, PRESENCE_EVENT_REQUEST, &event);

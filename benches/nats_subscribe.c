@@ -1,6 +1,6 @@
 /* The peer of stream_gateway: nats.c counts messages in a callback.
  *
- * nats_subscribe URL MESSAGES
+ * nats_subscribe URL MESSAGES SUBJECT
  */
 #include "bench.h"
 #include <nats/nats.h>
@@ -31,7 +31,7 @@ int main(int argc, char **argv)
     natsSubscription *sub;
     natsStatus status = natsConnection_ConnectTo(&conn, argument(argc, argv, 1));
     must(status == NATS_OK, "natsConnection_ConnectTo", natsStatus_GetText(status));
-    status = natsConnection_Subscribe(&sub, conn, "bench.raw", count_message, NULL);
+    status = natsConnection_Subscribe(&sub, conn, argument(argc, argv, 3), count_message, NULL);
     must(status == NATS_OK, "natsConnection_Subscribe", natsStatus_GetText(status));
     natsSubscription_SetPendingLimits(sub, -1, -1); /* a slow reader loses nothing */
     natsConnection_FlushTimeout(conn, 10000);

@@ -2,8 +2,7 @@
  *
  * offline_gateway URL CLIENTS PAUSE_US
  */
-#include "bench.h"
-#include <nats_presence.h>
+#include "ours.h"
 
 /* Takes one event, within `timeout_ms`; frees the stream that it ends. Whether there was one. */
 static bool take_event(presence_queue *queue, int32_t kind, int64_t timeout_ms)
@@ -23,11 +22,9 @@ int main(int argc, char **argv)
     int64_t *marked = allocate(clients, sizeof *marked);
     char (*ids)[32] = allocate(clients, sizeof *ids);
     presence_error error = {0};
-    presence_conn *conn;
-    presence_queue *queue;
     presence_stream *stream;
-    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
-    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+    presence_conn *conn = connect_to(argument(argc, argv, 1), "");
+    presence_queue *queue = new_queue();
 
     for (size_t i = 0; i < clients; i++) {
         snprintf(ids[i], sizeof ids[i], "client-%06zu", i);

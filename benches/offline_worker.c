@@ -7,8 +7,7 @@
  *
  * offline_worker URL CLIENTS event|word
  */
-#include "bench.h"
-#include <nats_presence.h>
+#include "ours.h"
 #include <sched.h>
 
 static presence_queue *queue;
@@ -65,13 +64,9 @@ int main(int argc, char **argv)
     clients = number(argc, argv, 2);
     senders = allocate(clients, sizeof(presence_sender *));
     seen = allocate(clients, sizeof *seen);
-    presence_error error = {0};
-    presence_conn *conn;
-    presence_service *service;
-    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
-    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
-    must(presence_serve(conn, queue, "bench.offline", "", 0, 0, &service, &error) == PRESENCE_OK, "presence_serve",
-         error.message);
+    presence_conn *conn = connect_to(argument(argc, argv, 1), "");
+    queue = new_queue();
+    serve(conn, queue, "bench.offline", 0);
     ready();
     accept_all();
     if (strcmp(argument(argc, argv, 3), "event") == 0)

@@ -1,9 +1,8 @@
 /* A gateway that requests streams, so many at once and each for another client, and reads them to their ends.
  *
- * stream_gateway URL STREAMS AT_ONCE MESSAGES
+ * stream_gateway URL OPTIONS STREAMS AT_ONCE MESSAGES
  */
-#include "bench.h"
-#include <nats_presence.h>
+#include "ours.h"
 
 static presence_conn *conn;
 static presence_queue *queue;
@@ -24,12 +23,12 @@ static void request(void)
 
 int main(int argc, char **argv)
 {
-    size_t streams = number(argc, argv, 2), at_once = number(argc, argv, 3), messages = number(argc, argv, 4);
+    const char *options = argument(argc, argv, 2);
+    size_t streams = number(argc, argv, 3), at_once = number(argc, argv, 4), messages = number(argc, argv, 5);
     started = allocate(streams, sizeof *started);
-    presence_error error = {0};
     presence_event events[1024];
-    must(presence_connect(argument(argc, argv, 1), NULL, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
-    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+    conn = connect_to(argument(argc, argv, 1), options);
+    queue = new_queue();
 
     int64_t start = now_ns(), first = 0, last = 0;
     size_t received = 0, with_first = 0, ended = 0;
@@ -60,6 +59,7 @@ int main(int argc, char **argv)
     }
     double seconds = (double)(now_ns() - start) / 1e9;
     must(received == streams * messages, "stream", "messages were lost");
+    must_be_on_level(conn, options);
     presence_close(conn, 1000);
     qsort(started, streams, sizeof *started, compare_times);
     printf("{\"messages_per_s\": %.0f, \"streams_per_s\": %.0f, \"p50_us\": %.1f, \"p99_us\": %.1f}\n",

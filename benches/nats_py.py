@@ -1,0 +1,60 @@
+"""The peer of python_stream: nats-py publishes as fast as it can, and counts messages in a callback.
+
+nats_py.py publish URL MESSAGES SIZE
+nats_py.py subscribe URL MESSAGES
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import nats
+from nats.aio.msg import Msg
+
+SUBJECT = "bench.natspy"
+
+
+async def publish(url: str, messages: int, size: int) -> None:
+    conn = await nats.connect(url)
+    message = bytes(size)
+    for _ in range(messages):
+        await conn.publish(SUBJECT, message)
+    await conn.flush(timeout=60)
+    await conn.close()
+
+
+async def subscribe(url: str, messages: int) -> float:
+    conn = await nats.connect(url)
+    done = asyncio.Event()
+    received, start, seconds = 0, 0.0, 0.0
+
+    async def count(msg: Msg) -> None:
+        nonlocal received, start, seconds
+        received += 1
+        if received == 1:
+            start = time.monotonic()
+        if received == messages:
+            seconds = time.monotonic() - start
+            done.set()
+
+    # Without limits: a slow reader loses nothing.
+    await conn.subscribe(SUBJECT, cb=count, pending_msgs_limit=0, pending_bytes_limit=0)
+    await conn.flush()
+    print("READY", flush=True)
+    await asyncio.wait_for(done.wait(), 60)
+    await conn.close()
+    return (messages - 1) / seconds
+
+
+def main() -> None:
+    role, url, messages, *rest = sys.argv[1:]
+    if role == "publish":
+        asyncio.run(publish(url, int(messages), int(rest[0])))
+        print("{}")
+    else:
+        print(f'{{"messages_per_s": {asyncio.run(subscribe(url, int(messages))):.0f}}}')
+
+
+main()

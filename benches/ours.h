@@ -1,0 +1,58 @@
+/* What the programs share that use the library. */
+#ifndef OURS_H
+#define OURS_H
+
+#include "bench.h"
+#include <nats_presence.h>
+
+/* Connects with options as in "lanes=false heartbeat_ms=500"; none: the defaults. */
+static inline presence_conn *connect_to(const char *url, const char *options)
+{
+    presence_conn *conn;
+    presence_error error = {0};
+    presence_config *config = presence_config_new();
+    char *text = strdup(options);
+    must(config != NULL && text != NULL, "presence_config_new", "no memory");
+    for (char *key = strtok(text, " "); key != NULL; key = strtok(NULL, " ")) {
+        char *value = strchr(key, '=');
+        must(value != NULL, key, "an option has a value");
+        *value++ = '\0';
+        must(presence_config_set(config, key, value) == PRESENCE_OK, key, "this cannot be set");
+    }
+    must(presence_connect(url, config, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
+    presence_config_free(config);
+    free(text);
+    return conn;
+}
+
+static inline presence_queue *new_queue(void)
+{
+    presence_queue *queue;
+    must(presence_queue_new(&queue) == PRESENCE_OK, "presence_queue_new", "failed");
+    return queue;
+}
+
+/* Serves a subject, so many streams at once (0: the default). */
+static inline void serve(presence_conn *conn, presence_queue *queue, const char *subject, size_t max_streams)
+{
+    presence_service *service;
+    presence_error error = {0};
+    int32_t status = presence_serve(conn, queue, subject, "workers", (uint32_t)max_streams, 0, &service, &error);
+    must(status == PRESENCE_OK, "presence_serve", error.message);
+}
+
+static inline presence_stats stats_of(presence_conn *conn)
+{
+    presence_stats stats;
+    must(presence_conn_stats(conn, &stats) == PRESENCE_OK, "presence_conn_stats", "failed");
+    return stats;
+}
+
+/* Ends the program unless streams ran on a lane, or on none, as the options say. */
+static inline void must_be_on_level(presence_conn *conn, const char *options)
+{
+    bool lanes = strstr(options, "lanes=false") == NULL;
+    must((stats_of(conn).lanes > 0) == lanes, "streams", lanes ? "they were on no lane" : "they were on a lane");
+}
+
+#endif

@@ -1,0 +1,95 @@
+"""Measures the Python binding: one stream of messages from a worker to a gateway.
+
+python_stream.py worker URL threads|asyncio lists|each MESSAGES SIZE
+python_stream.py gateway URL threads|asyncio MESSAGES
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import nats_presence
+from nats_presence import aio
+
+SUBJECT = "bench.python"
+LIST = 1000  # messages that are sent at once
+
+
+def lists_of(messages: int, size: int) -> list[list[bytes]]:
+    one = [b"%0*d" % (size, number) for number in range(LIST)]
+    return [one] * (messages // LIST)
+
+
+def worker(url: str, lists: bool, messages: int, size: int) -> None:
+    with nats_presence.connect(url) as conn:
+
+        @conn.service(SUBJECT)
+        def answer(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
+            for some in lists_of(messages, size):
+                if lists:
+                    sender.send_many(some)
+                else:
+                    for message in some:
+                        sender.send(message)
+            conn.stop()
+
+        print("READY", flush=True)
+        conn.run()
+
+
+def gateway(url: str, messages: int) -> float:
+    with nats_presence.connect(url) as conn:
+        stream = conn.stream(SUBJECT, client_id="client")
+        next(stream)
+        start, received = time.monotonic(), 1
+        for _ in stream:
+            received += 1
+        seconds = time.monotonic() - start
+    assert received == messages, "messages were lost"
+    return (messages - 1) / seconds
+
+
+async def aio_worker(url: str, lists: bool, messages: int, size: int) -> None:
+    async with aio.connect(url) as conn:
+
+        @conn.service(SUBJECT)
+        async def answer(request: nats_presence.Request, sender: aio.Sender) -> None:
+            for some in lists_of(messages, size):
+                if lists:
+                    await sender.send_many(some)
+                else:
+                    for message in some:
+                        await sender.send(message)
+            conn.stop()
+
+        print("READY", flush=True)
+        await conn.run()
+
+
+async def aio_gateway(url: str, messages: int) -> float:
+    async with aio.connect(url) as conn:
+        stream = conn.stream(SUBJECT, client_id="client")
+        await anext(stream)
+        start, received = time.monotonic(), 1
+        async for _ in stream:
+            received += 1
+        seconds = time.monotonic() - start
+    assert received == messages, "messages were lost"
+    return (messages - 1) / seconds
+
+
+def main() -> None:
+    role, url, style, *rest = sys.argv[1:]
+    if role == "worker":
+        what = (url, rest[0] == "lists", int(rest[1]), int(rest[2]))
+        asyncio.run(aio_worker(*what)) if style == "asyncio" else worker(*what)
+        print("{}")
+    else:
+        count = int(rest[0])
+        rate = asyncio.run(aio_gateway(url, count)) if style == "asyncio" else gateway(url, count)
+        print(f'{{"messages_per_s": {rate:.0f}}}')
+
+
+main()
