@@ -197,7 +197,7 @@ pub(crate) struct State<S> {
     reconnecting: Option<Instant>,
     beat_at: Instant,
     missed: u32,
-    was_excused: bool,
+    was_late: bool,
 
     last_stream: u32,
     outs: HashMap<u32, Out<S>, ahash::RandomState>,
@@ -250,7 +250,7 @@ impl<S: Clone> State<S> {
             reconnecting: None,
             beat_at: now + patience.heartbeat,
             missed: 0,
-            was_excused: false,
+            was_late: false,
             last_stream: 0,
             outs: HashMap::default(),
             ins: HashMap::default(),
@@ -471,7 +471,6 @@ impl<S: Clone> State<S> {
         self.suspect_since = None;
         self.reconnecting = None;
         self.missed = 0;
-        self.was_excused = false;
         self.beat_at = now + self.beat();
         self.acknowledged(header.ack, now, tells);
         if header.has(frame::PONG) {
@@ -583,10 +582,12 @@ impl<S: Clone> State<S> {
         Some(self.reconnecting.map_or(at, |until| at.max(until)))
     }
 
-    /// Whether we stood still ourselves until now: what came meanwhile is still to be read. Said once in a silence, or those
-    /// who are overloaded would wait for the dead for ever.
-    fn excuse(&mut self, now: Instant, due: Instant) -> bool {
-        now > due + LATE && !mem::replace(&mut self.was_excused, true)
+    /// Whether we stood still ourselves until now: what came meanwhile is still to be read. Twice in a row is overload, and
+    /// no reason to wait for the dead for ever.
+    fn stood_still(&mut self, now: Instant) -> bool {
+        let is_late = self.deadline().is_some_and(|due| now > due + LATE);
+        let was_late = mem::replace(&mut self.was_late, is_late);
+        is_late && !was_late
     }
 
     /// Where a peer that acknowledges nothing has us keep more than it could ever need, it lies.
@@ -598,15 +599,16 @@ impl<S: Clone> State<S> {
         if self.is_over() {
             return;
         }
+        let stood_still = self.stood_still(now);
         if now >= self.beat_at {
             // After a late one we wait for one more: what came while we were not there ourselves is still to be read.
-            self.missed += u32::from(!self.excuse(now, self.beat_at));
+            self.missed += u32::from(!stood_still);
             self.beat_at = now + self.beat();
             self.flags |= frame::PING;
         }
         let is_silent = self.missed >= MAX_MISSED && self.reconnecting.is_none_or(|until| now >= until);
         match self.gone_at() {
-            Some(at) if now >= at && self.excuse(now, at) => self.reconnecting = Some(now + LATE),
+            Some(at) if now >= at && stood_still => self.reconnecting = Some(now + LATE),
             Some(at) if now >= at => return self.end(tells),
             _ if is_silent || self.backlog > self.most_backlog() => return self.end(tells),
             _ => {}
