@@ -83,7 +83,10 @@ class Proxy:
                         self._mark = b""
                         data = data[:passing]
                         if not is_cut:
+                            # First: whoever has waited for it may cut the connection at once.
+                            target.sendall(data)
                             self.swallowed.set()
+                            continue
                 target.sendall(data)
                 if is_cut:
                     self.cut()
