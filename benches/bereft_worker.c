@@ -45,11 +45,11 @@ int main(int argc, char **argv)
         must(presence_queue_wait(queue, &event, 1, 30000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request",
              "none came");
         presence_sender *sender = event.sender;
+        must_be_on_level(conn, options);
         stopped[i] = send_until_stopped(queue, sender, pause_us);
         presence_sender_free(sender);
         ready();
     }
-    must_be_on_level(conn, options);
     presence_close(conn, 1000);
     print_times(stopped, streams);
     return 0;

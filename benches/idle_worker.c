@@ -40,6 +40,7 @@ int main(int argc, char **argv)
     ready();
 
     take_events(PRESENCE_EVENT_REQUEST, streams, senders);
+    must_be_on_level(conn, "");
     must(stats_of(conn).senders == streams, "presence_conn_stats", "not all senders run");
     must(presence_sender_send(senders[streams - 1], "all", 3) == PRESENCE_OK, "presence_sender_send", "failed");
     presence_event event;
@@ -51,7 +52,6 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < streams; i++)
         presence_sender_free(senders[i]);
     must(stats_of(conn).senders == 0, "presence_conn_stats", "senders remain");
-    must_be_on_level(conn, "");
     presence_close(conn, 10000);
     printf("{\"worker_bytes\": %.1f, \"cancelled_ns\": %lld}\n", (double)bytes / (double)streams, (long long)cancelled);
     return 0;

@@ -48,11 +48,11 @@ static inline presence_stats stats_of(presence_conn *conn)
     return stats;
 }
 
-/* Ends the program unless streams ran on a lane, or on none, as the options say. */
+/* Ends the program unless the streams that run are on a lane, or on none, as the options say. */
 static inline void must_be_on_level(presence_conn *conn, const char *options)
 {
     bool lanes = strstr(options, "lanes=false") == NULL;
-    must((stats_of(conn).lanes > 0) == lanes, "streams", lanes ? "they were on no lane" : "they were on a lane");
+    must((stats_of(conn).lanes > 0) == lanes, "streams", lanes ? "they are on no lane" : "they are on a lane");
 }
 
 #endif

@@ -16,6 +16,7 @@ int main(int argc, char **argv)
     ready();
     must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request", "none came");
 
+    must_be_on_level(conn, options);
     int64_t next = now_ns() + 100000000;
     for (size_t i = 0; i < messages; i++, next += (int64_t)pause_us * 1000) {
         char message[32];
@@ -27,7 +28,6 @@ int main(int argc, char **argv)
     }
     must(presence_sender_end(event.sender) == PRESENCE_OK, "presence_sender_end", "failed");
     presence_sender_free(event.sender);
-    must_be_on_level(conn, options);
     must(presence_close(conn, 10000) == PRESENCE_OK, "presence_close", "failed");
     print_times(sent, messages);
     return 0;
