@@ -30,6 +30,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+/// How many LOG events are kept for who watches first.
+const MAX_EARLY_LOGS: usize = 16;
+
 /// What a connection has done so far, and what it has in hand.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stats {
@@ -101,6 +104,8 @@ pub struct Connection {
     receivers: Mutex<Vec<Weak<dyn Receiver>>>,
     listens: AtomicBool,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
+    /// What there was to log before anybody watched.
+    early_logs: Mutex<Vec<(Status, String)>>,
     log_limit: LogLimit,
     connected: AtomicBool,
     closed: AtomicBool,
@@ -149,6 +154,7 @@ impl Connection {
             receivers: Mutex::default(),
             listens: AtomicBool::new(false),
             watchers: RwLock::default(),
+            early_logs: Mutex::default(),
             log_limit: LogLimit::default(),
             connected: AtomicBool::new(false),
             closed: AtomicBool::new(false),
@@ -260,7 +266,11 @@ impl Connection {
     /// `Closed`.
     pub fn watch(&self, queue: &Arc<Queue>, tag: u64) -> Result<()> {
         self.check_open()?;
-        registry::add_watcher(&mut self.watchers.write(), queue, tag);
+        let mut watchers = self.watchers.write();
+        registry::add_watcher(&mut watchers, queue, tag);
+        for (status, text) in self.early_logs.lock().drain(..) {
+            queue.push_news(Kind::Log, status, tag, text);
+        }
         Ok(())
     }
 
@@ -421,7 +431,15 @@ impl Connection {
         if suppressed > 0 {
             text += &format!(" (and {suppressed} messages before this one were not shown)");
         }
-        for (queue, tag) in self.watchers.read().iter() {
+        let watchers = self.watchers.read();
+        if watchers.is_empty() {
+            let mut early = self.early_logs.lock();
+            if early.len() < MAX_EARLY_LOGS {
+                early.push((status, text));
+            }
+            return;
+        }
+        for (queue, tag) in watchers.iter() {
             if let Some(queue) = queue.upgrade() {
                 queue.push_news(Kind::Log, status, *tag, text.clone());
             }
