@@ -1339,11 +1339,11 @@ impl World {
             lane.is_held &= !header.has(frame::PONG);
             lane.acked = lane.acked.max(header.ack);
             let is_missing = lane.sent.len() as u64 > lane.acked;
-            let is_gap =
-                is_missing && header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
-            if is_gap {
-                lane.gap_heard = Some(header.ack);
+            let asks = header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
+            if asks {
+                lane.gap_heard = is_missing.then_some(header.ack);
             }
+            let is_gap = asks && is_missing;
             lane.may_repeat |= is_gap || header.has(frame::PONG);
             lane.must_repeat = is_missing && (is_gap || lane.must_repeat);
         }
