@@ -16,13 +16,17 @@ from nats.aio.msg import Msg
 SUBJECT = "bench.natspy"
 
 
-async def publish(url: str, messages: int, size: int) -> None:
+async def publish(url: str, messages: int, size: int) -> float:
+    """Seconds of CPU that the process used, from before the first message until the server had all."""
     conn = await nats.connect(url)
     message = bytes(size)
+    start = time.process_time()
     for _ in range(messages):
         await conn.publish(SUBJECT, message)
     await conn.flush(timeout=60)
+    cpu = time.process_time() - start
     await conn.close()
+    return cpu
 
 
 async def subscribe(url: str, messages: int) -> float:
@@ -51,8 +55,8 @@ async def subscribe(url: str, messages: int) -> float:
 def main() -> None:
     role, url, messages, *rest = sys.argv[1:]
     if role == "publish":
-        asyncio.run(publish(url, int(messages), int(rest[0])))
-        print("{}")
+        cpu = asyncio.run(publish(url, int(messages), int(rest[0])))
+        print(f'{{"cpu_ns_per_send": {cpu / int(messages) * 1e9:.1f}}}')
     else:
         print(f'{{"messages_per_s": {asyncio.run(subscribe(url, int(messages))):.0f}}}')
 

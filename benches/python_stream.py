@@ -22,6 +22,11 @@ def lists_of(messages: int, size: int) -> list[list[bytes]]:
     return [one] * (messages // LIST)
 
 
+def must_have_lane(stats: dict[str, int]) -> None:
+    if stats["lanes"] == 0:
+        sys.exit("the stream is on no lane")
+
+
 def rate(received: int, messages: int, seconds: float) -> float:
     """The first is not counted: the clock was read after it came."""
     if received != messages:
@@ -29,11 +34,15 @@ def rate(received: int, messages: int, seconds: float) -> float:
     return (messages - 1) / seconds
 
 
-def worker(url: str, lists: bool, messages: int, size: int) -> None:
+def worker(url: str, lists: bool, messages: int, size: int) -> float:
+    """Seconds of CPU that the process used, from before the first send until the server had all."""
+    start = 0.0
     with nats_presence.connect(url) as conn:
 
         @conn.service(SUBJECT)
         def answer(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
+            nonlocal start
+            start = time.process_time()
             for some in lists_of(messages, size):
                 if lists:
                     sender.send_many(some)
@@ -44,12 +53,14 @@ def worker(url: str, lists: bool, messages: int, size: int) -> None:
 
         print("READY", flush=True)
         conn.run()
+    return time.process_time() - start
 
 
 def gateway(url: str, messages: int) -> float:
     with nats_presence.connect(url) as conn:
         stream = conn.stream(SUBJECT, client_id="client")
         next(stream)
+        must_have_lane(conn.stats())
         start, received = time.monotonic(), 1
         for _ in stream:
             received += 1
@@ -57,11 +68,14 @@ def gateway(url: str, messages: int) -> float:
     return rate(received, messages, seconds)
 
 
-async def aio_worker(url: str, lists: bool, messages: int, size: int) -> None:
+async def aio_worker(url: str, lists: bool, messages: int, size: int) -> float:
+    start = 0.0
     async with aio.connect(url) as conn:
 
         @conn.service(SUBJECT)
         async def answer(request: nats_presence.Request, sender: aio.Sender) -> None:
+            nonlocal start
+            start = time.process_time()
             for some in lists_of(messages, size):
                 if lists:
                     await sender.send_many(some)
@@ -72,12 +86,14 @@ async def aio_worker(url: str, lists: bool, messages: int, size: int) -> None:
 
         print("READY", flush=True)
         await conn.run()
+    return time.process_time() - start
 
 
 async def aio_gateway(url: str, messages: int) -> float:
     async with aio.connect(url) as conn:
         stream = conn.stream(SUBJECT, client_id="client")
         await stream.__anext__()
+        must_have_lane(conn.stats())
         start, received = time.monotonic(), 1
         async for _ in stream:
             received += 1
@@ -88,9 +104,10 @@ async def aio_gateway(url: str, messages: int) -> float:
 def main() -> None:
     role, url, style, *rest = sys.argv[1:]
     if role == "worker":
-        what = (url, rest[0] == "lists", int(rest[1]), int(rest[2]))
-        asyncio.run(aio_worker(*what)) if style == "asyncio" else worker(*what)
-        print("{}")
+        lists, messages, size = rest[0] == "lists", int(rest[1]), int(rest[2])
+        args = (url, lists, messages, size)
+        cpu = asyncio.run(aio_worker(*args)) if style == "asyncio" else worker(*args)
+        print(f'{{"cpu_ns_per_send": {cpu / messages * 1e9:.1f}}}')
     else:
         count = int(rest[0])
         per_s = asyncio.run(aio_gateway(url, count)) if style == "asyncio" else gateway(url, count)

@@ -10,6 +10,7 @@ import (
 	"log"
 	"os"
 	"strconv"
+	"syscall"
 	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
@@ -32,11 +33,11 @@ func main() {
 		worker(conn, served, messages, number(4))
 	} else {
 		gateway(conn, messages)
+		check(conn.Close(context.Background()))
 	}
-	check(conn.Close(context.Background()))
 }
 
-// worker answers one request with all messages.
+// worker answers one request with all messages, and tells what CPU the process used for each, until the server has all.
 func worker(conn *presence.Conn, served <-chan struct{}, messages, size int) {
 	ctx, stop := context.WithCancel(context.Background())
 	go func() {
@@ -44,14 +45,17 @@ func worker(conn *presence.Conn, served <-chan struct{}, messages, size int) {
 		fmt.Println("READY")
 	}()
 	message := make([]byte, size)
+	var before time.Duration
 	check(conn.Serve(ctx, subject, "workers", func(_ context.Context, _ *presence.Request, s *presence.Sender) error {
 		defer stop()
+		before = cpu()
 		for range messages {
 			check(s.Send(message))
 		}
 		return s.End()
 	}))
-	fmt.Println("{}")
+	check(conn.Close(context.Background()))
+	fmt.Printf("{\"cpu_ns_per_send\": %.1f}\n", float64((cpu()-before).Nanoseconds())/float64(messages))
 }
 
 // gateway reads the messages of one stream, and tells how many came in a second from the first to the last.
@@ -63,6 +67,9 @@ func gateway(conn *presence.Conn, messages int) {
 	for _, err := range stream.Messages() {
 		check(err)
 		if received++; received == 1 {
+			if conn.Stats().Lanes == 0 {
+				log.Fatal("the stream is on no lane")
+			}
 			first = time.Now()
 		}
 		if received == messages {
@@ -73,6 +80,13 @@ func gateway(conn *presence.Conn, messages int) {
 		log.Fatal("messages were lost")
 	}
 	fmt.Printf("{\"messages_per_s\": %.0f}\n", float64(messages-1)/last.Sub(first).Seconds())
+}
+
+// cpu is the CPU time of this process, user and system, of all threads.
+func cpu() time.Duration {
+	var usage syscall.Rusage
+	check(syscall.Getrusage(syscall.RUSAGE_SELF, &usage))
+	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
 func number(i int) int {
