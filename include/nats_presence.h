@@ -461,7 +461,7 @@ int32_t presence_listen_offline(struct presence_conn *conn);
 
 /**
  * Has the queue tell from now on, with `tag`, when this connection is made and lost, and what else people should know
- * of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). What was to be logged before anybody watched comes first, up to 16
+ * of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). What nats-server complained of before anybody watched comes first, up to 16
  * events. A second call for the same queue changes its tag.
  */
 int32_t presence_conn_watch(struct presence_conn *conn,

@@ -434,7 +434,8 @@ impl Connection {
         let watchers = self.watchers.read();
         if watchers.is_empty() {
             let mut early = self.early_logs.lock();
-            if early.len() < MAX_EARLY_LOGS {
+            // Attempts to connect are over when somebody asks; what nats-server complained of may not be.
+            if early.len() < MAX_EARLY_LOGS && self.is_connected() {
                 early.push((status, text));
             }
             return;

@@ -174,7 +174,7 @@ pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> i32 {
 }
 
 /// Has the queue tell from now on, with `tag`, when this connection is made and lost, and what else people should know
-/// of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). What was to be logged before anybody watched comes first, up to 16
+/// of it (PRESENCE_EVENT_CONNECTED, DISCONNECTED, LOG). What nats-server complained of before anybody watched comes first, up to 16
 /// events. A second call for the same queue changes its tag.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut presence_queue, tag: u64) -> i32 {
