@@ -1,0 +1,243 @@
+//! What must always hold.
+
+use super::*;
+
+impl World {
+    /// Before a message is sent.
+    pub(super) fn check_message(&mut self, index: usize, message: &Bytes) {
+        let Ok(header) = Header::read(message) else {
+            return self.fail("messages are well-formed", described(message));
+        };
+        let lane = &mut self.lanes[index];
+        let (own, is_over) = (lane.own, lane.state.is_over());
+        let has_frames = message.len() > frame::HEADER;
+        if header.has(frame::GAP) && !header.has(frame::PING) {
+            // Once; and once more if what was missing came while it was about to be told.
+            lane.gaps_told = if lane.gap_told == Some(header.ack) { lane.gaps_told + 1 } else { 1 };
+            lane.gap_told = Some(header.ack);
+            if lane.gaps_told > 2 {
+                return self.fail("a gap is told once", format!("{own}: {}", described(message)));
+            }
+        }
+        if message.len() > self.setup.max_payload {
+            return self.fail("messages are not too large", format!("{own}: {} bytes", message.len()));
+        }
+        if header.has(frame::RESET) != is_over {
+            return self.fail("a RESET is the last word", format!("{own} sends {}", described(message)));
+        }
+        if header.ack > lane.came_all {
+            let text = format!("{own} acknowledges {}, it has all up to {}", header.ack, lane.came_all);
+            return self.fail("what is acknowledged has come", text);
+        }
+        if !has_frames {
+            return;
+        }
+        if lane.is_held {
+            return self.fail("nothing but PINGs until there is an answer", format!("{own}: {}", described(message)));
+        }
+        // One after the other, or again from the first that is not acknowledged.
+        let missing = lane.acked + 1;
+        let repeats = header.sequence == missing && lane.sent_last >= missing;
+        let is_next = header.sequence == missing.max(lane.sent_last + 1);
+        if !(header.sequence == missing || is_next && !lane.must_repeat) {
+            let text = format!("{own} sends #{} after #{}, missing is #{missing}", header.sequence, lane.sent_last);
+            return self.fail("what is missing is sent in order", text);
+        }
+        if repeats && !lane.may_repeat {
+            return self.fail("nothing is sent again without reason", format!("{own}: {}", described(message)));
+        }
+        lane.sent_last = header.sequence;
+        lane.may_repeat &= !repeats;
+        lane.must_repeat = false;
+        let frames = &message[frame::HEADER..];
+        let frames = (frames.iter().fold(7, |sum, byte| mix(sum ^ u64::from(*byte))), frames.len());
+        let next = lane.sent.len() as u64 + 1;
+        if header.sequence == next {
+            lane.sent.push(frames);
+            let most = lane.sent[lane.acked as usize..].iter().map(|(_, size)| size).sum::<usize>();
+            self.check_backlog(index, most);
+        } else if header.sequence > next || lane.sent[header.sequence as usize - 1] != frames {
+            self.fail("what is sent again is the same", format!("{own}: {}", described(message)));
+        } else {
+            self.seen.sent_again += 1;
+        }
+    }
+
+    /// Before a message is received: who has heard what.
+    pub(super) fn hear(&mut self, index: usize, message: &Bytes) {
+        let Ok(header) = Header::read(message) else { return };
+        let lane = &mut self.lanes[index];
+        if !header.has(frame::RESET) {
+            (lane.heard_at, lane.is_relinked, lane.suspect_since) = (self.now, false, None);
+            lane.suspensions = self.processes[lane.own.side as usize].suspensions;
+            lane.is_held &= !header.has(frame::PONG);
+            lane.acked = lane.acked.max(header.ack);
+            let is_missing = lane.sent.len() as u64 > lane.acked;
+            let asks = header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
+            if asks {
+                lane.gap_heard = is_missing.then_some(header.ack);
+            }
+            let is_gap = asks && is_missing;
+            lane.may_repeat |= is_gap || header.has(frame::PONG);
+            lane.must_repeat = is_missing && (is_gap || lane.must_repeat);
+        }
+        if message.len() > frame::HEADER {
+            lane.came.insert(header.sequence);
+            while lane.came.remove(&(lane.came_all + 1)) {
+                lane.came_all += 1;
+            }
+        }
+    }
+
+    pub(super) fn check_data(&mut self, number: usize, body: &[u8]) {
+        let stream = &self.streams[number];
+        let Some((_, _, sender)) = stream.on else {
+            return self.fail("data comes after ACCEPT", format!("stream {number}"));
+        };
+        let mut expected = std::mem::take(&mut self.buffer);
+        expected.clear();
+        self.message(sender, stream.got, &mut expected);
+        if self.streams[number].got >= self.senders[sender].sent || body != expected {
+            let text = format!("stream {number}, message {}: {} bytes", self.streams[number].got, body.len());
+            self.fail("what comes is what was sent", text);
+        }
+        self.buffer = expected;
+        let stream = &mut self.streams[number];
+        let (weight, window) = (body.len() as u64 + OVERHEAD, u64::from(stream.spec.window));
+        let unread = stream.unread.iter().sum::<u64>();
+        stream.got += 1;
+        stream.unread.push_back(weight);
+        if unread > window / 2 && unread + weight > window {
+            self.fail("a window holds", format!("stream {number}: {unread} + {weight} unread, window {window}"));
+        }
+    }
+
+    pub(super) fn check_end(&mut self, number: usize, error: bool) {
+        let stream = &self.streams[number];
+        let Some((_, _, sender)) = stream.on else {
+            return self.fail("the end comes after ACCEPT", format!("stream {number}"));
+        };
+        let sender = &self.senders[sender];
+        if sender.finished != Some(error) || stream.got != sender.sent {
+            let text = format!("stream {number} got {} of {}, {:?}", stream.got, sender.sent, sender.finished);
+            return self.fail("what has ended is complete", text);
+        }
+        self.seen.complete += 1;
+    }
+
+    pub(super) fn check_cancelled(&mut self, number: usize, why: u8) {
+        let sender = &self.senders[number];
+        let stream = &self.streams[sender.stream];
+        let is_its = stream.on.is_some_and(|(_, _, accepted)| accepted == number);
+        let is_right = match stream.cancelled {
+            Some(reason) if is_its && why == reason => true,
+            // It was never wanted, or is accepted again by a lane that knows nothing of it.
+            _ => why == 0 && (!is_its || stream.is_done),
+        };
+        if !is_right {
+            self.fail("only what was cancelled is", format!("sender {number}, reason {why}"));
+        }
+    }
+
+    pub(super) fn check_memory(&mut self, index: usize) {
+        let backlog = self.lanes[index].state.backlog();
+        self.check_backlog(index, backlog);
+    }
+
+    /// What waits is limited, but for control frames, and these are limited by the streams.
+    pub(super) fn check_backlog(&mut self, index: usize, backlog: usize) {
+        const CONTROL: usize = frame::MAX_FRAME_HEADER + 8;
+        let lane = &self.lanes[index];
+        let (data, streams) = match lane.own.side {
+            Side::Worker => (self.setup.limit.max(self.setup.max_payload), lane.opened as usize),
+            Side::Gateway => (0, self.senders.iter().filter(|sender| sender.lane == lane.peer).count()),
+        };
+        let most = data + CONTROL + streams * (4 * CONTROL + ERROR_TEXT.len());
+        if backlog > most {
+            let text = format!("{}: {backlog} bytes wait, {most} may", lane.own);
+            self.fail("memory is limited", text);
+        }
+    }
+
+    /// A lane has just given up its other end: had it reason to?
+    pub(super) fn check_gone(&mut self, index: usize) {
+        self.seen.lanes_gone += 1;
+        let now = self.now;
+        let lane = &self.lanes[index];
+        let (own, peer) = (lane.own, lane.peer);
+        let process = &self.processes[own.side as usize];
+        let until = if lane.is_relinked { lane.linked_at + self.reconnect() } else { 0 };
+        let suspect = lane.suspect_since.map(|since| (since + self.grace()).max(until));
+        let silent = (lane.heard_at.max(lane.linked_at) + 3 * self.heartbeat()).max(until);
+        let is_due = suspect.is_some_and(|at| at <= now) || silent <= now;
+        if !is_due {
+            let text = format!("{own} was patient until {now}, should be until {suspect:?} or {silent}");
+            return self.fail("patience has its time", text);
+        }
+        // What came while the process stood still says that the other end was there. Once in a silence it must be read.
+        let waits = process.socket.iter().any(|packet| {
+            let Cargo::Lane(message) = &packet.cargo else { return false };
+            let is_to_it = packet.to == own || (own.side == Side::Gateway && packet.from == peer);
+            is_to_it && Header::read(message).is_ok_and(|header| !header.has(frame::RESET))
+        });
+        let since = process.suspended_at;
+        let due = suspect.map_or(since + self.heartbeat(), |at| at.max(since + LATE));
+        let is_first = process.suspensions == lane.suspensions + 1;
+        if process.resumed_at == now && waits && is_first && now > due + LATE && lane.busy_since.is_some() {
+            let text = format!("{own} stood still since {since}, and has not read what came");
+            return self.fail("who stood still reads before it judges", text);
+        }
+        let them = &self.processes[peer.side as usize];
+        let is_there = |lane: &Lane| !lane.state.is_over() && (lane.own == peer || lane.peer == own);
+        let is_alive = them.generation == peer.generation
+            && self.lanes.iter().any(is_there)
+            && self.processes.iter().all(|process| process.link.is_some() && process.suspended_until.is_none())
+            && self.weather.drop == 0
+            // An answer takes less time than the beats that wait for it.
+            && 2 * self.heartbeat() > 4 * self.max_delay + 4 * self.setup.lag + 10 * MILLI;
+        let worker = if own.side == Side::Worker { own } else { peer };
+        let is_known = !self.over.contains(&(peer.side, peer.generation, worker));
+        let mut slack = 8 * self.max_delay + 4 * self.setup.lag + LATE + 10 * MILLI;
+        if self.has_lost {
+            slack += 13 * self.heartbeat() + ASK_AFTER;
+        }
+        if is_alive && is_known && now > self.disturbed_at + slack {
+            let text = format!("{own} gives up {peer}; nothing has happened since {}", self.disturbed_at);
+            self.fail("who is there is not gone", text);
+        }
+    }
+
+    /// Between steps: who is not there must be found out in time.
+    pub(super) fn check_patience(&mut self) {
+        let slack = LATE + 4 * self.setup.lag + 10 * MILLI;
+        for index in 0..self.lanes.len() {
+            let lane = &self.lanes[index];
+            let own = lane.own;
+            let process = &self.processes[own.side as usize];
+            let is_busy = match own.side {
+                Side::Worker => self.senders.iter().any(|sender| sender.lane == own && !sender.is_done),
+                Side::Gateway => {
+                    self.streams.iter().any(|stream| stream.on.is_some_and(|(lane, ..)| lane == own) && !stream.is_done)
+                }
+            };
+            let since = lane.busy_since.filter(|_| is_busy).or(is_busy.then_some(self.now));
+            let is_running = lane.seen.is_some()
+                && lane.seen == process.link
+                && process.suspended_until.is_none()
+                && !lane.state.is_over()
+                && self.now >= process.resumed_at + slack;
+            let until = if lane.is_relinked { lane.linked_at + self.reconnect() } else { 0 };
+            let silent = since.map(|since| {
+                let since = since.max(lane.heard_at).max(lane.linked_at).max(process.resumed_at);
+                since.max(until).max(since + 3 * self.heartbeat()) + self.heartbeat()
+            });
+            let suspect = lane.suspect_since.map(|since| (since + self.grace()).max(until).max(process.resumed_at));
+            let is_late = [silent, suspect].into_iter().flatten().any(|at| self.now > at + slack);
+            self.lanes[index].busy_since = since;
+            if is_running && is_late {
+                let text = format!("{own} should have given up by {silent:?} or {suspect:?}");
+                self.fail("the dead are found in time", text);
+            }
+        }
+    }
+}
