@@ -131,8 +131,9 @@ func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 // Close cancels the stream if it still runs, and drops what was not read; Next returns ErrCancelled then. It returns nil.
 // Once more has no effect.
 //
-// This stops the stream's sender, with ErrCancelled, and nothing else. A worker without this library, or with lanes=false,
-// can only be told that the client left: it is, unless another stream, a session or a mark keeps the client online here.
+// This stops the stream's sender, with ErrCancelled, and nothing else. A worker that has not answered yet, or has no lanes
+// (it is without this library, or has lanes=false), can only be told that the client left: it is, unless another stream, a
+// session or a mark keeps the client online here.
 func (s *Stream) Close() error {
 	s.finish(failed(C.PRESENCE_CANCELLED, "stream"), true)
 	return nil

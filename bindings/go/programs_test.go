@@ -34,7 +34,7 @@ func run(t *testing.T, dir string, command ...string) string {
 // program is one that runs until the test ends; lines is what it says on its standard error.
 type program struct{ lines chan string }
 
-func start(t *testing.T, path string, env ...string) *program {
+func start(t testing.TB, path string, env ...string) *program {
 	t.Helper()
 	cmd := exec.Command(path)
 	cmd.Env = append(os.Environ(), env...)
@@ -60,7 +60,7 @@ func start(t *testing.T, path string, env ...string) *program {
 }
 
 // says waits for a line, and returns what the expression's group matched.
-func (p *program) says(t *testing.T, expression string) string {
+func (p *program) says(t testing.TB, expression string) string {
 	t.Helper()
 	for {
 		if found := regexp.MustCompile(expression).FindStringSubmatch(receive(t, p.lines)); found != nil {

@@ -30,7 +30,7 @@ type server struct {
 	exited    chan struct{}
 }
 
-func serverBinary(t *testing.T) string {
+func serverBinary(t testing.TB) string {
 	t.Helper()
 	if path := os.Getenv("NATS_SERVER_BIN"); path != "" {
 		return path
@@ -48,7 +48,7 @@ func serverBinary(t *testing.T) string {
 }
 
 // startServer starts a nats-server that ends with the test.
-func startServer(t *testing.T, args ...string) *server {
+func startServer(t testing.TB, args ...string) *server {
 	t.Helper()
 	s := &server{exited: make(chan struct{})}
 	s.command = exec.Command(serverBinary(t), append([]string{"-a", "127.0.0.1", "-p", "-1"}, args...)...)
@@ -92,7 +92,7 @@ func (s *server) kill() {
 }
 
 // pause stops the server's process until resume, which may be called twice.
-func (s *server) pause(t *testing.T) (resume func()) {
+func (s *server) pause(t testing.TB) (resume func()) {
 	t.Helper()
 	if err := s.command.Process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -126,7 +126,7 @@ func (e *events) add(event Event) {
 }
 
 // wait waits for an event of a kind whose text contains text.
-func (e *events) wait(t *testing.T, kind EventKind, text string) Event {
+func (e *events) wait(t testing.TB, kind EventKind, text string) Event {
 	t.Helper()
 	for {
 		e.mu.Lock()
@@ -147,7 +147,7 @@ type client struct {
 	events *events
 }
 
-func connect(t *testing.T, s *server, opts ...Option) *client {
+func connect(t testing.TB, s *server, opts ...Option) *client {
 	t.Helper()
 	events := &events{changed: make(chan struct{}, 1)}
 	c, err := Connect(s.url, append(opts, WithLog(events.add))...)
@@ -169,7 +169,7 @@ type serving struct {
 }
 
 // serve runs Serve until the test ends, and returns when the subject is served.
-func serve(t *testing.T, c *client, subject string, handler Handler, opts ...Option) *serving {
+func serve(t testing.TB, c *client, subject string, handler Handler, opts ...Option) *serving {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	s := &serving{stop: stop, result: make(chan error, 1)}
@@ -187,7 +187,7 @@ func serve(t *testing.T, c *client, subject string, handler Handler, opts ...Opt
 }
 
 // ask requests a stream.
-func ask(t *testing.T, c *client, subject, id string, opts ...Option) *Stream {
+func ask(t testing.TB, c *client, subject, id string, opts ...Option) *Stream {
 	t.Helper()
 	s, err := c.Request(context.Background(), subject, []byte("question"), id, opts...)
 	must(t, err)
@@ -196,7 +196,7 @@ func ask(t *testing.T, c *client, subject, id string, opts ...Option) *Stream {
 }
 
 // read reads a stream to its end.
-func read(t *testing.T, s *Stream) (messages []string, err error) {
+func read(t testing.TB, s *Stream) (messages []string, err error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -215,14 +215,14 @@ func read(t *testing.T, s *Stream) (messages []string, err error) {
 	}
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-func receive[T any](t *testing.T, from <-chan T) (value T) {
+func receive[T any](t testing.TB, from <-chan T) (value T) {
 	t.Helper()
 	select {
 	case value = <-from:
@@ -233,7 +233,7 @@ func receive[T any](t *testing.T, from <-chan T) (value T) {
 }
 
 // eventually waits for a condition that nothing tells about.
-func eventually(t *testing.T, what string, holds func() bool) {
+func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
 	for end := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
@@ -244,7 +244,7 @@ func eventually(t *testing.T, what string, holds func() bool) {
 
 // raw is a NATS client of a few lines that knows nothing of this project: what it sends and gets is on the wire.
 type raw struct {
-	t       *testing.T
+	t       testing.TB
 	conn    net.Conn
 	pongs   chan struct{}
 	mu      sync.Mutex
@@ -257,7 +257,7 @@ type rawMessage struct{ subject, reply, header, data string }
 
 var lastInbox atomic.Int64
 
-func rawClient(t *testing.T, s *server) *raw {
+func rawClient(t testing.TB, s *server) *raw {
 	t.Helper()
 	conn, err := net.Dial("tcp", "127.0.0.1:"+s.port)
 	must(t, err)
