@@ -259,10 +259,13 @@ class Connection(BaseConnection):
     def run(self) -> None:
         """Waits until close(), or until stop() and the return of all handlers."""
         self._is_closed()  # Raises Forked.
-        self._stopped.wait()
+        # Event.wait() would miss a KeyboardInterrupt that comes as it begins to block, or be left locked by it.
+        while not self._stopped.is_set():
+            time.sleep(SLICE_MS / 1000)
         for pool in self._pools:
             for thread in pool.threads:
-                thread.join()
+                while thread.is_alive():
+                    thread.join(SLICE_MS / 1000)
 
     def close(self, drain: float | None = 5.0) -> None:
         """Closes it: senders and streams that still run end with Closed, and the other ends are told.
