@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::mem;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::Notify;
@@ -224,18 +224,30 @@ impl Wake for Doorbell {
     }
 }
 
+/// More expected answers than this are a crowd.
+const MANY: usize = 1024;
+
 /// The connection's own subject for answers, one token below it for each that is expected.
 pub(crate) struct Inbox {
     /// What its subjects begin with, dot included.
     prefix: String,
     expected: DashMap<u64, Arc<dyn Receiver>>,
+    /// How many these are, and the most that there were since there were none.
+    count: AtomicUsize,
+    peak: AtomicUsize,
     /// Messages that nobody expected.
     pub(crate) ignored: AtomicU64,
 }
 
 impl Inbox {
     pub(crate) fn new(prefix: String) -> Inbox {
-        Inbox { prefix, expected: DashMap::new(), ignored: AtomicU64::new(0) }
+        Inbox {
+            prefix,
+            expected: DashMap::new(),
+            count: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
+            ignored: AtomicU64::new(0),
+        }
     }
 
     /// What its subjects begin with.
@@ -255,7 +267,10 @@ impl Inbox {
 
     /// Gives what comes to the subject that this returns to `receiver`.
     pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
-        self.expected.insert(number, receiver);
+        if self.expected.insert(number, receiver).is_none() {
+            let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+            self.peak.fetch_max(count, Ordering::Relaxed);
+        }
         format!("{}{number:x}", self.prefix).into()
     }
 
@@ -266,7 +281,13 @@ impl Inbox {
 
     /// Takes back `expect`.
     pub(crate) fn forget(&self, number: u64) {
-        self.expected.remove(&number);
+        if self.expected.remove(&number).is_some()
+            && self.count.fetch_sub(1, Ordering::Relaxed) == 1
+            && self.peak.swap(0, Ordering::Relaxed) > MANY
+        {
+            // All who were asked have answered, on lanes: the room is not needed again soon.
+            self.expected.shrink_to_fit();
+        }
     }
 }
 

@@ -60,6 +60,10 @@ impl Sender {
         }
     }
 
+    pub(crate) fn is_on_lane(&self) -> bool {
+        self.lane.get().is_some()
+    }
+
     /// Sends one message; `Full` when there is no room now, and a `Writable` event when there is again.
     ///
     /// # Errors

@@ -26,6 +26,7 @@ pub struct Service {
     queue: Arc<Queue>,
     tag: u64,
     max_streams: usize,
+    /// Senders on level 0, which end with the connection. (Lanes know theirs.)
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
     stopped: AtomicBool,
@@ -116,12 +117,11 @@ impl Service {
         is_first
     }
 
-    /// A sender of this service has ended.
+    /// A sender of this service has ended: each says so once.
     pub(crate) fn forget(&self, number: u64) {
-        if self.running.remove(&number).is_some() {
-            self.running_count.fetch_sub(1, Ordering::AcqRel);
-            self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
-        }
+        self.running.remove(&number);
+        self.running_count.fetch_sub(1, Ordering::AcqRel);
+        self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn request(self: Arc<Self>, message: Message) {
@@ -159,7 +159,6 @@ impl Service {
         let headers = wire::own_headers(message.headers.as_ref());
         let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
         let sender = Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
-        self.running.insert(sender.number(), Arc::clone(&sender));
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
         registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
@@ -171,6 +170,9 @@ impl Service {
                 Err(error) => connection.log(error.status, || format!("a request is answered on level 0: {error}")),
             }
         }
+        if !sender.is_on_lane() {
+            self.running.insert(sender.number(), Arc::clone(&sender));
+        }
         if connection.check_open().is_err() {
             // Closed since it arrived: whoever closed it may not have seen this sender.
             sender.connection_ended(Status::Closed);
@@ -178,6 +180,7 @@ impl Service {
         if sender.is_closed() {
             // Ended before it was attached.
             registry::detach(&id, sender.number());
+            self.running.remove(&sender.number());
         }
         let event = Single {
             client: Some(id),

@@ -79,7 +79,7 @@ impl Held {
 /// Whom it asks, and how to ask again.
 struct Asking {
     subject: Box<str>,
-    retry: Option<Retry>,
+    retry: Option<Box<Retry>>,
 }
 
 struct Retry {
@@ -145,7 +145,7 @@ impl Connection {
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
         let (left, delay) = (options.retries, options.retry_delay);
-        let retry = (left > 0).then(|| Retry { request: request.clone(), left, delay });
+        let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
         *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));
         // Before it is sent: an offline mark from now on finds the stream.
         registry::attach(client, stream.number, Arc::clone(&stream) as _);
@@ -352,7 +352,7 @@ impl Stream {
         }
         let mut asking = self.asking.lock();
         let retry = asking.as_mut().and_then(|asking| asking.retry.as_mut()).filter(|retry| retry.left > 0);
-        let Some(Retry { request, left, delay }) = retry else { return false };
+        let Some(Retry { request, left, delay }) = retry.map(|retry| &mut **retry) else { return false };
         *left -= 1;
         let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
         self.connection.runtime().spawn(async move {
