@@ -89,7 +89,9 @@ impl Victim {
         for count in 0.. {
             assert!(count < most, "it sends without end");
             let Some(message) = self.state.poll(self.now, &mut tells) else { break };
-            self.sent = self.sent.max(Header::read(&message).map_or(0, |header| header.sequence));
+            let sequence = Header::read(&message).unwrap().sequence;
+            assert!(sequence <= self.sent + 1, "number {sequence} follows {}", self.sent);
+            self.sent = self.sent.max(sequence);
         }
         self.note(&tells);
     }

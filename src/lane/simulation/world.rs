@@ -28,6 +28,7 @@ const SECOND: Time = 1_000_000;
 /// As `state.rs` has them.
 const LATE: Time = 250 * MILLI;
 const ASK_AFTER: Time = 500 * MILLI;
+const ACK_DELAY: Time = 25 * MILLI;
 /// What no honest schedule needs: more is a storm of messages.
 const MAX_EVENTS: u32 = 100_000;
 const ERROR_TEXT: &[u8] = b"the worker failed";
@@ -166,6 +167,13 @@ struct Lane {
     gap_heard: Option<u64>,
     gap_told: Option<u64>,
     gaps_told: u32,
+    /// The last number that it has taken, in order; whether it saw a gap behind, and until when it must acknowledge.
+    taken: u64,
+    gap_seen: Option<u64>,
+    must_tell: bool,
+    must_answer_by: Option<Time>,
+    /// It has sent a RESET, or got one.
+    is_reset: bool,
     acked: u64,
     /// The numbers of messages that came, from the first missing on.
     came: BTreeSet<u64>,

@@ -32,6 +32,11 @@ impl World {
             gap_heard: None,
             gap_told: None,
             gaps_told: 0,
+            taken: 0,
+            gap_seen: None,
+            must_tell: false,
+            must_answer_by: None,
+            is_reset: false,
             acked: 0,
             came: BTreeSet::new(),
             came_all: 0,
@@ -83,12 +88,11 @@ impl World {
     pub(super) fn changed(&mut self, index: usize) {
         let lane = &mut self.lanes[index];
         let must_wake = lane.state.must_wake();
-        if matches!(lane.driver, Driver::Asleep(_)) {
+        if let Driver::Asleep(until) = lane.driver {
             if must_wake {
                 lane.driver = Driver::Ready(self.now);
-            } else if lane.must_repeat && !lane.is_held && lane.seen.is_some() && !lane.state.is_over() {
-                let text = format!("{} sleeps", lane.own);
-                self.fail("what is missing is sent at once", text);
+            } else {
+                self.check_sleep(index, until);
             }
         }
         self.note_over(index);
@@ -120,10 +124,6 @@ impl World {
         if is_over && !was_over {
             self.check_gone(index);
         }
-        let lane = &self.lanes[index];
-        if message.is_none() && seen.is_some() && lane.must_repeat && !lane.is_held && !is_over {
-            self.fail("what is missing is sent at once", format!("{own} does not"));
-        }
         let mut random = Random::new(mix(self.setup.luck ^ self.lanes[index].published));
         let late = random.below(self.setup.lag + 1);
         self.lanes[index].driver = match (&message, seen) {
@@ -137,6 +137,9 @@ impl World {
             })),
         };
         self.note_over(index);
+        if let Driver::Asleep(until) = self.lanes[index].driver {
+            self.check_sleep(index, until);
+        }
         if !tells.is_empty() || is_over {
             self.told(index, tells, &Bytes::new());
         }

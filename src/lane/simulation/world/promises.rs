@@ -11,6 +11,9 @@ impl World {
         let lane = &mut self.lanes[index];
         let (own, is_over) = (lane.own, lane.state.is_over());
         let has_frames = message.len() > frame::HEADER;
+        lane.is_reset |= header.has(frame::RESET);
+        lane.must_answer_by = None;
+        lane.must_tell &= !header.has(frame::GAP);
         if header.has(frame::GAP) && !header.has(frame::PING) {
             // Once; and once more if what was missing came while it was about to be told.
             lane.gaps_told = if lane.gap_told == Some(header.ack) { lane.gaps_told + 1 } else { 1 };
@@ -63,6 +66,32 @@ impl World {
         }
     }
 
+    /// Its driver sleeps: nothing is left to be done before.
+    pub(super) fn check_sleep(&mut self, index: usize, until: Option<Time>) {
+        let lane = &self.lanes[index];
+        let own = lane.own;
+        if lane.seen.is_none() {
+            return;
+        }
+        if lane.state.is_over() {
+            if !lane.is_reset {
+                self.fail("who ends a lane says so", format!("{own} does not"));
+            }
+            return;
+        }
+        let (must_repeat, must_tell) = (lane.must_repeat && !lane.is_held, lane.must_tell);
+        let is_late = lane.must_answer_by.is_some_and(|by| until.is_none_or(|until| until > by.max(self.now) + MILLI));
+        if must_repeat {
+            self.fail("what is missing is sent at once", format!("{own} sleeps"));
+        }
+        if must_tell {
+            self.fail("what is missing is told", format!("{own} sleeps"));
+        }
+        if is_late {
+            self.fail("what came is acknowledged soon", format!("{own} sleeps until {until:?}"));
+        }
+    }
+
     /// Before a message is received: who has heard what.
     pub(super) fn hear(&mut self, index: usize, message: &Bytes) {
         let Ok(header) = Header::read(message) else { return };
@@ -81,7 +110,17 @@ impl World {
             lane.may_repeat |= is_gap || header.has(frame::PONG);
             lane.must_repeat = is_missing && (is_gap || lane.must_repeat);
         }
-        if message.len() > frame::HEADER {
+        lane.is_reset |= header.has(frame::RESET);
+        let has_frames = message.len() > frame::HEADER;
+        if has_frames && header.sequence == lane.taken + 1 {
+            lane.taken += 1;
+            lane.must_answer_by.get_or_insert(self.now + ACK_DELAY);
+        } else if has_frames && header.sequence <= lane.taken {
+            lane.must_answer_by = Some(self.now);
+        } else if header.sequence > lane.taken && lane.gap_seen.replace(lane.taken) != Some(lane.taken) {
+            lane.must_tell = true;
+        }
+        if has_frames {
             lane.came.insert(header.sequence);
             while lane.came.remove(&(lane.came_all + 1)) {
                 lane.came_all += 1;

@@ -167,7 +167,7 @@ impl World {
             lane.seen = link;
             lane.state.link_down();
             lane.suspect_since = None;
-            lane.must_repeat = false;
+            (lane.must_repeat, lane.must_tell, lane.must_answer_by) = (false, false, None);
             if link.is_some() {
                 lane.state.link_up(now);
                 (lane.linked_at, lane.is_relinked, lane.is_held) = (self.now, true, true);
