@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from ctypes import byref, c_char, c_void_p
 from itertools import takewhile
 from operator import itemgetter
@@ -16,13 +17,11 @@ from .errors import check
 FIELDS = Struct("iiQPPPNPNPN16x")
 """A presence_event."""
 
+MESSAGE = Struct("i4xQ48xPN16x")
+"""What of it is read of each: kind, tag, and address and size of the data."""
+
 MEMORY: Any = (c_char * sys.maxsize).from_address(0)
 """All there is; a slice is a copy of it, as string_at's, but at a third of its price."""
-
-KIND, TAG, DATA, DATA_LEN = 0, 2, 9, 10
-"""Where these stand among the fields."""
-
-_kind = itemgetter(KIND)
 
 
 def new_queue() -> int:
@@ -76,28 +75,44 @@ def decode(address: int, size: int) -> str:
 
 
 class Events:
-    """Room for what one wait takes."""
+    """What one wait takes; valid until the next."""
 
     def __init__(self, most: int) -> None:
+        self.count = 0
+        """How many there are; or the negative status that the wait returned."""
         self._most = most
         self._array = (_ffi.Event * most)()
         self._bytes = memoryview(self._array).cast("B")
 
     def wait(self, queue: int, timeout_ms: int) -> int:
         """As presence_queue_wait."""
-        return int(lib.presence_queue_wait(queue, self._array, self._most, timeout_ms))
+        self._forget()
+        try:
+            self.count = lib.presence_queue_wait(queue, self._array, self._most, timeout_ms)
+        except BaseException:
+            # A signal's handler raises, as a rule when the wait returns: its result is lost, but not what it took.
+            self.count = sum(1 for _ in takewhile(itemgetter(0), MESSAGE.iter_unpack(self._bytes)))
+            raise
+        return self.count
 
     def poll(self, queue: int) -> int:
         """As wait, without waiting."""
-        return int(_ffi.queue_wait_now(queue, self._array, self._most, 0))
+        self._forget()
+        self.count = _ffi.queue_wait_now(queue, self._array, self._most, 0)
+        return self.count
 
-    def take(self) -> list[tuple[Any, ...]]:
-        """What the last wait took: the fields of each event, valid until the next.
+    def messages(self) -> list[tuple[Any, ...]]:
+        """MESSAGE's fields of each."""
+        return list(MESSAGE.iter_unpack(self._bytes[: self.count * FIELDS.size])) if self.count > 0 else []
 
-        It does not need the wait's result, which is lost when a signal's handler raises as the wait returns: that has
-        no 0 among the kinds, and here they are made 0 again.
-        """
-        taken = list(takewhile(_kind, FIELDS.iter_unpack(self._bytes)))
-        size = len(taken) * FIELDS.size
+    def __getitem__(self, index: int) -> Event:
+        return Event._make(FIELDS.unpack_from(self._bytes, index * FIELDS.size))
+
+    def __iter__(self) -> Iterator[Event]:
+        return map(self.__getitem__, range(self.count))
+
+    def _forget(self) -> None:
+        """So that no kind is other than 0 but of what the next wait takes."""
+        size = max(self.count, 0) * FIELDS.size
         self._bytes[:size] = bytes(size)
-        return taken
+        self.count = 0

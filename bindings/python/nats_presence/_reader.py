@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import Any, Generic, NoReturn, TypeVar
+from collections.abc import Iterator
+from typing import Generic, NoReturn, TypeVar
 
 from . import _ffi
 from ._events import Events, new_queue
@@ -12,7 +13,6 @@ from ._ffi import lib
 from .errors import Busy, check
 
 T = TypeVar("T")
-R = TypeVar("R", bound="QueueReader[Any]")
 
 # Python handles signals (KeyboardInterrupt) between two waits only.
 SLICE_MS = 100
@@ -34,25 +34,38 @@ class QueueReader(Generic[T]):
         # Only here: until now a thread could be waiting, or reading what the queue gave.
         lib.presence_queue_free(self._queue)
 
-    def __iter__(self: R) -> R:
-        return self
+    def __iter__(self) -> Iterator[T]:
+        # For a loop: to resume a generator costs half of a call of __next__.
+        while True:
+            try:
+                item: T | None = self._ready.popleft()
+            except IndexError:
+                item = None
+            if item is None:
+                try:
+                    item = self._wait()
+                except StopIteration:
+                    return
+            yield item
 
     def __next__(self) -> T:
         try:
             return self._ready.popleft()
         except IndexError:
             pass
+        return self._wait()
+
+    def _wait(self) -> T:
         if not self._waiting.acquire(blocking=False):
             self._refuse()
         try:
             while not self._ready:
                 self._before_wait()
                 try:
-                    count = self._events.wait(self._queue or 0, SLICE_MS)
+                    self._events.wait(self._queue or 0, SLICE_MS)
                 finally:
-                    # Even if a signal's handler raises: as a rule it does so when the wait returns, with what it took.
-                    self._on_events(self._events.take())
-                check(min(count, 0), type(self).__name__.lower())
+                    self._on_events(self._events)
+                check(min(self._events.count, 0), type(self).__name__.lower())
             return self._ready.popleft()
         finally:
             self._waiting.release()
@@ -67,6 +80,6 @@ class QueueReader(Generic[T]):
         """All that was ready is read. Raises what the iterator ends with, if it has ended."""
         raise NotImplementedError
 
-    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
+    def _on_events(self, events: Events) -> None:
         """Makes what they tell ready."""
         raise NotImplementedError

@@ -18,7 +18,7 @@ from typing import Callable
 from . import _ffi
 from ._arguments import Option, Payload, payload
 from ._blocks import Blocks
-from ._events import DATA, DATA_LEN, KIND, MEMORY, TAG, Event, Events, new_queue
+from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import SIZES, SMALL, lib, send_now, stream_consumed
 from ._shared import (
     BaseConnection,
@@ -302,17 +302,17 @@ class Connection(BaseConnection):
         if self._queue is None:
             return False
         count = self._events.poll(self._queue)
-        tag: int = 0
+        last: int = 0
         put: Put = _drop
-        for event in self._events.take():
-            if event[KIND] != _ffi.EVENT_DATA:
-                self._dispatch(Event._make(event))
+        for index, (kind, tag, data, size) in enumerate(self._events.messages()):
+            if kind != _ffi.EVENT_DATA:
+                self._dispatch(self._events[index])
                 continue
-            if event[TAG] != tag:
-                tag = event[TAG]
+            if tag != last:
+                last = tag
                 stream = self._stream(tag)
                 put = _drop if stream is None else stream._arrives()
-            put(MEMORY[event[DATA] : event[DATA] + event[DATA_LEN]])
+            put(MEMORY[data : data + size])
         return count > 0
 
     def _stream(self, tag: int) -> Stream | None:
@@ -423,7 +423,7 @@ class Watch:
                 raise failure
             # Taken only now: those that wait are bounded by the library.
             check(min(self._events.poll(self._queue), 0), "watch")
-            for event in map(Event._make, self._events.take()):
+            for event in self._events:
                 if event.kind == _ffi.EVENT_LOG:
                     self._failure = error(event.status, event.text)
                 elif (told := presence_event(event)) is not None:

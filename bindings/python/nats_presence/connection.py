@@ -15,7 +15,7 @@ from typing import Any, Callable
 from . import _ffi
 from ._arguments import Option, Payload, integer, payload
 from ._blocks import Blocks
-from ._events import DATA, DATA_LEN, KIND, MEMORY, Event, Events, new_queue
+from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import NO_WAIT, SIZES, SMALL, lib, send_wait_now, stream_consumed
 from ._reader import SLICE_MS, QueueReader
 from ._shared import (
@@ -106,14 +106,14 @@ class Stream(QueueReader[bytes]):
             stream_consumed(self._handle, self._used)
             self._used = None
 
-    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
-        messages = [MEMORY[e[DATA] : e[DATA] + e[DATA_LEN]] for e in events if e[KIND] == _ffi.EVENT_DATA]
+    def _on_events(self, events: Events) -> None:
+        fields = events.messages()
+        messages = [MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA]
         if messages:
             self._ready.extend(messages)
             self._used = (self._used or 0) + sum(map(len, messages))
-        for event in map(Event._make, reversed(events)):
-            if event.kind == _ffi.EVENT_DATA:
-                break  # No message follows an end.
+        for index in range(len(messages), len(fields)):  # No message follows an end.
+            event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
                 self._failure = error(event.status, event.text)
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
@@ -160,7 +160,7 @@ class _Pool:
         while True:
             with self._turn:
                 count = events.wait(self.queue, 0 if self._stopping else -1)
-                taken = self._take(Event._make(*events.take())) if count > 0 else None
+                taken = self._take(events[0]) if count > 0 else None
             if count < 0 or (count == 0 and self._stopping):
                 return
             if taken is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from . import _ffi
-from ._events import Event
+from ._events import Events
 from ._ffi import lib
 from ._reader import QueueReader
 from ._shared import PresenceEvent, presence_event
@@ -32,8 +30,8 @@ class Watch(QueueReader[PresenceEvent]):
         if self._closed:
             raise StopIteration
 
-    def _on_events(self, events: list[tuple[Any, ...]]) -> None:
-        for event in map(Event._make, events):
+    def _on_events(self, events: Events) -> None:
+        for event in events:
             if event.kind == _ffi.EVENT_LOG:
                 self._failure = error(event.status, event.text)
             elif (told := presence_event(event)) is not None:

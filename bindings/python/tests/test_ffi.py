@@ -126,20 +126,21 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
-    assert _events.FIELDS.size == ctypes.sizeof(_ffi.Event)
+    assert _events.FIELDS.size == _events.MESSAGE.size == ctypes.sizeof(_ffi.Event)
     events = _events.Events(3)
-    numbers = list(range(1, len(_events.Event._fields) + 1))
     fields = [name for name, *_ in _ffi.Event._fields_ if name != "reserved"]
+    numbers = list(range(1, len(fields) + 1))
     for field, number in zip(fields, numbers):
         setattr(events._array[0], field, number)
     events._array[1].kind = 7
-    first, second = events.take()
-    assert _events.Event._make(first) == tuple(numbers)
-    assert fields[_events.KIND] == "kind"
-    assert fields[_events.TAG] == "tag"
-    assert (fields[_events.DATA], fields[_events.DATA_LEN]) == ("data", "data_len")
-    assert second == (7, *[0] * (len(fields) - 1))
-    assert events.take() == []
+    events.count = 2
+    first, second = events
+    assert first == tuple(numbers)
+    assert second == events[1] == (7, *[0] * (len(fields) - 1))
+    read = [fields.index(name) + 1 for name in ("kind", "tag", "data", "data_len")]
+    assert events.messages() == [tuple(read), (7, 0, 0, 0)]
+    events._forget()
+    assert list(events) == events.messages() == []
     assert not any(events._bytes)
 
 
