@@ -5,25 +5,28 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
 )
 
 func init() {
-	// Streams as many messages of as many bytes as are asked for, and says what CPU a message took.
-	roles["source"] = func(conn *Conn, _ *bufio.Scanner) error {
+	// Streams as many messages of as many bytes as are asked for; says, when asked, what CPU it took.
+	roles["source"] = func(conn *Conn, said *bufio.Scanner) error {
+		before := cpu()
+		go func() {
+			for said.Scan() {
+				fmt.Println("used", (cpu() - before).Nanoseconds())
+			}
+		}()
 		return conn.Serve(context.Background(), "source", "workers", func(ctx context.Context, req *Request, s *Sender) error {
-			n, size := binary.LittleEndian.Uint64(req.Data), binary.LittleEndian.Uint64(req.Data[8:])
-			message := make([]byte, size)
-			before := cpu()
-			for range n {
+			message := make([]byte, binary.LittleEndian.Uint64(req.Data[8:]))
+			for range binary.LittleEndian.Uint64(req.Data) {
 				if err := s.Send(message); err != nil {
 					return err
 				}
 			}
-			fmt.Printf("sent in %d\n", (cpu()-before).Nanoseconds()/int64(n))
 			return nil
 		})
 	}
@@ -36,42 +39,51 @@ func cpu() time.Duration {
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
-// One stream from one process to another: what a message takes until it is read, and at each end.
+// Streams from one process to another: what a message takes until it is read, and at each end.
 func BenchmarkStream(b *testing.B) {
-	for _, size := range []uint64{16, 128, 1024} {
-		b.Run(fmt.Sprint(size, "B"), func(b *testing.B) {
+	for _, shape := range []struct{ streams, size int }{{1, 16}, {1, 128}, {1, 1024}, {1000, 16}} {
+		b.Run(fmt.Sprintf("streams=%d/size=%d", shape.streams, shape.size), func(b *testing.B) {
 			s := startServer(b)
 			source := startRole(b, s, "source")
+			source.says(b, "serving")
 			conn, err := Connect(s.url)
 			must(b, err)
 			defer conn.Close(context.Background())
-			request := binary.LittleEndian.AppendUint64(nil, uint64(b.N))
-			stream, err := conn.Request(b.Context(), "source", binary.LittleEndian.AppendUint64(request, size), "reader",
-				With("retries", "1000"), With("retry_delay_ms", "10"))
-			must(b, err)
-			var before runtime.MemStats
-			runtime.ReadMemStats(&before)
-			used, read := cpu(), 0
-			for message, err := range stream.Messages() {
-				if err != nil {
-					b.Fatal(err)
-				}
-				if read == 0 {
-					b.ResetTimer()
-				}
-				if read++; len(message) != int(size) {
-					b.Fatal(len(message))
-				}
+			each := max(b.N/shape.streams, 1)
+			request := binary.LittleEndian.AppendUint64(nil, uint64(each))
+			request = binary.LittleEndian.AppendUint64(request, uint64(shape.size))
+			b.ReportAllocs()
+			b.ResetTimer()
+			used := cpu()
+			var all sync.WaitGroup
+			for i := range shape.streams {
+				stream, err := conn.Request(b.Context(), "source", request, fmt.Sprint("reader ", i))
+				must(b, err)
+				all.Add(1)
+				go func() {
+					defer all.Done()
+					read := 0
+					for message, err := range stream.Messages() {
+						if err != nil || len(message) != shape.size {
+							b.Error(err, len(message))
+							return
+						}
+						read++
+					}
+					if read != each {
+						b.Error(read)
+					}
+				}()
 			}
+			all.Wait()
 			b.StopTimer()
-			if read != b.N {
-				b.Fatal(read)
-			}
-			b.ReportMetric(float64((cpu()-used).Nanoseconds())/float64(b.N), "ns-CPU/read")
-			var sent float64
-			fmt.Sscan(source.says(b, "sent in (.*)"), &sent)
-			b.ReportMetric(sent, "ns-CPU/send")
-			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "msgs/s")
+			total := float64(each * shape.streams)
+			b.ReportMetric(float64((cpu()-used).Nanoseconds())/total, "ns-CPU/read")
+			b.ReportMetric(total/b.Elapsed().Seconds(), "msgs/s")
+			fmt.Fprintln(source.in)
+			nanoseconds := 0.0
+			fmt.Sscan(source.says(b, "used (.*)"), &nanoseconds)
+			b.ReportMetric(nanoseconds/total, "ns-CPU/send")
 		})
 	}
 }

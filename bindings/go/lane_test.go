@@ -35,7 +35,7 @@ func TestSlowReaderOnLane(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const window, size, total = 100_000, 100, 20_000
-	filled, look, still := make(chan int), make(chan bool), make(chan error)
+	filled, look, still, went := make(chan int), make(chan bool), make(chan error), make(chan bool)
 	serve(t, worker, "slow", func(ctx context.Context, req *Request, s *Sender) error {
 		i := 0
 		if req.ClientID == "slow" {
@@ -50,6 +50,9 @@ func TestSlowReaderOnLane(t *testing.T) {
 			filled <- i
 			receive(t, look)
 			still <- s.TrySend(numbered(i, size))
+			must(t, s.Send(numbered(i, size)))
+			close(went)
+			i++
 		}
 		for ; i < total; i++ {
 			if err := s.Send(numbered(i, size)); err != nil {
@@ -80,7 +83,9 @@ func TestSlowReaderOnLane(t *testing.T) {
 	if err := receive(t, still); !errors.Is(err, ErrFull) {
 		t.Error("sent more than its reader has room for: ", err)
 	}
-	readNumbers(slow, 0, total)
+	readNumbers(slow, 0, sent*7/8) // and does not wait for more
+	receive(t, went)
+	readNumbers(slow, sent*7/8, total)
 	got, err := read(t, slow)
 	must(t, err)
 	if len(got) != 0 || gateway.Stats().Lanes != 1 || worker.Stats().Lanes != 1 {
@@ -93,7 +98,7 @@ func TestCreditComesBack(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	sizes := func(i int) int { return []int{0, 0, 0, 1, 16, 300, 5000}[i%7] }
-	const total = 7000
+	const total = 1400
 	serve(t, worker, "sizes", func(ctx context.Context, req *Request, s *Sender) error {
 		for i := range total {
 			size := 0
@@ -214,7 +219,7 @@ func TestCancelOneOnLane(t *testing.T) {
 	if err != nil || fmt.Sprint(got) != "[last]" {
 		t.Error(got, err)
 	}
-	online(t, "client", false)
+	eventually(t, "the client is offline", func() bool { return !IsClientOnline("client") })
 	if len(offline) > 0 || gateway.Stats().OfflineOut != 0 {
 		t.Errorf("announced: %q", (<-offline).data)
 	}

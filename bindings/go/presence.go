@@ -1,8 +1,9 @@
 // Package presence stops work for clients who have left: presence and streams over NATS.
 //
 // A worker serves stream requests ([Conn.Serve]); a gateway requests streams for its clients ([Conn.Request]) and says
-// when a client leaves ([MarkClientOffline], [Session.Close]). From that moment the worker's [Sender] refuses to send and
-// its handler's context is cancelled, in whatever process and language it runs.
+// when a client leaves ([MarkClientOffline], [Session.Close]), or cancels one of its streams ([Stream.Close], the request's
+// context). From that moment the worker's [Sender] refuses to send and its handler's context is cancelled, in whatever
+// process and language it runs.
 //
 // Clients are named by an id that the gateway chose: 1 to 1024 bytes of UTF-8 without control characters. The empty id
 // means "no client": it is always online, and marking it has no effect.
