@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 # Python handles signals (KeyboardInterrupt) between two waits only.
 SLICE_MS = 100
-BATCH = 128
+BATCH = 256
 
 
 class QueueReader(Generic[T]):
