@@ -524,3 +524,37 @@ func TestLanesOff(t *testing.T) {
 		}
 	}
 }
+
+// Both ends of a stream after both connections were closed.
+func TestUseAfterCloseOnLane(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	senders := make(chan *Sender, 1)
+	serve(t, worker, "after", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Detach()
+		senders <- s
+		return s.Send([]byte("first"))
+	})
+	stream := ask(t, gateway, "after", "late")
+	sender := receive(t, senders)
+	_, err := stream.Next(t.Context())
+	must(t, err)
+	must(t, closeNow(worker.Conn))
+	_, err = read(t, stream)
+	wantError(t, err, ErrRemote, "")
+	must(t, closeNow(gateway.Conn))
+	eventually(t, "all is freed", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
+	for range 2 {
+		wantError(t, sender.Send(nil), ErrClosed, "late")
+		wantError(t, sender.SendContext(t.Context(), []byte("x")), ErrClosed, "late")
+		wantError(t, sender.TrySend([]byte("x")), ErrClosed, "late")
+		wantError(t, sender.SendError(nil), ErrClosed, "late")
+		wantError(t, sender.Err(), ErrClosed, "late")
+		if !sender.IsClosed() || sender.SendCount() != 1 {
+			t.Error(sender.IsClosed(), sender.SendCount())
+		}
+		_, err = stream.Next(t.Context())
+		wantError(t, err, ErrRemote, "")
+		must(t, stream.Close())
+	}
+}
