@@ -254,7 +254,10 @@ impl Receiver for Lanes {
         };
         let Some(lane) = known else {
             self.ignore();
-            return self.disown(message.subject.clone(), peer, &message.payload);
+            if !self.is_forbidden() {
+                self.disown(message.subject.clone(), peer, &message.payload);
+            }
+            return;
         };
         // A gateway names the inbox that it offered, with the lane's number behind.
         let is_from_peer =
