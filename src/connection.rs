@@ -173,7 +173,7 @@ impl Connection {
         runtime.spawn(async move {
             let mut first = None;
             if !task.options.retry_on_initial_connect {
-                match task.dialer.dial().await {
+                match task.dial().await {
                     Ok(client) => {
                         task.install(&client).await;
                         first = Some(client);
@@ -186,7 +186,8 @@ impl Connection {
             }
             let _ = ready.send(Ok(()));
             let inbound = Arc::clone(&task.inbound);
-            let flusher = runtime.spawn(async move { inbound.flush().await });
+            let flusher = runtime
+                .spawn(async move { while runtime::contain("calling readers", inbound.flush()).await.is_err() {} });
             Arc::clone(&task).supervise(first).await;
             flusher.abort();
             task.inbound.flush_all();
@@ -454,16 +455,17 @@ impl Connection {
         loop {
             if let Some(client) = client.take() {
                 let mut drive = Drive::new(&self, &client);
-                let is_over = tokio::select! {
-                    () = drive.run() => false,
-                    () = self.end.notified() => true,
+                let driven = tokio::select! {
+                    driven = runtime::contain("sending", drive.run()) => Some(driven),
+                    () = self.end.notified() => None,
                 };
                 let notes = drive.into_notes();
                 self.disconnect(notes);
-                if is_over {
-                    return;
-                }
-                let why = runtime::last_panic().map(|panic| format!(": the NATS client failed: {panic}"));
+                let Some(driven) = driven else { return };
+                let why = match driven {
+                    Err(error) => Some(format!(": {error}")),
+                    Ok(()) => runtime::last_panic().map(|panic| format!(": the NATS client failed: {panic}")),
+                };
                 let text = format!("the connection to nats-server is lost{}", why.unwrap_or_default());
                 self.tell(Kind::Disconnected, Status::Disconnected, &text);
             }
@@ -472,13 +474,20 @@ impl Connection {
                 () = self.end.notified() => return,
             };
             match next {
-                Some(next) => {
-                    self.install(&next).await;
-                    client = Some(next);
-                }
+                Some(next) => match runtime::contain("subscribing", self.install(&next)).await {
+                    Ok(()) => client = Some(next),
+                    Err(error) => {
+                        self.disconnect(VecDeque::new());
+                        self.log(error.status, || error.to_string());
+                    }
+                },
                 None => return self.give_up(),
             }
         }
+    }
+
+    async fn dial(&self) -> Result<Client> {
+        runtime::contain("connecting", self.dialer.dial()).await.flatten()
     }
 
     /// Dials until a server takes us; None when that failed too often.
@@ -488,7 +497,7 @@ impl Connection {
         // The first attempt is made at once, but for a little jitter: a server's restart disconnects everybody together.
         sleep(jitter(delay)).await;
         loop {
-            match self.dialer.dial().await {
+            match self.dial().await {
                 Ok(client) => return Some(client),
                 Err(error) => self.log(error.status, || format!("cannot connect: {error}")),
             }

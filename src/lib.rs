@@ -33,6 +33,8 @@ mod id_map;
 mod inbound;
 mod lane;
 mod outbox;
+#[cfg(test)]
+mod panics;
 mod queue;
 mod random;
 mod registry;

@@ -2,10 +2,12 @@
 
 use crate::error::{Error, Result, Status};
 use crate::fork::{self, PerProcess};
+use futures_util::FutureExt;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
-use std::panic;
+use std::any::Any;
+use std::panic::{self, AssertUnwindSafe};
 use std::thread;
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
@@ -57,14 +59,25 @@ fn listen_to_panics() {
     let before = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
         if thread::current().name() == Some(THREAD) {
-            let payload = info.payload();
-            let what = payload.downcast_ref::<String>().map(String::as_str);
-            let what = what.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or_default();
-            *LAST_PANIC.lock() = Some(what.to_owned());
+            *LAST_PANIC.lock() = Some(text_of(info.payload()).to_owned());
         } else {
             before(info);
         }
     }));
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic")
+}
+
+/// Does a part of a task's work, of which a panic is an error: what depends on it is to be told, and the rest goes on.
+pub(crate) async fn contain<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
+    #[cfg(test)]
+    let work = crate::panics::forcible(what, work);
+    // Unwind safe as in `ffi::guard`.
+    let done = AssertUnwindSafe(work).catch_unwind().await;
+    done.map_err(|panic| Error::new(Status::Internal, format!("{what} has failed: {}", text_of(&*panic))))
 }
 
 /// What the last panic on the runtime's threads said, told once.

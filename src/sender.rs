@@ -248,6 +248,7 @@ impl Running for Sender {
         let text: &str = match why {
             Status::Offline => "the client is offline",
             Status::Disconnected => LOST,
+            Status::Internal => "the worker's end of the lane has failed",
             _ => "the worker closed its connection",
         };
         // Either wakes a thread that waits for room, too.
@@ -293,8 +294,8 @@ impl Party for Sender {
         self.stop(Status::PeerGone);
     }
 
-    fn connection_closed(&self) {
-        self.stop(Status::Closed);
+    fn ended_here(&self, why: Status) {
+        self.stop(why);
     }
 }
 

@@ -410,6 +410,7 @@ impl Receiver for Stream {
     fn ended(&self, why: Status) {
         let text = match why {
             Status::Closed => "the connection was closed",
+            Status::Internal => "this end of the lane has failed",
             _ => "the connection to nats-server was lost",
         };
         self.finish(Kind::Error, why, text);
@@ -460,8 +461,8 @@ impl Party for Stream {
         self.finish(Kind::Error, Status::PeerGone, "the worker is gone: it does not answer any longer");
     }
 
-    fn connection_closed(&self) {
-        Receiver::ended(self, Status::Closed);
+    fn ended_here(&self, why: Status) {
+        Receiver::ended(self, why);
     }
 }
 

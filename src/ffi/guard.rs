@@ -19,6 +19,7 @@ use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::{Arc, Once};
+use std::thread;
 use std::time::Duration;
 
 use super::connection::{presence_config, presence_conn};
@@ -48,13 +49,21 @@ pub(super) fn guard<E: Into<Status>>(body: impl FnOnce() -> Result<(), E>) -> i3
 
 /// Runs the body of a function that returns a value or a status.
 pub(super) fn guard_value<T, E: Into<Status>>(body: impl FnOnce() -> Result<T, E>) -> Result<T, i32> {
-    watch_forks();
-    // Unwind safe: the core's locks do not poison, and what they protect is whole between any two statements that may panic.
-    match catch_unwind(AssertUnwindSafe(body)) {
+    match caught(body) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(error.into().code()),
         Err(_) => Err(Status::Internal.code()),
     }
+}
+
+fn caught<T>(body: impl FnOnce() -> T) -> thread::Result<T> {
+    watch_forks();
+    // Unwind safe: the core's locks do not poison, and what they protect is whole between any two statements that may panic.
+    catch_unwind(AssertUnwindSafe(|| {
+        #[cfg(test)]
+        super::panics::if_forced();
+        body()
+    }))
 }
 
 /// Runs the body of a function that cannot tell an error: it returns `otherwise`.
@@ -67,8 +76,7 @@ pub(super) fn guard_or<T>(otherwise: T, body: impl FnOnce() -> Result<T>) -> T {
 /// # Safety
 /// `error` is NULL or writable.
 pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce() -> Result<()>) -> i32 {
-    watch_forks();
-    let failed = match catch_unwind(AssertUnwindSafe(body)) {
+    let failed = match caught(body) {
         Ok(Ok(())) => return Status::Ok.code(),
         Ok(Err(failed)) => failed,
         Err(_) => Status::Internal.into(),

@@ -7,6 +7,8 @@ mod codes;
 mod connection;
 mod gateway;
 mod guard;
+#[cfg(test)]
+mod panics;
 mod presence;
 mod queue;
 mod worker;

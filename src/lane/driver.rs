@@ -33,8 +33,8 @@ pub(crate) trait Party: Origin {
     fn room(&self) {}
     /// The other end is gone; `knew`: unless it never heard of it.
     fn peer_gone(&self, knew: bool);
-    /// The connection is closed on this side.
-    fn connection_closed(&self);
+    /// It ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
+    fn ended_here(&self, why: Status);
 }
 
 /// Accepted: who asked with this key, and the stream's window.
@@ -311,10 +311,10 @@ impl Lane {
         }
     }
 
-    /// Tells all that runs on it that this side closes the connection.
-    pub(crate) fn connection_closed(&self) {
+    /// Tells all that runs on it that this side ends it.
+    pub(crate) fn end_here(&self, why: Status) {
         let parties = self.state.lock().parties();
-        parties.iter().for_each(|party| party.connection_closed());
+        parties.iter().for_each(|party| party.ended_here(why));
     }
 
     /// Ends it now.

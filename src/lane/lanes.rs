@@ -9,7 +9,7 @@ use crate::inbound::{Inbound, Inbox, Receiver};
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Patience};
-use crate::{fork, random, wire};
+use crate::{fork, random, runtime, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -207,10 +207,15 @@ impl Lanes {
         let (clients, inbound, sent) = (self.clients.subscribe(), Arc::clone(&self.inbound), Arc::clone(&self.sent));
         let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
         self.runtime.spawn(async move {
-            task.drive(clients, &inbound, &sent).await;
+            let what = if serves { "a worker's lane" } else { "a gateway's lane" };
+            let driven = runtime::contain(what, task.drive(clients, &inbound, &sent)).await;
             if let Some(lanes) = lanes.upgrade() {
                 lanes.own.remove(&token);
                 lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
+            }
+            if driven.is_err() {
+                task.end_here(Status::Internal);
+                task.end(&inbound);
             }
         });
         lane
@@ -278,7 +283,7 @@ impl Receiver for Lanes {
         if why == Status::Closed {
             // Streams first: those that are served on this connection, too, are not to see their senders' ends.
             let (servers, askers): (Vec<_>, Vec<_>) = self.all().into_iter().partition(|lane| lane.serves());
-            askers.iter().chain(&servers).for_each(|lane| lane.connection_closed());
+            askers.iter().chain(&servers).for_each(|lane| lane.end_here(why));
         }
     }
 }

@@ -1,0 +1,156 @@
+//! A panic in each function of the header: a status, nothing broken, and the next call works.
+
+use super::*;
+use crate::error::Status;
+use std::cell::Cell;
+use std::collections::BTreeSet;
+use std::ffi::c_char;
+use std::panic;
+use std::ptr::{null, null_mut};
+
+thread_local! {
+    static FORCED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Panics if the test on this thread wants it, once.
+pub(super) fn if_forced() {
+    if FORCED.take() {
+        panic::resume_unwind(Box::new("forced"));
+    }
+}
+
+/// What a function gives when it cannot do its work.
+#[derive(Debug, PartialEq)]
+enum Gave {
+    Status(i64),
+    Nothing,
+}
+
+impl From<i32> for Gave {
+    fn from(status: i32) -> Gave {
+        Gave::Status(status.into())
+    }
+}
+
+impl From<i64> for Gave {
+    fn from(status: i64) -> Gave {
+        Gave::Status(status)
+    }
+}
+
+impl From<()> for Gave {
+    fn from((): ()) -> Gave {
+        Gave::Nothing
+    }
+}
+
+macro_rules! functions {
+    ($($name:ident($($argument:expr),*)),* $(,)?) => {
+        // SAFETY: NULL is allowed for each pointer, with length 0.
+        &[$((stringify!($name), || unsafe { $name($($argument),*) }.into())),*]
+    };
+}
+
+type Call = (&'static str, fn() -> Gave);
+
+#[allow(unused_unsafe)]
+const STATUSES: &[Call] = functions![
+    mark_client_online(null()),
+    mark_client_offline(null()),
+    presence_mark_online(null(), 0),
+    presence_mark_offline(null(), 0),
+    presence_session_open(null(), 0, null_mut()),
+    presence_session_close(null_mut()),
+    presence_config_set(null_mut(), null(), null()),
+    presence_config_error(null(), null_mut()),
+    presence_config_free(null_mut()),
+    presence_connect(null(), null(), null_mut(), null_mut()),
+    presence_listen_offline(null_mut()),
+    presence_conn_watch(null_mut(), null_mut(), 0),
+    presence_close(null_mut(), 0),
+    presence_conn_stats(null(), null_mut()),
+    presence_queue_new(null_mut()),
+    presence_queue_fd(null()),
+    presence_queue_wait(null_mut(), null_mut(), 0, 0),
+    presence_queue_wake(null_mut()),
+    presence_queue_free(null_mut()),
+    presence_watch(null_mut(), 0),
+    presence_serve(null_mut(), null_mut(), null(), null(), 0, 0, null_mut(), null_mut()),
+    presence_service_stop(null_mut()),
+    presence_service_free(null_mut()),
+    presence_sender_send(null_mut(), null(), 0),
+    presence_sender_send_many(null_mut(), null(), null(), 0),
+    presence_sender_send_wait(null_mut(), null(), 0, 0),
+    presence_sender_error(null_mut(), null(), 0),
+    presence_sender_end(null_mut()),
+    presence_sender_header(null(), null(), null_mut(), null_mut()),
+    presence_sender_free(null_mut()),
+    presence_request(null_mut(), null_mut(), null(), null(), 0, null(), 0, null(), 0, null_mut(), null_mut()),
+    presence_stream_consumed(null_mut(), 0),
+    presence_stream_cancel(null_mut()),
+    presence_stream_free(null_mut()),
+];
+
+/// What has neither: constants, read without any work.
+const CONSTANTS: [&str; 2] = ["presence_status_text", "presence_version"];
+
+fn force<T>(call: impl FnOnce() -> T) -> T {
+    FORCED.set(true);
+    let gave = call();
+    assert!(!FORCED.take(), "it never came to its guard");
+    gave
+}
+
+fn in_header() -> BTreeSet<&'static str> {
+    let header = include_str!("../../include/nats_presence.h");
+    let declarations = header.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+    let heads = declarations.filter_map(|line| line.split_once('(')).map(|(head, _)| head);
+    heads.filter_map(|head| head.rsplit([' ', '*']).next()).filter(|name| !name.is_empty()).collect()
+}
+
+#[test]
+fn each_function_gives_a_status_and_works_again() {
+    let internal = Gave::from(Status::Internal.code());
+    let mut seen: BTreeSet<&str> = CONSTANTS.into();
+    for (name, call) in STATUSES {
+        let forced = force(call);
+        let usual = call();
+        match forced {
+            Gave::Status(_) => assert_eq!(forced, internal, "{name}"),
+            Gave::Nothing => {}
+        }
+        assert_ne!(usual, internal, "{name} does not work afterwards");
+        seen.insert(name);
+    }
+    // Those that can tell no status give what they give for NULL.
+    // SAFETY: NULL is allowed for each pointer.
+    unsafe {
+        assert!(force(|| presence_config_new()).is_null());
+        assert!(!force(|| is_client_online(c"".as_ptr())) && is_client_online(c"".as_ptr()));
+        assert!(!force(|| presence_is_online(null(), 0)) && presence_is_online(null(), 0));
+        assert_eq!(force(|| presence_online_count()), 0);
+        assert!(force(|| presence_sender_is_closed(null())));
+        assert_eq!(force(|| presence_sender_send_count(null())), 0);
+        assert!(force(|| presence_sender_status_word(null())).is_null());
+    }
+    seen.extend([
+        "presence_config_new",
+        "is_client_online",
+        "presence_is_online",
+        "presence_online_count",
+        "presence_sender_is_closed",
+        "presence_sender_send_count",
+        "presence_sender_status_word",
+    ]);
+    assert_eq!(seen, in_header());
+}
+
+#[test]
+fn the_error_says_so() {
+    let mut error = presence_error { status: 0, message: [0x55; PRESENCE_ERROR_MESSAGE] };
+    // SAFETY: NULL is allowed; the error is writable.
+    unsafe { force(|| presence_connect(null(), null(), null_mut(), &raw mut error)) };
+    assert_eq!(error.status, Status::Internal.code());
+    let message: Vec<u8> = error.message.iter().map(|c: &c_char| c.cast_unsigned()).take_while(|c| *c != 0).collect();
+    assert_eq!(message, Status::Internal.to_string().as_bytes());
+}

