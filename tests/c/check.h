@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 /* How long what must happen may take, in ms. It takes a few. */
@@ -23,6 +24,7 @@ static const char *url;
 static const char *asked_for; /* the one test to run; NULL: all */
 static const char *running = "main";
 static const char *level = ""; /* told with it */
+static bool is_long;           /* the long form, which prints figures: `tests/c/run --long` */
 
 static inline void start_of_line(const char *file, int line) {
   fprintf(stderr, "%s:%d: %s%s: ", file, line, running, level);
@@ -78,7 +80,8 @@ static inline void end_of_line(void) {
 
 /* To be called first in main. A program that hangs ends by SIGALRM. */
 static inline void begin(int argc, char **argv) {
-  alarm(100);
+  is_long = getenv("LONG") != NULL;
+  alarm(is_long ? 280 : 100);
   url = argc > 1 ? argv[1] : "nats://127.0.0.1:4222";
   asked_for = argc > 2 ? argv[2] : NULL;
   running = asked_for ? asked_for : "main";
@@ -118,6 +121,22 @@ static inline bool is_asked_for(const char *test) { return asked_for && strcmp(a
   do {                                   \
     if (is_asked_for(#role)) role();     \
   } while (0)
+
+/* Tells a figure of the long form. */
+#define FIGURE(...)                    \
+  do {                                 \
+    printf("figure: " __VA_ARGS__);    \
+    printf("%s\n", level);             \
+    fflush(stdout);                    \
+  } while (0)
+
+static inline int64_t now_us(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static inline int64_t now_ms(void) { return now_us() / 1000; }
 
 /* Starts this program anew, for one of its tests or roles. */
 static inline pid_t start(const char *test) {

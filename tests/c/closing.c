@@ -1,14 +1,7 @@
 /* A connection closes in the middle of streams on a lane: what was sent before arrives, and the other end is told. */
 #include "content.h"
-#include <time.h>
 
 enum { STREAMS = 20, SIZE = 1000 };
-
-static int64_t now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
 
 typedef struct crowd {
   peer worker, gateway;

@@ -1,12 +1,5 @@
 /* The process at the other end of a lane is killed, stands still, or stands still for a moment only. */
 #include "content.h"
-#include <time.h>
-
-static int64_t now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-}
 
 static void end_process(pid_t process) {
   CHECK_EQ(kill(process, SIGKILL), 0);

@@ -1,7 +1,6 @@
 /* The connection to nats-server is lost under streams on a lane: what may be done meanwhile, and what becomes of it. */
 #include "content.h"
 #include "proxy.h"
-#include <time.h>
 
 static own_server server;
 
@@ -224,12 +223,6 @@ static void lost_on_the_way(void) {
     close_pair(both);
     close(before.listener);
   }
-}
-
-static int64_t now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 /* One end is cut off, though no connection breaks: after three beats either takes the other for gone. */

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <sys/epoll.h>
-#include <time.h>
 
 static presence_queue *queue;
 
@@ -28,12 +27,6 @@ static int64_t wait_for(size_t max, int64_t timeout_ms) {
   presence_event events[16];
   CHECK(max <= 16);
   return presence_queue_wait(queue, events, max, timeout_ms);
-}
-
-static int64_t now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 static void timeouts(void) {

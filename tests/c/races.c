@@ -2,7 +2,6 @@
  * killed and started again: every stream that was not freed ends once, what it gave has no gap, and nothing is left over. */
 #include "content.h"
 #include "server.h"
-#include <time.h>
 
 enum { REQUESTERS = 6, SENDERS = 4, BATCH = 32, MAX_STREAMS = 1 << 16 };
 
@@ -127,12 +126,6 @@ static void *read_all(void *unused) {
       }
     }
   }
-}
-
-static int64_t now_ms(void) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
 /* Requests some streams at a time, and ends most of them in one of the ways there are. */

@@ -1,0 +1,172 @@
+/* No send is accepted that begins after mark_client_offline returned, while threads send as fast as they can; nor one that
+ * begins after the sender's status word told the end, whoever told it. */
+#include "peer.h"
+#include <sched.h>
+
+enum { BATCH = 256, THREADS = 2, BEFORE = 50 };
+
+
+/* One sender, on which all threads send until they have seen its mark, and `sends_after` times more. (After BEFORE of them they let
+ * others run, so that there is room at the mark.) All atomic. */
+static struct {
+  presence_sender *sender;
+  int begun;  /* threads that send on it */
+  int marked; /* set after mark_client_offline returned, so that a send that begins later must be refused */
+} slots[BATCH];
+
+static uint64_t next_slot; /* of those before, each is all that its threads need. Atomic, as the next */
+static uint64_t passed[THREADS];
+static bool is_over;
+static uint64_t sent, accepted, refused_after, met;
+static int sends_after;
+
+/* Sends in one of the three ways; how many messages that were. */
+static int64_t send_somehow(uint64_t way, presence_sender *sender, int32_t *status) {
+  static const size_t lengths[] = {8, 8, 8, 8};
+  static const char data[32] = "0123456 0123456 0123456 0123456";
+  if (way % 4 == 1) {
+    int64_t count = presence_sender_send_many(sender, data, lengths, 4);
+    *status = count < 0 ? (int32_t)count : PRESENCE_OK;
+    return count < 0 ? 1 : count;
+  }
+  *status = way % 4 == 2 ? presence_sender_send_wait(sender, data, 8, 0) : presence_sender_send(sender, data, 8);
+  if (*status == PRESENCE_TIMEOUT) *status = PRESENCE_FULL; /* what send_wait says of no room */
+  return 1;
+}
+
+static void *send_on_all(void *number) {
+  uint64_t own = *(uint64_t *)number;
+  for (uint64_t slot = 0;; slot++) {
+    uint64_t own_sent = 0, own_accepted = 0, own_after = 0, own_met = 0;
+    while (__atomic_load_n(&next_slot, __ATOMIC_ACQUIRE) <= slot) {
+      if (__atomic_load_n(&is_over, __ATOMIC_SEQ_CST)) return NULL;
+      sched_yield();
+    }
+    presence_sender *sender = slots[slot % BATCH].sender;
+    const uint32_t *word = presence_sender_status_word(sender);
+    int *marked = &slots[slot % BATCH].marked;
+    __atomic_add_fetch(&slots[slot % BATCH].begun, 1, __ATOMIC_SEQ_CST);
+    bool was_refused = false, was_accepted = false;
+    int before = 0;
+    for (int after = 0; after < sends_after;) {
+      bool is_marked = __atomic_load_n(marked, __ATOMIC_SEQ_CST);
+      uint32_t told = __atomic_load_n(word, __ATOMIC_RELAXED);
+      int32_t status;
+      int64_t count = send_somehow(slot + own, sender, &status);
+      own_sent += (uint64_t)count;
+      if (status == PRESENCE_OK) {
+        CHECK(!is_marked && !told && !was_refused);
+        own_accepted += (uint64_t)count;
+        was_accepted = true;
+        if (++before > BEFORE) sched_yield();
+      } else if (status == PRESENCE_FULL) {
+        CHECK(!is_marked && !told && !was_refused);
+        own_sent--; /* that was no race */
+        was_accepted = false;
+        sched_yield();
+      } else {
+        CHECK_STATUS(status, PRESENCE_OFFLINE);
+        own_met += !was_refused && was_accepted; /* the last one before was accepted: the mark came in between */
+        was_refused = true;
+        own_after += is_marked;
+        after += is_marked;
+      }
+    }
+    __atomic_add_fetch(&sent, own_sent, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&accepted, own_accepted, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&refused_after, own_after, __ATOMIC_SEQ_CST);
+    __atomic_add_fetch(&met, own_met, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&passed[own], slot + 1, __ATOMIC_SEQ_CST);
+  }
+}
+
+/* Takes all that has come; the sender of a request goes to the slot that its tag names. */
+static int take(peer self) {
+  static presence_event events[1000];
+  int requests = 0;
+  int64_t count;
+  while ((count = presence_queue_wait(self.queue, events, 1000, 0)) > 0) {
+    for (int64_t i = 0; i < count; i++) {
+      uint64_t place;
+      if (events[i].kind != PRESENCE_EVENT_REQUEST) continue;
+      memcpy(&place, events[i].data, sizeof place);
+      CHECK(!slots[place].sender);
+      slots[place].sender = events[i].sender;
+      requests++;
+    }
+  }
+  OK((int32_t)count);
+  return requests;
+}
+
+/* Marks, each in the midst of sends, until there were so many of these. */
+static void race(uint64_t sends) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "mark");
+  presence_config *config = presence_config_new();
+  presence_stream *streams[BATCH];
+  pthread_t threads[THREADS];
+  uint64_t numbers[THREADS], seed = 1;
+  OK(presence_config_set(config, "stream_buffer_bytes", "1048576"));
+  next_slot = sent = accepted = refused_after = met = 0;
+  is_over = false;
+  for (uint64_t i = 0; i < THREADS; i++) {
+    numbers[i] = i;
+    passed[i] = 0;
+    threads[i] = start_thread(send_on_all, &numbers[i]);
+  }
+  while (sent < sends) { /* all threads have passed: none writes it now */
+    memset(slots, 0, sizeof slots);
+    for (uint64_t i = 0; i < BATCH; i++) {
+      char id[24];
+      snprintf(id, sizeof id, "%d", (int)i);
+      OK(presence_request(gateway.conn, gateway.queue, "mark", &i, sizeof i, id, strlen(id), config, i, &streams[i], NULL));
+    }
+    for (int requests = 0; requests < BATCH; requests += take(worker)) usleep(100);
+    for (int i = 0; i < BATCH; i++) {
+      char id[24];
+      snprintf(id, sizeof id, "%d", i);
+      __atomic_add_fetch(&next_slot, 1, __ATOMIC_SEQ_CST);
+      while (__atomic_load_n(&slots[i].begun, __ATOMIC_SEQ_CST) < THREADS) sched_yield();
+      seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
+      for (uint64_t delay = seed >> 54; delay > 0; delay--) __asm__ volatile("" ::: "memory"); /* at any moment of a send */
+      OK(mark_client_offline(id));
+      __atomic_store_n(&slots[i].marked, 1, __ATOMIC_SEQ_CST);
+    }
+    for (int i = 0; i < THREADS; i++) {
+      while (__atomic_load_n(&passed[i], __ATOMIC_SEQ_CST) < next_slot) sched_yield();
+    }
+    for (int i = 0; i < BATCH; i++) {
+      presence_sender_free(slots[i].sender);
+      presence_stream_free(streams[i]);
+    }
+    take(worker);
+    take(gateway);
+  }
+  __atomic_store_n(&is_over, true, __ATOMIC_SEQ_CST);
+  for (int i = 0; i < THREADS; i++) join_thread(threads[i]);
+  CHECK_EQ(refused_after, next_slot * THREADS * (uint64_t)sends_after);
+  CHECK(accepted > 0 && met > next_slot / 20); /* they do race */
+  presence_config_free(config);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+static void no_send_after_the_mark(void) {
+  int64_t since = now_us();
+  sends_after = is_long ? 4000 : 500;
+  race(is_long ? 1000000000 : 4000000);
+  if (!is_long) return;
+  FIGURE("%llu sends of two threads raced %llu marks (%.0f s): %llu accepted before; %llu begun after the mark had "
+         "returned, of which 0 accepted; in %llu of %llu cases the mark followed an accepted send",
+         (unsigned long long)sent, (unsigned long long)next_slot, (double)(now_us() - since) / 1e6,
+         (unsigned long long)accepted, (unsigned long long)refused_after, (unsigned long long)met,
+         (unsigned long long)next_slot * THREADS);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  RUN_ON_BOTH(no_send_after_the_mark);
+  return 0;
+}
