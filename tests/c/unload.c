@@ -67,8 +67,46 @@ static void *mark(void *may_end) {
   return NULL;
 }
 
+/* Processes that load it, use it, "unload" it and exit, as plugins do. The library is not loaded here yet. */
+static void many_loads(void) {
+  enum { AT_ONCE = 20 };
+  int count = is_long ? 10000 : 2000;
+  int64_t since = now_us();
+  for (int i = 0; i < count; i += AT_ONCE) {
+    pid_t children[AT_ONCE];
+    for (int k = 0; k < AT_ONCE; k++) {
+      children[k] = fork();
+      CHECK(children[k] >= 0);
+      if (children[k] > 0) continue;
+      alarm(60);
+      void *library = load();
+      CHECK_EQ(use.mark_online("c"), PRESENCE_OK);
+      CHECK_EQ(use.count(), 1);
+      CHECK_EQ(dlclose(library), 0);
+      exit(k);
+    }
+    for (int k = 0; k < AT_ONCE; k++) expect_exit(children[k], k);
+  }
+  if (is_long) FIGURE("10,000 processes that dlopen, call, dlclose and exit: %.1f s", (double)(now_us() - since) / 1e6);
+}
+
+/* One process that loads and "unloads" it again and again: it stays, and nothing grows. */
+static void loaded_again_and_again(void) {
+  int64_t since = now_us();
+  for (int i = 0; i < 10000; i++) {
+    void *library = load();
+    CHECK_EQ(use.is_online("kept"), i > 0);
+    if (i == 0) CHECK_EQ(use.mark_online("kept"), PRESENCE_OK);
+    CHECK_EQ(dlclose(library), 0);
+  }
+  if (is_long) FIGURE("10,000 times dlopen, a call and dlclose in one process: %.1f s", (double)(now_us() - since) / 1e6);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
+  many_loads();
+  /* Before there are threads, whose thread-locals would keep it loaded for the time being. */
+  loaded_again_and_again();
   presence_conn *conn;
   presence_queue *queue;
   presence_service *service;
@@ -77,11 +115,7 @@ int main(int argc, char **argv) {
   pthread_barrier_t may_end;
   pthread_t thread;
 
-  /* Before there are threads, whose thread-locals would keep it loaded for the time being. */
   void *library = load();
-  CHECK_EQ(use.mark_online("kept"), PRESENCE_OK);
-  CHECK_EQ(dlclose(library), 0);
-  library = load();
   CHECK(use.is_online("kept"));
 
   CHECK_EQ(use.connect(url, NULL, &conn, NULL), PRESENCE_OK);
