@@ -1,0 +1,114 @@
+/* How soon it is found that the process at the other end of a lane was killed, or stands still. */
+#include "peer.h"
+
+/* The process that is killed: a worker that sends all the time, or a gateway that reads all the time. */
+static void work(void) {
+  peer self = open_peer();
+  presence_service *service = serve(self, "found");
+  presence_sender *sender = accept_request(self);
+  while (send_text(sender, "here") == PRESENCE_OK) usleep(1000);
+  presence_sender_free(sender); /* it stood still, and learns that it was found so */
+  presence_service_free(service);
+  close_peer(self);
+}
+
+static void ask(void) {
+  peer self = open_peer();
+  presence_stream *stream = request(self, "found", "c", 1);
+  presence_event event;
+  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, -1), 1);
+  while (event.kind == PRESENCE_EVENT_DATA);
+  presence_stream_free(stream);
+  close_peer(self);
+}
+
+/* Begins a stream with a process, which `end` ends; how long after that we learn of it, in µs. */
+static int64_t find(const char *role, const char *key, const char *value, void (*end)(pid_t)) {
+  bool is_worker = strcmp(role, "work") == 0;
+  peer self = open_peer_with(key, value);
+  presence_service *service = is_worker ? NULL : serve(self, "found");
+  pid_t other = start(role);
+  presence_stream *stream = is_worker ? request_with(self, "found", "c", 1, "retries", "100000") : NULL;
+  presence_sender *sender = is_worker ? NULL : accept_request(self);
+  presence_event event;
+  if (is_worker) {
+    for (int i = 0; i < 3; i++) expect_data(self.queue, "here");
+  } else {
+    settle(self, beside(self), "found"); /* over another lane; by then the first message of this one is on its way */
+    OK(send_text(sender, "here"));
+  }
+  usleep((useconds_t)(now_us() % 30000)); /* no matter what it is about */
+  end(other);
+  int64_t since = now_us();
+  do {
+    if (sender) (void)send_text(sender, "there?");
+    if (presence_queue_wait(self.queue, &event, 1, sender ? 1 : PATIENCE) != 1) event.kind = PRESENCE_EVENT_DATA;
+    CHECK(now_us() - since < 60 * 1000000);
+  } while (event.kind == PRESENCE_EVENT_DATA || event.kind == PRESENCE_EVENT_WRITABLE);
+  int64_t after = now_us() - since;
+  CHECK_EQ(event.kind, is_worker ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_STOPPED);
+  CHECK_STATUS(event.status, PRESENCE_PEER_GONE);
+  CHECK_EQ(kill(other, SIGKILL), 0);
+  CHECK_EQ(waitpid(other, NULL, 0), other);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(self);
+  return after;
+}
+
+static void end_by_kill(pid_t process) { CHECK_EQ(kill(process, SIGKILL), 0); }
+
+static int by_size(const void *one, const void *other) {
+  int64_t difference = *(const int64_t *)one - *(const int64_t *)other;
+  return (difference > 0) - (difference < 0);
+}
+
+enum { MOST = 500 };
+static int64_t times[MOST];
+
+static void measure(const char *role, const char *key, const char *value, void (*end)(pid_t), int count) {
+  for (int i = 0; i < count; i++) times[i] = find(role, key, value, end);
+  qsort(times, (size_t)count, sizeof *times, by_size);
+}
+
+static void killed(const char *role, const char *told) {
+  int count = is_long ? MOST : 5;
+  measure(role, "peer_grace_ms", "0", end_by_kill, count);
+  CHECK(times[count - 1] < 4000000); /* before the first beat */
+  if (!is_long) return;
+  FIGURE("%s is killed, peer_grace_ms=0, %d times: found after p50 %.1f ms, p99 %.1f ms, at most %.1f ms", told, count,
+         (double)times[count / 2] / 1e3, (double)times[count * 99 / 100] / 1e3, (double)times[count - 1] / 1e3);
+}
+
+static void a_killed_gateway(void) { killed("ask", "a gateway"); }
+static void a_killed_worker(void) { killed("work", "a worker"); }
+
+/* Three beats after its last sign of life. */
+static void frozen(const char *role, const char *told) {
+  static const char *const beats[] = {"200", "5000"};
+  for (int i = 0; i < (is_long ? 2 : 1); i++) {
+    int count = is_long && i == 0 ? 20 : 1;
+    int64_t three = 3000 * atoll(beats[i]);
+    measure(role, "heartbeat_ms", beats[i], suspend, count);
+    CHECK(times[0] > three - three / 3 - 100000); /* a message may have been on its way when it was stopped */
+    CHECK(times[count - 1] < three + 10000000);
+    if (!is_long) continue;
+    FIGURE("%s stands still, heartbeat_ms=%s, %d times: found at most %.1f ms after three beats (p50 %.1f)", told, beats[i],
+           count, (double)(times[count - 1] - three) / 1e3, (double)(times[count / 2] - three) / 1e3);
+  }
+}
+
+static void a_frozen_gateway(void) { frozen("ask", "a gateway"); }
+static void a_frozen_worker(void) { frozen("work", "a worker"); }
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  ROLE(work);
+  ROLE(ask);
+  RUN(a_killed_gateway);
+  RUN(a_killed_worker);
+  RUN(a_frozen_gateway);
+  RUN(a_frozen_worker);
+  return 0;
+}
