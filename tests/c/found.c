@@ -34,7 +34,9 @@ static int64_t find(const char *role, const char *key, const char *value, void (
   if (is_worker) {
     for (int i = 0; i < 3; i++) expect_data(self.queue, "here");
   } else {
-    settle(self, beside(self), "found"); /* over another lane; by then the first message of this one is on its way */
+    peer aside = beside(self);
+    settle(self, aside, "found"); /* over another lane; by then the first message of this one is on its way */
+    presence_queue_free(aside.queue);
     OK(send_text(sender, "here"));
   }
   usleep((useconds_t)(now_us() % 30000)); /* no matter what it is about */

@@ -1,0 +1,166 @@
+/* A host with a busy timer, whose signals interrupt every call; one that is told to end (SIGTERM, exit) while a connection
+ * is being closed. Each in a process of its own. */
+#include "peer.h"
+#include <sys/time.h>
+
+static pid_t server; /* the process of nats-server */
+static pair both;
+
+/* A busy timer -------------------------------------------------------------------------------------------------------- */
+
+static int ticks; /* atomic */
+
+static void tick(int number) {
+  (void)number;
+  __atomic_add_fetch(&ticks, 1, __ATOMIC_SEQ_CST);
+  errno = EINTR; /* as handlers do that forget to restore it */
+}
+
+enum { COUNT = 20000 };
+
+static void *read_all(void *unused) {
+  for (int i = 0; i < COUNT; i++) {
+    presence_event event = expect(both.gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK(event.data_len == sizeof i && memcmp(event.data, &i, sizeof i) == 0);
+  }
+  expect(both.gateway.queue, PRESENCE_EVENT_END);
+  return unused;
+}
+
+/* Ten thousand signals a second, without SA_RESTART, on whichever thread: nothing fails, and no wait ends too early. */
+static void role_a_busy_timer(void) {
+  struct sigaction own;
+  struct itimerval often = {{0, 100}, {0, 100}}, never = {{0, 0}, {0, 0}};
+  memset(&own, 0, sizeof own);
+  own.sa_handler = tick;
+  CHECK_EQ(sigaction(SIGALRM, &own, NULL), 0);
+  CHECK_EQ(setitimer(ITIMER_REAL, &often, NULL), 0);
+  both = open_pair("c");
+  pthread_t reader = start_thread(read_all, NULL);
+  for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, -1));
+  OK(presence_sender_end(both.sender));
+  join_thread(reader);
+
+  int before = __atomic_load_n(&ticks, __ATOMIC_SEQ_CST);
+  int64_t since = now_ms();
+  presence_event event;
+  CHECK_EQ(presence_queue_wait(both.gateway.queue, &event, 1, 300), 0);
+  CHECK(now_ms() - since >= 299);
+  CHECK(__atomic_load_n(&ticks, __ATOMIC_SEQ_CST) > before + 100);
+  OK(mark_client_offline("c"));
+  OK(presence_listen_offline(both.gateway.conn));
+  close_pair(both);
+  CHECK_EQ(setitimer(ITIMER_REAL, &never, NULL), 0);
+}
+
+static void a_busy_timer(void) { expect_exit(start("role_a_busy_timer"), 0); }
+
+/* The end during a close ---------------------------------------------------------------------------------------------- */
+
+enum { SENT = 1000 };
+
+/* Serves one stream, whose messages nats-server does not take yet when the connection is closed. `meanwhile` runs in
+ * another thread once the close has begun. */
+static void serve_and_close(void *(*meanwhile)(void *)) {
+  peer self = open_peer();
+  presence_service *service = serve(self, "drain");
+  presence_sender *sender = accept_request(self);
+  OK(send_text(sender, "begins"));
+  settle(self, beside(self), "drain");
+  suspend(server);
+  for (int i = 0; i < SENT; i++) OK(presence_sender_send(sender, &i, sizeof i));
+  OK(presence_sender_end(sender));
+  start_thread(meanwhile, self.conn);
+  OK(presence_close(self.conn, -1));
+  presence_sender_free(sender);
+  presence_service_free(service);
+  exit(7);
+}
+
+/* Returns when presence_close has begun: from then on the handle is one that has ended. */
+static void wait_for_close(void *conn) {
+  presence_stats stats;
+  while (presence_conn_stats((presence_conn *)conn, &stats) == PRESENCE_OK) usleep(100);
+}
+
+static void *terminate(void *conn) {
+  wait_for_close(conn);
+  for (int i = 0; i < 20; i++) {
+    CHECK_EQ(kill(getpid(), SIGTERM), 0);
+    usleep(1000);
+  }
+  resume(server);
+  return NULL;
+}
+
+static void role_handles_sigterm(void) {
+  struct sigaction own;
+  memset(&own, 0, sizeof own);
+  own.sa_handler = tick;
+  CHECK_EQ(sigaction(SIGTERM, &own, NULL), 0);
+  serve_and_close(terminate);
+}
+
+static void role_dies_of_sigterm(void) { serve_and_close(terminate); }
+
+static void *call_exit(void *conn) {
+  wait_for_close(conn);
+  exit(8);
+}
+
+static void role_calls_exit(void) { serve_and_close(call_exit); }
+
+static pid_t start_and_request(const char *role, peer gateway, presence_stream **stream) {
+  pid_t other = start(role);
+  *stream = request_with(gateway, "drain", "c", 1, "retries", "100000");
+  expect_data(gateway.queue, "begins");
+  return other;
+}
+
+/* The host goes on with its close: what was to be drained arrives, and its exit status is its own. */
+static void sigterm_that_is_handled(void) {
+  peer gateway = open_peer();
+  presence_stream *stream;
+  pid_t other = start_and_request("role_handles_sigterm", gateway, &stream);
+  for (int i = 0; i < SENT; i++) {
+    presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
+    CHECK(event.data_len == sizeof i && memcmp(event.data, &i, sizeof i) == 0);
+  }
+  expect(gateway.queue, PRESENCE_EVENT_END);
+  expect_exit(other, 7);
+  presence_stream_free(stream);
+  close_peer(gateway);
+}
+
+/* The host ends there and then. */
+static void an_end_in_the_middle(const char *role, int signal_number, int code) {
+  peer gateway = open_peer();
+  presence_stream *stream;
+  pid_t other = start_and_request(role, gateway, &stream);
+  int status;
+  CHECK_EQ(waitpid(other, &status, 0), other); /* while nats-server stands still */
+  resume(server);
+  CHECK_EQ(WIFSIGNALED(status) ? WTERMSIG(status) : 0, signal_number);
+  if (!signal_number) CHECK_EQ(WEXITSTATUS(status), code);
+  presence_stream_free(stream);
+  close_peer(gateway);
+}
+
+static void sigterm_that_is_not(void) { an_end_in_the_middle("role_dies_of_sigterm", SIGTERM, 0); }
+static void exit_in_the_middle(void) { an_end_in_the_middle("role_calls_exit", 0, 8); }
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  const char *pid = getenv("NATS_SERVER_PID");
+  CHECK(pid && atoi(pid) > 1);
+  server = atoi(pid);
+  ROLE(role_a_busy_timer);
+  ROLE(role_handles_sigterm);
+  ROLE(role_dies_of_sigterm);
+  ROLE(role_calls_exit);
+  RUN_ON_BOTH(a_busy_timer);
+  RUN_ON_BOTH(sigterm_that_is_handled);
+  RUN_ON_BOTH(sigterm_that_is_not);
+  RUN_ON_BOTH(exit_in_the_middle);
+  return 0;
+}
