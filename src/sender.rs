@@ -13,7 +13,7 @@ use crate::wire::{self, Headers};
 use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -54,6 +54,8 @@ impl Sender {
     /// Has it send on a lane from now on, before anybody uses it.
     pub(crate) fn use_lane(&self, lane: Arc<Lane>, credit: Arc<Credit>) {
         let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
+        // Whoever stops it sets the word, and then looks for the lane.
+        fence(Ordering::SeqCst);
         if self.is_closed() {
             // Stopped before it had a lane: its end is still to be told there.
             lane.stop(credit, b"the stream was stopped as it began");
@@ -251,6 +253,8 @@ impl Running for Sender {
             Status::Internal => "the worker's end of the lane has failed",
             _ => "the worker closed its connection",
         };
+        // After the word was set: see `use_lane`.
+        fence(Ordering::SeqCst);
         // Either wakes a thread that waits for room, too.
         match self.lane.get() {
             Some((lane, credit)) => lane.stop(credit, text.as_bytes()),

@@ -144,7 +144,7 @@ pub unsafe extern "C" fn presence_config_free(config: *mut presence_config) {
 /// `url` is one URL or several with commas between, as in "nats://a:4222,tls://b:4222"; user and password, or a token,
 /// may stand in it. Servers are tried in random order. The connection is made anew whenever it is lost.
 /// Errors: PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (cannot be reached, or refuses us), PRESENCE_TIMEOUT,
-/// PRESENCE_FORKED.
+/// PRESENCE_FULL (the system gives no thread or file descriptor), PRESENCE_FORKED.
 ///
 /// # Safety
 /// `url` is NULL (PRESENCE_INVALID) or NUL-terminated; `config` is NULL (defaults) or was made by presence_config_new;

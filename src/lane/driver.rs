@@ -196,8 +196,11 @@ impl Lane {
         error: Option<&[u8]>,
     ) -> Result<(), Status> {
         self.change(|state| -> Result<(), Status> {
-            stopped(word)?;
-            word.store(why.code().cast_unsigned(), Ordering::Release);
+            // An offline mark may set it at the same time: it holds no lock of ours.
+            let code = why.code().cast_unsigned();
+            if word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_err() {
+                return stopped(word);
+            }
             state.finish(credit, error);
             Ok(())
         })?;

@@ -1,0 +1,261 @@
+//! Stop, send, end, wait and receive, on a lane: both ends, and what is between them.
+
+use super::*;
+use crate::outbox::interleavings::search;
+use crate::queue::{Kind, Single};
+use shuttle::sync::atomic::AtomicBool;
+use shuttle::thread;
+
+/// A sender or a stream, as a lane sees it.
+struct Probe {
+    queue: Arc<Queue>,
+    word: AtomicU32,
+    ended: AtomicU32,
+    cancelled: AtomicU32,
+    room: AtomicU32,
+}
+
+impl Probe {
+    fn new() -> Arc<Probe> {
+        let zero = || AtomicU32::new(0);
+        Arc::new(Probe { queue: Queue::new(), word: zero(), ended: zero(), cancelled: zero(), room: zero() })
+    }
+
+    fn end(&self) {
+        assert_eq!(self.ended.fetch_add(1, Ordering::SeqCst), 0, "ended twice");
+        self.queue.push(Single::new(Kind::End, Status::Ok, 0, "E"));
+    }
+
+    /// What its reader gets, up to the end.
+    fn read(&self) -> String {
+        let mut all = String::new();
+        while !all.ends_with('E') {
+            self.queue.wait(8, None, |event| all += str::from_utf8(event.data).unwrap()).unwrap();
+        }
+        all
+    }
+}
+
+impl Origin for Probe {
+    fn number(&self) -> u64 {
+        1
+    }
+    fn tag(&self) -> u64 {
+        0
+    }
+    fn is_wanted(&self) -> bool {
+        true
+    }
+    fn is_running(&self) -> bool {
+        true
+    }
+}
+
+impl Party for Probe {
+    fn queue(&self) -> &Arc<Queue> {
+        &self.queue
+    }
+    fn ended(&self) {
+        self.end();
+    }
+    fn failed(&self, _text: Bytes) {
+        self.end();
+    }
+    fn cancelled(&self, _why: Status) {
+        self.cancelled.fetch_add(1, Ordering::SeqCst);
+    }
+    fn room(&self) {
+        self.room.fetch_add(1, Ordering::SeqCst);
+    }
+    fn peer_gone(&self, _knew: bool) {
+        panic!("nobody is gone");
+    }
+    fn ended_here(&self, _why: Status) {
+        panic!("nobody ends it here");
+    }
+}
+
+struct World {
+    worker: Arc<Lane>,
+    gateway: Arc<Lane>,
+    credit: Arc<Credit>,
+    sender: Arc<Probe>,
+    stream: Arc<Probe>,
+    over: Arc<AtomicBool>,
+}
+
+/// The task of one end: takes what its state has to send, and gives it to the other end. What is due soon is done when
+/// nothing else is.
+async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<AtomicBool>, window: u32) {
+    let inbound = Inbound::default();
+    let mut now = Instant::now();
+    loop {
+        now = now.max(Instant::now());
+        let mut tells = Vec::new();
+        let message = {
+            let mut state = from.state.lock();
+            state.poll(now, &mut tells).or_else(|| {
+                let soon = state.deadline().filter(|at| *at < now + Duration::from_millis(100))?;
+                now = now.max(soon);
+                state.poll(now, &mut tells)
+            })
+        };
+        from.tell(tells, &Bytes::new(), &inbound);
+        match message {
+            Some(message) => {
+                let accept = |_, _| Some((Arc::clone(&stream) as Arc<dyn Party>, window));
+                to.receive(&message, &inbound, accept).unwrap();
+                inbound.flush_all();
+            }
+            None if over.load(Ordering::SeqCst) => return,
+            None => from.changed.notified().await,
+        }
+    }
+}
+
+impl World {
+    fn new(window: u32) -> World {
+        let patience = Patience {
+            heartbeat: Duration::from_secs(3600),
+            grace: Duration::from_secs(3600),
+            reconnect: Duration::from_secs(3600),
+        };
+        let lane =
+            |own: &str, peer: &str, serves| Lane::new(own.into(), peer.into(), serves, 1 << 20, patience, 1 << 20);
+        let (worker, gateway) = (lane("w", "g", true), lane("g", "w", false));
+        worker.state.lock().begin();
+        gateway.state.lock().begin();
+        let (sender, stream) = (Probe::new(), Probe::new());
+        let credit = worker.open(7, window, Arc::clone(&sender) as _).unwrap();
+        let over = Arc::new(AtomicBool::new(false));
+        for (from, to) in [(&worker, &gateway), (&gateway, &worker)] {
+            let (from, to) = (Arc::clone(from), Arc::clone(to));
+            shuttle::future::spawn(carry(from, to, Arc::clone(&stream), Arc::clone(&over), window));
+        }
+        World { worker, gateway, credit, sender, stream, over }
+    }
+
+    fn spawn<T: Send + 'static>(&self, work: impl FnOnce(World) -> T + Send + 'static) -> thread::JoinHandle<T> {
+        let own = World {
+            worker: Arc::clone(&self.worker),
+            gateway: Arc::clone(&self.gateway),
+            credit: Arc::clone(&self.credit),
+            sender: Arc::clone(&self.sender),
+            stream: Arc::clone(&self.stream),
+            over: Arc::clone(&self.over),
+        };
+        thread::spawn(move || work(own))
+    }
+
+    fn send(&self, letters: &[&str]) -> String {
+        let send = |letter: &&&str| self.worker.send(&self.sender.word, &self.credit, letter.as_bytes()).is_ok();
+        letters.iter().filter(send).copied().collect()
+    }
+
+    fn forbid(&self) -> bool {
+        self.sender.word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    fn close(self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.worker.changed.notify_one();
+        self.gateway.changed.notify_one();
+    }
+}
+
+/// What was accepted comes, in order, then one end, and nothing behind it, whoever ends it when.
+#[test]
+fn nothing_follows_the_end() {
+    search(|| {
+        let world = World::new(1 << 16);
+        let sender = world.spawn(|world| world.send(&["a", "b"]));
+        let ender =
+            world.spawn(|world| world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).is_ok());
+        let stopped = world.forbid();
+        let late = world.send(&["c"]);
+        if stopped {
+            world.worker.stop(&world.credit, b"stopped");
+        }
+        assert_eq!(late, "", "sent after the stop was seen");
+        let read = world.stream.read();
+        let (sent, ended) = (sender.join().unwrap(), ender.join().unwrap());
+        assert!(stopped != ended);
+        assert_eq!(read, sent + "E");
+        world.close();
+    });
+}
+
+/// Who waits for room leaves: the reader makes room, or the stream is stopped. (Else: a deadlock.)
+#[test]
+fn who_waits_leaves() {
+    for case in 0..2 {
+        search(move || {
+            let world = World::new(1);
+            assert_eq!(world.send(&["a"]), "a");
+            let waiters: Vec<_> = (0..2)
+                .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.credit, b"b", None)))
+                .collect();
+            if case == 0 {
+                // The reader takes one after the other.
+                let mut all = String::new();
+                while all.len() < 3 {
+                    world.stream.queue.wait(1, None, |event| all += str::from_utf8(event.data).unwrap()).unwrap();
+                    world.gateway.grant(1, 65);
+                }
+                assert_eq!(all, "abb");
+            } else {
+                assert!(world.forbid());
+                world.worker.stop(&world.credit, b"stopped");
+            }
+            for waiter in waiters {
+                let sent = waiter.join().unwrap();
+                assert!(case == 1 || sent == Ok(()), "{sent:?}");
+            }
+            world.close();
+        });
+    }
+}
+
+/// Who was refused hears of room when there is some.
+#[test]
+fn who_was_refused_is_told() {
+    search(|| {
+        let world = World::new(1);
+        assert_eq!(world.send(&["a"]), "a");
+        let reader = world.spawn(|world| {
+            world.stream.queue.wait(1, None, |_| ()).unwrap();
+            world.gateway.grant(1, 65);
+        });
+        let mut heard = 0;
+        while world.send(&["b"]).is_empty() {
+            let mut spins = 0;
+            while world.sender.room.load(Ordering::SeqCst) == heard {
+                spins += 1;
+                assert!(spins < 5000, "room is never told");
+                thread::yield_now();
+            }
+            heard = world.sender.room.load(Ordering::SeqCst);
+        }
+        reader.join().unwrap();
+        world.close();
+    });
+}
+
+/// A cancel against an end: the stream has its end, or the sender hears of the cancel, or both.
+#[test]
+fn a_cancel_against_an_end() {
+    search(|| {
+        let world = World::new(1 << 16);
+        let ender = world.spawn(|world| {
+            world.send(&["a"]);
+            world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).unwrap();
+        });
+        // Its number is 1: the first of the lane.
+        world.gateway.cancel(1, Status::Cancelled);
+        ender.join().unwrap();
+        world.worker.changed.notify_one();
+        assert!(world.sender.cancelled.load(Ordering::SeqCst) <= 1);
+        assert!(world.stream.ended.load(Ordering::SeqCst) <= 1);
+        world.close();
+    });
+}

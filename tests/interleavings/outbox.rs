@@ -1,0 +1,192 @@
+//! Stop, send, end, wait and hand over, on level 0.
+
+use super::*;
+use shuttle::thread;
+use std::sync::Mutex as RealMutex;
+
+fn schedules() -> usize {
+    std::env::var("INTERLEAVINGS").ok().map_or(2000, |n| n.parse().unwrap())
+}
+
+/// Random schedules, and such as change threads seldom, at the worst moments.
+pub(crate) fn search(test: impl Fn() + Send + Sync + Clone + 'static) {
+    shuttle::check_random(test.clone(), schedules());
+    shuttle::check_pct(test, schedules(), 3);
+}
+
+/// What came out: bodies of messages, and E for the note.
+fn written(outbox: &Outbox) -> String {
+    use futures_util::FutureExt;
+    let mut all = String::new();
+    while let Some(mut batch) = outbox.take().now_or_never() {
+        let weight = batch.items.iter().map(Item::weight).sum();
+        for item in batch.items {
+            match item {
+                Item::Message(_, length) => all += str::from_utf8(&batch.bytes.split_to(length)).unwrap(),
+                _ => all += "E",
+            }
+        }
+        outbox.handed_over(weight);
+    }
+    all
+}
+
+fn send_some(outbox: &Outbox, word: &AtomicU32, letters: &[&str]) -> String {
+    let to = Subject::from("to");
+    let mut sent = String::new();
+    for letter in letters {
+        if outbox.send(word, &to, letter.as_bytes(), || None).is_ok() {
+            sent += letter;
+        }
+    }
+    sent
+}
+
+/// Nothing follows the end, whoever ends it; what was accepted is before it; it ends once.
+fn ends_race_with_sends() {
+    let outbox = Arc::new(Outbox::new(1 << 20));
+    let word = Arc::new(AtomicU32::new(0));
+    let sender = thread::spawn({
+        let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
+        move || send_some(&outbox, &word, &["a", "b"])
+    });
+    let ender = thread::spawn({
+        let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
+        move || outbox.finish(&word, Status::Closed, || Note::End("to".into())).is_ok()
+    });
+    // As the registry does it: the word first, without the lock, and then the note.
+    let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
+    let late = send_some(&outbox, &word, &["c"]);
+    if stopped {
+        outbox.push(Note::Error("to".into(), Bytes::new()).into());
+    }
+    assert_eq!(late, "", "sent after the stop was seen");
+    let (sent, ended) = (sender.join().unwrap(), ender.join().unwrap());
+    assert!(stopped != ended);
+    assert_eq!(written(&outbox), sent + "E");
+}
+
+#[test]
+fn nothing_follows_the_end() {
+    search(ends_race_with_sends);
+}
+
+#[test]
+fn nothing_follows_the_end_in_any_order() {
+    // All schedules of one send against one end and one stop.
+    let every = || {
+        let outbox = Arc::new(Outbox::new(1 << 20));
+        let word = Arc::new(AtomicU32::new(0));
+        let sender = thread::spawn({
+            let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
+            move || send_some(&outbox, &word, &["a"])
+        });
+        let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let ended = outbox.finish(&word, Status::Closed, || Note::End("to".into())).is_ok();
+        assert!(stopped && !ended);
+        outbox.push(Note::Error("to".into(), Bytes::new()).into());
+        let sent = sender.join().unwrap();
+        assert_eq!(written(&outbox), sent + "E");
+    };
+    shuttle::check_dfs(every, None);
+}
+
+/// Who waits for room leaves, with room, with the stop, or with the loss of the connection. (Else: a deadlock.)
+#[test]
+fn who_waits_leaves() {
+    for case in 0..3 {
+        search(move || {
+            let outbox = Arc::new(Outbox::new(1));
+            let word = Arc::new(AtomicU32::new(0));
+            assert_eq!(send_some(&outbox, &word, &["a"]), "a");
+            let waiters: Vec<_> = (0..2)
+                .map(|_| {
+                    let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
+                    thread::spawn(move || outbox.send_wait(&word, &"to".into(), b"b", None))
+                })
+                .collect();
+            match case {
+                0 => {
+                    // One finds room, the other when the first one's is handed over.
+                    let mut all = String::new();
+                    while all.len() < 3 {
+                        all += &written(&outbox);
+                        thread::yield_now();
+                    }
+                    assert_eq!(all, "abb");
+                }
+                1 => {
+                    word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).unwrap();
+                    outbox.push(Note::End("to".into()).into());
+                }
+                _ => {
+                    outbox.lost([]);
+                    word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).unwrap();
+                    outbox.push(Note::End("to".into()).into());
+                }
+            }
+            for waiter in waiters {
+                let sent = waiter.join().unwrap();
+                assert!(case > 0 || sent == Ok(()), "{sent:?}");
+            }
+            assert_eq!(outbox.wanted.load(Ordering::SeqCst), 0);
+        });
+    }
+}
+
+struct Told(RealMutex<u32>);
+
+impl Writer for Told {
+    fn room(&self) {
+        *self.0.lock().unwrap() += 1;
+    }
+}
+
+/// Who was refused hears of room once, unless it was the last to hand over something itself.
+#[test]
+fn who_was_refused_is_told() {
+    search(|| {
+        let outbox = Arc::new(Outbox::new(1));
+        let word = AtomicU32::new(0);
+        assert_eq!(send_some(&outbox, &word, &["a"]), "a");
+        let hand_over = thread::spawn({
+            let outbox = Arc::clone(&outbox);
+            move || written(&outbox)
+        });
+        let told = Arc::new(Told(RealMutex::new(0)));
+        let sent = outbox.send(&word, &"to".into(), b"b", || Some(Arc::clone(&told) as Arc<dyn Writer>));
+        hand_over.join().unwrap();
+        let count = *told.0.lock().unwrap();
+        assert_eq!(count, u32::from(sent == Err(Status::Full)));
+        assert_eq!(outbox.wanted.load(Ordering::SeqCst), 0);
+    });
+}
+
+/// The connection's task learns of all that is appended: a forgotten call would leave it asleep.
+#[test]
+fn the_task_takes_all() {
+    search(|| {
+        let outbox = Arc::new(Outbox::new(1 << 20));
+        let word = Arc::new(AtomicU32::new(0));
+        let task = {
+            let outbox = Arc::clone(&outbox);
+            shuttle::future::spawn(async move {
+                let mut all = 0;
+                while all < 4 {
+                    let batch = outbox.take().await;
+                    all += batch.items.len();
+                    outbox.handed_over(batch.items.iter().map(Item::weight).sum());
+                }
+            })
+        };
+        let senders: Vec<_> = (0..2)
+            .map(|_| {
+                let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
+                thread::spawn(move || assert_eq!(send_some(&outbox, &word, &["a", "b"]), "ab"))
+            })
+            .collect();
+        senders.into_iter().for_each(|sender| sender.join().unwrap());
+        shuttle::future::block_on(task).unwrap();
+        assert_eq!(outbox.weight(), 0);
+    });
+}

@@ -1,0 +1,147 @@
+//! Push, wait, wake and close.
+
+use super::*;
+use crate::outbox::interleavings::search;
+use shuttle::sync::atomic::{AtomicU32, Ordering};
+use shuttle::thread;
+
+struct Probe {
+    taken: AtomicU32,
+    abandoned: AtomicU32,
+}
+
+impl Origin for Probe {
+    fn number(&self) -> u64 {
+        1
+    }
+    fn tag(&self) -> u64 {
+        0
+    }
+    fn is_wanted(&self) -> bool {
+        true
+    }
+    fn is_running(&self) -> bool {
+        true
+    }
+    fn taken(&self, count: u64, _bytes: u64) {
+        self.taken.fetch_add(count as u32, Ordering::SeqCst);
+    }
+    fn abandoned(&self) {
+        self.abandoned.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+fn probe() -> Arc<Probe> {
+    Arc::new(Probe { taken: AtomicU32::new(0), abandoned: AtomicU32::new(0) })
+}
+
+/// Whoever waits gets all that was pushed, in the order of each that pushes, with patience or without.
+#[test]
+fn all_events_come() {
+    search(|| {
+        let (queue, probe) = (Queue::new(), probe());
+        let pushers: Vec<_> = (0..2)
+            .map(|pusher: u64| {
+                let (queue, probe) = (Arc::clone(&queue), Arc::clone(&probe));
+                thread::spawn(move || {
+                    for number in 0..2 {
+                        let data = Bytes::from(vec![pusher as u8, number]);
+                        let event = Single::of(Kind::Data, Status::Ok, Arc::clone(&probe) as _, data);
+                        if pusher == 0 {
+                            assert!(queue.push(event));
+                        } else if queue.push_patiently(|| Some(event)) == Some(true) {
+                            thread::yield_now();
+                            queue.flush();
+                        }
+                    }
+                })
+            })
+            .collect();
+        let mut next = [0, 0];
+        let mut left = 4;
+        while left > 0 {
+            left -= queue
+                .wait(3, None, |event| {
+                    assert_eq!(event.data[1], next[event.data[0] as usize]);
+                    next[event.data[0] as usize] += 1;
+                })
+                .unwrap();
+        }
+        pushers.into_iter().for_each(|pusher| pusher.join().unwrap());
+        assert_eq!(probe.taken.load(Ordering::SeqCst), 4);
+    });
+}
+
+/// Close against push against wait: the waiter leaves, each request is either taken or abandoned, and none waits on.
+#[test]
+fn close_leaves_nobody_waiting() {
+    search(|| {
+        let (queue, probe) = (Queue::new(), probe());
+        let pusher = {
+            let (queue, probe) = (Arc::clone(&queue), Arc::clone(&probe));
+            thread::spawn(move || {
+                (0..2)
+                    .filter(|_| {
+                        queue.push(Single::of(Kind::Request, Status::Ok, Arc::clone(&probe) as _, Bytes::new()))
+                    })
+                    .count()
+            })
+        };
+        let waiter = {
+            let queue = Arc::clone(&queue);
+            thread::spawn(move || {
+                let mut taken = 0;
+                loop {
+                    match queue.wait(1, None, |_| ()) {
+                        Ok(count) => taken += count,
+                        Err(error) => {
+                            assert_eq!(error.status, Status::Closed);
+                            return taken;
+                        }
+                    }
+                }
+            })
+        };
+        queue.close();
+        assert!(queue.given.lock().is_empty());
+        let (pushed, taken) = (pusher.join().unwrap(), waiter.join().unwrap());
+        assert_eq!(taken + probe.abandoned.load(Ordering::SeqCst) as usize, pushed);
+    });
+}
+
+/// A wake is never lost, and two who wait exclude each other.
+#[test]
+fn a_wake_is_not_lost() {
+    let test = || {
+        let queue = Queue::new();
+        let other = Arc::clone(&queue);
+        let waker = thread::spawn(move || other.wake());
+        assert_eq!(queue.wait(1, None, |_| ()).unwrap(), 0);
+        waker.join().unwrap();
+    };
+    shuttle::check_dfs(test, None);
+}
+
+/// A call that is left to the flush of others is made once for all of them.
+#[test]
+fn who_promised_to_flush_wakes_the_waiter() {
+    search(|| {
+        let (queue, probe) = (Queue::new(), probe());
+        let pushers: Vec<_> = (0..2)
+            .map(|_| {
+                let (queue, probe) = (Arc::clone(&queue), Arc::clone(&probe));
+                thread::spawn(move || {
+                    let event = Single::of(Kind::Data, Status::Ok, probe as _, Bytes::new());
+                    if queue.push_patiently(|| Some(event)) == Some(true) {
+                        queue.flush();
+                    }
+                })
+            })
+            .collect();
+        let mut left = 2;
+        while left > 0 {
+            left -= queue.wait(1, None, |_| ()).unwrap();
+        }
+        pushers.into_iter().for_each(|pusher| pusher.join().unwrap());
+    });
+}

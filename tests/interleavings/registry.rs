@@ -1,0 +1,134 @@
+//! Marks, sessions and streams of one client, all at once.
+
+use super::*;
+use crate::outbox::interleavings::search;
+use shuttle::thread;
+
+struct Probe {
+    number: u64,
+    forbidden: AtomicU64,
+    stopped: AtomicU64,
+}
+
+impl Probe {
+    fn attach(id: &str) -> Arc<Probe> {
+        let probe =
+            Arc::new(Probe { number: fork::number(), forbidden: AtomicU64::new(0), stopped: AtomicU64::new(0) });
+        attach(id, probe.number, Arc::clone(&probe) as _);
+        probe
+    }
+
+    fn is_forbidden(&self) -> bool {
+        self.forbidden.load(Ordering::SeqCst) != 0
+    }
+}
+
+impl Running for Probe {
+    fn forbid(&self, _why: Status) -> bool {
+        self.forbidden.swap(1, Ordering::SeqCst) == 0
+    }
+    fn stopped(&self, _why: Status) {
+        assert_eq!(self.stopped.fetch_add(1, Ordering::SeqCst), 0, "stopped twice");
+        assert!(self.is_forbidden());
+    }
+    fn requested_on(&self) -> Option<u64> {
+        None
+    }
+    fn needs_announcement(&self) -> bool {
+        false
+    }
+    fn answers_to(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// What was attached when a mark began is forbidden when it returns; two marks stop it once; nothing is left.
+#[test]
+fn a_mark_stops_all_that_was_there() {
+    search(|| {
+        let probe = Probe::attach("a");
+        let marker = thread::spawn({
+            let probe = Arc::clone(&probe);
+            move || {
+                mark_offline(b"a").unwrap();
+                assert!(probe.is_forbidden());
+            }
+        });
+        let late = thread::spawn(|| {
+            let late = Probe::attach("a");
+            mark_online(b"a").unwrap();
+            late
+        });
+        mark_offline(b"a").unwrap();
+        assert!(probe.is_forbidden());
+        marker.join().unwrap();
+        let late = late.join().unwrap();
+        mark_offline(b"a").unwrap();
+        assert!(late.is_forbidden());
+        assert_eq!(probe.stopped.load(Ordering::SeqCst), 1);
+        assert_eq!(late.stopped.load(Ordering::SeqCst), 1);
+        detach("a", probe.number);
+        detach("a", late.number);
+        assert!(!is_online(b"a") && online_count() == 0);
+    });
+}
+
+/// A stream's own end against the mark: it is one or the other.
+#[test]
+fn an_end_against_a_mark() {
+    let test = || {
+        let probe = Probe::attach("a");
+        let ender = thread::spawn({
+            let probe = Arc::clone(&probe);
+            move || {
+                let ended = probe.forbid(Status::Closed);
+                detach("a", probe.number);
+                ended
+            }
+        });
+        mark_offline(b"a").unwrap();
+        let ended = ender.join().unwrap();
+        assert_eq!(probe.stopped.load(Ordering::SeqCst), u64::from(!ended));
+        assert!(!is_online(b"a") && online_count() == 0);
+    };
+    shuttle::check_dfs(test, None);
+}
+
+/// Two sessions close at once, and one opens meanwhile: who is the last takes the client offline.
+#[test]
+fn sessions() {
+    search(|| {
+        let first = Session::open(b"a").unwrap();
+        let second = Session::open(b"a").unwrap();
+        let closers = [thread::spawn(move || first.close()), thread::spawn(move || second.close())];
+        let third = Session::open(b"a").unwrap();
+        assert!(is_online(b"a"));
+        closers.into_iter().for_each(|closer| closer.join().unwrap());
+        assert!(is_online(b"a"));
+        third.close();
+        assert!(!is_online(b"a") && online_count() == 0);
+    });
+}
+
+/// Watchers hear ONLINE and OFFLINE in turn, whoever causes them.
+#[test]
+fn watchers_hear_in_turn() {
+    search(|| {
+        let queue = Queue::new();
+        watch(&queue, 1);
+        let other = thread::spawn(|| {
+            mark_online(b"a").unwrap();
+            mark_offline(b"a").unwrap();
+        });
+        Session::open(b"a").unwrap().close();
+        mark_offline(b"a").unwrap();
+        other.join().unwrap();
+        let mut online = false;
+        let note = |event: crate::queue::Event<'_>| {
+            assert_eq!(event.kind, if online { Kind::Offline } else { Kind::Online });
+            online = !online;
+        };
+        queue.wait(100, Some(Duration::ZERO), note).unwrap();
+        assert!(!online && !is_online(b"a"));
+    });
+}
