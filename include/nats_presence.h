@@ -14,6 +14,7 @@
  *     What is passed in is copied before the call returns.
  *   - A client's id is 1 to 1024 bytes of UTF-8 without control characters. The empty id is "no client": always online.
  *   - Times are milliseconds. A negative timeout waits without limit, 0 does not wait.
+ *   - A thread must not be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal handler.
  *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing.
  */
 
