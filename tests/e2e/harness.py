@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Union
@@ -65,6 +69,26 @@ def python(script: str) -> Command:
     return sys.executable, PEERS / script
 
 
+WORKERS: dict[str, Callable[[], Command]] = {
+    "c": lambda: build_c("worker.c"),
+    "go": lambda: build_go("worker"),
+    "python": lambda: python("worker_sync.py"),
+    "asyncio": lambda: python("worker_async.py"),
+}
+GATEWAYS: dict[str, Callable[[], Command]] = {
+    "c": lambda: build_c("gateway.c"),
+    "go": lambda: build_go("gateway"),
+    "python": lambda: python("gateway_sync.py"),
+    "asyncio": lambda: python("gateway_async.py"),
+}
+
+
+@cache
+def command(language: str, is_worker: bool) -> Command:
+    """How to start this language's peer."""
+    return (WORKERS if is_worker else GATEWAYS)[language]()
+
+
 def run(*command: str, directory: Path = ROOT) -> str:
     BUILD.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, cwd=directory, env=environment(), text=True, capture_output=True, check=False)
@@ -81,27 +105,39 @@ def server_binary() -> str:
     return found
 
 
-class Server:
-    """A nats-server on a free port, which it keeps when it is started again."""
+def steady_port() -> int:
+    """A free port that nobody gets by chance while its server is down, a client that dials it included."""
+    lowest_by_chance = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10000, lowest_by_chance)
+        with socket.socket() as trial, suppress(OSError):
+            trial.bind(("127.0.0.1", port))
+            return port
 
-    def __init__(self) -> None:
-        self.port = -1
+
+class Server:
+    """A nats-server on a free port, which it keeps, with its arguments, when it is started again."""
+
+    def __init__(self, *arguments: str, port: int = -1) -> None:
+        self.port = port
+        self.arguments = arguments
         self.start()
 
     def start(self, *arguments: str) -> None:
-        command = [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), *arguments]
+        command = [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), *self.arguments, *arguments]
+        self.log: list[str] = []
+        """What it has said since it was started."""
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        log = ""
         assert self.process.stderr
         for line in self.process.stderr:
-            log += line
+            self.log.append(line)
             if found := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
             if "Server is ready" in line:
                 # What it still has to say must not block it.
-                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                threading.Thread(target=self.log.extend, args=[self.process.stderr], daemon=True).start()
                 return
-        raise AssertionError(f"nats-server did not start:\n{log}")
+        raise AssertionError(f"nats-server did not start:\n{''.join(self.log)}")
 
     @property
     def url(self) -> str:
@@ -135,11 +171,14 @@ class Program:
         assert self.process.stdout
         for line in self.process.stdout:
             with self._changed:
-                self.events.append(json.loads(line))
+                self._hear(json.loads(line))
                 self._changed.notify_all()
         with self._changed:
             self.has_ended = True
             self._changed.notify_all()
+
+    def _hear(self, event: Event) -> None:
+        self.events.append(event)
 
     def tell(self, line: str) -> None:
         assert self.process.stdin
@@ -197,3 +236,20 @@ class Program:
         else:
             self.process.kill()
             self.process.wait()
+
+
+class Shell(Program):
+    """Our library at one end of the wire: peers/shell.c."""
+
+    def ask(self, line: str) -> Event:
+        """Gives a command, and returns its reply."""
+        self.tell(line)
+        return self.wait(event="reply")
+
+    def do(self, line: str) -> None:
+        """Gives a command that must succeed."""
+        reply = self.ask(line)
+        assert reply["status"] == "OK", (line, reply)
+
+
+Connect = Callable[..., Shell]

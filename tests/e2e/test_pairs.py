@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 
 import pytest
-from harness import Command, Program, Server, build_c, build_go, python
+from harness import GATEWAYS, WORKERS, Program, Server, command
 
-WORKERS: dict[str, Callable[[], Command]] = {
-    "c": lambda: build_c("worker.c"),
-    "go": lambda: build_go("worker"),
-    "python": lambda: python("worker_sync.py"),
-    "asyncio": lambda: python("worker_async.py"),
-}
-GATEWAYS: dict[str, Callable[[], Command]] = {
-    "c": lambda: build_c("gateway.c"),
-    "go": lambda: build_go("gateway"),
-    "python": lambda: python("gateway_sync.py"),
-    "asyncio": lambda: python("gateway_async.py"),
-}
 CLIENTS = ["ann", "bob", "cho"]
 OFFLINE, NO_RESPONDERS, REMOTE = -2, -10, -13
-
-
-@cache
-def command(language: str, is_worker: bool) -> Command:
-    return (WORKERS if is_worker else GATEWAYS)[language]()
 
 
 @pytest.fixture

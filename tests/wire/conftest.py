@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,26 +11,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "e2e"))
 
-from harness import Command, Event, Program, Server, build_c
+from harness import Command, Connect, Server, Shell, build_c
 from proxy import Proxy
 from raw import RawPeer
-
-
-class Shell(Program):
-    """Our library at one end of the wire: tests/e2e/peers/shell.c."""
-
-    def ask(self, line: str) -> Event:
-        """Gives a command, and returns its reply."""
-        self.tell(line)
-        return self.wait(event="reply")
-
-    def do(self, line: str) -> None:
-        """Gives a command that must succeed."""
-        reply = self.ask(line)
-        assert reply["status"] == "OK", (line, reply)
-
-
-Connect = Callable[..., Shell]
 
 
 @pytest.fixture(scope="session")

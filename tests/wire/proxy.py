@@ -1,9 +1,11 @@
-"""A TCP proxy before nats-server: what a client sends can be seen, lost on the way, and the connection cut."""
+"""A TCP proxy before nats-server: what a client sends can be seen, lost on the way; the connection cut, reset, slow."""
 
 from __future__ import annotations
 
 import socket
+import struct
 import threading
+import time
 from contextlib import suppress
 
 
@@ -23,6 +25,15 @@ class Proxy:
         """All that clients sent."""
         self.swallowed = threading.Event()
         """The mark has passed; what clients send is lost."""
+        self.delay = 0.0
+        """Seconds that everything comes later."""
+        self.piece = 65536
+        """How many bytes go on together at most."""
+        self._passes = {"to server": threading.Event(), "to client": threading.Event()}
+        for direction in self._passes.values():
+            direction.set()
+        self._resets_after: int | None = None
+        self._resets = threading.Semaphore(0)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def swallow_after(self, mark: bytes) -> None:
@@ -46,6 +57,33 @@ class Proxy:
             self._mark = b""
             self.swallowed.clear()
 
+    def hold(self, direction: str) -> None:
+        """Nothing goes on "to server", or "to client", until let_go, as in a network that loses every packet."""
+        self._passes[direction].clear()
+
+    def let_go(self) -> None:
+        """What was held goes on; it is not lost: TCP sends lost packets again."""
+        for direction in self._passes.values():
+            direction.set()
+
+    def reset_after(self, count: int) -> None:
+        """Resets (RST) all connections when so many bytes more have gone on, in both directions together."""
+        with self._lock:
+            self._resets_after = count
+
+    def wait_for_reset(self, patience: float) -> bool:
+        return self._resets.acquire(timeout=patience)
+
+    def _reset(self) -> None:
+        for end in self._sockets:
+            with suppress(OSError):
+                # No lingering: what is closed is reset. The other thread's recv must end, too.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                end.shutdown(socket.SHUT_RD)
+                end.close()
+        self._sockets.clear()
+        self._resets.release()
+
     def _cut(self) -> None:
         self._is_cut = True
         for end in self._sockets:
@@ -61,6 +99,8 @@ class Proxy:
                     client.close()
                     continue
                 server = socket.create_connection(("127.0.0.1", self._server_port))
+                for end in [client, server]:
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._sockets += [client, server]
                 threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
                 threading.Thread(target=self._forward, args=(server, client), daemon=True).start()
@@ -69,8 +109,19 @@ class Proxy:
         with suppress(OSError):
             is_client = target.getpeername()[1] == self._server_port
             before = b""
-            while data := source.recv(65536):
+            passes = self._passes["to server" if is_client else "to client"]
+            while data := source.recv(self.piece):
+                if self.delay:
+                    time.sleep(self.delay)
+                passes.wait()
                 with self._lock:
+                    if self._resets_after is not None:
+                        data, self._resets_after = data[: self._resets_after], self._resets_after - len(data)
+                        if self._resets_after <= 0:
+                            self._resets_after = None
+                            target.sendall(data)
+                            self._reset()
+                            return
                     if is_client:
                         self.sent += data
                         if self.swallowed.is_set():

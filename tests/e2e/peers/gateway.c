@@ -1,5 +1,6 @@
 /*
- * gateway URL LANES: a gateway in C; LANES is its option of that name, true or false. Commands on standard input, what comes of them on standard output.
+ * gateway URL LANES [KEY=VALUE]...: a gateway in C; LANES is its option of that name, true or false, and others may
+ * follow. Commands on standard input, what comes of them on standard output.
  *
  *   request SUBJECT CLIENT TEXT
  *   leave CLIENT
@@ -50,13 +51,23 @@ static void tell(const presence_event *event) {
   }
 }
 
+/* Options are KEY=VALUE. */
+static int32_t set_options(presence_config *config, char **options) {
+  int32_t status = PRESENCE_OK;
+  for (; *options && status == PRESENCE_OK; options++) {
+    char *value = *options, *key = strsep(&value, "=");
+    status = presence_config_set(config, key, value);
+  }
+  return status;
+}
+
 int main(int argc, char **argv) {
   presence_conn *conn;
   presence_queue *queue;
-  presence_error error;
+  presence_error error = {0};
   presence_event events[64];
   presence_config *config = presence_config_new();
-  if (argc != 3 || presence_config_set(config, "lanes", argv[2]) || presence_queue_new(&queue) ||
+  if (argc < 3 || presence_config_set(config, "lanes", argv[2]) || set_options(config, argv + 3) || presence_queue_new(&queue) ||
       presence_connect(argv[1], config, &conn, &error)) {
     fprintf(stderr, "%s\n", error.message);
     return 1;

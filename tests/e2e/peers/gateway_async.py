@@ -1,4 +1,4 @@
-"""gateway_async.py URL LANES: gateway.c in Python, with asyncio."""
+"""gateway_async.py URL LANES [KEY=VALUE]...: gateway.c in Python, with asyncio."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ async def read(stream: aio.Stream, client: str) -> None:
         tell(event="error", client=client, status=error.status, text=str(error))
 
 
-async def main(url: str, lanes: str) -> None:
+async def main(url: str, lanes: str, *options: str) -> None:
     readers = set()
-    async with aio.connect(url, lanes=lanes) as conn:
+    async with aio.connect(url, lanes=lanes, **dict(option.split("=", 1) for option in options)) as conn:
         tell(event="ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             command, *words = line.rstrip("\n").split(" ", 3)

@@ -1,4 +1,4 @@
-"""gateway_sync.py URL LANES: gateway.c in Python, with a thread for each stream."""
+"""gateway_sync.py URL LANES [KEY=VALUE]...: gateway.c in Python, with a thread for each stream."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def read(stream: presence.Stream, client: str) -> None:
         tell(event="error", client=client, status=error.status, text=str(error))
 
 
-with presence.connect(sys.argv[1], lanes=sys.argv[2]) as conn:
+options = dict(option.split("=", 1) for option in sys.argv[3:])
+with presence.connect(sys.argv[1], lanes=sys.argv[2], **options) as conn:
     tell(event="ready")
     for line in sys.stdin:
         command, *words = line.rstrip("\n").split(" ", 3)

@@ -9,6 +9,7 @@
  *   request TAG SUBJECT CLIENT|- DATA                               cancel TAG    drop TAG
  *   consumed TAG BYTES              fill N SIZE  (until there is no room: "text" tells how many messages were taken)
  *   online ID                       offline ID                      is_online ID  watch
+ *   session ID  (one at a time)     leave  (closes it)              now  ("text" is the wall clock's time)
  *
  * N counts the requests that came, from 1; TAG is 1 to 999.
  */
@@ -17,6 +18,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 enum { MAX = 1000 };
 
@@ -25,6 +27,7 @@ static presence_queue *queue;
 static presence_config *options;
 static presence_sender *senders[MAX];
 static presence_stream *streams[MAX];
+static presence_session *session;
 static int requests;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  /* of senders and requests */
 
@@ -165,6 +168,14 @@ static void do_header(char *line) {
   reply(status, value ? text : NULL);
 }
 
+static void do_now(void) {
+  struct timespec now;
+  char text[32];
+  clock_gettime(CLOCK_REALTIME, &now);
+  snprintf(text, sizeof text, "%lld", (long long)now.tv_sec);
+  reply(PRESENCE_OK, text);
+}
+
 static void do_stats(void) {
   presence_stats s;
   int32_t status = presence_conn_stats(conn, &s);
@@ -193,6 +204,9 @@ static void execute(char *line) {
   else if (IS("online")) reply(mark_client_online(rest(&line)), NULL);
   else if (IS("offline")) reply(mark_client_offline(rest(&line)), NULL);
   else if (IS("is_online")) reply(PRESENCE_OK, is_client_online(rest(&line)) ? "yes" : "no");
+  else if (IS("session")) reply(presence_session_open(rest(&line), strlen(rest(&line)), &session), NULL);
+  else if (IS("leave")) presence_session_close(session), reply(PRESENCE_OK, NULL);
+  else if (IS("now")) do_now();
   else if (IS("cancel")) reply(presence_stream_cancel(streams[number(&line)]), NULL);
   else if (IS("drop")) presence_stream_free(streams[number(&line)]), reply(PRESENCE_OK, NULL);
   else if (IS("consumed")) {

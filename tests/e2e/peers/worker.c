@@ -1,5 +1,5 @@
 /*
- * worker URL SUBJECT LANES: a worker in C that does what requests say, with one thread for all streams.
+ * worker URL SUBJECT LANES [KEY=VALUE]...: a worker in C that does what requests say, with one thread for all streams.
  *
  *   count N     N messages "CLIENT 0", "CLIENT 1", ...
  *   endless     the same, until "finish" is read from standard input
@@ -73,14 +73,24 @@ static void handle(const presence_event *event) {
   }
 }
 
+/* Options are KEY=VALUE. */
+static int32_t set_options(presence_config *config, char **options) {
+  int32_t status = PRESENCE_OK;
+  for (; *options && status == PRESENCE_OK; options++) {
+    char *value = *options, *key = strsep(&value, "=");
+    status = presence_config_set(config, key, value);
+  }
+  return status;
+}
+
 int main(int argc, char **argv) {
   presence_conn *conn;
   presence_queue *queue;
   presence_service *service;
-  presence_error error;
+  presence_error error = {0};
   presence_event events[16];
   presence_config *config = presence_config_new();
-  if (argc != 4 || presence_config_set(config, "lanes", argv[3]) || presence_queue_new(&queue) ||
+  if (argc < 4 || presence_config_set(config, "lanes", argv[3]) || set_options(config, argv + 4) || presence_queue_new(&queue) ||
       presence_connect(argv[1], config, &conn, &error) ||
       presence_serve(conn, queue, argv[2], "workers", 0, 0, &service, &error)) {
     fprintf(stderr, "%s\n", error.message);

@@ -1,4 +1,4 @@
-"""worker_async.py URL SUBJECT LANES: worker.c in Python, with asyncio."""
+"""worker_async.py URL SUBJECT LANES [KEY=VALUE]...: worker.c in Python, with asyncio."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def tell(**event: object) -> None:
     sys.stdout.flush()
 
 
-async def main(url: str, subject: str, lanes: str) -> None:
+async def main(url: str, subject: str, lanes: str, *options: str) -> None:
     finishing = asyncio.Event()
-    async with aio.connect(url, lanes=lanes) as conn:
+    async with aio.connect(url, lanes=lanes, **dict(option.split("=", 1) for option in options)) as conn:
 
         @conn.service(subject, queue="workers")
         async def answer(request: Request, sender: aio.Sender) -> None:

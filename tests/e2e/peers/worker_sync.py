@@ -1,4 +1,4 @@
-"""worker_sync.py URL SUBJECT LANES: worker.c in Python, with threads."""
+"""worker_sync.py URL SUBJECT LANES [KEY=VALUE]...: worker.c in Python, with threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def answer(request: presence.Request, sender: presence.Sender) -> None:
     tell(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
 
 
-with presence.connect(sys.argv[1], lanes=sys.argv[3]) as conn:
+options = dict(option.split("=", 1) for option in sys.argv[4:])
+with presence.connect(sys.argv[1], lanes=sys.argv[3], **options) as conn:
     conn.service(sys.argv[2], queue="workers")(answer)
     tell(event="ready")
     for _ in sys.stdin:  # "finish" is the only command

@@ -1,4 +1,4 @@
-// gateway URL LANES: gateway.c in Go, with a goroutine for each stream.
+// gateway URL LANES [KEY=VALUE]...: gateway.c in Go, with a goroutine for each stream.
 package main
 
 import (
@@ -14,7 +14,11 @@ import (
 )
 
 func main() {
-	conn, err := presence.Connect(os.Args[1], presence.With("lanes", os.Args[2]))
+	options := []presence.Option{presence.With("lanes", os.Args[2])}
+	for _, option := range os.Args[3:] {
+		options = append(options, with(option))
+	}
+	conn, err := presence.Connect(os.Args[1], options...)
 	check(err)
 	fmt.Println(`{"event": "ready"}`)
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
@@ -40,6 +44,12 @@ func read(stream *presence.Stream, client string) {
 		fmt.Printf("{\"event\": \"data\", \"client\": %q, \"data\": %q}\n", client, message)
 	}
 	fmt.Printf("{\"event\": \"end\", \"client\": %q}\n", client)
+}
+
+// with reads an option, KEY=VALUE.
+func with(option string) presence.Option {
+	key, value, _ := strings.Cut(option, "=")
+	return presence.With(key, value)
 }
 
 func check(err error) {

@@ -1,4 +1,4 @@
-// worker URL SUBJECT LANES: worker.c in Go.
+// worker URL SUBJECT LANES [KEY=VALUE]...: worker.c in Go.
 package main
 
 import (
@@ -21,11 +21,15 @@ const further = 100
 func main() {
 	finishing := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
-	conn, err := presence.Connect(os.Args[1], presence.With("lanes", os.Args[3]), presence.WithLog(func(e presence.Event) {
+	options := []presence.Option{presence.With("lanes", os.Args[3]), presence.WithLog(func(e presence.Event) {
 		if e.Kind == presence.Serving {
 			fmt.Println(`{"event": "ready"}`)
 		}
-	}))
+	})}
+	for _, option := range os.Args[4:] {
+		options = append(options, with(option))
+	}
+	conn, err := presence.Connect(os.Args[1], options...)
 	check(err)
 	go func() {
 		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); { // "finish" is the only command
@@ -88,6 +92,12 @@ func status(err error) presence.Status {
 		return 0
 	}
 	return failed.Status
+}
+
+// with reads an option, KEY=VALUE.
+func with(option string) presence.Option {
+	key, value, _ := strings.Cut(option, "=")
+	return presence.With(key, value)
 }
 
 func check(err error) {
