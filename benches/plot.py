@@ -1,0 +1,178 @@
+"""Plots as SVG, for the documents: lines over time, one panel below the other, and bars that lie.
+
+They have a background of their own, so that they can be read on a dark page too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from xml.sax.saxutils import escape
+
+WIDTH = 880
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
+INK, FAINT, GRID = "#1f2328", "#656d76", "#e4e8ec"
+POINTS = 400
+"""As many of a line are drawn: more cannot be seen."""
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: Sequence[Line]
+    tell: Callable[[float], str] = "{:,.0f}".format
+
+
+@dataclass(frozen=True)
+class Bar:
+    value: float
+    text: str
+    colour: int = 0
+    spread: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bars with one label, and what they must reach."""
+
+    label: str
+    bars: Sequence[Bar]
+    target: float | None = None
+
+
+@dataclass
+class _Canvas:
+    height: float = 0
+    parts: list[str] = field(default_factory=list)
+
+    def text(self, x: float, y: float, text: str, *, anchor: str = "start", colour: str = INK, weight: int = 400) -> None:
+        style = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, colour: str = GRID, width: float = 1) -> None:
+        ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+        self.parts.append(f'<line {ends} stroke="{colour}" stroke-width="{width}"/>')
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        self.parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{colour}"/>')
+
+    def curve(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        self.parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
+
+    def legend(self, x: float, names: Sequence[tuple[str, int]]) -> None:
+        self.height += 20
+        for name, colour in names:
+            self.box(x, self.height - 9, 10, 10, COLOURS[colour % len(COLOURS)])
+            self.text(x + 15, self.height, name, colour=FAINT)
+            x += 34 + 6.6 * len(name)
+
+    def finish(self, title: str) -> str:
+        size = f'width="{WIDTH}" height="{self.height:.0f}" viewBox="0 0 {WIDTH} {self.height:.0f}"'
+        font = 'font-family="system-ui, sans-serif" font-size="12"'
+        background = f'<rect width="{WIDTH}" height="{self.height:.0f}" rx="6" fill="#ffffff"/>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font} role="img"><title>{escape(title)}</title>'
+        return "\n".join([head, background, *self.parts, "</svg>", ""])
+
+
+def lines(title: str, panels: Sequence[Panel], *, tell_x: Callable[[float], str], shades: Sequence[tuple[float, float]]) -> str:
+    """Panels with one time axis; the same names have the same colours. `shades` are stretches of time."""
+    names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+    left, right, high = 90.0, WIDTH - 20.0, 96.0
+    last = max(x for panel in panels for line in panel.lines for x, _ in line.points)
+    canvas = _Canvas(26)
+    canvas.text(20, canvas.height, title, weight=600)
+    canvas.legend(20, [(name, number) for number, name in enumerate(names)])
+
+    def at(x: float) -> float:
+        return left + (right - left) * x / last
+
+    for panel in panels:
+        canvas.height += 34
+        canvas.text(left, canvas.height - 8, panel.title, weight=600)
+        top, bottom = canvas.height, canvas.height + high
+        step = nice_step(max(y for line in panel.lines for _, y in line.points) or 1, 4)
+        most = step * math.ceil((max(y for line in panel.lines for _, y in line.points) or 1) / step)
+        for begin, end in shades:
+            canvas.box(at(begin), top, at(end) - at(begin), high, "#f6f1e4")
+        for tick in range(round(most / step) + 1):
+            y = bottom - high * tick * step / most
+            canvas.line(left, y, right, y)
+            canvas.text(left - 8, y + 4, panel.tell(tick * step), anchor="end", colour=FAINT)
+        for line in panel.lines:
+            points = [(at(x), bottom - high * y / most) for x, y in thinned(line.points)]
+            canvas.curve(points, COLOURS[names.index(line.name) % len(COLOURS)])
+        canvas.height = bottom
+    step = nice_step(last, 10)
+    canvas.height += 18
+    for tick in range(int(last / step) + 1):
+        canvas.text(at(tick * step), canvas.height, tell_x(tick * step), anchor="middle", colour=FAINT)
+    canvas.height += 14
+    return canvas.finish(title)
+
+
+def bars(title: str, rows: Sequence[Row], *, names: Sequence[str], note: str = "", logarithmic: bool = False) -> str:
+    """Rows of bars that lie, from 0 on or, where ratios count, from 1 in both directions. A stroke is the target."""
+    left, right, thick = 300.0, WIDTH - 150.0, 13.0
+    values = [value for row in rows for value in (row.target, *(bar.value for bar in row.bars)) if value is not None]
+    canvas = _Canvas(26)
+    canvas.text(20, canvas.height, title, weight=600)
+    if note:
+        canvas.height += 18
+        canvas.text(20, canvas.height, note, colour=FAINT)
+    if len(names) > 1:
+        canvas.legend(20, [(name, number) for number, name in enumerate(names)])
+    canvas.height += 14
+    low = min(0.0, *(math.log10(value) for value in values)) if logarithmic else 0.0
+    high = max(math.log10(value) for value in values) if logarithmic else max(values)
+
+    def at(value: float) -> float:
+        value = math.log10(value) if logarithmic else value
+        return left + (right - left) * (value - low) / (high - low)
+
+    origin, top = at(1) if logarithmic else left, canvas.height
+    for row in rows:
+        middle = canvas.height + thick * len(row.bars) / 2
+        canvas.text(left - 10, middle + 4, row.label, anchor="end")
+        for bar in row.bars:
+            begin, end = sorted((origin, at(bar.value)))
+            canvas.box(begin, canvas.height + 1, max(end - begin, 1), thick - 2, COLOURS[bar.colour])
+            reach = at(bar.value)
+            if bar.spread:
+                y = canvas.height + thick / 2
+                low_end, high_end = (min(max(at(value), left), right) for value in bar.spread)
+                canvas.line(low_end, y, high_end, y, INK)
+                reach = max(reach, high_end)
+            canvas.text(max(reach, origin) + 6, canvas.height + thick - 3, bar.text, colour=FAINT)
+            canvas.height += thick
+        if row.target is not None:
+            canvas.line(at(row.target), middle - thick * len(row.bars) / 2 - 3, at(row.target), canvas.height + 3, "#b00020", 2)
+        canvas.height += 9
+    canvas.line(origin, top - 4, origin, canvas.height - 4, FAINT)
+    canvas.height += 8
+    return canvas.finish(title)
+
+
+def nice_step(span: float, ticks: int) -> float:
+    """1, 2 or 5 times a power of ten, so that there are about so many of them."""
+    power = 10 ** math.floor(math.log10(span / ticks))
+    return next(step * power for step in (1, 2, 5, 10) if step * power * ticks >= span)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of each stretch the least and the most."""
+    if len(points) <= POINTS:
+        return list(points)
+    each = math.ceil(2 * len(points) / POINTS)
+    kept: list[tuple[float, float]] = []
+    for begin in range(0, len(points), each):
+        stretch = points[begin : begin + each]
+        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+    return kept

@@ -1,0 +1,62 @@
+"""What both peers in Python share: soak.h in Python."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import struct
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import nats_presence as presence
+
+HEAD = struct.Struct("<QQ")
+LARGEST, SHIFTS = 1 << 16, 4096
+MASK = (1 << 64) - 1
+
+
+def scramble(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+TABLE = b"".join(scramble(i).to_bytes(8, "little") for i in range((LARGEST + SHIFTS) // 8))
+
+
+def content(key: int, number: int, size: int) -> bytes:
+    """Message `number` of the stream with this key: both, then bytes that follow from them."""
+    at = (key + number) % SHIFTS
+    return HEAD.pack(key, number) + TABLE[at : at + size - HEAD.size]
+
+
+def connection_options(text: str, level: int) -> dict[str, str]:
+    """Those of "KEY=VALUE,..." for the connection with lanes (0), or for the one on level 0 (1): the other announces."""
+    options = dict(option.split("=") for option in text.split(","))
+    return options | {"lanes": "false", "announce": "never"} if level else options
+
+
+class Connection(Protocol):
+    def stats(self) -> dict[str, int]: ...
+
+
+def tell(**event: object) -> None:
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
+
+
+def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
+    """Tells what is in hand, as an event of this name."""
+    both = [conn.stats() for conn in conns]
+    sums = {name: sum(stats[name] for stats in both) for name in ("connected", "connects", "streams", "senders", "lanes")}
+    waiting = sum(stats["bytes_waiting"] for stats in both)
+    tell(event=event, online=presence.online_count(), waiting=waiting, **sums, **more)
+
+
+def give_back() -> None:
+    """Gives memory that is not used back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
