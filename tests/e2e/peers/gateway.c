@@ -5,7 +5,7 @@
  *   request SUBJECT CLIENT TEXT
  *   leave CLIENT
  *
- * Each message is told, and the end or the error of each stream. It ends with its input.
+ * Each message is told, and the end or the error of each stream, or of a request that was refused. It ends with its input.
  */
 #include <nats_presence.h>
 #include <poll.h>
@@ -23,14 +23,13 @@ static struct {
 } streams[MAX];
 
 static void request(presence_conn *conn, presence_queue *queue, const char *subject, const char *client, const char *text) {
-  presence_error error;
+  presence_error error = {0};
   int tag = 0;
   while (streams[tag].stream) tag++;
   snprintf(streams[tag].client, sizeof streams[tag].client, "%s", client);
   if (presence_request(conn, queue, subject, text, strlen(text), client, strlen(client), NULL, (uint64_t)tag,
                        &streams[tag].stream, &error)) {
-    fprintf(stderr, "%s\n", error.message);
-    exit(1);
+    printf("{\"event\": \"error\", \"client\": \"%s\", \"status\": %d, \"text\": \"%s\"}\n", client, error.status, error.message);
   }
 }
 

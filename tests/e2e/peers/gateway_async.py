@@ -31,8 +31,12 @@ async def main(url: str, lanes: str, *options: str) -> None:
             command, *words = line.rstrip("\n").split(" ", 3)
             if command == "request":
                 subject, client, text = words
-                stream = conn.stream(subject, text, client_id=client)
-                readers.add(asyncio.create_task(read(stream, client)))
+                try:
+                    stream = conn.stream(subject, text, client_id=client)
+                except PresenceError as error:
+                    tell(event="error", client=client, status=error.status, text=str(error))
+                else:
+                    readers.add(asyncio.create_task(read(stream, client)))
             elif command == "leave":
                 mark_client_offline(words[0])
 

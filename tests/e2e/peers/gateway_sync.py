@@ -30,7 +30,11 @@ with presence.connect(sys.argv[1], lanes=sys.argv[2], **options) as conn:
         command, *words = line.rstrip("\n").split(" ", 3)
         if command == "request":
             subject, client, text = words
-            stream = conn.stream(subject, text, client_id=client)
-            threading.Thread(target=read, args=(stream, client)).start()
+            try:
+                stream = conn.stream(subject, text, client_id=client)
+            except presence.PresenceError as error:
+                tell(event="error", client=client, status=error.status, text=str(error))
+            else:
+                threading.Thread(target=read, args=(stream, client)).start()
         elif command == "leave":
             presence.mark_client_offline(words[0])

@@ -25,8 +25,11 @@ func main() {
 		switch words := strings.SplitN(lines.Text(), " ", 4); words[0] {
 		case "request":
 			stream, err := conn.Request(context.Background(), words[1], []byte(words[3]), words[2])
-			check(err)
-			go read(stream, words[2])
+			if err != nil {
+				tellError(words[2], err)
+			} else {
+				go read(stream, words[2])
+			}
 		case "leave":
 			check(presence.MarkClientOffline(words[1]))
 		}
@@ -36,14 +39,21 @@ func main() {
 
 func read(stream *presence.Stream, client string) {
 	for message, err := range stream.Messages() {
-		var failed *presence.Error
-		if errors.As(err, &failed) {
-			fmt.Printf("{\"event\": \"error\", \"client\": %q, \"status\": %d, \"text\": %q}\n", client, failed.Status, failed.Message)
+		if err != nil {
+			tellError(client, err)
 			return
 		}
 		fmt.Printf("{\"event\": \"data\", \"client\": %q, \"data\": %q}\n", client, message)
 	}
 	fmt.Printf("{\"event\": \"end\", \"client\": %q}\n", client)
+}
+
+func tellError(client string, err error) {
+	var failed *presence.Error
+	if !errors.As(err, &failed) {
+		log.Fatal(err)
+	}
+	fmt.Printf("{\"event\": \"error\", \"client\": %q, \"status\": %d, \"text\": %q}\n", client, failed.Status, failed.Message)
 }
 
 // with reads an option, KEY=VALUE.

@@ -1,0 +1,130 @@
+"""Gateways and workers in any language, and streams between them that are checked as they come."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from harness import PATIENCE, Command, Event, Program, Server, command
+
+DISCONNECTED, PEER_GONE, NO_RESPONDERS = -8, -9, -10
+
+LANGUAGES = ["c", "go", "python", "asyncio"]
+
+
+class Gateway(Program):
+    """Of each client's one stream, every message is the next one, it ends once, and nothing follows."""
+
+    def __init__(self, program: Command, *arguments: str) -> None:
+        self.received: dict[str, int] = {}
+        self.ended: dict[str, Event] = {}
+        self.wrong: list[object] = []
+        super().__init__(program, *arguments)
+
+    def _hear(self, event: Event) -> None:
+        if event["event"] == "ready":
+            return super()._hear(event)
+        client = event["client"]
+        if client in self.ended:
+            self.wrong.append((event, "after", self.ended[client]))
+        if event["event"] == "data":
+            number = self.received.get(client, 0)
+            if event["data"] != f"{client} {number}":
+                self.wrong.append((event, "is not number", number))
+            self.received[client] = number + 1
+        else:
+            self.ended[client] = event
+
+    def request(self, subject: str, client: str, what: str = "endless") -> None:
+        self.tell(f"request {subject} {client} {what}")
+
+    def until(self, is_so: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+        """Waits until what it told makes this so."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: is_so() or self.wrong or self.has_ended, patience):
+                raise AssertionError(f"{self.name}: {what}: not in time; {self.received}, {self.ended}")
+        assert not self.wrong, self.wrong[:5]
+        assert is_so(), f"{self.name} ended; {self.received}, {self.ended}"
+
+    def all_go_on(self, *clients: str, count: int = 20) -> None:
+        """So many more messages of each come."""
+        least = {client: self.received.get(client, 0) + count for client in clients}
+        self.until(lambda: all(self.received.get(client, 0) >= n for client, n in least.items()), "streams go on")
+        assert not [self.ended[client] for client in clients if client in self.ended]
+
+    def wait_for_end(self, client: str, patience: float = PATIENCE) -> Event:
+        self.until(lambda: client in self.ended, f"{client}'s stream ends", patience)
+        return self.ended[client]
+
+    def end(self) -> None:
+        super().end()
+        assert not self.wrong, self.wrong[:5]
+
+
+class Scene:
+    """Starts gateways and workers; at its end all must end by themselves and well."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._stack = ExitStack()
+
+    def gateway(self, language: str, *options: str, url: str = "", lanes: bool = True) -> Gateway:
+        program = command(language, is_worker=False)
+        gateway = self._stack.enter_context(Gateway(program, url or self.url, str(lanes).lower(), *options))
+        assert isinstance(gateway, Gateway)
+        gateway.wait(event="ready")
+        return gateway
+
+    def worker(self, language: str, *options: str, url: str = "", lanes: bool = True, subject: str = "svc") -> Program:
+        program = command(language, is_worker=True)
+        worker = self._stack.enter_context(Program(program, url or self.url, subject, str(lanes).lower(), *options))
+        worker.wait(event="ready")
+        return worker
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._stack.__exit__(*why)  # type: ignore[arg-type]
+
+
+def begin(gateway: Gateway, subject: str = "svc") -> str:
+    """A client's stream, as soon as both ends are connected and it goes on; the client."""
+    for client in (f"late{attempt}" for attempt in range(50)):
+        gateway.request(subject, client)
+        gateway.until(lambda: client in gateway.received or client in gateway.ended, "an answer comes")  # noqa: B023
+        if client in gateway.received:
+            gateway.all_go_on(client)
+            return client
+        assert gateway.ended[client]["status"] in [DISCONNECTED, NO_RESPONDERS]
+        time.sleep(0.1)
+    raise AssertionError("they do not come back")
+
+
+def finish(gateway: Gateway, worker: Program, *clients: str) -> None:
+    """The worker ends all its streams: what it sent has come, all of it."""
+    worker.tell("finish")
+    for client in clients:
+        done = worker.wait(event="done", client=client)
+        assert (done["why"], done["accepted"]) == (0, 0)
+        assert gateway.wait_for_end(client)["event"] == "end"
+        assert gateway.received[client] == done["sent"]
+
+
+@contextmanager
+def stopped(*programs: Program | Server) -> Iterator[None]:
+    """They stand still, as in a suspended machine, and go on, in this order."""
+    for program in programs:
+        program.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.process.send_signal(signal.SIGCONT)
+
+
+def within(least: float, most: float, since: float) -> None:
+    """So many seconds have passed."""
+    assert least <= time.monotonic() - since <= most
