@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -33,13 +34,15 @@ def nats_server(folder, config):
         for line in server.stderr:
             seen.append(line)
             if "Listening for client connections on" in line:
+                # What it still has to say must not block it.
+                threading.Thread(target=server.stderr.read, daemon=True).start()
                 yield int(line.rsplit(":", 1)[1])
                 break
         else:
             pytest.fail("nats-server did not start: " + "".join(seen))
     finally:
         server.terminate()
-        server.communicate()
+        server.wait()
 
 
 def works(url, **options):

@@ -1,0 +1,100 @@
+"""What the tests of authentication, TLS and permissions share: servers that demand something, and how it is said."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "bindings" / "python"), str(ROOT / "tests" / "e2e")]
+
+import nats_presence  # noqa: E402
+from harness import PATIENCE, server_binary  # noqa: E402
+
+
+@contextlib.contextmanager
+def nats_server(config: str | Path, folder: Path | None = None, **environment: str) -> Iterator[int]:
+    """Runs a server with a configuration, a file or a text for one in the folder; gives its port."""
+    if isinstance(config, str):
+        assert folder
+        (folder / "server.conf").write_text(config)
+        config = folder / "server.conf"
+    command = [server_binary(), "-a", "127.0.0.1", "-p", "-1", "-c", str(config)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    assert server.stderr
+    try:
+        seen = []
+        port = 0
+        for line in server.stderr:
+            seen.append(line)
+            if found := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
+                port = int(found[1])
+            if "Server is ready" in line:
+                break
+        else:
+            pytest.fail("nats-server did not start: " + "".join(seen))
+        # What it still has to say must not block it.
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        yield port
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def works(url: str, **options: Any) -> None:
+    with nats_presence.connect(url, **options) as conn, pytest.raises(nats_presence.NoResponders):
+        next(conn.stream("nobody"))
+
+
+def refused(url: str, **options: Any) -> str:
+    """Connecting fails at once, not by a time that is over; gives the message."""
+    with pytest.raises((nats_presence.Disconnected, nats_presence.Invalid)) as error:
+        nats_presence.connect(url, **options)
+    return str(error.value)
+
+
+class Stranger:
+    """A user who speaks to nats-server by hand, and does with his rights what our library would not."""
+
+    def __init__(self, port: int, user: str, password: str) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self._lines = self._socket.makefile("rb")
+        self._numbers = itertools.count(1)
+        # What came to him, by subject.
+        self.heard: list[tuple[str, bytes]] = []
+        self.say(f'CONNECT {{"verbose":false,"headers":true,"user":"{user}","pass":"{password}"}}')
+
+    def say(self, line: str, payload: bytes | None = None) -> str:
+        """Says it, and gives what nats-server has against it; what came meanwhile is kept."""
+        data = line.encode() + b"\r\n" + (b"" if payload is None else payload + b"\r\n")
+        self._socket.sendall(data + b"PING\r\n")
+        complaints = ""
+        while (answer := self._lines.readline()) != b"PONG\r\n":
+            assert answer, "nats-server ended the connection"
+            words = answer.split()
+            if words[0] == b"-ERR":
+                complaints += answer.decode()
+            elif words[0] in (b"MSG", b"HMSG"):
+                self.heard.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))
+        return complaints
+
+    def publish(self, subject: str, payload: bytes = b"", reply: str = "") -> str:
+        return self.say(f"PUB {subject} {reply} {len(payload)}", payload)
+
+    def subscribe(self, subject: str) -> str:
+        return self.say(f"SUB {subject} {next(self._numbers)}")
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()

@@ -1,0 +1,280 @@
+"""What users may do: the files in docs/nats-server, and what happens where a right is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from secured import PATIENCE, ROOT, Stranger, nats_presence, nats_server
+
+CONFIGS = ROOT / "docs/nats-server"
+PASSWORDS = {"GATEWAY_PASSWORD": "of-gateways", "WORKER_PASSWORD": "of-workers"}
+GATEWAY = {"inbox_prefix": "_INBOX.gateway"}
+WORKER = {"inbox_prefix": "_INBOX.worker", "announce": "never"}
+
+
+class Told:
+    """What connections tell, to wait for."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, event: Any) -> None:
+        with self._changed:
+            self._texts.append(event.text)
+            self._changed.notify_all()
+
+    @property
+    def text(self) -> str:
+        with self._changed:
+            return "\n".join(self._texts)
+
+    def wait(self, *words: str) -> None:
+        with self._changed:
+            assert self._changed.wait_for(
+                lambda: any(all(word in text for word in words) for text in self._texts), PATIENCE
+            ), f"nobody told of {words}: {self._texts}"
+
+
+class Processes:
+    """A gateway and a worker that counts; what its senders came to is in `ends`."""
+
+    def __init__(self, urls: contextlib.ExitStack, port: int, tenant: str = "", **options: Any) -> None:
+        self.told = Told()
+        self.ends: list[str] = []
+        self.ended = threading.Semaphore(0)
+        self.started = threading.Semaphore(0)
+        own = {"gateway": {**GATEWAY, **options}, "worker": WORKER}
+        self.worker, self.gateway = (
+            urls.enter_context(
+                nats_presence.connect(
+                    f"nats://{tenant}{user}:of-{user}s@127.0.0.1:{port}", on_event=self.told, **own[user]
+                )
+            )
+            for user in ["worker", "gateway"]
+        )
+
+        @self.worker.service("llm.count", queue="workers")
+        def count(request: Any, sender: Any) -> None:
+            try:
+                for i in range(int(request.data)):
+                    sender.send(b"%d" % i + bytes(100))
+                sender.end()
+                self.ends.append("")
+            except nats_presence.PresenceError as error:
+                self.ends.append(type(error).__name__)
+            self.ended.release()
+
+        @self.worker.service("llm.endless", queue="workers")
+        def endless(request: Any, sender: Any) -> None:
+            self.started.release()
+            try:
+                while True:
+                    sender.send("more")
+                    time.sleep(0.01)
+            except nats_presence.PresenceError as error:
+                self.ends.append(type(error).__name__)
+            self.ended.release()
+
+    def count(self, number: int, **options: Any) -> int:
+        """How many messages come of so many."""
+        return len(list(self.gateway.stream("llm.count", b"%d" % number, timeout_ms=10_000, **options)))
+
+
+@contextlib.contextmanager
+def processes(config: Path | str, folder: Path | None = None, **options: Any) -> Iterator[tuple[int, Processes]]:
+    with nats_server(config, folder, **PASSWORDS) as port, contextlib.ExitStack() as stack:
+        yield port, Processes(stack, port, **options)
+
+
+@contextlib.contextmanager
+def strangers(port: int, tenant: str = "") -> Iterator[tuple[Stranger, Stranger]]:
+    """Somebody with a stolen credential of a gateway, somebody with one of a worker."""
+    both = [Stranger(port, f"{tenant}{user}", f"of-{user}s") for user in ["gateway", "worker"]]
+    yield both[0], both[1]
+    for stranger in both:
+        stranger.close()
+
+
+@pytest.mark.parametrize("lanes", [True, False])
+def test_streams_run_with_the_rights_of_the_files(lanes: bool) -> None:
+    with processes(CONFIGS / "one-account.conf", lanes=lanes) as (_, both):
+        assert both.count(100_000) == 100_000
+        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        next(stream)
+        stream.cancel()
+        for _ in range(2):
+            assert both.ended.acquire(timeout=PATIENCE)
+        assert both.ends == ["", "Cancelled" if lanes else "Offline"]
+        assert both.worker.stats()["lanes"] + both.gateway.stats()["lanes"] == (2 if lanes else 0)
+        assert "iolation" not in both.told.text
+
+
+def test_a_worker_cannot_announce_and_a_gateway_can() -> None:
+    with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
+        stream = both.gateway.stream("llm.endless", client_id="victim")
+        next(stream)
+        assert "Permissions Violation for Publish" in worker.publish("client.offline", b"victim")
+        both.gateway.stats()
+        for _ in range(10):
+            next(stream)
+        assert nats_presence.is_client_online("victim")
+        assert gateway.publish("client.offline", b"victim") == ""
+        with pytest.raises(nats_presence.Offline):
+            for _ in stream:
+                pass
+        assert both.ended.acquire(timeout=PATIENCE)
+        assert both.ends == ["Offline"]
+
+
+def test_a_worker_of_ours_that_announces_is_told(tmp_path: Path) -> None:
+    with nats_server(CONFIGS / "one-account.conf", **PASSWORDS) as port:
+        told = Told()
+        url = f"nats://worker:of-workers@127.0.0.1:{port}"
+        with nats_presence.connect(url, on_event=told, inbox_prefix=WORKER["inbox_prefix"]):
+            nats_presence.mark_client_offline("somebody")
+            told.wait("Permissions Violation for Publish", "client.offline")
+
+
+def test_a_gateway_cannot_serve() -> None:
+    with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
+        for subject in ["llm.count", "llm.count workers", "llm.>", ">"]:
+            assert "Permissions Violation for Subscription" in gateway.subscribe(subject)
+        # A worker takes his turn, and does not listen to what others are asked.
+        assert worker.subscribe("llm.other workers") == ""
+        for subject in ["llm.count", "llm.count spies", "llm.>", ">"]:
+            assert "Permissions Violation for Subscription" in worker.subscribe(subject)
+
+        @both.gateway.service("llm.more", queue="workers")
+        def more(request: Any, sender: Any) -> None:
+            raise AssertionError("it was requested")
+
+        both.told.wait("Permissions Violation for Subscription", "llm.more")
+        with pytest.raises(nats_presence.NoResponders):
+            next(both.gateway.stream("llm.more"))
+
+
+def test_inboxes_are_read_and_written_by_their_owners_only() -> None:
+    with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
+        for stranger, other in [(gateway, "worker"), (worker, "gateway")]:
+            for subject in ["_INBOX.>", f"_INBOX.{other}.>", f"_INBOX.{other}.*.*", f"_INBOX.{other}.*.lane.*", "*.>"]:
+                assert "Permissions Violation for Subscription" in stranger.subscribe(subject)
+            # An answer to who did not ask him.
+            token = "0" * 32
+            assert "Permissions Violation for Publish" in stranger.publish(f"_INBOX.{other}.{token}.1234", b"lie")
+        assert both.count(1000) == 1000
+        assert (gateway.heard, worker.heard) == ([], [])
+
+
+def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
+    """As the comment in gateway.conf says."""
+    gateway, worker = (tmp_path / f"{name}.conf" for name in ["gateway", "worker"])
+    gateway.write_text((CONFIGS / "gateway.conf").read_text().replace("_INBOX.gateway.", "_INBOX.gateway.mine."))
+    worker.write_text(
+        (CONFIGS / "worker.conf").read_text().replace("_INBOX.gateway.*.lane.*", "_INBOX.gateway.*.*.lane.*")
+    )
+    config = (CONFIGS / "one-account.conf").read_text()
+    with processes(config, tmp_path, inbox_prefix="_INBOX.gateway.mine") as (port, both), strangers(port) as (other, _):
+        assert both.count(1000) == 1000
+        assert both.gateway.stats()["lanes"] == 1
+        for subject in ["_INBOX.gateway.>", "_INBOX.gateway.yours.>"]:
+            assert "Permissions Violation for Subscription" in other.subscribe(subject)
+
+
+def test_tenants_have_nothing_to_do_with_each_other() -> None:
+    with processes(CONFIGS / "tenants.conf", tenant="red-") as (port, both), strangers(port, "blue-") as (gateway, _):
+        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        next(stream)
+        # What is allowed there has no effect here: the same client, the same subject, an inbox.
+        assert gateway.publish("client.offline", b"somebody") == ""
+        assert gateway.subscribe("_INBOX.gateway.>") == ""
+        assert gateway.publish("llm.count", b"10", reply="_INBOX.gateway.x.1") == ""
+        assert both.count(1000) == 1000
+        for _ in range(10):
+            next(stream)
+        assert nats_presence.is_client_online("somebody")
+        assert both.worker.stats()["requests"] == 2
+        assert both.worker.stats()["offline_in"] == 0
+        # nats-server answers that nobody is there.
+        assert [payload[:12] for _, payload in gateway.heard] == []
+        stream.cancel()
+
+
+@pytest.mark.parametrize("lanes", [True, False])
+def test_two_accounts(lanes: bool) -> None:
+    """A lane cannot cross them: a gateway that offers one has its first stream hurt, and all others on level 0."""
+    with processes(CONFIGS / "two-accounts.conf", lanes=lanes) as (_, both):
+        if lanes:
+            with contextlib.suppress(nats_presence.PresenceError):
+                both.count(10)
+        assert both.count(10_000) == 10_000
+        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        next(stream)
+        stream.cancel()
+        assert both.gateway.stats()["lanes"] == 0
+
+
+def config(missing: str, gateway: str, worker: str, responses: str = '{ max: -1, expires: "1h" }') -> str:
+    """All rights but for one that lanes need."""
+    rights = {
+        "gateway publishes": f"{worker}.*.lane.*",
+        "gateway hears": f"{gateway}.*.lane.*",
+        "worker publishes": f"{gateway}.*.lane.*",
+        "worker hears": f"{worker}.*.lane.*",
+    }
+    granted = {right: f'"{subject}"' if right != missing else "" for right, subject in rights.items()}
+    return f"""authorization {{ users: [
+        {{ user: gateway, password: of-gateways, permissions: {{
+            publish: ["client.offline", "llm.>", "{gateway}.*.*", {granted["gateway publishes"]}]
+            subscribe: ["{gateway}.*.*", {granted["gateway hears"]}] }} }}
+        {{ user: worker, password: of-workers, permissions: {{
+            publish: ["{worker}.*.*", {granted["worker publishes"]}], allow_responses: {responses}
+            subscribe: ["llm.>", "client.offline", "{worker}.*.*", {granted["worker hears"]}] }} }}
+    ] }}"""
+
+
+@pytest.mark.parametrize("prefixes", [("_INBOX", "_INBOX"), ("_INBOX.gateway", "_INBOX.worker")], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "missing", ["nothing", "gateway publishes", "gateway hears", "worker publishes", "worker hears"]
+)
+def test_where_a_right_is_missing_streams_go_on_level_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, prefixes: tuple[str, str]
+) -> None:
+    monkeypatch.setitem(WORKER, "inbox_prefix", prefixes[1])
+    with processes(config(missing, *prefixes), tmp_path, inbox_prefix=prefixes[0]) as (_, both):
+        # The first may be hurt; it hears of that at once, also if its sender was quick and ended before.
+        since = time.monotonic()
+        with contextlib.suppress(nats_presence.PresenceError):
+            both.count(10)
+        with contextlib.suppress(nats_presence.PresenceError):
+            both.count(100_000)
+        assert time.monotonic() - since < 5
+        # More than any window.
+        assert both.count(100_000) == 100_000
+        lanes = both.worker.stats()["lanes"] + both.gateway.stats()["lanes"]
+        if missing == "nothing":
+            assert lanes == 2
+            assert "iolation" not in both.told.text
+        else:
+            both.told.wait("Permissions Violation", "lane", "lanes=false")
+            if "hears" in missing:
+                assert lanes == 0
+
+
+@pytest.mark.parametrize("responses", ["true", '{ max: 10, expires: "1h" }', '{ max: -1, expires: "200ms" }', "false"])
+def test_a_worker_whose_answers_are_refused_stops(tmp_path: Path, responses: str) -> None:
+    """On level 0: nobody would get what it computes. Its gateway hears nothing, and has its timeout."""
+    rights = config("worker publishes", "_INBOX.gateway", "_INBOX.worker", responses)
+    with processes(rights, tmp_path, lanes=False) as (_, both):
+        with pytest.raises(nats_presence.Timeout):
+            list(both.gateway.stream("llm.endless", timeout_ms=700))
+        both.told.wait("Permissions Violation for Publish", "_INBOX.gateway.", "allow_responses")
+        # It was anonymous: the gateway could not stop it.
+        assert both.ended.acquire(timeout=PATIENCE)
+        assert both.ends != [""]
