@@ -163,6 +163,69 @@ static void ended_by_eight_threads(void) {
   }
 }
 
+static void *free_session(void *session) {
+  wait_for_all();
+  presence_session_close((presence_session *)session);
+  return NULL;
+}
+
+static void *free_service(void *service) {
+  wait_for_all();
+  presence_service_free((presence_service *)service);
+  return NULL;
+}
+
+static void *free_stream(void *stream) {
+  wait_for_all();
+  presence_stream_free((presence_stream *)stream);
+  return NULL;
+}
+
+static void *free_queue(void *queue) {
+  wait_for_all();
+  presence_queue_free((presence_queue *)queue);
+  return NULL;
+}
+
+static void *wait_on_queue(void *queue) {
+  presence_event event;
+  while (presence_queue_wait((presence_queue *)queue, &event, 1, -1) >= 0) continue;
+  return NULL;
+}
+
+/* Freed by eight threads at once, while it is at work: once, and the others notice that. */
+static void freed_by_eight_threads(void) {
+  for (int round = 0; round < 20; round++) {
+    pair both = open_pair("c");
+    presence_session *session, *other;
+    presence_stats stats;
+    settle(both.worker, both.gateway, "pair");
+    OK(presence_session_open("d", 1, &session));
+    OK(presence_session_open("d", 1, &other));
+    run_in_all(free_session, session);
+    CHECK(is_client_online("d")); /* it took no other's place */
+    presence_session_close(other);
+    CHECK(!is_client_online("d"));
+
+    run_in_all(free_stream, both.stream);
+    expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED);
+    expect_nothing(both.worker.queue);
+    expect_nothing(both.gateway.queue);
+    run_in_all(free_service, both.service);
+    CHECK_STATUS(presence_service_stop(both.service), PRESENCE_CLOSED);
+
+    pthread_t waiter = start_thread(wait_on_queue, both.gateway.queue);
+    run_in_all(free_queue, both.gateway.queue);
+    join_thread(waiter);
+    CHECK_STATUS(presence_queue_fd(both.gateway.queue), PRESENCE_CLOSED);
+    OK(presence_conn_stats(both.gateway.conn, &stats));
+    CHECK_EQ(stats.streams, 0);
+    presence_sender_free(both.sender);
+    OK(presence_close(both.gateway.conn, PATIENCE));
+    close_peer(both.worker);
+  }
+}
+
 /* Who ends the stream that the others send on. */
 enum how { BY_END, BY_ERROR, BY_MARK, BY_CLOSE, HOWS };
 static enum how how;
@@ -268,6 +331,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(use_after_the_end);
   RUN(what_is_no_handle);
   RUN_ON_BOTH(ended_by_eight_threads);
+  RUN_ON_BOTH(freed_by_eight_threads);
   RUN_ON_BOTH(sent_by_seven_while_one_ends);
   RUN_ON_BOTH(closed_while_eight_threads_use_it);
   return 0;

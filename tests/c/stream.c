@@ -536,6 +536,40 @@ static void closing_drains(void) {
   close_peer(both.gateway);
 }
 
+static peer taker;
+
+static void *take_one(void *taken) {
+  *(presence_event *)taken = expect(taker.queue, PRESENCE_EVENT_DATA);
+  return NULL;
+}
+
+/* What a wait gave stays until the next one: when the thread that took it is gone, the stream is freed, the connection
+ * closed. And the names that were kept for longer are those of handles that have ended. */
+static void events_that_are_kept(void) {
+  static const char text[] = "a message that is kept for longer than all that it came from";
+  pair both = open_pair("c");
+  presence_event kept, again;
+  OK(send_text(both.sender, text));
+  taker = both.gateway;
+  join_thread(start_thread(take_one, &kept));
+  CHECK(kept.stream == both.stream);
+  for (int i = 0; i < 1000; i++) OK(send_text(both.sender, "more"));
+  while (stats_of(both.gateway).messages_in < (on_lanes() ? 2 : 1001)) usleep(100);
+  presence_stream_free(both.stream);
+  expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED);
+  presence_sender_free(both.sender);
+  presence_service_free(both.service);
+  OK(presence_close(both.worker.conn, PATIENCE));
+  OK(presence_close(both.gateway.conn, PATIENCE));
+  CHECK(is_text(kept.data, kept.data_len, text));
+  CHECK_STATUS(presence_stream_cancel(kept.stream), PRESENCE_CLOSED);
+  CHECK_EQ(presence_queue_wait(both.gateway.queue, &again, 1, 0), 0);
+  CHECK_STATUS(presence_stream_consumed(kept.stream, 1), PRESENCE_CLOSED);
+  presence_stream_free(kept.stream);
+  presence_queue_free(both.gateway.queue);
+  presence_queue_free(both.worker.queue);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   RUN_ON_BOTH(a_thousand_messages_in_order);
@@ -561,5 +595,6 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(the_worker_closes);
   RUN_ON_BOTH(the_gateway_closes);
   RUN_ON_BOTH(closing_drains);
+  RUN_ON_BOTH(events_that_are_kept);
   return 0;
 }

@@ -1,0 +1,263 @@
+/* A client leaves at every moment of its stream's life, and is back at once under the same id, a thousand times: each stream
+ * ends once, none is revived, and the next is not harmed. And a client who is at two gateways. */
+#include "peer.h"
+
+enum { ROUNDS = 1000 };
+
+/* When it leaves. The request's first byte tells the worker. */
+enum moment {
+  BEFORE_THE_REQUEST, /* the stream runs to its end */
+  DURING_ACCEPT,      /* the worker sends nothing */
+  BETWEEN_TWO_SENDS,  /* the worker sends one, and tries another afterwards */
+  AFTER_A_CANCEL,     /* the same */
+  DURING_END,         /* the worker ends at once */
+  AFTER_END,          /* the stream runs to its end */
+  MOMENTS,
+  ALL_IS_OVER = MOMENTS
+};
+
+/* The gateway --------------------------------------------------------------------------------------------------------- */
+
+static presence_stream *streams[ROUNDS + 1];
+static int ends[ROUNDS + 1], messages[ROUNDS + 1];
+
+/* Takes events until the stream with this tag has had so many messages, or ended. */
+static presence_event take_until(peer self, uint64_t tag, int count) {
+  for (;;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(ends[event.tag], 0); /* nothing follows the end */
+    CHECK(event.stream == streams[event.tag]);
+    if (event.kind == PRESENCE_EVENT_DATA) {
+      char expected[] = {(char)('1' + messages[event.tag]++), '\0'};
+      CHECK(is_text(event.data, event.data_len, expected));
+    } else {
+      ends[event.tag]++;
+    }
+    if (event.tag == tag && (ends[tag] || messages[tag] == count)) return event;
+  }
+}
+
+static void check_end(peer self, uint64_t tag, int32_t kind, int32_t status) {
+  presence_event event = take_until(self, tag, INT32_MAX);
+  CHECK_EQ(event.kind, kind);
+  CHECK_STATUS(event.status, status);
+}
+
+static void come_and_go(void) {
+  peer self = open_peer();
+  memset(ends, 0, sizeof ends);
+  memset(messages, 0, sizeof messages);
+  for (uint64_t round = 0; round <= ROUNDS; round++) {
+    char moment = (char)(round == ROUNDS ? (int)ALL_IS_OVER : (int)(round % MOMENTS));
+    if (moment == BEFORE_THE_REQUEST) OK(mark_client_offline("c"));
+    OK(presence_request(self.conn, self.queue, "leaving", &moment, 1, "c", 1, NULL, round, &streams[round], NULL));
+    switch (moment) {
+      case DURING_ACCEPT:
+        OK(mark_client_offline("c"));
+        check_end(self, round, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
+        CHECK_EQ(messages[round], 0);
+        break;
+      case BETWEEN_TWO_SENDS:
+        take_until(self, round, 1);
+        OK(mark_client_offline("c"));
+        check_end(self, round, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
+        CHECK_EQ(messages[round], 1);
+        break;
+      case AFTER_A_CANCEL:
+        take_until(self, round, 1);
+        OK(presence_stream_cancel(streams[round]));
+        OK(mark_client_offline("c"));
+        check_end(self, round, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
+        break;
+      case DURING_END: { /* it is one or the other */
+        OK(mark_client_offline("c"));
+        presence_event event = take_until(self, round, INT32_MAX);
+        CHECK(event.kind == PRESENCE_EVENT_END || event.status == PRESENCE_OFFLINE);
+        break;
+      }
+      default:
+        check_end(self, round, PRESENCE_EVENT_END, PRESENCE_OK);
+        CHECK_EQ(messages[round], 2);
+        if (moment == AFTER_END) OK(mark_client_offline("c"));
+    }
+    /* Where the worker is in the same process, its sender may be a moment behind. */
+    if (is_asked_for("come_and_go")) CHECK(!is_client_online("c"));
+  }
+  expect_nothing(self.queue);
+  for (int i = 0; i <= ROUNDS; i++) {
+    CHECK_EQ(ends[i], 1);
+    presence_stream_free(streams[i]);
+  }
+  close_peer(self);
+}
+
+static void *come_and_go_in_a_thread(void *unused) {
+  come_and_go();
+  return unused;
+}
+
+/* The worker ---------------------------------------------------------------------------------------------------------- */
+
+enum { KEPT = 3 * MOMENTS };
+
+/* The last senders, the newest first. */
+static struct {
+  presence_sender *sender;
+  char moment;
+  bool has_ended; /* by its worker */
+  int stops;
+} kept[KEPT];
+
+static void serve_who_comes_and_goes(peer self) {
+  memset(kept, 0, sizeof kept);
+  for (bool is_over = false; !is_over;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_STOPPED) {
+      for (int i = 0; i < KEPT; i++) {
+        if (kept[i].sender != event.sender) continue;
+        CHECK_EQ(++kept[i].stops, 1);
+        CHECK(!kept[i].has_ended);
+        CHECK(event.status == PRESENCE_OFFLINE || (kept[i].moment == AFTER_A_CANCEL && event.status == PRESENCE_CANCELLED));
+        CHECK_STATUS(send_text(event.sender, "late"), event.status);
+      }
+      continue;
+    }
+    CHECK_EQ(event.kind, PRESENCE_EVENT_REQUEST);
+    /* The client left before it asked again: all that was for it has ended, and stays so. */
+    for (int i = 0; i < KEPT && kept[i].sender; i++) {
+      CHECK(presence_sender_is_closed(kept[i].sender));
+      CHECK_STATUS(send_text(kept[i].sender, "late"), (int32_t)status_word(kept[i].sender));
+      if (!kept[i].has_ended) CHECK(send_text(kept[i].sender, "late") != PRESENCE_CLOSED);
+    }
+    presence_sender_free(kept[KEPT - 1].sender);
+    memmove(kept + 1, kept, sizeof kept - sizeof *kept);
+    kept[0].sender = event.sender;
+    kept[0].moment = *(const char *)event.data;
+    kept[0].stops = 0;
+    switch (kept[0].moment) {
+      case DURING_ACCEPT:
+        break;
+      case BETWEEN_TWO_SENDS:
+      case AFTER_A_CANCEL:
+        OK(send_text(event.sender, "1"));
+        break;
+      case DURING_END:
+        (void)presence_sender_end(event.sender);
+        break;
+      default:
+        OK(send_text(event.sender, "1"));
+        OK(send_text(event.sender, "2"));
+        OK(presence_sender_end(event.sender));
+    }
+    kept[0].has_ended = presence_sender_is_closed(event.sender) && status_word(event.sender) == (uint32_t)PRESENCE_CLOSED;
+    is_over = kept[0].moment == ALL_IS_OVER;
+  }
+}
+
+static void a_thousand_times(bool in_one_process) {
+  peer worker = open_peer();
+  presence_service *service = serve(worker, "leaving");
+  pthread_t thread = 0;
+  pid_t process = 0;
+  settle(worker, beside(worker), "leaving");
+  if (in_one_process) thread = start_thread(come_and_go_in_a_thread, NULL);
+  else process = start("come_and_go");
+  serve_who_comes_and_goes(worker);
+  if (in_one_process) join_thread(thread);
+  else expect_exit(process, 0);
+  for (int i = 0; i < KEPT; i++) presence_sender_free(kept[i].sender);
+  presence_service_free(service);
+  CHECK_EQ(stats_of(worker).senders, 0);
+  close_peer(worker);
+}
+
+static void a_thousand_times_in_one_process(void) { a_thousand_times(true); }
+static void a_thousand_times_in_two(void) { a_thousand_times(false); }
+
+/* Two gateways -------------------------------------------------------------------------------------------------------- */
+
+/* One of them, in a process of its own: told by another client's stream what to do with its own two. */
+static void be_a_gateway(void) {
+  peer self = open_peer(), orders = beside(self);
+  presence_session *session;
+  presence_event event;
+  OK(presence_listen_offline(self.conn));
+  OK(presence_session_open("c", 1, &session));
+  presence_stream *first = request(self, "two", "c", 1), *second = request(self, "two", "c", 2);
+  presence_stream *control = request(orders, "orders", "", 9);
+  while (presence_queue_wait(orders.queue, &event, 1, -1) == 1 && event.kind == PRESENCE_EVENT_DATA) {
+    if (is_text(event.data, event.data_len, "cancel the first")) {
+      OK(presence_stream_cancel(first));
+      CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED).tag, 1);
+    } else if (is_text(event.data, event.data_len, "the session ends")) {
+      presence_session_close(session); /* the only one here, with a stream: the client has left */
+      CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 2);
+      CHECK(!is_client_online("c"));
+    } else { /* it has left, says the other gateway; the worker may be the first to tell */
+      uint64_t tags = 0;
+      for (int i = 0; i < 2; i++) {
+        event = expect(self.queue, PRESENCE_EVENT_ERROR);
+        tags += event.tag;
+        if (event.status != PRESENCE_OFFLINE) {
+          CHECK_STATUS(event.status, PRESENCE_REMOTE);
+          CHECK(is_text(event.data, event.data_len, "the client is offline"));
+        }
+      }
+      CHECK_EQ(tags, 1 + 2);
+      while (is_client_online("c")) usleep(1000); /* its session is over, too */
+      presence_session_close(session);
+    }
+    expect_nothing(self.queue);
+  }
+  presence_stream_free(first);
+  presence_stream_free(second);
+  presence_stream_free(control);
+  presence_queue_free(orders.queue);
+  close_peer(self);
+}
+
+/* The client is at both. What one cancels is its own; when it says that the client left, it has left. */
+static void at_two_gateways(void) {
+  peer worker = open_peer(), control = beside(worker);
+  presence_service *services[] = {serve(worker, "two"), serve(control, "orders")};
+  pid_t gateways[2];
+  presence_sender *senders[2][2], *orders[2];
+  for (int i = 0; i < 2; i++) {
+    gateways[i] = start("be_a_gateway");
+    for (int k = 0; k < 2; k++) senders[i][k] = accept_request(worker);
+    orders[i] = accept_request(control);
+  }
+  for (int i = 0; i < 4; i++) CHECK(!presence_sender_is_closed(senders[i / 2][i % 2]));
+  OK(send_text(orders[0], "cancel the first"));
+  if (on_lanes()) CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_CANCELLED).sender == senders[0][0]);
+  for (int i = on_lanes() ? 1 : 0; i < 4; i++) CHECK(!presence_sender_is_closed(senders[i / 2][i % 2]));
+
+  OK(send_text(orders[0], "the session ends"));
+  for (int i = on_lanes() ? 1 : 0; i < 4; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+  for (int i = 0; i < 4; i++) CHECK(presence_sender_is_closed(senders[i / 2][i % 2]));
+  OK(send_text(orders[1], "it has left"));
+  for (int i = 0; i < 2; i++) {
+    OK(presence_sender_end(orders[i]));
+    expect_exit(gateways[i], 0);
+  }
+  expect_nothing(worker.queue);
+  for (int i = 0; i < 4; i++) presence_sender_free(senders[i / 2][i % 2]);
+  for (int i = 0; i < 2; i++) {
+    presence_sender_free(orders[i]);
+    presence_service_free(services[i]);
+  }
+  presence_queue_free(control.queue);
+  close_peer(worker);
+}
+
+int main(int argc, char **argv) {
+  begin(argc, argv);
+  ROLE(come_and_go);
+  ROLE(be_a_gateway);
+  RUN_ON_BOTH(a_thousand_times_in_one_process);
+  RUN_ON_BOTH(a_thousand_times_in_two);
+  RUN_ON_BOTH(at_two_gateways);
+  return 0;
+}
