@@ -1,6 +1,6 @@
-/* No send is accepted that begins after mark_client_offline returned, while threads send as fast as they can; nor one that
- * begins after the sender's status word told the end, whoever told it. */
-#include "peer.h"
+/* While threads send as fast as they can, no send is accepted that begins after mark_client_offline returned, or after an
+ * announcement of another process was seen in this one. */
+#include "server.h"
 #include <sched.h>
 
 enum { BATCH = 256, THREADS = 2, BEFORE = 50 };
@@ -11,7 +11,8 @@ enum { BATCH = 256, THREADS = 2, BEFORE = 50 };
 static struct {
   presence_sender *sender;
   int begun;  /* threads that send on it */
-  int marked; /* set after mark_client_offline returned, so that a send that begins later must be refused */
+  int marked; /* set after mark_client_offline returned, so that a send that begins later must be refused. So must one
+               * that begins after its thread has read the end in the status word */
 } slots[BATCH];
 
 static uint64_t next_slot; /* of those before, each is all that its threads need. Atomic, as the next */
@@ -99,14 +100,34 @@ static int take(peer self) {
   return requests;
 }
 
-/* Marks, each in the midst of sends, until there were so many of these. */
-static void race(uint64_t sends) {
+/* A peer that is a socket announces that a client is offline; returns when that is seen. */
+static void announce(int peer, const char *id, presence_sender *sender) {
+  char line[60];
+  int size = snprintf(line, sizeof line, "PUB client.offline %zu\r\n%s\r\n", strlen(id), id);
+  CHECK_EQ(send(peer, line, (size_t)size, MSG_NOSIGNAL), size);
+  while (status_word(sender) == 0) sched_yield();
+}
+
+static int connect_by_hand(void) {
+  static const char hello[] = "CONNECT {\"verbose\":false}\r\n";
+  const char *port = strrchr(url, ':');
+  CHECK(port);
+  struct sockaddr_in address = local(atoi(port + 1));
+  int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  CHECK_EQ(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+  CHECK_EQ(send(fd, hello, sizeof hello - 1, MSG_NOSIGNAL), sizeof hello - 1);
+  return fd;
+}
+
+/* Clients that leave, each in the midst of sends, until there were so many of these. */
+static void race(uint64_t sends, bool is_announced) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "mark");
   presence_config *config = presence_config_new();
   presence_stream *streams[BATCH];
   pthread_t threads[THREADS];
   uint64_t numbers[THREADS], seed = 1;
+  int peer = is_announced ? connect_by_hand() : -1;
   OK(presence_config_set(config, "stream_buffer_bytes", "1048576"));
   next_slot = sent = accepted = refused_after = met = 0;
   is_over = false;
@@ -130,7 +151,8 @@ static void race(uint64_t sends) {
       while (__atomic_load_n(&slots[i].begun, __ATOMIC_SEQ_CST) < THREADS) sched_yield();
       seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
       for (uint64_t delay = seed >> 54; delay > 0; delay--) __asm__ volatile("" ::: "memory"); /* at any moment of a send */
-      OK(mark_client_offline(id));
+      if (is_announced) announce(peer, id, slots[i].sender);
+      else OK(mark_client_offline(id));
       __atomic_store_n(&slots[i].marked, 1, __ATOMIC_SEQ_CST);
     }
     for (int i = 0; i < THREADS; i++) {
@@ -147,26 +169,31 @@ static void race(uint64_t sends) {
   for (int i = 0; i < THREADS; i++) join_thread(threads[i]);
   CHECK_EQ(refused_after, next_slot * THREADS * (uint64_t)sends_after);
   CHECK(accepted > 0 && met > next_slot / 20); /* they do race */
+  if (is_announced) close(peer);
   presence_config_free(config);
   presence_service_free(service);
   close_peer(gateway);
   close_peer(worker);
 }
 
-static void no_send_after_the_mark(void) {
+static void run(const char *what, uint64_t sends, bool is_announced) {
   int64_t since = now_us();
   sends_after = is_long ? 4000 : 500;
-  race(is_long ? 1000000000 : 4000000);
+  race(sends, is_announced);
   if (!is_long) return;
-  FIGURE("%llu sends of two threads raced %llu marks (%.0f s): %llu accepted before; %llu begun after the mark had "
-         "returned, of which 0 accepted; in %llu of %llu cases the mark followed an accepted send",
-         (unsigned long long)sent, (unsigned long long)next_slot, (double)(now_us() - since) / 1e6,
+  FIGURE("%llu sends of two threads raced %llu %s (%.0f s): %llu accepted before; %llu begun after it, of which 0 accepted; "
+         "in %llu of %llu cases it followed an accepted send",
+         (unsigned long long)sent, (unsigned long long)next_slot, what, (double)(now_us() - since) / 1e6,
          (unsigned long long)accepted, (unsigned long long)refused_after, (unsigned long long)met,
          (unsigned long long)next_slot * THREADS);
 }
 
+static void no_send_after_the_mark(void) { run("marks", is_long ? 1000000000 : 4000000, false); }
+static void no_send_after_the_announcement(void) { run("announcements", is_long ? 100000000 : 1000000, true); }
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   RUN_ON_BOTH(no_send_after_the_mark);
+  RUN_ON_BOTH(no_send_after_the_announcement);
   return 0;
 }
