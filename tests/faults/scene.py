@@ -51,8 +51,12 @@ class Gateway(Program):
     def all_go_on(self, *clients: str, count: int = 20) -> None:
         """So many more messages of each come."""
         least = {client: self.received.get(client, 0) + count for client in clients}
-        self.until(lambda: all(self.received.get(client, 0) >= n for client, n in least.items()), "streams go on")
-        assert not [self.ended[client] for client in clients if client in self.ended]
+
+        def go_on() -> bool:
+            assert not [self.ended[client] for client in clients if client in self.ended]
+            return all(self.received.get(client, 0) >= n for client, n in least.items())
+
+        self.until(go_on, "streams go on")
 
     def wait_for_end(self, client: str, patience: float = PATIENCE) -> Event:
         self.until(lambda: client in self.ended, f"{client}'s stream ends", patience)

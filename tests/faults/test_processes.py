@@ -1,0 +1,160 @@
+"""A gateway or a worker is killed, or stands still: the other end learns of it in time, not earlier, and once.
+
+How soon at best, over hundreds of kills: tests/c/found.c; more of it in C: tests/c/gone.c; within one language:
+TestPeerGone, test_lanes.py.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from harness import Server
+from scene import LANGUAGES, PEER_GONE, Gateway, Program, Scene, finish, stopped, within
+
+OTHER = dict(zip(LANGUAGES, LANGUAGES[1:] + LANGUAGES[:1]))
+"""In which language the other end is."""
+
+GRACE, BEAT = 0.4, 0.4
+OPTIONS = (f"peer_grace_ms={GRACE * 1000:.0f}", f"heartbeat_ms={BEAT * 1000:.0f}")
+LATER = 1.0
+"""Seconds that a busy machine may take longer."""
+
+CLIENTS = ["ann", "bob", "cho"]
+
+every_language = pytest.mark.parametrize("language", LANGUAGES)
+each_end = pytest.mark.parametrize("whose", ["gateway", "worker"])
+
+
+def both(scene: Scene, language: str, whose: str) -> tuple[Gateway, Program]:
+    """The end that it is about is in this language, the other one in another."""
+    of_worker = language if whose == "worker" else OTHER[language]
+    of_gateway = language if whose == "gateway" else OTHER[language]
+    worker = scene.worker(of_worker, *OPTIONS)
+    gateway = scene.gateway(of_gateway, *OPTIONS)
+    for client in CLIENTS:
+        gateway.request("svc", client)
+    gateway.all_go_on(*CLIENTS)
+    return gateway, worker
+
+
+def all_are_gone(gateway: Gateway | None, worker: Program | None) -> None:
+    for client in CLIENTS:
+        if gateway:
+            ended = gateway.wait_for_end(client)
+            assert (ended["event"], ended["status"]) == ("error", PEER_GONE)
+        if worker:
+            done = worker.wait(event="done", client=client)
+            assert (done["why"], done["accepted"]) == (PEER_GONE, 0)
+
+
+def nothing_more(worker: Program) -> None:
+    assert worker.take(event="done") is None
+
+
+@each_end
+@every_language
+def test_killed(scene: Scene, language: str, whose: str) -> None:
+    gateway, worker = both(scene, language, whose)
+    since = time.monotonic()
+    if whose == "worker":
+        worker.kill()
+        all_are_gone(gateway, None)
+        within(GRACE, GRACE + LATER, since)
+        # The next one serves.
+        worker = scene.worker(language, *OPTIONS)
+    else:
+        gateway.kill()
+        all_are_gone(None, worker)
+        within(GRACE, GRACE + LATER, since)
+        nothing_more(worker)
+        gateway = scene.gateway(language, *OPTIONS)
+    gateway.request("svc", "next")
+    gateway.all_go_on("next")
+    finish(gateway, worker, "next")
+
+
+def all_pairs(scene: Scene, *options: str) -> list[tuple[Gateway, Program, list[str]]]:
+    """From each language to another one, with streams that run."""
+    pairs = []
+    for of_gateway, of_worker in OTHER.items():
+        gateway = scene.gateway(of_gateway, *options)
+        worker = scene.worker(of_worker, *options, subject=f"svc.{of_worker}")
+        for client in CLIENTS:
+            gateway.request(f"svc.{of_worker}", client)
+        gateway.all_go_on(*CLIENTS)
+        pairs.append((gateway, worker, CLIENTS))
+    return pairs
+
+
+def stands_still_within_the_grace(scene: Scene, whose: str, beat: float, rounds: int) -> None:
+    pairs = all_pairs(scene, f"heartbeat_ms={beat * 1000:.0f}")
+    for _ in range(rounds):
+        with stopped(*[gateway if whose == "gateway" else worker for gateway, worker, _ in pairs]):
+            time.sleep(1.5 * beat)
+        for gateway, _, clients in pairs:
+            gateway.all_go_on(*clients)
+    for gateway, worker, clients in pairs:
+        finish(gateway, worker, *clients)
+
+
+@each_end
+def test_stands_still_within_the_grace(scene: Scene, whose: str) -> None:
+    stands_still_within_the_grace(scene, whose, beat=1.0, rounds=1)
+
+
+@pytest.mark.long
+@each_end
+def test_stands_still_often_within_the_grace(scene: Scene, whose: str) -> None:
+    stands_still_within_the_grace(scene, whose, beat=0.8, rounds=20)
+
+
+@each_end
+@every_language
+def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> None:
+    gateway, worker = both(scene, language, whose)
+    since = time.monotonic()
+    with stopped(gateway if whose == "gateway" else worker):
+        if whose == "gateway":
+            all_are_gone(None, worker)
+        else:
+            all_are_gone(gateway, None)
+        # The first of three beats may have begun before.
+        within(2 * BEAT, 3 * BEAT + LATER, since)
+    # It learns of it, too, and both are well.
+    if whose == "gateway":
+        all_are_gone(gateway, None)
+    else:
+        all_are_gone(None, worker)
+    gateway.request("svc", "next")
+    gateway.all_go_on("next")
+    nothing_more(worker)
+    finish(gateway, worker, "next")
+
+
+def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: int) -> None:
+    pairs = all_pairs(scene, f"heartbeat_ms={beat * 1000:.0f}", "peer_grace_ms=200")
+    gateways, workers = [gateway for gateway, _, _ in pairs], [worker for _, worker, _ in pairs]
+    everybody = {
+        "server first": [server, *gateways, *workers],
+        "workers first": [*workers, server, *gateways],
+        "gateways first": [*gateways, *workers, server],
+    }[order]
+    for _ in range(rounds):
+        with stopped(*everybody):
+            time.sleep(4 * beat)
+        for gateway, _, clients in pairs:
+            gateway.all_go_on(*clients)
+    for gateway, worker, clients in pairs:
+        finish(gateway, worker, *clients)
+
+
+@pytest.mark.parametrize("order", ["server first", "workers first", "gateways first"])
+def test_the_machine_is_suspended(server: Server, scene: Scene, order: str) -> None:
+    """All stand still for longer than three beats, and go on in this order: one late beat, no death."""
+    is_suspended(server, scene, order, beat=0.5, rounds=1)
+
+
+@pytest.mark.long
+def test_the_machine_is_suspended_often(server: Server, scene: Scene) -> None:
+    is_suspended(server, scene, "gateways first", beat=0.5, rounds=15)
