@@ -119,7 +119,8 @@ class Proxy:
                         data, self._resets_after = data[: self._resets_after], self._resets_after - len(data)
                         if self._resets_after <= 0:
                             self._resets_after = None
-                            target.sendall(data)
+                            with suppress(OSError):
+                                target.sendall(data)
                             self._reset()
                             return
                     if is_client:
