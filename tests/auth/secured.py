@@ -22,16 +22,20 @@ sys.path[:0] = [str(ROOT / "bindings" / "python"), str(ROOT / "tests" / "e2e")]
 import nats_presence  # noqa: E402
 from harness import PATIENCE, server_binary  # noqa: E402
 
+__all__ = ["PATIENCE", "ROOT", "Stranger", "nats_presence", "nats_server", "refused", "works"]
+
 
 @contextlib.contextmanager
-def nats_server(config: str | Path, folder: Path | None = None, **environment: str) -> Iterator[int]:
+def nats_server(
+    config: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None
+) -> Iterator[int]:
     """Runs a server with a configuration, a file or a text for one in the folder; gives its port."""
     if isinstance(config, str):
         assert folder
         (folder / "server.conf").write_text(config)
         config = folder / "server.conf"
     command = [server_binary(), "-a", "127.0.0.1", "-p", "-1", "-c", str(config)]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
     assert server.stderr
     try:
         seen = []

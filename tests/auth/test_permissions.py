@@ -89,7 +89,7 @@ class Processes:
 
 @contextlib.contextmanager
 def processes(config: Path | str, folder: Path | None = None, **options: Any) -> Iterator[tuple[int, Processes]]:
-    with nats_server(config, folder, **PASSWORDS) as port, contextlib.ExitStack() as stack:
+    with nats_server(config, folder, PASSWORDS) as port, contextlib.ExitStack() as stack:
         yield port, Processes(stack, port, **options)
 
 
@@ -134,7 +134,7 @@ def test_a_worker_cannot_announce_and_a_gateway_can() -> None:
 
 
 def test_a_worker_of_ours_that_announces_is_told(tmp_path: Path) -> None:
-    with nats_server(CONFIGS / "one-account.conf", **PASSWORDS) as port:
+    with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
         told = Told()
         url = f"nats://worker:of-workers@127.0.0.1:{port}"
         with nats_presence.connect(url, on_event=told, inbox_prefix=WORKER["inbox_prefix"]):
@@ -278,3 +278,25 @@ def test_a_worker_whose_answers_are_refused_stops(tmp_path: Path, responses: str
         # It was anonymous: the gateway could not stop it.
         assert both.ended.acquire(timeout=PATIENCE)
         assert both.ends != [""]
+
+
+def test_a_gateway_that_may_not_ask_hears_so() -> None:
+    with processes(CONFIGS / "one-account.conf") as (_, both):
+        since = time.monotonic()
+        with pytest.raises(nats_presence.Disconnected, match=r"mlm\.count"):
+            list(both.gateway.stream("mlm.count", timeout_ms=10_000))
+        assert time.monotonic() - since < 5
+
+
+def test_who_may_not_speak_to_himself_hears_nothing_of_the_server() -> None:
+    """And it is told why: what was refused is in the log."""
+    with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
+        told = Told()
+        url = f"nats://worker:of-workers@127.0.0.1:{port}"
+        # The prefix of nobody.
+        conn = nats_presence.connect(url, on_event=told, inbox_prefix="_INBOX.x", connect_timeout_ms=300)
+        told.wait("Permissions Violation", "_INBOX.x.")
+        with pytest.raises(nats_presence.Timeout):
+            conn.listen_offline()
+        with pytest.raises(nats_presence.Timeout):
+            conn.close(0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 import trustme
@@ -17,6 +17,7 @@ NOT_YET = (NOW + DAY, NOW + 3 * DAY)
 OF_NOW = (NOW - DAY, NOW + DAY)
 
 Issue = Callable[..., "Files"]
+Time = tuple[datetime.datetime, datetime.datetime]
 
 
 class Files:
@@ -39,7 +40,7 @@ def issue(tmp_path: Path) -> Issue:
     """Has an authority, which is made for it, issue a certificate."""
     authorities: dict[str, trustme.CA] = {}
 
-    def issue(name: str, identity: str, authority: str = "ca", valid: tuple[object, object] = OF_NOW) -> Files:
+    def issue(name: str, identity: str, authority: str = "ca", valid: Time = OF_NOW) -> Files:
         if authority not in authorities:
             authorities[authority] = trustme.CA()
             authorities[authority].cert_pem.write_to_path(tmp_path / f"{authority}.pem")
@@ -58,11 +59,11 @@ def server(issue: Issue) -> Files:
 
 
 @pytest.fixture
-def ca(tmp_path: Path, server: Files) -> dict[str, str]:
+def ca(tmp_path: Path, server: Files) -> dict[str, Any]:
     return {"tls_ca_file": str(tmp_path / "ca.pem")}
 
 
-def test_the_server_is_known(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, str]) -> None:
+def test_the_server_is_known(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
     with nats_server(f"tls {{ {server.server} }}", tmp_path) as port:
         works(f"tls://localhost:{port}", **ca)
         works(f"nats://localhost:{port}", tls_required=True, **ca)
@@ -76,13 +77,13 @@ def test_the_server_is_known(tmp_path: Path, issue: Issue, server: Files, ca: di
 
 
 @pytest.mark.parametrize(("valid", "told"), [(LONG_AGO, "expired"), (NOT_YET, "not valid yet")])
-def test_the_server_s_certificate_has_its_time(tmp_path, issue, valid, told):  # type: ignore[no-untyped-def]
+def test_the_server_s_certificate_has_its_time(tmp_path: Path, issue: Issue, valid: Time, told: str) -> None:
     files = issue("server", "localhost", valid=valid)
     with nats_server(f"tls {{ {files.server} }}", tmp_path) as port:
         assert told in refused(f"tls://localhost:{port}", tls_ca_file=str(tmp_path / "ca.pem"))
 
 
-def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, str]) -> None:
+def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
     with nats_server(f'tls {{ {server.server}, ca_file: "{tmp_path}/ca.pem", verify: true }}', tmp_path) as port:
         url = f"tls://localhost:{port}"
         works(url, **ca, **issue("client", "client@example.org").client)
@@ -98,7 +99,7 @@ def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: di
 
 
 def test_files_that_are_not_what_they_should_be(
-    tmp_path: Path, issue: Issue, server: Files, ca: dict[str, str]
+    tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]
 ) -> None:
     own, other = issue("client", "client@example.org"), issue("other", "client@example.org")
     nonsense = tmp_path / "nonsense.pem"
@@ -118,7 +119,7 @@ def test_files_that_are_not_what_they_should_be(
         assert "tls_key_file" in refused(url, **ca, tls_cert_file=str(own.certificate))
 
 
-def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, str]) -> None:
+def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
     with nats_server(f"tls {{ {server.server}, handshake_first: true }}", tmp_path) as port:
         works(f"tls://localhost:{port}", tls_first=True, **ca)
         issue("other", "localhost", authority="another")
@@ -132,7 +133,7 @@ def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, st
 
 
 @pytest.mark.parametrize("how", [{}, {"tls_required": True}, {"tls_first": True}], ids=str)
-def test_tls_is_not_given_up_when_the_server_has_none(tmp_path, ca, how):  # type: ignore[no-untyped-def]
+def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[str, Any], how: dict[str, Any]) -> None:
     """As when somebody in between takes TLS out of what the server offers: nothing secret is sent."""
     with nats_server("", tmp_path) as port:
         scheme = "nats" if how else "tls"
