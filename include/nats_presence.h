@@ -13,6 +13,8 @@
  *   - Text is UTF-8. It is given by pointer and length where a length parameter follows, and NUL-terminated elsewhere.
  *     What is passed in is copied before the call returns.
  *   - A client's id is 1 to 1024 bytes of UTF-8 without control characters. The empty id is "no client": always online.
+ *   - Subjects have at most 2048 bytes, inbox prefixes and groups 1024.
+ *   - A pointer that is not aligned for what it points to is PRESENCE_INVALID (a presence_error then stays as it is).
  *   - Times are milliseconds. A negative timeout waits without limit, 0 does not wait.
  *   - A thread must not be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal handler.
  *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing.
@@ -379,7 +381,8 @@ struct presence_config *presence_config_new(void);
  * For presence_connect
  *   - name: the connection's name in the server's monitoring. Default "nats-presence".
  *   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
- *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files.
+ *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each but
+ *     tls_required implies that.
  *   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
  *   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
  *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random

@@ -57,6 +57,13 @@ pub(crate) struct ConnectOptions {
     pub(crate) worker_threads: usize,
 }
 
+impl ConnectOptions {
+    /// Whoever says whom to trust, or who it is, by a certificate does not go on without.
+    pub(crate) fn wants_tls(&self) -> bool {
+        self.tls_required || self.tls_first || self.tls_ca_file.is_some() || self.tls_cert_file.is_some()
+    }
+}
+
 /// For a request.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestOptions {
@@ -201,7 +208,10 @@ impl Config {
             "reconnect_max_ms" => connect.reconnect_max = millis(key, value, 1)?,
             "max_reconnects" => connect.max_reconnects = number(key, value, 0, u32::MAX.into())?,
             "ping_interval_ms" => connect.ping_interval = millis(key, value, 10)?,
-            "inbox_prefix" => connect.inbox_prefix = subject(key, value)?,
+            "inbox_prefix" => {
+                wire::check_length("option inbox_prefix", value, wire::MAX_PREFIX)?;
+                connect.inbox_prefix = subject(key, value)?;
+            }
             "offline_subject" => connect.offline_subject = subject(key, value)?,
             "announce" => {
                 connect.announce = match value {

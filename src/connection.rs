@@ -30,6 +30,9 @@ use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+/// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
+const SHORT_LIVED: Duration = Duration::from_secs(1);
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 /// How many LOG events are kept for who watches first.
 const MAX_EARLY_LOGS: usize = 16;
 
@@ -131,22 +134,22 @@ impl Connection {
             // Two attempts that come as late as they may.
             reconnect: 2 * options.reconnect_max + Duration::from_secs(1),
         };
-        let lanes = Lanes::new(
-            runtime,
-            Arc::clone(&inbound),
-            Arc::clone(&inbox),
-            &options.offline_subject,
-            options.send_buffer,
-            patience,
-        );
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),
             runtime,
             dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
+            lanes: Lanes::new(
+                runtime,
+                Arc::clone(&inbound),
+                Arc::clone(&inbox),
+                &options.offline_subject,
+                options.send_buffer,
+                patience,
+                log_to(this.clone()),
+            ),
             inbound,
             inbox,
-            lanes,
             outbox: Outbox::new(options.send_buffer),
             offline_subject: options.offline_subject.as_str().into(),
             options,
@@ -412,9 +415,16 @@ impl Connection {
         }
     }
 
+    fn all_receivers(&self) -> Vec<Arc<dyn Receiver>> {
+        self.receivers.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
     fn end_all(&self, why: Status) {
-        let receivers: Vec<_> = self.receivers.lock().iter().filter_map(Weak::upgrade).collect();
-        receivers.iter().for_each(|receiver| receiver.ended(why));
+        self.all_receivers().iter().for_each(|receiver| receiver.ended(why));
+    }
+
+    fn refused(&self, subject: &str) -> bool {
+        self.all_receivers().iter().any(|receiver| receiver.refused(subject))
     }
 
     fn tell(&self, kind: Kind, status: Status, text: &str) {
@@ -452,8 +462,10 @@ impl Connection {
 /// The connection's task: dial, drive, and begin again.
 impl Connection {
     async fn supervise(self: Arc<Self>, mut client: Option<Client>) {
+        let mut pause = Duration::ZERO;
         loop {
             if let Some(client) = client.take() {
+                let begun = Instant::now();
                 let mut drive = Drive::new(&self, &client);
                 let driven = tokio::select! {
                     driven = runtime::contain("sending", drive.run()) => Some(driven),
@@ -468,9 +480,14 @@ impl Connection {
                 };
                 let text = format!("the connection to nats-server is lost{}", why.unwrap_or_default());
                 self.tell(Kind::Disconnected, Status::Disconnected, &text);
+                // One that is lost as soon as it is made, may be so again and again.
+                pause = match begun.elapsed() < SHORT_LIVED {
+                    true => (pause * 2).clamp(self.options.reconnect_min, MAX_PAUSE.max(self.options.reconnect_min)),
+                    false => Duration::ZERO,
+                };
             }
             let next = tokio::select! {
-                client = self.redial() => client,
+                client = self.redial(pause) => client,
                 () = self.end.notified() => return,
             };
             match next {
@@ -491,11 +508,11 @@ impl Connection {
     }
 
     /// Dials until a server takes us; None when that failed too often.
-    async fn redial(&self) -> Option<Client> {
+    async fn redial(&self, pause: Duration) -> Option<Client> {
         let mut delay = self.options.reconnect_min;
         let mut failed = 0;
         // The first attempt is made at once, but for a little jitter: a server's restart disconnects everybody together.
-        sleep(jitter(delay)).await;
+        sleep(pause / 2 + jitter(delay.max(pause / 2))).await;
         loop {
             match self.dial().await {
                 Ok(client) => return Some(client),
@@ -546,18 +563,35 @@ impl Connection {
     }
 }
 
+/// Tells people what a part of the connection found.
+fn log_to(connection: Weak<Connection>) -> impl Fn(String) + Send + Sync {
+    move |text| {
+        if let Some(connection) = connection.upgrade() {
+            connection.log(Status::PeerGone, || text);
+        }
+    }
+}
+
 /// Tells what nats-server complains of, such as a missing permission.
 fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
     Arc::new(move |text| {
         if let Some(connection) = connection.upgrade() {
             let subject = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
             let prefix = &connection.options.inbox_prefix;
-            let is_of_lanes = subject.is_some_and(|subject| connection.lanes.refused(subject, prefix));
+            let is_of_lanes = subject.is_some_and(|subject| connection.lanes.refused(subject));
+            let is_of_answers = !is_of_lanes && subject.is_some_and(|subject| connection.refused(subject));
             connection.log(Status::Disconnected, || {
-                let so = if is_of_lanes {
+                let so = if is_of_lanes && connection.lanes.is_forbidden() {
                     format!(
                         ": no lanes from now on, level 0 only; allow {prefix}.> for both directions, or set lanes=false"
                     )
+                } else if is_of_lanes {
+                    ": level 0 for this gateway from now on; allow to publish to the gateways' inboxes, or set lanes=false"
+                        .to_owned()
+                } else if is_of_answers {
+                    ": this answer was stopped; allow to publish to the gateways' inboxes, or allow_responses: { max: -1, \
+                     expires: \"24h\" }"
+                        .to_owned()
                 } else {
                     String::new()
                 };

@@ -5,7 +5,9 @@ use crate::error::{Error, Result, Status};
 use crate::random;
 use async_nats::{Client, ConnectErrorKind, ServerAddr};
 use parking_lot::Mutex;
+use std::fs;
 use std::panic::resume_unwind;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -48,7 +50,7 @@ impl Dialer {
                     if error.kind() != ConnectErrorKind::TimedOut {
                         status = Status::Disconnected;
                     }
-                    failures.push(format!("{name}: {error}"));
+                    failures.push(format!("{name}: {}", explain(&error.to_string(), &self.options)));
                 }
                 Err(_) => failures.push(format!("{name}: timed out")),
             }
@@ -84,7 +86,7 @@ impl Dialer {
             .connection_timeout(own.connect_timeout)
             .ping_interval(own.ping_interval)
             .client_capacity(CLIENT_CAPACITY)
-            .require_tls(own.tls_required)
+            .require_tls(own.wants_tls())
             // One client, one server: all the others are ours to try.
             .ignore_discovered_servers()
             // What callers and peers name is checked where it comes in.
@@ -107,9 +109,12 @@ impl Dialer {
             options = options.tls_first();
         }
         if let Some(file) = &own.tls_ca_file {
+            check_pem("tls_ca_file", file, "CERTIFICATE")?;
             options = options.add_root_certificates(file.clone());
         }
         if let (Some(cert), Some(key)) = (&own.tls_cert_file, &own.tls_key_file) {
+            check_pem("tls_cert_file", cert, "CERTIFICATE")?;
+            check_pem("tls_key_file", key, "PRIVATE KEY")?;
             options = options.add_client_certificate(cert.clone(), key.clone());
         }
         if let Some(seed) = &own.nkey_seed {
@@ -135,6 +140,37 @@ impl Dialer {
         }
         Ok(options)
     }
+}
+
+/// Fails for a file that cannot be read or has nothing of this kind in it, which the client would not tell clearly.
+fn check_pem(option: &str, file: &Path, kind: &str) -> Result<()> {
+    let wrong = |why: String| Error::invalid(format!("{option} {}: {why}", file.display()));
+    let text = fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
+    let is_begin = |line: &str| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"));
+    if !text.lines().any(is_begin) {
+        return Err(wrong(format!("there is no {} in it, as PEM", kind.to_lowercase())));
+    }
+    Ok(())
+}
+
+/// Adds to an error of TLS what people make of it.
+fn explain(error: &str, options: &ConnectOptions) -> String {
+    let hint = if error.contains("InvalidContentType") {
+        if options.tls_first {
+            "the server does not speak TLS, or not from the beginning (tls_first)"
+        } else {
+            "the server does not speak TLS"
+        }
+    } else if error.contains("could not add certificate or key") {
+        "tls_cert_file and tls_key_file do not belong together"
+    } else if error.contains("received fatal alert") {
+        "the server refuses our certificate, or that we have none (tls_cert_file, tls_key_file)"
+    } else if error.contains("timed out") && options.wants_tls() && !options.tls_first {
+        "a server with handshake_first needs tls_first"
+    } else {
+        return error.to_owned();
+    };
+    format!("{error}: {hint}")
 }
 
 /// Reads one URL, or several with commas between.

@@ -28,6 +28,10 @@ pub(crate) trait Receiver: Send + Sync {
     fn message(&self, message: Message);
     /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
     fn ended(&self, why: Status);
+    /// nats-server refuses what is sent to this subject: whether somebody's answers were meant, who was stopped.
+    fn refused(&self, _subject: &str) -> bool {
+        false
+    }
     /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
     fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
         None

@@ -186,6 +186,16 @@ impl Sender {
         }
     }
 
+    /// Whether it answers at this subject, on level 0.
+    pub(crate) fn answers(&self, subject: &str) -> bool {
+        self.reply.as_str() == subject
+    }
+
+    /// nats-server does not pass on what it sends.
+    pub(crate) fn refused(&self) {
+        self.stop(Status::Disconnected);
+    }
+
     fn stop(&self, why: Status) {
         if self.forbid(why) {
             registry::detach(&self.client, self.number);
@@ -292,10 +302,14 @@ impl Party for Sender {
 
     fn peer_gone(&self, knew: bool) {
         if !knew {
-            // Should the gateway be there after all, it waits for an answer.
-            self.connection().outbox().push(self.error_note(LOST.as_bytes()).into());
+            self.unheard();
         }
         self.stop(Status::PeerGone);
+    }
+
+    fn unheard(&self) {
+        // Should the gateway be there after all, it waits for an answer.
+        self.connection().outbox().push(self.error_note(LOST.as_bytes()).into());
     }
 
     fn ended_here(&self, why: Status) {

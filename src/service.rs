@@ -48,6 +48,7 @@ impl Connection {
         tag: u64,
     ) -> Result<Arc<Service>> {
         wire::check_subject("subject", subject, Use::Subscribe)?;
+        wire::check_length("group", group, wire::MAX_PREFIX)?;
         if group.contains(|c: char| c.is_whitespace() || c.is_control()) {
             return Err(Error::invalid(format!(
                 "group {group:?} has white space or a control character: it may have none"
@@ -165,7 +166,8 @@ impl Service {
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
             let party: Arc<dyn Party> = Arc::clone(&sender) as _;
             match lanes.open(&offer, &party) {
-                Ok((lane, credit)) => sender.use_lane(lane, credit),
+                Ok(Some((lane, credit))) => sender.use_lane(lane, credit),
+                Ok(None) => {}
                 // Another version's, or nonsense: level 0 is always there.
                 Err(error) => connection.log(error.status, || format!("a request is answered on level 0: {error}")),
             }
@@ -210,5 +212,16 @@ impl Receiver for Service {
         // Not while iterating: each forgets itself.
         let running: Vec<_> = self.running.iter().map(|entry| Arc::clone(entry.value())).collect();
         running.iter().for_each(|sender| sender.connection_ended(why));
+    }
+
+    fn refused(&self, subject: &str) -> bool {
+        let refused: Vec<_> = self
+            .running
+            .iter()
+            .filter(|sender| sender.answers(subject))
+            .map(|entry| Arc::clone(entry.value()))
+            .collect();
+        refused.iter().for_each(|sender| sender.refused());
+        !refused.is_empty()
     }
 }

@@ -54,10 +54,15 @@ pub fn is_reserved(data: &[u8]) -> bool {
 /// The payload that ends a stream with an error, cut to `max` bytes.
 #[must_use]
 pub fn error(text: &[u8], max: usize) -> Bytes {
-    let mut payload = [ERROR, text].concat();
-    payload.truncate(max.max(ERROR.len()));
-    payload.into()
+    let room = max.saturating_sub(ERROR.len()).min(text.len());
+    [ERROR, &text[..room]].concat().into()
 }
+
+/// How many bytes a subject has at most: nats-server closes a connection that sends it a line of more than 4096, and
+/// two subjects may stand in one.
+pub const MAX_SUBJECT: usize = 2048;
+/// The same for what a subject is made of, and for groups.
+pub const MAX_PREFIX: usize = 1024;
 
 /// Where a subject stands; it decides whether wildcards may be in it.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -74,6 +79,7 @@ pub enum Use {
 /// `Status::Invalid`, with a message that names the subject and what is wrong with it.
 pub fn check_subject(what: &str, subject: &str, purpose: Use) -> Result<()> {
     let wrong = |why: &str| Err(Error::invalid(format!("{what} {subject:?} {why}")));
+    check_length(what, subject, MAX_SUBJECT)?;
     if subject.is_empty() {
         return wrong("is empty");
     }
@@ -88,6 +94,17 @@ pub fn check_subject(what: &str, subject: &str, purpose: Use) -> Result<()> {
             ">" if tokens.peek().is_some() => return wrong("has > before its end: it stands for all that follows"),
             _ => {}
         }
+    }
+    Ok(())
+}
+
+/// Checks a length (`what` names whose). The text itself is too long to be shown.
+///
+/// # Errors
+/// `Status::Invalid`.
+pub fn check_length(what: &str, text: &str, max: usize) -> Result<()> {
+    if text.len() > max {
+        return Err(Error::invalid(format!("{what} has {} bytes: it may have at most {max}", text.len())));
     }
     Ok(())
 }

@@ -67,7 +67,8 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 /// For presence_connect
 ///   - name: the connection's name in the server's monitoring. Default "nats-presence".
 ///   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
-///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files.
+///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each but
+///     tls_required implies that.
 ///   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
 ///   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
 ///   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random

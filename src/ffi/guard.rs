@@ -81,7 +81,7 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
         Ok(Err(failed)) => failed,
         Err(_) => Status::Internal.into(),
     };
-    if !error.is_null() {
+    if !error.is_null() && error.is_aligned() {
         let mut message = [0; PRESENCE_ERROR_MESSAGE];
         // Cut between two characters, and the last byte stays NUL.
         let whole = failed.message.char_indices().map(|(at, character)| at + character.len_utf8());
@@ -90,7 +90,7 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
             // A NUL within would cut the message for C.
             *slot = if byte == 0 { b'?' } else { byte }.cast_signed();
         }
-        // SAFETY: not NULL, so it is writable, by the caller's promise.
+        // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
         unsafe { error.write(presence_error { status: failed.status.code(), message }) };
     }
     failed.status.code()
@@ -179,11 +179,12 @@ pub(super) unsafe fn handle<H: Handle, C: Into<Arc<H::Core>>>(
     if out.is_null() {
         return Err(Error::invalid(format!("out is NULL: it must point to where the {}* goes", name_of::<H>())));
     }
+    check_aligned("out", out)?;
     let core = make()?.into();
     let number = H::number(&core);
     // Before the caller has it, so that an event that names it finds it.
     H::table().insert(number, core);
-    // SAFETY: not NULL, so it is writable, by the caller's promise.
+    // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
     unsafe { out.write(pointer(number)) };
     Ok(())
 }
@@ -295,6 +296,17 @@ pub(super) unsafe fn bytes<'a>(data: *const std::ffi::c_void, len: usize) -> Res
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), len) })
 }
 
+/// Fails for a pointer through which nothing may be read or written.
+pub(super) fn check_aligned<T>(name: &str, pointer: *const T) -> Result<()> {
+    if !pointer.is_aligned() {
+        return Err(Error::invalid(format!(
+            "{name} is not aligned: its address must be a multiple of {}",
+            align_of::<T>()
+        )));
+    }
+    Ok(())
+}
+
 /// # Safety
 /// `lens` is readable for `count` elements.
 pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a [usize]> {
@@ -303,9 +315,7 @@ pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a
     if count == 0 {
         return Ok(&[]);
     }
-    if !lens.is_aligned() {
-        return Err(Error::invalid("lens is not aligned"));
-    }
+    check_aligned("lens", lens)?;
     // SAFETY: not NULL, aligned, and readable, as checked and promised.
     Ok(unsafe { std::slice::from_raw_parts(lens, count) })
 }
@@ -335,7 +345,11 @@ pub(super) unsafe fn slice_out<'a, T>(out: *mut T, len: usize) -> Result<&'a mut
     if out.is_null() || len == 0 {
         return Err(Error::invalid("there is no room for an event: NULL was given, or a length of 0"));
     }
-    // SAFETY: not NULL, and writable for that many elements, by the caller's promise.
+    check_aligned("events", out)?;
+    if len.checked_mul(size_of::<T>()).and_then(|size| isize::try_from(size).ok()).is_none() {
+        return Err(Error::invalid(format!("{len} events are more than any memory has")));
+    }
+    // SAFETY: not NULL, aligned, of a possible size, and writable for that many elements, by the caller's promise.
     Ok(unsafe { std::slice::from_raw_parts_mut(out.cast(), len) })
 }
 
@@ -347,8 +361,9 @@ pub(super) unsafe fn write_out<T>(out: *mut T, make: impl FnOnce() -> Result<T>)
     if out.is_null() {
         return Err(Error::invalid("out is NULL"));
     }
+    check_aligned("out", out)?;
     let value = make()?;
-    // SAFETY: not NULL, so it is writable, by the caller's promise.
+    // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
     unsafe { out.write(value) };
     Ok(())
 }

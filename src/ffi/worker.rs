@@ -2,8 +2,8 @@
 
 use super::connection::presence_conn;
 use super::guard::{
-    borrow, bytes, c_text, free_sender, guard, guard_error, guard_or, guard_value, handle, lengths, limit,
-    presence_error, release, sender_ref, write_out,
+    borrow, bytes, c_text, check_aligned, free_sender, guard, guard_error, guard_or, guard_value, handle, lengths,
+    limit, presence_error, release, sender_ref, write_out,
 };
 use super::queue::presence_queue;
 use crate::error::{Error, Status};
@@ -209,6 +209,8 @@ pub unsafe extern "C" fn presence_sender_header(
         if value.is_null() || len.is_null() {
             return Err(Error::invalid("value or len is NULL"));
         }
+        check_aligned("value", value)?;
+        check_aligned("len", len)?;
         let header = sender.header(name);
         write_out(len, || Ok(header.map_or(0, str::len)))?;
         write_out(value, || Ok(header.map_or(ptr::null(), str::as_ptr).cast()))

@@ -33,6 +33,8 @@ pub(crate) trait Party: Origin {
     fn room(&self) {}
     /// The other end is gone; `knew`: unless it never heard of it.
     fn peer_gone(&self, knew: bool);
+    /// As `peer_gone`, for one that had ended, but of which the other end may never have heard.
+    fn unheard(&self) {}
     /// It ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
     fn ended_here(&self, why: Status);
 }
@@ -79,6 +81,10 @@ impl Lane {
         })
     }
 
+    pub(crate) fn own(&self) -> &Subject {
+        &self.own
+    }
+
     pub(crate) fn peer(&self) -> &Subject {
         &self.peer
     }
@@ -91,6 +97,11 @@ impl Lane {
     /// Whether a message that names `end` as its sender is from the end that was there from the beginning.
     pub(crate) fn is_same_end(&self, end: &str) -> bool {
         end == self.peer.as_str() || **self.known_as.get_or_init(|| end.into()) == *end
+    }
+
+    /// Whether the other end ever said anything.
+    pub(crate) fn was_heard(&self) -> bool {
+        self.state.lock().was_heard()
     }
 
     pub(crate) fn backlog(&self) -> usize {
@@ -284,6 +295,7 @@ impl Lane {
                 }
                 Tell::Room(to) => to.room(),
                 Tell::Gone(to, knew) => to.peer_gone(knew),
+                Tell::Unheard(to) => to.unheard(),
             }
         }
         if let Some((queue, rest)) = batch {
@@ -291,11 +303,9 @@ impl Lane {
         }
     }
 
-    /// Has those who wait look again.
+    /// Has those who wait look again. Called after a change, with which nobody is between looking and waiting.
     fn call_waiters(&self) {
         if self.waiting.load(Ordering::SeqCst) > 0 {
-            // With the lock, so that nobody is between looking and waiting.
-            drop(self.state.lock());
             self.room.notify_all();
         }
     }

@@ -12,6 +12,8 @@ use crate::lane::state::{Credit, Patience};
 use crate::{fork, random, runtime, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
@@ -19,6 +21,9 @@ use tokio::sync::watch;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
 const MAX_LANES: usize = 8192;
+
+/// How many gateways are remembered that cannot be reached on a lane.
+const MAX_UNREACHABLE: usize = 1024;
 
 /// All lanes of a connection.
 pub(crate) struct Lanes {
@@ -43,6 +48,10 @@ pub(crate) struct Lanes {
     inbox: Arc<Inbox>,
     /// nats-server does not allow them.
     forbidden: AtomicBool,
+    /// Offers that led nowhere: nothing was ever heard from there. Requests with one are answered on level 0.
+    unreachable: Mutex<VecDeque<String>>,
+    /// Tells people.
+    log: Box<dyn Fn(String) + Send + Sync>,
     pub(crate) sent: Arc<AtomicU64>,
     pub(crate) ignored: AtomicU64,
 }
@@ -55,6 +64,7 @@ impl Lanes {
         offline_subject: &str,
         limit: usize,
         patience: Patience,
+        log: impl Fn(String) + Send + Sync + 'static,
     ) -> Arc<Lanes> {
         Arc::new_cyclic(|this| Lanes {
             this: this.clone(),
@@ -71,6 +81,8 @@ impl Lanes {
             by_peer: DashMap::new(),
             inbox,
             forbidden: AtomicBool::new(false),
+            unreachable: Mutex::default(),
+            log: Box::new(log),
             sent: Arc::default(),
             ignored: AtomicU64::new(0),
         })
@@ -88,18 +100,17 @@ impl Lanes {
 
     /// nats-server refuses a publication or subscription to this subject. False if that is nothing to do with lanes.
     ///
-    /// Where it concerns inboxes like our own, there will be no lanes from now on; but a stranger may name any subject as
-    /// its inbox, and must not bring that about.
-    pub(crate) fn refused(&self, subject: &str, inbox_prefix: &str) -> bool {
+    /// As a gateway we offer none any longer: who accepts our requests is whom we asked, and the next one would hurt as
+    /// well. As a worker it concerns this gateway only: a stranger may name any subject as its inbox.
+    pub(crate) fn refused(&self, subject: &str) -> bool {
         if subject == self.wildcard().as_str() {
             self.forbidden.store(true, Ordering::Relaxed);
             return true;
         }
-        let Some(lane) = self.by_peer.get(subject).map(|lane| Arc::clone(&lane)) else { return false };
-        let is_like_ours = subject.strip_prefix(inbox_prefix).is_some_and(|rest| rest.starts_with('.'));
-        self.forbidden.fetch_or(is_like_ours, Ordering::Relaxed);
+        let Some(lane) = find(&self.by_peer, subject) else { return false };
+        self.forbidden.fetch_or(!lane.serves(), Ordering::Relaxed);
         lane.end(&self.inbound);
-        is_like_ours
+        true
     }
 
     /// How many there are.
@@ -164,8 +175,9 @@ impl Lanes {
 
     // The worker's side -----------------------------------------------------------------------------------------------
 
-    /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it.
-    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn Party>) -> Result<(Arc<Lane>, Arc<Credit>)> {
+    /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it. None for one that leads
+    /// nowhere.
+    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn Party>) -> Result<Option<(Arc<Lane>, Arc<Credit>)>> {
         let wrong = || Error::invalid(format!("{} {offer:?} offers no lane of version {}", wire::LANE, frame::VERSION));
         let mut words = offer.split(' ');
         let (version, inbox, key, window) = (words.next(), words.next(), words.next(), words.next());
@@ -173,17 +185,19 @@ impl Lanes {
             return Err(wrong());
         }
         let inbox = inbox.filter(|inbox| wire::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
+        if self.unreachable.lock().iter().any(|offer| offer == inbox) {
+            return Ok(None);
+        }
         let key = key.and_then(|key| u64::from_str_radix(key, 16).ok()).ok_or_else(wrong)?;
         let window = window.and_then(|window| window.parse().ok()).ok_or_else(wrong)?;
         for _ in 0..2 {
-            let found = self.by_peer.get(inbox).map(|lane| Arc::clone(&lane));
-            let lane = match found {
+            let lane = match find(&self.by_peer, inbox) {
                 Some(lane) => lane,
                 None if self.has_room() => self.make(random::token(), inbox.into(), true),
                 None => break,
             };
             if let Some(credit) = lane.open(key, window, Arc::clone(to)) {
-                return Ok((lane, credit));
+                return Ok(Some((lane, credit)));
             }
             // It is over, or has no numbers left: requests go to another from now on.
             self.by_peer.remove_if(inbox, |_, other| Arc::ptr_eq(other, &lane));
@@ -212,6 +226,11 @@ impl Lanes {
             if let Some(lanes) = lanes.upgrade() {
                 lanes.own.remove(&token);
                 lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
+                match driven {
+                    Ok(()) if serves && !task.was_heard() => lanes.nobody_answers(task.peer()),
+                    Ok(()) => {}
+                    Err(_) => lanes.say(task.own().clone(), task.peer().clone(), frame::RESET),
+                }
             }
             if driven.is_err() {
                 task.end_here(Status::Internal);
@@ -221,6 +240,21 @@ impl Lanes {
         lane
     }
 
+    /// The lane of a gateway's offer is over without a word from there.
+    fn nobody_answers(&self, offer: &Subject) {
+        {
+            let mut unreachable = self.unreachable.lock();
+            unreachable.push_back(offer.to_string());
+            if unreachable.len() > MAX_UNREACHABLE {
+                unreachable.pop_front();
+            }
+        }
+        (self.log)(format!(
+            "nothing was ever heard from the gateway at {offer}: it is gone, in another account, or must not be answered \
+             there; from now on level 0 for its requests"
+        ));
+    }
+
     /// Answers a message of a lane that is not known here: either all of it is still to come, or it is over.
     fn disown(&self, own: Subject, peer: &Subject, payload: &[u8]) {
         let Ok(header) = Header::read(payload) else { return };
@@ -228,10 +262,14 @@ impl Lanes {
             return;
         }
         let flags = if header.has(frame::NEW) && self.has_room() { frame::GAP | frame::PONG } else { frame::RESET };
-        let answer = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
+        self.say(own, peer.clone(), flags);
+    }
+
+    /// Sends a message of flags only, in the place of a lane that is not there.
+    fn say(&self, own: Subject, peer: Subject, flags: u8) {
+        let message = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
-            let peer = peer.clone();
-            self.runtime.spawn(async move { client.publish_with_reply(peer, own, answer).await });
+            self.runtime.spawn(async move { client.publish_with_reply(peer, own, message).await });
         }
     }
 
@@ -240,11 +278,16 @@ impl Lanes {
     }
 }
 
+/// The entry is not held: what is done with the lane may change the map.
+fn find(lanes: &DashMap<String, Arc<Lane>>, key: &str) -> Option<Arc<Lane>> {
+    lanes.get(key).map(|lane| Arc::clone(&lane))
+}
+
 impl Receiver for Lanes {
     fn message(&self, message: Message) {
         let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
         if message.status == Some(StatusCode::NO_RESPONDERS) {
-            return match self.own.get(token).map(|lane| Arc::clone(&lane)) {
+            return match find(&self.own, token) {
                 Some(lane) => lane.nobody_there(&self.inbound),
                 None => self.ignore(),
             };
@@ -252,10 +295,9 @@ impl Receiver for Lanes {
         let Some(peer) = &message.reply else { return self.ignore() };
         let known = if token == self.offer {
             // A worker's message: its subject says which lane it is.
-            let known = self.by_peer.get(peer.as_str()).map(|lane| Arc::clone(&lane));
-            known.or_else(|| self.begin(peer, &message.payload))
+            find(&self.by_peer, peer).or_else(|| self.begin(peer, &message.payload))
         } else {
-            self.own.get(token).map(|lane| Arc::clone(&lane))
+            find(&self.own, token)
         };
         let Some(lane) = known else {
             self.ignore();

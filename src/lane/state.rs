@@ -65,6 +65,8 @@ pub(crate) enum Tell<S> {
     Room(S),
     /// The other end is gone. `false`: it may never have heard of this stream.
     Gone(S, bool),
+    /// The other end is gone, and may never have heard of this stream, which had ended already.
+    Unheard(S),
 }
 
 /// Why a message was not taken.
@@ -172,6 +174,8 @@ pub(crate) struct State<S> {
     resend: Option<usize>,
     backlog: usize,
 
+    /// Whether the other end ever said anything.
+    was_heard: bool,
     received: u64,
     /// Bytes that came since our last acknowledgement.
     unacknowledged: usize,
@@ -201,6 +205,8 @@ pub(crate) struct State<S> {
 
     last_stream: u32,
     outs: HashMap<u32, Out<S>, ahash::RandomState>,
+    /// Streams that ended before the message with their ACCEPT, whose number stands here, was acknowledged.
+    unheard: Vec<(u64, S)>,
     ins: HashMap<u32, In<S>, ahash::RandomState>,
     /// Streams whose senders were refused and want to hear of room.
     wanting: HashSet<u32, ahash::RandomState>,
@@ -233,6 +239,7 @@ impl<S: Clone> State<S> {
             acked: 0,
             resend: None,
             backlog: 0,
+            was_heard: false,
             received: 0,
             unacknowledged: 0,
             ack_at: None,
@@ -253,6 +260,7 @@ impl<S: Clone> State<S> {
             was_late: false,
             last_stream: 0,
             outs: HashMap::default(),
+            unheard: Vec::new(),
             ins: HashMap::default(),
             wanting: HashSet::default(),
             asleep: None,
@@ -261,6 +269,11 @@ impl<S: Clone> State<S> {
 
     pub(crate) fn serves(&self) -> bool {
         self.serves
+    }
+
+    /// Whether the other end ever said anything.
+    pub(crate) fn was_heard(&self) -> bool {
+        self.was_heard
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -343,7 +356,10 @@ impl<S: Clone> State<S> {
     /// Ends a stream; with an error if there is a text.
     pub(crate) fn finish(&mut self, credit: &Credit, error: Option<&[u8]>) {
         self.wanting.remove(&credit.stream);
-        if self.outs.remove(&credit.stream).is_some() {
+        if let Some(out) = self.outs.remove(&credit.stream) {
+            if out.accepted_in > self.acked {
+                self.unheard.push((out.accepted_in, out.to));
+            }
             match error {
                 None => self.append(frame::END, credit.stream, &[]),
                 Some(text) => {
@@ -428,10 +444,16 @@ impl<S: Clone> State<S> {
         let acked = self.acked;
         tells.extend(self.outs.drain().map(|(_, out)| Tell::Gone(out.to, out.accepted_in <= acked)));
         tells.extend(self.ins.drain().map(|(_, own)| Tell::Gone(own.to, true)));
+        tells.extend(self.unheard.drain(..).map(|(_, to)| Tell::Unheard(to)));
         self.wanting.clear();
         self.chunks.clear();
         self.unacked.clear();
         self.backlog = 0;
+    }
+
+    #[cfg(test)]
+    pub(crate) fn unheard(&self) -> usize {
+        self.unheard.len()
     }
 
     /// All that runs on it.
@@ -455,6 +477,7 @@ impl<S: Clone> State<S> {
         mut accept: impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let header = Header::read(message)?;
+        self.was_heard = true;
         if self.is_over() {
             return Ok(());
         }
@@ -729,6 +752,7 @@ impl<S: Clone> State<S> {
             self.spares = Vec::new();
         }
         self.acked = ack;
+        self.unheard.retain(|(accepted_in, _)| *accepted_in > ack);
         self.resend = self.resend.map(|index| index.saturating_sub(count)).filter(|index| *index < self.unacked.len());
         self.progress_at = now;
         if !self.wanting.is_empty() && self.backlog <= self.limit / 2 {

@@ -47,6 +47,10 @@ impl Victim {
     fn note(&mut self, tells: &[Tell<u64>]) {
         for tell in tells {
             let (who, is_last) = match tell {
+                Tell::Unheard(who) => {
+                    assert!(*who < self.begun);
+                    continue;
+                }
                 Tell::Data(who, _) | Tell::Room(who) => (who, false),
                 Tell::End(who) | Tell::Error(who, _) | Tell::Overrun(who) => (who, true),
                 Tell::Cancelled(who, _) | Tell::Gone(who, _) => (who, true),
@@ -59,7 +63,7 @@ impl Victim {
     }
 
     fn receive(&mut self, message: &Bytes) {
-        let (before, waited) = (self.state.parties().len(), self.state.backlog());
+        let (before, waited) = (self.state.parties().len() + self.state.unheard(), self.state.backlog());
         let mut tells = Vec::new();
         let begun = &mut self.begun;
         let was_over = self.state.is_over();

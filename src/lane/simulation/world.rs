@@ -205,6 +205,8 @@ struct Sender {
     finished: Option<bool>,
     /// The gateway has its ACCEPT.
     is_known: bool,
+    /// Its lane has told that the gateway may never have heard of it.
+    is_unheard: bool,
     /// Its lane will tell no more of it.
     is_done: bool,
     /// Its owner knows that it has ended.

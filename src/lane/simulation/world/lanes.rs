@@ -77,6 +77,7 @@ impl World {
             finish: None,
             finished: None,
             is_known: false,
+            is_unheard: false,
             is_done: false,
             is_closed: false,
             is_lost: false,

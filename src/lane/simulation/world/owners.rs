@@ -10,6 +10,14 @@ impl World {
         for tell in tells {
             self.note(|| format!("{own} tells {tell:?}"));
             let (number, is_last) = match &tell {
+                Tell::Unheard(number) => {
+                    let sender = &mut self.senders[*number];
+                    sender.is_unheard = true;
+                    if sender.finished.is_none() {
+                        self.fail("only what has ended is unheard of", format!("sender {number}"));
+                    }
+                    continue;
+                }
                 Tell::Data(number, _) | Tell::Room(number) => (*number, false),
                 Tell::End(number) | Tell::Error(number, _) | Tell::Overrun(number) => (*number, true),
                 Tell::Cancelled(number, _) | Tell::Gone(number, _) => (*number, true),
@@ -54,6 +62,7 @@ impl World {
                     self.check_cancelled(sender, why);
                     reactions.push(Reaction::SenderOver(sender));
                 }
+                Tell::Unheard(_) => {}
                 Tell::Room(sender) => reactions.push(Reaction::Room(sender)),
                 Tell::Gone(number, knew) => {
                     self.seen.gone += 1;
@@ -66,6 +75,14 @@ impl World {
                         reactions.push(Reaction::StreamOver(number));
                     }
                 }
+            }
+        }
+        if own.side == Side::Worker && self.lanes[index].state.is_over() {
+            let is_forgotten = |sender: &Sender| {
+                sender.lane == own && sender.finished.is_some() && !sender.is_known && !sender.is_unheard
+            };
+            if let Some(number) = self.senders.iter().position(is_forgotten) {
+                self.fail("who ended unheard of is told", format!("sender {number}"));
             }
         }
         if own.side == Side::Worker && self.setup.waits {
