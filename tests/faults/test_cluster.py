@@ -1,0 +1,184 @@
+"""Servers in a cluster: the one that an end is connected to dies, and the end goes on at another one."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from harness import PATIENCE, Connect, Server, Shell, steady_port
+from scene import PEER_GONE, Scene, begin, finish, stopped, within
+
+SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
+CLIENTS = ["ann", "bob", "cho"]
+LATER = 1.0
+"""Seconds that a busy machine may take longer."""
+
+
+class Cluster:
+    """So many servers, all of which know each other."""
+
+    def __init__(self, count: int, stack: ExitStack) -> None:
+        routes = [f"nats://127.0.0.1:{steady_port()}" for _ in range(count)]
+        self.servers = [
+            Server("--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes), "-D", port=steady_port())
+            for route in routes
+        ]
+        for server in self.servers:
+            stack.callback(server.kill)
+        for server in self.servers:
+            self.wait_for_routes(server, count - 1)
+
+    def wait_for_routes(self, server: Server, count: int) -> None:
+        """It knows so many others, as it says."""
+        deadline = time.monotonic() + PATIENCE
+        while len(set(re.findall(r'Registering remote route "(\w+)"\n', "".join(server.log)))) < count:
+            assert time.monotonic() < deadline, "".join(server.log)
+            time.sleep(0.01)
+
+    @property
+    def url(self) -> str:
+        return ",".join(server.url for server in self.servers)
+
+
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with ExitStack() as stack:
+        yield Cluster(getattr(request, "param", 2), stack)
+
+
+@pytest.fixture
+def scene(cluster: Cluster) -> Iterator[Scene]:
+    with Scene(cluster.url) as scene:
+        yield scene
+
+
+@pytest.mark.parametrize("whose", ["gateway", "worker", "both"])
+def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -> None:
+    """The end goes on at the other one, which the first has named."""
+    dies, stays = cluster.servers
+    worker = scene.worker("c", *SOON, url=dies.url if whose != "gateway" else stays.url)
+    gateway = scene.gateway("python", *SOON, url=dies.url if whose != "worker" else stays.url)
+    late = begin(gateway)
+    for client in CLIENTS:
+        gateway.request("svc", client)
+    gateway.all_go_on(*CLIENTS)
+    dies.kill()
+    gateway.all_go_on(late, *CLIENTS, count=100)
+    finish(gateway, worker, late, *CLIENTS)
+
+
+@pytest.mark.parametrize("whose", ["gateway", "worker"])
+def test_the_connected_server_dies_on_level_0(cluster: Cluster, connect: Connect, whose: str) -> None:
+    dies, stays = cluster.servers
+    options = ("lanes=false", *SOON)
+    worker = connect((dies if whose == "worker" else stays).url, *options)
+    gateway = connect((dies if whose == "gateway" else stays).url, *options)
+    worker.do("serve svc workers 0")
+    n = ask(gateway, worker, 1)
+    for end in [gateway, worker]:
+        end.do("online marked")
+    dies.kill()
+    moved = worker if whose == "worker" else gateway
+    assert moved.wait(event="CONNECTED")["data"] == f"127.0.0.1:{stays.port}"
+    # Who was cut off ends it by itself, and tells the other end.
+    error = gateway.wait(event="ERROR")
+    assert error["status"] == ("REMOTE" if whose == "worker" else "DISCONNECTED")
+    assert worker.wait(event="STOPPED", n=n)["status"] == ("DISCONNECTED" if whose == "worker" else "OFFLINE")
+    for end in [gateway, worker]:
+        assert end.ask("is_online marked")["text"] == "yes"
+    n = ask(gateway, worker, 2)
+    worker.do(f"end {n}")
+    gateway.wait(event="END", tag=2)
+    assert gateway.take(event="ERROR") is worker.take(event="STOPPED") is None
+
+
+def ask(gateway: Shell, worker: Shell, tag: int) -> int:
+    """A stream that has begun."""
+    gateway.do("option retries 200")
+    gateway.do("option retry_delay_ms 20")
+    gateway.do(f"request {tag} svc c{tag} x")
+    n: int = worker.wait(event="REQUEST", client=f"c{tag}")["n"]
+    worker.do(f"send {n} first")
+    assert gateway.wait(event="DATA", tag=tag)["data"] == "first"
+    return n
+
+
+def test_the_connected_server_stands_still(cluster: Cluster, scene: Scene) -> None:
+    """It is lost after two unanswered pings; lanes go on at the other one."""
+    still, well = cluster.servers
+    options = (*SOON, "ping_interval_ms=300", "heartbeat_ms=5000", "connect_timeout_ms=300")
+    worker = scene.worker("go", *options, url=still.url)
+    gateway = scene.gateway("c", *options, url=well.url)
+    client = begin(gateway)
+    with stopped(still):
+        # More than was on its way.
+        gateway.all_go_on(client, count=500)
+        finish(gateway, worker, client)
+
+
+def rolling_restarts(cluster: Cluster, scene: Scene, rounds: int) -> None:
+    """One server after the other is killed and started again; there is always another one."""
+    pairs = []
+    for of_gateway, of_worker in [("c", "python"), ("go", "c"), ("asyncio", "go")]:
+        worker = scene.worker(of_worker, *SOON, subject=f"svc.{of_worker}")
+        gateway = scene.gateway(of_gateway, *SOON)
+        pairs.append((gateway, worker, begin(gateway, f"svc.{of_worker}")))
+    for server in cluster.servers * rounds:
+        server.kill()
+        for gateway, _, client in pairs:
+            gateway.all_go_on(client, count=100)
+        server.start()
+        cluster.wait_for_routes(server, len(cluster.servers) - 1)
+    for gateway, worker, client in pairs:
+        finish(gateway, worker, client)
+
+
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True)
+def test_each_server_is_restarted(cluster: Cluster, scene: Scene) -> None:
+    rolling_restarts(cluster, scene, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cluster", [2, 3], indirect=True)
+def test_each_server_is_restarted_ten_times(cluster: Cluster, scene: Scene) -> None:
+    rolling_restarts(cluster, scene, 10)
+
+
+@pytest.mark.parametrize("whose", ["gateway", "worker"])
+def test_a_peer_on_another_server_is_killed(cluster: Cluster, scene: Scene, whose: str) -> None:
+    """The other server's 503 comes over the route, and means the same."""
+    one, other = cluster.servers
+    options = ("peer_grace_ms=400", "heartbeat_ms=60000")
+    worker = scene.worker("c", *options, url=one.url)
+    gateway = scene.gateway("c", *options, url=other.url)
+    client = begin(gateway)
+    since = time.monotonic()
+    if whose == "worker":
+        worker.kill()
+        assert gateway.wait_for_end(client)["status"] == PEER_GONE
+    else:
+        gateway.kill()
+        assert worker.wait(event="done", client=client)["why"] == PEER_GONE
+    within(0.4, 0.4 + LATER, since)
+
+
+def test_a_peer_dies_with_its_server(cluster: Cluster, scene: Scene) -> None:
+    dies, stays = cluster.servers
+    options = ("peer_grace_ms=400", "heartbeat_ms=60000")
+    worker = scene.worker("go", *options, url=dies.url)
+    gateway = scene.gateway("python", *options, url=stays.url)
+    client = begin(gateway)
+    since = time.monotonic()
+    dies.kill()
+    worker.kill()
+    assert gateway.wait_for_end(client)["status"] == PEER_GONE
+    within(0.4, 0.4 + LATER, since)
+
+
+def test_nobody_serves_on_any_server(cluster: Cluster, connect: Connect) -> None:
+    gateway = connect(cluster.url)
+    gateway.do("request 1 nobody.here ann x")
+    assert gateway.wait(event="ERROR")["status"] == "NO_RESPONDERS"
