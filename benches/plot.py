@@ -52,7 +52,9 @@ class _Canvas:
     height: float = 0
     parts: list[str] = field(default_factory=list)
 
-    def text(self, x: float, y: float, text: str, *, anchor: str = "start", colour: str = INK, weight: int = 400) -> None:
+    def text(
+        self, x: float, y: float, text: str, *, anchor: str = "start", colour: str = INK, weight: int = 400
+    ) -> None:
         style = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>')
 
@@ -82,7 +84,9 @@ class _Canvas:
         return "\n".join([head, background, *self.parts, "</svg>", ""])
 
 
-def lines(title: str, panels: Sequence[Panel], *, tell_x: Callable[[float], str], shades: Sequence[tuple[float, float]]) -> str:
+def lines(
+    title: str, panels: Sequence[Panel], *, tell_x: Callable[[float], str], shades: Sequence[tuple[float, float]]
+) -> str:
     """Panels with one time axis; the same names have the same colours. `shades` are stretches of time."""
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     left, right, high = 90.0, WIDTH - 20.0, 96.0
@@ -153,7 +157,9 @@ def bars(title: str, rows: Sequence[Row], *, names: Sequence[str], note: str = "
             canvas.text(max(reach, origin) + 6, canvas.height + thick - 3, bar.text, colour=FAINT)
             canvas.height += thick
         if row.target is not None:
-            canvas.line(at(row.target), middle - thick * len(row.bars) / 2 - 3, at(row.target), canvas.height + 3, "#b00020", 2)
+            canvas.line(
+                at(row.target), middle - thick * len(row.bars) / 2 - 3, at(row.target), canvas.height + 3, "#b00020", 2
+            )
         canvas.height += 9
     canvas.line(origin, top - 4, origin, canvas.height - 4, FAINT)
     canvas.height += 8
@@ -162,7 +168,7 @@ def bars(title: str, rows: Sequence[Row], *, names: Sequence[str], note: str = "
 
 def nice_step(span: float, ticks: int) -> float:
     """1, 2 or 5 times a power of ten, so that there are about so many of them."""
-    power = 10 ** math.floor(math.log10(span / ticks))
+    power = 10.0 ** math.floor(math.log10(span / ticks))
     return next(step * power for step in (1, 2, 5, 10) if step * power * ticks >= span)
 
 

@@ -34,7 +34,7 @@ def content(key: int, number: int, size: int) -> bytes:
 
 
 def connection_options(text: str, level: int) -> dict[str, str]:
-    """Those of "KEY=VALUE,..." for the connection with lanes (0), or for the one on level 0 (1): the other announces."""
+    """Those of "KEY=VALUE,..." for the connection with lanes (0), or on level 0 (1), which does not announce."""
     options = dict(option.split("=") for option in text.split(","))
     return options | {"lanes": "false", "announce": "never"} if level else options
 
@@ -51,7 +51,9 @@ def tell(**event: object) -> None:
 def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
     """Tells what is in hand, as an event of this name."""
     both = [conn.stats() for conn in conns]
-    sums = {name: sum(stats[name] for stats in both) for name in ("connected", "connects", "streams", "senders", "lanes")}
+    sums = {
+        name: sum(stats[name] for stats in both) for name in ("connected", "connects", "streams", "senders", "lanes")
+    }
     waiting = sum(stats["bytes_waiting"] for stats in both)
     tell(event=event, online=presence.online_count(), waiting=waiting, **sums, **more)
 

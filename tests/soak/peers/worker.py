@@ -12,7 +12,7 @@ import nats_presence as presence
 import soak
 
 FURTHER = 10
-THREADS = 150
+THREADS = 60
 lock = threading.Lock()
 counts = Counter(served=0, accepted_after=0)
 
