@@ -70,19 +70,21 @@ class Gateway(Program):
 class Scene:
     """Starts gateways and workers; at its end all must end by themselves and well."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, before: Command = ()) -> None:
         self.url = url
+        self._before = before
+        """What every command begins with."""
         self._stack = ExitStack()
 
     def gateway(self, language: str, *options: str, url: str = "", lanes: bool = True) -> Gateway:
-        program = command(language, is_worker=False)
+        program = (*self._before, *command(language, is_worker=False))
         gateway = self._stack.enter_context(Gateway(program, url or self.url, str(lanes).lower(), *options))
         assert isinstance(gateway, Gateway)
         gateway.wait(event="ready")
         return gateway
 
     def worker(self, language: str, *options: str, url: str = "", lanes: bool = True, subject: str = "svc") -> Program:
-        program = command(language, is_worker=True)
+        program = (*self._before, *command(language, is_worker=True))
         worker = self._stack.enter_context(Program(program, url or self.url, subject, str(lanes).lower(), *options))
         worker.wait(event="ready")
         return worker
