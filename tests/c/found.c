@@ -74,13 +74,17 @@ static void measure(const char *role, const char *key, const char *value, void (
   qsort(times, (size_t)count, sizeof *times, by_size);
 }
 
+/* What is sent to the dead is answered by nats-server, at once: by a worker that is the next message, by a gateway the
+ * acknowledgement of what it has read. Should that have come before nats-server noticed, the next beat tells. */
 static void killed(const char *role, const char *told) {
-  int count = is_long ? MOST : 5;
+  int count = is_long ? MOST : 5, slow = 0;
   measure(role, "peer_grace_ms", "0", end_by_kill, count);
-  CHECK(times[count - 1] < 4000000); /* before the first beat */
+  CHECK(times[count - 1] < 15000000);
+  for (int i = 0; i < count; i++) slow += times[i] > 50000;
   if (!is_long) return;
-  FIGURE("%s is killed, peer_grace_ms=0, %d times: found after p50 %.1f ms, p99 %.1f ms, at most %.1f ms", told, count,
-         (double)times[count / 2] / 1e3, (double)times[count * 99 / 100] / 1e3, (double)times[count - 1] / 1e3);
+  FIGURE("%s is killed, peer_grace_ms=0, %d times: found after p50 %.1f ms, p99 %.1f ms, at most %.1f ms; %d took more than 50",
+         told, count, (double)times[count / 2] / 1e3, (double)times[count * 99 / 100] / 1e3,
+         (double)times[count - 1] / 1e3, slow);
 }
 
 static void a_killed_gateway(void) { killed("ask", "a gateway"); }
