@@ -9,7 +9,8 @@
  *     PRESENCE_INVALID; freeing NULL does nothing. A call that fails has changed nothing.
  *   - A presence_error, where one is taken, may be NULL. It is filled when the call fails, and left alone otherwise.
  *   - Handles are opaque and each is ended by exactly one call to its _free or _close. Except for presence_sender and
- *     presence_config, whose use after free is undefined, a handle that has ended is recognised: PRESENCE_CLOSED.
+ *     presence_config, whose use after free is undefined (a debug build of the library refuses it), a handle that has
+ *     ended is recognised: PRESENCE_CLOSED.
  *   - Text is UTF-8. It is given by pointer and length where a length parameter follows, and NUL-terminated elsewhere.
  *     What is passed in is copied before the call returns.
  *   - A client's id is 1 to 1024 bytes of UTF-8 without control characters. The empty id is "no client": always online.

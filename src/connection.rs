@@ -23,6 +23,7 @@ use async_nats::{Client, HeaderMap, Message, Subject};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use std::collections::{BTreeMap, VecDeque};
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
@@ -33,6 +34,8 @@ use tokio::time::{Instant, sleep};
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
 const SHORT_LIVED: Duration = Duration::from_secs(1);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
+/// How many LOG events may come at once.
+const LOGS_AT_ONCE: u64 = 16;
 /// How many LOG events are kept for who watches first.
 const MAX_EARLY_LOGS: usize = 16;
 
@@ -158,7 +161,7 @@ impl Connection {
             listens: AtomicBool::new(false),
             watchers: RwLock::default(),
             early_logs: Mutex::default(),
-            log_limit: LogLimit::default(),
+            log_limit: LogLimit::new(),
             connected: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             max_payload: AtomicUsize::new(1 << 20),
@@ -696,21 +699,32 @@ impl Receiver for Farewell {
     }
 }
 
-/// Lets one message a second pass, and counts the others.
-#[derive(Default)]
-struct LogLimit(Mutex<(Option<Instant>, u64)>);
+/// Lets some messages pass at once and then one a second, and counts the others.
+struct LogLimit(Mutex<LogAllowance>);
+
+struct LogAllowance {
+    left: u64,
+    since: Instant,
+    suppressed: u64,
+}
 
 impl LogLimit {
+    fn new() -> LogLimit {
+        LogLimit(Mutex::new(LogAllowance { left: LOGS_AT_ONCE, since: Instant::now(), suppressed: 0 }))
+    }
+
+    /// How many were not shown before this one; None: nor is this.
     fn pass(&self) -> Option<u64> {
         let mut state = self.0.lock();
-        let now = Instant::now();
-        if state.0.is_some_and(|last| now.duration_since(last) < Duration::from_secs(1)) {
-            state.1 += 1;
+        let seconds = state.since.elapsed().as_secs();
+        state.since += Duration::from_secs(seconds);
+        state.left = (state.left + seconds).min(LOGS_AT_ONCE);
+        let Some(left) = state.left.checked_sub(1) else {
+            state.suppressed += 1;
             return None;
-        }
-        let suppressed = state.1;
-        *state = (Some(now), 0);
-        Some(suppressed)
+        };
+        state.left = left;
+        Some(mem::take(&mut state.suppressed))
     }
 }
 

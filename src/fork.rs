@@ -31,6 +31,12 @@ pub(crate) fn child() {
     FIRST.store(NEXT.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
+/// Whether a parent of this process had loaded the library.
+#[cfg(any(debug_assertions, test))]
+pub(crate) fn is_child() -> bool {
+    GENERATION.load(Ordering::Relaxed) > 0
+}
+
 /// Notes that the runtime runs in this process; fails where its parent had one, for tokio does not survive a fork.
 pub(crate) fn claim_runtime() -> Result<()> {
     let own = GENERATION.load(Ordering::Relaxed) + 1;

@@ -210,6 +210,37 @@ fn ended<H>() -> Error {
     Error::new(Status::Closed, format!("the {} has ended already", name_of::<H>()))
 }
 
+// Pointers ------------------------------------------------------------------------------------------------------------
+
+/// The senders and options that this process gave and did not free. A debug build knows better than to follow others.
+#[cfg(any(debug_assertions, test))]
+fn given() -> &'static dashmap::DashSet<usize> {
+    static GIVEN: PerProcess<dashmap::DashSet<usize>> = PerProcess::new();
+    GIVEN.get(Default::default)
+}
+
+fn note_given<T>(_pointer: *mut T) {
+    #[cfg(any(debug_assertions, test))]
+    given().insert(_pointer.addr());
+}
+
+/// Whether it was not freed before: from now on it is. Always true in a release build.
+fn note_freed<T>(_pointer: *mut T) -> bool {
+    #[cfg(any(debug_assertions, test))]
+    return given().remove(&_pointer.addr()).is_some() || fork::is_child();
+    #[cfg(not(any(debug_assertions, test)))]
+    true
+}
+
+/// Fails for what was freed, in a debug build. A child asks what it inherited, which is still there.
+fn check_given<T>(_pointer: *const T) -> Result<(), Status> {
+    #[cfg(any(debug_assertions, test))]
+    if !_pointer.is_null() && !given().contains(&_pointer.addr()) && !fork::is_child() {
+        return Err(Status::Closed);
+    }
+    Ok(())
+}
+
 // Senders -------------------------------------------------------------------------------------------------------------
 
 /// The pointer by which events name a sender.
@@ -220,12 +251,15 @@ pub(super) fn sender_pointer(sender: &Arc<Sender>) -> *mut presence_sender {
 /// The pointer that owns a sender, to be freed by `free_sender`.
 pub(super) fn give_sender(sender: Arc<Sender>) -> *mut presence_sender {
     #[allow(clippy::disallowed_methods)]
-    Arc::into_raw(sender).cast_mut().cast()
+    let pointer = Arc::into_raw(sender).cast_mut().cast();
+    note_given(pointer);
+    pointer
 }
 
 /// # Safety
 /// `sender` is NULL or came from `give_sender` and was not freed.
 pub(super) unsafe fn sender_ref<'a>(sender: *const presence_sender) -> Result<&'a Sender, Status> {
+    check_given(sender)?;
     // SAFETY: the pointer is an Arc's that `give_sender` leaked and nobody freed, so what it points to lives.
     let sender = unsafe { sender.cast::<Sender>().as_ref() }.ok_or(Status::Invalid)?;
     fork::check(sender.number())?;
@@ -236,7 +270,9 @@ pub(super) unsafe fn sender_ref<'a>(sender: *const presence_sender) -> Result<&'
 /// `sender` is NULL or came from `give_sender` and was not freed; nobody uses it any longer.
 pub(super) unsafe fn free_sender(sender: *mut presence_sender) -> Result<()> {
     // SAFETY: the caller's promise is sender_ref's.
-    if let Ok(own) = unsafe { sender_ref(sender) } {
+    if let Ok(own) = unsafe { sender_ref(sender) }
+        && note_freed(sender)
+    {
         own.free();
         #[allow(clippy::disallowed_methods)]
         // SAFETY: from `give_sender`, once; `own` is not used any more.
@@ -250,12 +286,15 @@ pub(super) unsafe fn free_sender(sender: *mut presence_sender) -> Result<()> {
 /// The pointer that owns a set of options.
 pub(super) fn give_config(config: Config) -> *mut presence_config {
     #[allow(clippy::disallowed_methods)]
-    Box::into_raw(Box::new(config)).cast()
+    let pointer = Box::into_raw(Box::new(config)).cast();
+    note_given(pointer);
+    pointer
 }
 
 /// # Safety
 /// `config` is NULL or came from `give_config`, was not freed, and nobody changes it meanwhile.
 pub(super) unsafe fn config_ref<'a>(config: *const presence_config) -> Result<&'a Config> {
+    check_given(config)?;
     // SAFETY: the pointer is a Box's that `give_config` leaked and nobody freed.
     unsafe { config.cast::<Config>().as_ref() }.ok_or_else(|| Error::invalid("presence_config is NULL"))
 }
@@ -263,6 +302,7 @@ pub(super) unsafe fn config_ref<'a>(config: *const presence_config) -> Result<&'
 /// # Safety
 /// `config` is NULL or came from `give_config`, was not freed, and nobody else uses it meanwhile.
 pub(super) unsafe fn config_mut<'a>(config: *mut presence_config) -> Result<&'a mut Config> {
+    check_given(config)?;
     // SAFETY: the pointer is a Box's that `give_config` leaked and nobody freed, and nobody else uses.
     unsafe { config.cast::<Config>().as_mut() }.ok_or_else(|| Error::invalid("presence_config is NULL"))
 }
@@ -270,7 +310,7 @@ pub(super) unsafe fn config_mut<'a>(config: *mut presence_config) -> Result<&'a 
 /// # Safety
 /// `config` is NULL or came from `give_config` and was not freed; nobody uses it any longer.
 pub(super) unsafe fn free_config(config: *mut presence_config) -> Result<()> {
-    if !config.is_null() {
+    if !config.is_null() && note_freed(config) {
         #[allow(clippy::disallowed_methods)]
         // SAFETY: from `give_config`, once.
         drop(unsafe { Box::from_raw(config.cast::<Config>()) });
@@ -371,4 +411,38 @@ pub(super) unsafe fn write_out<T>(out: *mut T, make: impl FnOnce() -> Result<T>)
 /// A time of the ABI: negative is without limit.
 pub(super) fn limit(timeout_ms: i64) -> Option<Duration> {
     u64::try_from(timeout_ms).ok().map(Duration::from_millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Undefined in a release build; a debug build, as this one is in this respect, follows no pointer that was freed.
+    #[test]
+    fn what_was_freed_is_not_followed() {
+        let config = give_config(Config::new());
+        // SAFETY: what this build checks, is what is tested.
+        unsafe {
+            assert!(config_ref(config).is_ok());
+            free_config(config).unwrap();
+            free_config(config).unwrap();
+            assert_eq!(config_ref(config).unwrap_err().status, Status::Closed);
+            assert_eq!(config_mut(config).unwrap_err().status, Status::Closed);
+        }
+        let freed = AtomicUsize::new(0);
+        let pointer = give_config(Config::new()).addr();
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    let config: *mut presence_config = ptr::with_exposed_provenance_mut(pointer);
+                    freed.fetch_add(usize::from(note_freed(config)), Ordering::Relaxed);
+                });
+            }
+        });
+        assert_eq!(freed.into_inner(), 1);
+        let never: *const presence_sender = ptr::without_provenance(BASE);
+        // SAFETY: as above.
+        assert_eq!(unsafe { sender_ref(never) }.err(), Some(Status::Closed));
+    }
 }

@@ -114,7 +114,8 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
 }
 
 impl World {
-    fn new(window: u32) -> World {
+    /// Without anything between the ends.
+    fn apart(window: u32) -> World {
         let patience = Patience {
             heartbeat: Duration::from_secs(3600),
             grace: Duration::from_secs(3600),
@@ -127,12 +128,16 @@ impl World {
         gateway.state.lock().begin();
         let (sender, stream) = (Probe::new(), Probe::new());
         let credit = worker.open(7, window, Arc::clone(&sender) as _).unwrap();
-        let over = Arc::new(AtomicBool::new(false));
-        for (from, to) in [(&worker, &gateway), (&gateway, &worker)] {
+        World { worker, gateway, credit, sender, stream, over: Arc::default() }
+    }
+
+    fn new(window: u32) -> World {
+        let world = World::apart(window);
+        for (from, to) in [(&world.worker, &world.gateway), (&world.gateway, &world.worker)] {
             let (from, to) = (Arc::clone(from), Arc::clone(to));
-            shuttle::future::spawn(carry(from, to, Arc::clone(&stream), Arc::clone(&over), window));
+            shuttle::future::spawn(carry(from, to, Arc::clone(&world.stream), Arc::clone(&world.over), window));
         }
-        World { worker, gateway, credit, sender, stream, over }
+        world
     }
 
     fn spawn<T: Send + 'static>(&self, work: impl FnOnce(World) -> T + Send + 'static) -> thread::JoinHandle<T> {
@@ -190,7 +195,7 @@ fn nothing_follows_the_end() {
 fn who_waits_leaves() {
     for case in 0..2 {
         search(move || {
-            let world = World::new(1);
+            let world = if case == 0 { World::new(1) } else { World::apart(1) };
             assert_eq!(world.send(&["a"]), "a");
             let waiters: Vec<_> = (0..2)
                 .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.credit, b"b", None)))
