@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import socket
+import threading
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import trustme
-from secured import nats_presence, nats_server, refused, works
+from secured import PATIENCE, nats_presence, nats_server, refused, works
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -132,9 +134,47 @@ def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, An
         assert "TLS" in refused(f"tls://localhost:{port}", tls_first=True, **ca)
 
 
-@pytest.mark.parametrize("how", [{}, {"tls_required": True}, {"tls_first": True}], ids=str)
-def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[str, Any], how: dict[str, Any]) -> None:
-    """As when somebody in between takes TLS out of what the server offers: nothing secret is sent."""
+WAYS = {
+    "scheme": ("tls", {}),
+    "tls_required": ("nats", {"tls_required": True}),
+    "tls_first": ("nats", {"tls_first": True}),
+    "tls_ca_file": ("nats", {"tls_ca_file": "ca.pem"}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[str, Any], name: str) -> None:
+    """As when somebody in between takes TLS out of what the server offers."""
+    scheme, how = WAYS[name]
+    options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
     with nats_server("", tmp_path) as port:
-        scheme = "nats" if how else "tls"
-        assert "does not speak TLS" in refused(f"{scheme}://localhost:{port}", **how, **ca)
+        assert "does not speak TLS" in refused(f"{scheme}://localhost:{port}", **options)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_who_takes_tls_out_gets_no_secret(ca: dict[str, Any], name: str) -> None:
+    scheme, how = WAYS[name]
+    options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
+    heard = b""
+
+    def listen() -> None:
+        nonlocal heard
+        connection, _ = listener.accept()
+        with connection:
+            connection.settimeout(PATIENCE)
+            connection.sendall(b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576,"headers":true}\r\n')
+            while data := connection.recv(4096):
+                heard += data
+                if not data.startswith(b"\x16"):
+                    connection.sendall(b"PONG\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=listen)
+        thread.start()
+        url = f"{scheme}://localhost:{listener.getsockname()[1]}"
+        with pytest.raises((nats_presence.Disconnected, nats_presence.Timeout)):
+            nats_presence.connect(url, user="me", password="s3cret", connect_timeout_ms=300, **options)
+        thread.join()
+    # A TLS handshake at most.
+    assert heard[:1] in (b"", b"\x16")
+    assert b"s3cret" not in heard
