@@ -53,7 +53,8 @@ class Gateway(Program):
         least = {client: self.received.get(client, 0) + count for client in clients}
 
         def go_on() -> bool:
-            assert not [self.ended[client] for client in clients if client in self.ended]
+            ended = [self.ended[client] for client in clients if client in self.ended]
+            assert not ended, ended
             return all(self.received.get(client, 0) >= n for client, n in least.items())
 
         self.until(go_on, "streams go on")

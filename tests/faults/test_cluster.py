@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Connect, Server, Shell, steady_port
@@ -13,17 +15,27 @@ from scene import PEER_GONE, Scene, begin, finish, stopped, within
 
 SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
 CLIENTS = ["ann", "bob", "cho"]
-LATER = 1.0
+LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
 
 class Cluster:
     """So many servers, all of which know each other."""
 
-    def __init__(self, count: int, stack: ExitStack) -> None:
+    def __init__(self, count: int, stack: ExitStack, *arguments: str) -> None:
         routes = [f"nats://127.0.0.1:{steady_port()}" for _ in range(count)]
         self.servers = [
-            Server("--cluster_name", "test", "--cluster", route, "--routes", ",".join(routes), "-D", port=steady_port())
+            Server(
+                "--cluster_name",
+                "test",
+                "--cluster",
+                route,
+                "--routes",
+                ",".join(routes),
+                "-D",
+                *arguments,
+                port=steady_port(),
+            )
             for route in routes
         ]
         for server in self.servers:
@@ -116,6 +128,22 @@ def test_the_connected_server_stands_still(cluster: Cluster, scene: Scene) -> No
     with stopped(still):
         # More than was on its way.
         gateway.all_go_on(client, count=500)
+        finish(gateway, worker, client)
+
+
+def test_the_connected_server_is_a_lame_duck(tmp_path: Path) -> None:
+    """It closes one connection a second; whoever it was goes on at the other one at once."""
+    settings = tmp_path / "server.conf"
+    settings.write_text("lame_duck_grace_period: 100ms\nlame_duck_duration: 30s\n")
+    with ExitStack() as stack:
+        cluster = Cluster(2, stack, "-c", str(settings))
+        scene = stack.enter_context(Scene(cluster.url))
+        leaves, _ = cluster.servers
+        worker, gateway = scene.worker("go", *SOON, url=leaves.url), scene.gateway("c", *SOON, url=leaves.url)
+        client = begin(gateway)
+        leaves.process.send_signal(signal.SIGUSR2)
+        leaves.process.wait(PATIENCE)
+        gateway.all_go_on(client, count=100)
         finish(gateway, worker, client)
 
 

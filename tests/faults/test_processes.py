@@ -17,7 +17,7 @@ OTHER = dict(zip(LANGUAGES, LANGUAGES[1:] + LANGUAGES[:1]))
 
 GRACE, BEAT = 0.4, 0.4
 OPTIONS = (f"peer_grace_ms={GRACE * 1000:.0f}", f"heartbeat_ms={BEAT * 1000:.0f}")
-LATER = 1.0
+LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
 CLIENTS = ["ann", "bob", "cho"]

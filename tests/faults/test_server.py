@@ -192,12 +192,13 @@ def test_closing_while_it_stands_still(server: Server, connect: Connect) -> None
 
 @pytest.mark.parametrize("how", ["signal", "command"])
 def test_lame_duck(server: Server, scene: Scene, connect: Connect, tmp_path: Path, how: str) -> None:
-    """It says goodbye, takes nobody any longer, and closes one connection after the other."""
+    """It says goodbye, takes nobody any longer, and closes one connection a second: so one end is away for longer."""
     settings = tmp_path / "server.conf"
     settings.write_text("lame_duck_grace_period: 100ms\nlame_duck_duration: 30s\n")
     server.kill()
     server.start("-c", str(settings))
-    gateway, worker = scene.gateway("python", *SOON), scene.worker("c", *SOON)
+    options = ("peer_grace_ms=10000", *SOON)
+    gateway, worker = scene.gateway("python", *options), scene.worker("c", *options)
     old = connect("", "lanes=false", *SOON)
     gateway.request("svc", "ann")
     gateway.all_go_on("ann")
