@@ -180,6 +180,10 @@ pub(crate) struct State<S> {
     /// Bytes that came since our last acknowledgement.
     unacknowledged: usize,
     ack_at: Option<Instant>,
+    /// What was last acknowledged, and when that is said once more: to one who died the moment before, it may have vanished
+    /// without a 503, and there would be nothing more to say to it.
+    acknowledged: u64,
+    confirm_at: Option<Instant>,
     /// Flags of the next message; it is sent even if it has nothing else.
     flags: u8,
     ack_now: bool,
@@ -243,6 +247,8 @@ impl<S: Clone> State<S> {
             received: 0,
             unacknowledged: 0,
             ack_at: None,
+            acknowledged: 0,
+            confirm_at: None,
             flags: 0,
             ack_now: false,
             gap_told: None,
@@ -420,6 +426,7 @@ impl<S: Clone> State<S> {
         self.asked_for = None;
         self.flags = 0;
         self.ack_now = false;
+        self.confirm_at = None;
         self.resend = None;
     }
 
@@ -494,6 +501,7 @@ impl<S: Clone> State<S> {
         self.suspect_since = None;
         self.reconnecting = None;
         self.missed = 0;
+        self.confirm_at = None;
         self.beat_at = now + self.beat();
         self.acknowledged(header.ack, now, tells);
         if header.has(frame::PONG) {
@@ -542,7 +550,7 @@ impl<S: Clone> State<S> {
                 }
                 Life::Over => {
                     self.life = Life::Told;
-                    return Some(self.header_only(frame::RESET));
+                    return Some(self.header_only(frame::RESET, now));
                 }
                 Life::Told => {}
             }
@@ -558,7 +566,7 @@ impl<S: Clone> State<S> {
         }
         let asks_at = (!self.unacked.is_empty() && !self.is_held).then(|| self.progress_at + ASK_AFTER);
         let ping_at = self.is_held.then_some(self.ping_at);
-        [Some(self.beat_at), asks_at, ping_at, self.ack_at, self.gone_at()].into_iter().flatten().min()
+        [Some(self.beat_at), asks_at, ping_at, self.ack_at, self.confirm_at, self.gone_at()].into_iter().flatten().min()
     }
 
     /// Whether the driver sleeps though there is something to do: said once.
@@ -590,6 +598,7 @@ impl<S: Clone> State<S> {
 
     fn hold(&mut self, now: Instant) {
         self.is_held = true;
+        self.confirm_at = None;
         self.ping_at = now;
         self.ping_interval = PING_AGAIN;
     }
@@ -645,7 +654,7 @@ impl<S: Clone> State<S> {
             self.flags |= frame::PING;
             self.progress_at = now;
         }
-        if self.ack_at.is_some_and(|at| now >= at) {
+        if self.ack_at.is_some_and(|at| now >= at) || self.confirm_at.is_some_and(|at| now >= at) {
             self.ack_now = true;
         }
     }
@@ -658,7 +667,7 @@ impl<S: Clone> State<S> {
                 self.resend = (index + 1 < self.unacked.len()).then_some(index + 1);
                 let mut again = BytesMut::from(&sent[..]);
                 let sequence = self.acked + 1 + index as u64;
-                self.seal(&mut again, sequence);
+                self.seal(&mut again, sequence, now);
                 return Some(again.freeze());
             }
             if let Some(mut chunk) = self.chunks.pop_front() {
@@ -672,7 +681,7 @@ impl<S: Clone> State<S> {
                 }
                 self.unacked.push_back(Bytes::new());
                 let sequence = self.last_sent();
-                self.seal(&mut chunk, sequence);
+                self.seal(&mut chunk, sequence, now);
                 let message = chunk.freeze();
                 if let Some(last) = self.unacked.back_mut() {
                     *last = message.clone();
@@ -680,19 +689,19 @@ impl<S: Clone> State<S> {
                 return Some(message);
             }
         }
-        (self.flags != 0 || self.ack_now).then(|| self.header_only(0))
+        (self.flags != 0 || self.ack_now).then(|| self.header_only(0, now))
     }
 
-    fn header_only(&mut self, flags: u8) -> Bytes {
+    fn header_only(&mut self, flags: u8, now: Instant) -> Bytes {
         let mut message = BytesMut::zeroed(frame::HEADER);
         self.flags |= flags;
         let sequence = self.last_sent();
-        self.seal(&mut message, sequence);
+        self.seal(&mut message, sequence, now);
         message.freeze()
     }
 
     /// Writes the header of a message that is sent now.
-    fn seal(&mut self, message: &mut BytesMut, sequence: u64) {
+    fn seal(&mut self, message: &mut BytesMut, sequence: u64, now: Instant) {
         let mut flags = mem::take(&mut self.flags);
         if flags & frame::PING != 0 {
             // What the answer must cover is what was sent before this.
@@ -706,6 +715,9 @@ impl<S: Clone> State<S> {
         self.ack_now = false;
         self.ack_at = None;
         self.unacknowledged = 0;
+        let is_news = self.received > self.acknowledged && self.has_streams();
+        self.acknowledged = self.received;
+        self.confirm_at = is_news.then(|| now + ACK_DELAY);
     }
 
     fn has_room(&self, bytes: usize) -> bool {
