@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 
 WIDTH = 880
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
-INK, FAINT, GRID = "#1f2328", "#656d76", "#e4e8ec"
+INK, FAINT, GRID, SHADE, TARGET = "#1f2328", "#656d76", "#e4e8ec", "#f6f1e4", "#b00020"
 POINTS = 400
 """As many of a line are drawn: more cannot be seen."""
 
@@ -105,7 +105,7 @@ def lines(
         step = nice_step(max(y for line in panel.lines for _, y in line.points) or 1, 4)
         most = step * math.ceil((max(y for line in panel.lines for _, y in line.points) or 1) / step)
         for begin, end in shades:
-            canvas.box(at(begin), top, at(end) - at(begin), high, "#f6f1e4")
+            canvas.box(at(begin), top, at(end) - at(begin), high, SHADE)
         for tick in range(round(most / step) + 1):
             y = bottom - high * tick * step / most
             canvas.line(left, y, right, y)
@@ -122,16 +122,18 @@ def lines(
     return canvas.finish(title)
 
 
-def bars(title: str, rows: Sequence[Row], *, names: Sequence[str], note: str = "", logarithmic: bool = False) -> str:
+def bars(
+    title: str, rows: Sequence[Row], *, names: Sequence[str] = (), note: str = "", logarithmic: bool = False
+) -> str:
     """Rows of bars that lie, from 0 on or, where ratios count, from 1 in both directions. A stroke is the target."""
-    left, right, thick = 300.0, WIDTH - 150.0, 13.0
+    left, right, thick = 260.0, WIDTH - 250.0, 13.0
     values = [value for row in rows for value in (row.target, *(bar.value for bar in row.bars)) if value is not None]
     canvas = _Canvas(26)
     canvas.text(20, canvas.height, title, weight=600)
     if note:
         canvas.height += 18
         canvas.text(20, canvas.height, note, colour=FAINT)
-    if len(names) > 1:
+    if names:
         canvas.legend(20, [(name, number) for number, name in enumerate(names)])
     canvas.height += 14
     low = min(0.0, *(math.log10(value) for value in values)) if logarithmic else 0.0
@@ -148,13 +150,11 @@ def bars(title: str, rows: Sequence[Row], *, names: Sequence[str], note: str = "
         for bar in row.bars:
             begin, end = sorted((origin, at(bar.value)))
             canvas.box(begin, canvas.height + 1, max(end - begin, 1), thick - 2, COLOURS[bar.colour])
-            reach = at(bar.value)
             if bar.spread:
                 y = canvas.height + thick / 2
-                low_end, high_end = (min(max(at(value), left), right) for value in bar.spread)
-                canvas.line(low_end, y, high_end, y, INK)
-                reach = max(reach, high_end)
-            canvas.text(max(reach, origin) + 6, canvas.height + thick - 3, bar.text, colour=FAINT)
+                least, most = (min(max(at(value), left), right) for value in bar.spread)
+                canvas.line(least, y, most, y, INK)
+            canvas.text(right + 16, canvas.height + thick - 3, bar.text, colour=FAINT)
             canvas.height += thick
         if row.target is not None:
             canvas.line(

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+# ruff: noqa: RUF001
+"""Writes docs/bench.md and its plots from build/bench.json. benches/run does so when it has measured everything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from plot import Bar, Row, bars
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORT = ROOT / "build" / "bench.json"
+DOCS = ROOT / "docs"
+
+Figure = dict[str, Any]
+
+PARTS = {
+    "Presence, in a process": (1, 2, 3),
+    "Level 0: what peers without this library get": (4, 5, 6),
+    "A client leaves": (7,),
+    "Lanes": (8, 9, 10, 13),
+    "Go and Python, on lanes": (11, 12),
+    "A gateway dies; streams that wait": (14, 15),
+}
+OURS, THEIRS = 0, 1  # colours
+
+
+def short(value: float) -> str:
+    if value >= 1e6:
+        return f"{value / 1e6:.3g} M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def amount(value: float, unit: str) -> str:
+    return short(value) + (unit if unit == "/s" else f" {unit}")
+
+
+def spread(numbers: dict[str, Any], unit: str) -> str:
+    least, most = short(numbers["min"]), short(numbers["max"])
+    return amount(numbers["median"], unit) + ("" if least == most else f" ({least} … {most})")
+
+
+def bound(figure: Figure, target: dict[str, Any]) -> str:
+    limit = f"{short(target['limit'])} ×" if target["of"] == "ratio" else amount(target["limit"], figure["unit"])
+    return f"{limit} or {'more' if target['at_least'] else 'less'}"
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+
+def document(report: dict[str, Any]) -> Iterator[str]:
+    targets = [target for figure in report["figures"] for target in figure["targets"]]
+    reached = sum(target["reached"] for target in targets)
+    yield "# How fast it is"
+    yield ""
+    yield "<!-- Written by benches/run from build/bench.json: do not edit. -->"
+    yield ""
+    yield (
+        "Each figure stands beside a peer's, measured in the same minutes on the same machine, ours and the peer's in "
+        f"turn: {report['runs']} runs of each."
+    )
+    yield f"**{reached} of {len(targets)} targets are reached**; a figure below its target is told as such."
+    yield ""
+    yield from machine(report)
+    yield ""
+    for name, alt in (
+        ("rates", "Messages and streams per second, as a multiple of the peer's"),
+        ("cpu", "CPU time of the sending process per message, as a multiple of the peer's"),
+        ("latency", "One-way latency, ours and nats.c's"),
+    ):
+        yield f"![{alt}](bench-{name}.svg)"
+        yield ""
+    yield (
+        "Medians (least … most); the ratio is that of ours to the peer's, the median of the runs. "
+        "[benches/README.md](../benches/README.md) tells what each row measures, and how."
+    )
+    for part, rows in PARTS.items():
+        yield ""
+        yield f"## {part}"
+        yield "| row | figure | ours | the peer | the peer's | ratio | target | |"
+        yield "|---|---|---|---|---|---|---|---|"
+        yield from (cells(figure) for figure in report["figures"] if figure["row"] in rows)
+    yield ""
+    yield "## How to measure it again"
+    yield "```sh"
+    yield "apt-get install libnats-dev    # nats.c"
+    minutes = max(1, round(report["seconds"] / 60))
+    yield f"make bench                     # about {minutes} minutes, on a machine that does nothing else"
+    yield "```"
+    yield "It writes this page. `benches/run --rows 8,9 --runs 3` measures some of it, and prints it only."
+
+
+def machine(report: dict[str, Any]) -> Iterator[str]:
+    about = report["machine"]
+    yield "| the machine | |"
+    yield "|---|---|"
+    yield f"| CPU | {about['cpu']}, {about['cores']} cores for all processes of a measurement, nats-server among them |"
+    yield f"| memory, kernel | {about['memory']}, Linux {about['kernel']} |"
+    names = ("nats-presence", "nats-server", "nats.c", "nats.go", "nats-py", "rustc", "Go", "Python", "C compiler")
+    yield f"| versions | {' · '.join(f'{name} {about[name]}' for name in names)} |"
+    yield f"| load when it began | {about['load_at_start']} |"
+
+
+def cells(figure: Figure) -> str:
+    peer, ratio = figure.get("peer"), figure.get("ratio")
+    targets = figure["targets"]
+    verdicts = ["reached" if target["reached"] else "**below**" for target in targets]
+    return " | ".join(
+        [
+            f"| {figure['row']}",
+            ("↳ " if figure["is_detail"] else "") + figure["name"],
+            spread(figure["ours"], figure["unit"]),
+            peer["name"] if peer else "",
+            spread(peer, figure["unit"]) if peer else "",
+            f"{short(ratio['median'])} × ({short(ratio['min'])} … {short(ratio['max'])})" if ratio else "",
+            "; ".join(bound(figure, target) for target in targets),
+            "; ".join(verdicts) + " |",
+        ]
+    )
+
+
+# The plots ------------------------------------------------------------------------------------------------------------
+
+NATS_C, NATS_GO, NATS_PY = "nats.c publish → subscribe", "nats.go publish → subscribe", "nats-py publish → subscribe"
+RATES = (
+    ("lane, 16 B, one stream", 8, "16_messages_per_s", NATS_C),
+    ("lane, 128 B", 8, "128_messages_per_s", NATS_C),
+    ("lane, 1 KiB", 8, "1024_messages_per_s", NATS_C),
+    ("lane, 16 B, 1000 streams", 9, "messages_per_s", NATS_C),
+    ("level 0, 16 B", 4, "16_messages_per_s", NATS_C),
+    ("level 0, 128 B", 4, "128_messages_per_s", NATS_C),
+    ("short streams, lane, 1000 at once", 13, "streams_per_s", "nats.c, the same 3 messages"),
+    ("short streams, level 0, 64 at once", 6, "streams_per_s", "nats.c, the same 3 messages"),
+    ("Go, 16 B", 11, "messages_per_s", NATS_GO),
+    ("Python, 16 B, lists of 1000", 12, "threads_lists_messages_per_s", NATS_PY),
+    ("Python, 16 B, one at a time", 12, "threads_each_messages_per_s", NATS_PY),
+    ("asyncio, 16 B, lists of 1000", 12, "asyncio_lists_messages_per_s", NATS_PY),
+    ("asyncio, 16 B, one at a time", 12, "asyncio_each_messages_per_s", NATS_PY),
+)
+CPU = (
+    ("lane, 16 B", 8, "16_cpu_ns_per_send", "nats.c publish"),
+    ("level 0, 16 B", 5, "16_cpu_ns_per_send", "nats.c publish"),
+    ("level 0, 128 B", 5, "128_cpu_ns_per_send", "nats.c publish"),
+    ("Go, lane, 16 B", 11, "cpu_ns_per_send", "nats.go publish"),
+    ("Python, lane, lists of 1000", 12, "threads_lists_cpu_ns_per_send", "nats-py publish"),
+    ("Python, lane, one at a time", 12, "threads_each_cpu_ns_per_send", "nats-py publish"),
+    ("asyncio, lane, lists of 1000", 12, "asyncio_lists_cpu_ns_per_send", "nats-py publish"),
+    ("asyncio, lane, one at a time", 12, "asyncio_each_cpu_ns_per_send", "nats-py publish"),
+)
+LATENCIES = (
+    ("a message on an idle lane, p50", 10, "p50_us", "nats.c → callback"),
+    ("a message on an idle lane, p99", 10, "p99_us", "nats.c → callback"),
+    ("offline mark → STOPPED event, p50", 7, "event_p50_us", "nats.c → callback"),
+    ("offline mark → STOPPED event, p99", 7, "event_p99_us", "nats.c → callback"),
+    ("offline mark → status word, p50", 7, "word_p50_us", "nats.c → word, polled"),
+    ("offline mark → status word, p99", 7, "word_p99_us", "nats.c → word, polled"),
+)
+
+Choice = tuple[str, int, str, str]
+Find = Callable[[Choice], Figure]
+
+
+def finder(report: dict[str, Any]) -> Find:
+    beside = [figure for figure in report["figures"] if "peer" in figure]
+    known = {(figure["row"], figure["key"], figure["peer"]["name"]): figure for figure in beside}
+    return lambda choice: known[choice[1:]]
+
+
+def of_peer(choice: Choice, figure: Figure) -> Row:
+    """How many times the peer's; the stroke is a target for that."""
+    ratio, unit = figure["ratio"], figure["unit"]
+    ours, theirs = (amount(figure[whose]["median"], unit) for whose in ("ours", "peer"))
+    bar = Bar(ratio["median"], f"{short(ratio['median'])} ×  ({ours}, {theirs})", OURS, (ratio["min"], ratio["max"]))
+    limits = [target["limit"] for target in figure["targets"] if target["of"] == "ratio"]
+    return Row(f"{choice[0]} · {choice[3].split()[0].rstrip(',')}", [bar], limits[0] if limits else None)
+
+
+def pair(choice: Choice, figure: Figure) -> Row:
+    both = [
+        Bar(numbers["median"], amount(numbers["median"], figure["unit"]), colour, (numbers["min"], numbers["max"]))
+        for colour, numbers in ((OURS, figure["ours"]), (THEIRS, figure["peer"]))
+    ]
+    return Row(choice[0], both)
+
+
+def plots(find: Find) -> dict[str, str]:
+    return {
+        "rates": bars(
+            "Per second, as a multiple of the peer's: more is better",
+            [of_peer(choice, find(choice)) for choice in RATES],
+            note="in brackets ours and the peer's; the red stroke is the target, the thin line goes from least to most",
+            logarithmic=True,
+        ),
+        "cpu": bars(
+            "CPU time of the sending process per message, as a multiple of the peer's: less is better",
+            [of_peer(choice, find(choice)) for choice in CPU],
+            note="in brackets ours and the peer's; the thin line goes from least to most",
+            logarithmic=True,
+        ),
+        "latency": bars(
+            "From one process to another through nats-server, µs: less is better",
+            [pair(choice, find(choice)) for choice in LATENCIES],
+            names=["ours", "nats.c"],
+        ),
+    }
+
+
+def write(report: dict[str, Any]) -> None:
+    DOCS.joinpath("bench.md").write_text("\n".join(document(report)) + "\n")
+    for name, plot in plots(finder(report)).items():
+        DOCS.joinpath(f"bench-{name}.svg").write_text(plot)
+
+
+if __name__ == "__main__":
+    whole = json.loads(REPORT.read_text())
+    if not whole["is_whole"]:
+        sys.exit(f"{REPORT} has not all rows, or is of a quick run: run `make bench`")
+    write(whole)
