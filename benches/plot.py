@@ -126,7 +126,7 @@ def bars(
     title: str, rows: Sequence[Row], *, names: Sequence[str] = (), note: str = "", logarithmic: bool = False
 ) -> str:
     """Rows of bars that lie, from 0 on or, where ratios count, from 1 in both directions. A stroke is the target."""
-    left, right, thick = 260.0, WIDTH - 250.0, 13.0
+    left, right, thick = 285.0, WIDTH - 235.0, 13.0
     values = [value for row in rows for value in (row.target, *(bar.value for bar in row.bars)) if value is not None]
     canvas = _Canvas(26)
     canvas.text(20, canvas.height, title, weight=600)
