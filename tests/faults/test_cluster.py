@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Connect, Server, Shell, steady_port
-from scene import PEER_GONE, Scene, begin, finish, stopped, within
+from scene import PEER_GONE, Gateway, Scene, begin, finish, stopped, within
 
 SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
 CLIENTS = ["ann", "bob", "cho"]
+GRACE = 0.4
+ONLY_503 = (f"peer_grace_ms={GRACE * 1000:.0f}", "heartbeat_ms=60000")
+LEAVING = [f"leaving{i}" for i in range(10)]
 LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
@@ -179,31 +182,44 @@ def test_each_server_is_restarted_ten_times(cluster: Cluster, scene: Scene) -> N
 def test_a_peer_on_another_server_is_killed(cluster: Cluster, scene: Scene, whose: str) -> None:
     """The other server's 503 comes over the route, and means the same."""
     one, other = cluster.servers
-    options = ("peer_grace_ms=400", "heartbeat_ms=60000")
-    worker = scene.worker("c", *options, url=one.url)
-    gateway = scene.gateway("c", *options, url=other.url)
+    worker = scene.worker("c", *ONLY_503, url=one.url)
+    gateway = scene.gateway("c", *ONLY_503, url=other.url)
     client = begin(gateway)
+    for leaving in LEAVING:
+        gateway.request("svc", leaving)
+    gateway.all_go_on(*LEAVING)
     since = time.monotonic()
     if whose == "worker":
         worker.kill()
+        leave(gateway)
         assert gateway.wait_for_end(client)["status"] == PEER_GONE
     else:
         gateway.kill()
         assert worker.wait(event="done", client=client)["why"] == PEER_GONE
-    within(0.4, 0.4 + LATER, since)
+    within(GRACE, GRACE + LATER, since)
+
+
+def leave(gateway: Gateway) -> None:
+    """So the gateway has something to say to the worker, for some time: what nobody says, no 503 answers."""
+    for leaving in LEAVING:
+        gateway.tell(f"leave {leaving}")
+        time.sleep(0.05)
 
 
 def test_a_peer_dies_with_its_server(cluster: Cluster, scene: Scene) -> None:
     dies, stays = cluster.servers
-    options = ("peer_grace_ms=400", "heartbeat_ms=60000")
-    worker = scene.worker("go", *options, url=dies.url)
-    gateway = scene.gateway("python", *options, url=stays.url)
+    worker = scene.worker("go", *ONLY_503, url=dies.url)
+    gateway = scene.gateway("python", *ONLY_503, url=stays.url)
     client = begin(gateway)
+    for leaving in LEAVING:
+        gateway.request("svc", leaving)
+    gateway.all_go_on(*LEAVING)
     since = time.monotonic()
     dies.kill()
     worker.kill()
+    leave(gateway)
     assert gateway.wait_for_end(client)["status"] == PEER_GONE
-    within(0.4, 0.4 + LATER, since)
+    within(GRACE, GRACE + LATER, since)
 
 
 def test_nobody_serves_on_any_server(cluster: Cluster, connect: Connect) -> None:

@@ -89,7 +89,7 @@ def test_reset_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> None:
 @pytest.mark.long
 @each_end
 def test_reset_often_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> None:
-    is_reset(scene, proxy, whose, 500)
+    is_reset(scene, proxy, whose, 100)
 
 
 @each_end

@@ -86,7 +86,7 @@ def test_on_level_0_a_cancel_on_one_tells_that_the_client_left(connect: Connect)
 
 
 def test_a_gateway_that_dies_takes_only_its_own_streams(connect: Connect) -> None:
-    one, other, worker = (connect("", "peer_grace_ms=200") for _ in range(3))
+    one, other, worker = (connect("", "peer_grace_ms=200", "heartbeat_ms=500") for _ in range(3))
     worker.do("serve svc workers 0")
     mine, theirs = begin(one, worker, 1, "ann"), begin(other, worker, 1, "ann")
     one.kill()
