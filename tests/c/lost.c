@@ -232,6 +232,7 @@ static void cut_off(void) {
     start_proxy(&before, server.port);
     pair both =
         open_pair_at(workers ? before.url : server.url, workers ? server.url : before.url, "c", "heartbeat_ms", "500");
+    while (stats_of(both.worker).bytes_waiting > 0) usleep(1000); /* the gateway was heard of */
     proxy_swallow(&before, true);
     int64_t since = now_ms();
     presence_event event = next_event(both.gateway);
