@@ -106,7 +106,7 @@ def strangers(port: int, tenant: str = "") -> Iterator[tuple[Stranger, Stranger]
 def test_streams_run_with_the_rights_of_the_files(lanes: bool) -> None:
     with processes(CONFIGS / "one-account.conf", lanes=lanes) as (_, both):
         assert both.count(10_000) == 10_000
-        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
         next(stream)
         stream.cancel()
         for _ in range(2):
@@ -118,7 +118,7 @@ def test_streams_run_with_the_rights_of_the_files(lanes: bool) -> None:
 
 def test_a_worker_cannot_announce_and_a_gateway_can() -> None:
     with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
-        stream = both.gateway.stream("llm.endless", client_id="victim")
+        stream = both.gateway.stream("llm.endless", client_id="victim", timeout_ms=20_000)
         next(stream)
         assert "Permissions Violation for Publish" in worker.publish("client.offline", b"victim")
         both.gateway.stats()
@@ -189,7 +189,7 @@ def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
 
 def test_tenants_have_nothing_to_do_with_each_other() -> None:
     with processes(CONFIGS / "tenants.conf", tenant="red-") as (port, both), strangers(port, "blue-") as (gateway, _):
-        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
         next(stream)
         # What is allowed there has no effect here: the same client, the same subject, an inbox.
         assert gateway.publish("client.offline", b"somebody") == ""
@@ -214,7 +214,7 @@ def test_two_accounts(lanes: bool) -> None:
             with contextlib.suppress(nats_presence.PresenceError):
                 both.count(10)
         assert both.count(10_000) == 10_000
-        stream = both.gateway.stream("llm.endless", client_id="somebody")
+        stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
         next(stream)
         stream.cancel()
         assert both.gateway.stats()["lanes"] == 0
