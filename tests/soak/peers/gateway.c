@@ -32,7 +32,7 @@ typedef struct stream {
   long count, received;
   size_t size, unread;
   int64_t last, cancelled_at; /* its last message; when it is to be cancelled, 0: never */
-  bool on_lane, is_silent;
+  bool on_lane, is_silent, is_wrong;
 } stream;
 
 static presence_conn *conns[2];
@@ -149,6 +149,7 @@ static void attend(client *c, int64_t now) {
 static void handle(const presence_event *event, int64_t now) {
   if (event->kind < PRESENCE_EVENT_DATA || event->kind > PRESENCE_EVENT_ERROR) return;
   stream *s = &streams[event->tag % SLOTS];
+  if (s->is_wrong && s->tag == event->tag) return;
   if (!s->handle || s->tag != event->tag) {
     printf("{\"event\": \"violation\", \"what\": \"event %d follows the end of a stream of %s\"}\n", event->kind, s->worker);
     return;
@@ -161,14 +162,16 @@ static void handle(const presence_event *event, int64_t now) {
     if (is_complete || event->data_len != s->size || memcmp(data, content(s->key, (uint64_t)s->received, s->size), s->size) != 0) {
       printf("{\"event\": \"violation\", \"what\": \"message %ld of %ld of a stream of %s is not what was sent\"}\n",
              s->received, s->count, s->worker);
-      presence_stream_cancel(s->handle);
+      s->is_wrong = true;
+      is_over(s, "WRONG");
+      return;
     }
     s->received++;
     s->unread += event->data_len;
     return;
   }
-  if (event->kind == PRESENCE_EVENT_END && (!is_complete || s->kind == FAILS || s->kind == MARKED)) outcome = "SHORT";
-  if (IS("asked for")) outcome = is_complete && s->kind == FAILS ? "FAILED" : "SHORT";
+  if (event->kind == PRESENCE_EVENT_END && !is_complete) outcome = "SHORT";
+  if (IS("asked for")) outcome = s->kind != FAILS ? "UNASKED" : is_complete ? "FAILED" : "FAILED_EARLY";
   if (IS("server busy")) outcome = "BUSY";
   if (IS("the client is offline")) outcome = "OFFLINE";
   if (event->status == PRESENCE_CANCELLED && s->is_silent) outcome = "SILENT";
@@ -262,6 +265,7 @@ int main(int argc, char **argv) {
         start_cycle(line, now);
         is_in_cycle = true;
       } else {
+        client_count = 0;
         memset(counts, 0, sizeof counts);
         settle();
         tell_cycle();

@@ -76,6 +76,7 @@ class Reader:
                     which = f"message {self.received} of {self.count} of a stream of {self.worker}"
                     soak.tell(event="violation", what=f"{which} is not what was sent")
                     self.stream.cancel()
+                    return "WRONG"
                 self.received += 1
                 if self.kind == "slow":
                     await asyncio.sleep(0.01)
@@ -83,7 +84,7 @@ class Reader:
             return self.outcome(error)
         finally:
             self.running.discard(self)
-        return "END" if self.what == "end" and self.received == self.count else "SHORT"
+        return "END" if self.received == self.count else "SHORT"
 
     def outcome(self, error: presence.PresenceError) -> str:
         if isinstance(error, presence.Cancelled) and self.is_silent:
@@ -91,7 +92,9 @@ class Reader:
         if not isinstance(error, presence.Remote):
             return STATUSES[type(error)]
         if error.message == "asked for":
-            return "FAILED" if self.what == "fail" and self.received == self.count else "SHORT"
+            if self.what != "fail":
+                return "UNASKED"
+            return "FAILED" if self.received == self.count else "FAILED_EARLY"
         return {"server busy": "BUSY", "the client is offline": "OFFLINE"}.get(error.message, "REMOTE")
 
     async def count_outcome(self, counts: Counter[str], client: str) -> None:

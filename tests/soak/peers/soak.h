@@ -66,20 +66,21 @@ static inline presence_conn *open_conn(const char *url, const char *options, boo
   return conn;
 }
 
-/* Tells what is in hand, as an event of this name. */
+/* Tells what is in hand, and how many bytes of the heap are in use, as an event of this name. */
 static inline void tell_stats(const char *event, presence_conn *conns[2], const char *more) {
   presence_stats sum = {.connects = 0};
   for (int i = 0; i < 2; i++) {
     presence_stats s;
     check(presence_conn_stats(conns[i], &s), "stats", "");
-    sum.connected += s.connected, sum.connects += s.connects, sum.streams += s.streams, sum.senders += s.senders, sum.lanes += s.lanes;
-    sum.bytes_waiting += s.bytes_waiting;
+    sum.connected += s.connected, sum.connects += s.connects, sum.streams += s.streams, sum.senders += s.senders;
+    sum.lanes += s.lanes, sum.bytes_waiting += s.bytes_waiting;
   }
-  printf("{\"event\": \"%s\", \"online\": %llu, \"connected\": %llu, \"connects\": %llu, \"streams\": %llu, "
-         "\"senders\": %llu, \"lanes\": %llu, \"waiting\": %llu%s}\n",
-         event, (unsigned long long)presence_online_count(), (unsigned long long)sum.connected, (unsigned long long)sum.connects,
-         (unsigned long long)sum.streams, (unsigned long long)sum.senders, (unsigned long long)sum.lanes,
-         (unsigned long long)sum.bytes_waiting, more);
+  struct mallinfo2 heap = mallinfo2();
+#define NUMBER(x) (unsigned long long)(x)
+  printf("{\"event\": \"%s\", \"heap\": %llu, \"online\": %llu, \"connected\": %llu, \"connects\": %llu, "
+         "\"streams\": %llu, \"senders\": %llu, \"lanes\": %llu, \"waiting\": %llu%s}\n",
+         event, NUMBER(heap.uordblks + heap.hblkhd), NUMBER(presence_online_count()), NUMBER(sum.connected),
+         NUMBER(sum.connects), NUMBER(sum.streams), NUMBER(sum.senders), NUMBER(sum.lanes), NUMBER(sum.bytes_waiting), more);
 }
 
 #endif

@@ -39,6 +39,23 @@ def connection_options(text: str, level: int) -> dict[str, str]:
     return options | {"lanes": "false", "announce": "never"} if level else options
 
 
+class Mallinfo(ctypes.Structure):
+    """What malloc says of itself."""
+
+    _fields_ = (
+        ("before", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),
+        ("between", ctypes.c_size_t * 2),
+        ("uordblks", ctypes.c_size_t),
+        ("behind", ctypes.c_size_t * 2),
+    )
+
+
+libc = ctypes.CDLL(None)
+mallinfo2 = libc.mallinfo2
+mallinfo2.restype = Mallinfo
+
+
 class Connection(Protocol):
     def stats(self) -> dict[str, int]: ...
 
@@ -49,16 +66,17 @@ def tell(**event: object) -> None:
 
 
 def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
-    """Tells what is in hand, as an event of this name."""
+    """Tells what is in hand, and how many bytes of C's heap are in use, as an event of this name."""
     both = [conn.stats() for conn in conns]
     sums = {
         name: sum(stats[name] for stats in both) for name in ("connected", "connects", "streams", "senders", "lanes")
     }
     waiting = sum(stats["bytes_waiting"] for stats in both)
-    tell(event=event, online=presence.online_count(), waiting=waiting, **sums, **more)
+    heap = mallinfo2()
+    tell(event=event, heap=heap.uordblks + heap.hblkhd, online=presence.online_count(), waiting=waiting, **sums, **more)
 
 
 def give_back() -> None:
     """Gives memory that is not used back to the system."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    libc.malloc_trim(0)

@@ -205,7 +205,8 @@ func (c *cycle) stream(client, kind, worker string, lanesHere, lanesThere bool, 
 		if isComplete || !soak.IsContent(message, key, uint64(received), size) {
 			text := fmt.Sprintf("message %d of %d of a stream of %s is not what was sent", received, count, worker)
 			soak.Tell(map[string]any{"event": "violation", "what": text})
-			cancel()
+			finish("WRONG")
+			return
 		}
 		received++
 		if kind == "slow" {
@@ -217,7 +218,7 @@ func (c *cycle) stream(client, kind, worker string, lanesHere, lanesThere bool, 
 func outcome(err error, what string, isComplete, isSilent bool) string {
 	var failed *presence.Error
 	if err == io.EOF {
-		if isComplete && what == "end" {
+		if isComplete {
 			return "END"
 		}
 		return "SHORT"
@@ -234,10 +235,12 @@ func outcome(err error, what string, isComplete, isSilent bool) string {
 		return "OFFLINE"
 	case failed.Message != "asked for":
 		return "REMOTE"
-	case isComplete && what == "fail":
+	case what != "fail":
+		return "UNASKED"
+	case isComplete:
 		return "FAILED"
 	}
-	return "SHORT"
+	return "FAILED_EARLY"
 }
 
 // settle has one stream from each worker, so that there are all the lanes that there will be.

@@ -75,7 +75,7 @@ func Connect(url, options string) (conns [2]*presence.Conn) {
 	return conns
 }
 
-// TellStats tells what is in hand, as an event of this name.
+// TellStats tells what is in hand, and how many bytes of C's heap are in use, as an event of this name.
 func TellStats(event string, conns [2]*presence.Conn, more map[string]any) {
 	sum := map[string]any{}
 	for key, value := range more {
@@ -93,6 +93,8 @@ func TellStats(event string, conns [2]*presence.Conn, more map[string]any) {
 		lanes += s.Lanes
 		waiting += s.BytesWaiting
 	}
+	heap := C.mallinfo2()
+	sum["heap"] = heap.uordblks + heap.hblkhd
 	sum["event"], sum["online"], sum["connected"], sum["connects"] = event, presence.OnlineCount(), connected, connects
 	sum["streams"], sum["senders"], sum["lanes"], sum["waiting"] = streams, senders, lanes, waiting
 	Tell(sum)
