@@ -11,6 +11,9 @@ from harness import PATIENCE, Command, Event, Program, Server, command
 
 DISCONNECTED, PEER_GONE, NO_RESPONDERS = -8, -9, -10
 
+SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
+"""Options of an end that comes back at once."""
+
 LANGUAGES = ["c", "go", "python", "asyncio"]
 
 

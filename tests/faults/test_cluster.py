@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 from harness import PATIENCE, Connect, Server, Shell, steady_port
-from scene import PEER_GONE, Gateway, Scene, begin, finish, stopped, within
+from scene import PEER_GONE, SOON, Gateway, Scene, begin, finish, stopped, within
 
-SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
 CLIENTS = ["ann", "bob", "cho"]
 GRACE = 0.4
 ONLY_503 = (f"peer_grace_ms={GRACE * 1000:.0f}", "heartbeat_ms=60000")

@@ -28,22 +28,18 @@ def urls(proxy: Proxy, whose: str) -> tuple[str, str]:
 
 @each_end
 def test_all_comes_late(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
-    """Nobody takes a slow way for death, though the answer takes nearly as long as the first beat."""
+    """Nobody takes a slow way for death, though an answer takes longer than a beat."""
     of_gateway, of_worker = urls(proxy, whose)
-    gateway = scene.gateway("c", "heartbeat_ms=500", url=of_gateway)
-    worker = scene.worker("c", "heartbeat_ms=500", url=of_worker)
+    gateway = scene.gateway("c", "heartbeat_ms=400", url=of_gateway)
+    worker = scene.worker("c", "heartbeat_ms=400", url=of_worker)
     watching = connect(proxy.url)
-    proxy.delay = 0.2
-    for client, count in [("ann", 1), ("bob", 1000), ("cho", 5000)]:
+    proxy.delay = 0.15
+    for client, count in [("ann", 1), ("bob", 2000)]:
         gateway.request("svc", client, f"count {count}")
         assert gateway.wait_for_end(client)["event"] == "end"
         assert gateway.received[client] == count
-    # Nothing to tell for a while.
-    gateway.request("svc", "dan", "count 1")
-    time.sleep(1.5)
-    assert gateway.wait_for_end("dan")["event"] == "end"
     assert watching.ask("stats")["connects"] == 1
-    assert [worker.wait(event="done")["why"] for _ in range(4)] == [0] * 4
+    assert [worker.wait(event="done")["why"] for _ in range(2)] == [0] * 2
     proxy.delay = 0
 
 
@@ -83,7 +79,7 @@ def is_reset(scene: Scene, proxy: Proxy, whose: str, count: int) -> None:
 
 @each_end
 def test_reset_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> None:
-    is_reset(scene, proxy, whose, 30)
+    is_reset(scene, proxy, whose, 20)
 
 
 @pytest.mark.long
@@ -186,7 +182,7 @@ def test_away_within_the_grace(scene: Scene, proxy: Proxy, whose: str) -> None:
     for client in clients:
         gateway.request("svc", client)
     gateway.all_go_on(*clients)
-    for _ in range(5):
+    for _ in range(3):
         proxy.cut()
         time.sleep(0.2)
         proxy.resume()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 
 import pytest
-from harness import Server
-from scene import LANGUAGES, PEER_GONE, Gateway, Program, Scene, finish, stopped, within
+from harness import Connect, Program, Server
+from proxy import Proxy
+from scene import LANGUAGES, PEER_GONE, SOON, Gateway, Scene, finish, stopped, within
 
 OTHER = dict(zip(LANGUAGES, LANGUAGES[1:] + LANGUAGES[:1]))
 """In which language the other end is."""
@@ -130,6 +131,27 @@ def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> Non
     gateway.all_go_on("next")
     nothing_more(worker)
     finish(gateway, worker, "next")
+
+
+@each_end
+def test_the_grace_is_over_while_it_stands_still(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
+    """The other end was away, and is back in time: this one reads so before it judges."""
+    options = ("peer_grace_ms=1500", *SOON)
+    worker = scene.worker("c", *options, url=proxy.url if whose == "gateway" else "")
+    gateway = scene.gateway("c", *options, url=proxy.url if whose == "worker" else "")
+    other_way = connect(proxy.url, *SOON)
+    gateway.request("svc", "ann")
+    gateway.all_go_on("ann")
+    proxy.cut()
+    other_way.wait(event="DISCONNECTED")
+    # For the 503.
+    time.sleep(0.2)
+    with stopped(gateway if whose == "gateway" else worker):
+        proxy.resume()
+        other_way.wait(event="CONNECTED")
+        time.sleep(1.8)
+    gateway.all_go_on("ann", count=100)
+    finish(gateway, worker, "ann")
 
 
 def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: int) -> None:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import Connect, Server, run, server_binary
-from scene import DISCONNECTED, LANGUAGES, PEER_GONE, Scene, begin, finish, stopped, within
-
-SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
+from scene import DISCONNECTED, LANGUAGES, PEER_GONE, SOON, Scene, begin, finish, stopped, within
 
 
 def restarts_under_load(server: Server, scene: Scene, connect: Connect, count: int) -> None:
