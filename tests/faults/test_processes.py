@@ -157,13 +157,13 @@ def test_the_grace_is_over_while_it_stands_still(scene: Scene, proxy: Proxy, con
 def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: int) -> None:
     pairs = all_pairs(scene, f"heartbeat_ms={beat * 1000:.0f}", "peer_grace_ms=200")
     gateways, workers = [gateway for gateway, _, _ in pairs], [worker for _, worker, _ in pairs]
-    everybody = {
+    orders: dict[str, list[Program | Server]] = {
         "server first": [server, *gateways, *workers],
         "workers first": [*workers, server, *gateways],
         "gateways first": [*gateways, *workers, server],
-    }[order]
+    }
     for _ in range(rounds):
-        with stopped(*everybody):
+        with stopped(*orders[order]):
             time.sleep(4 * beat)
         for gateway, _, clients in pairs:
             gateway.all_go_on(*clients)
