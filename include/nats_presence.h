@@ -387,7 +387,8 @@ struct presence_config *presence_config_new(void);
  *   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
  *   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
  *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random
- *     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once.
+ *     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was
+ *     lost as soon as it was made.
  *   - max_reconnects: failed attempts in a row before giving up for good. Default 0: never.
  *   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
  *   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".

@@ -32,7 +32,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
-const SHORT_LIVED: Duration = Duration::from_secs(1);
+const SHORT_LIVED: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_millis(500);
 /// How many LOG events may come at once.
 const LOGS_AT_ONCE: u64 = 16;
@@ -426,8 +426,8 @@ impl Connection {
         self.all_receivers().iter().for_each(|receiver| receiver.ended(why));
     }
 
-    fn refused(&self, subject: &str) -> bool {
-        self.all_receivers().iter().any(|receiver| receiver.refused(subject))
+    fn refused(&self, subject: &str) -> Option<&'static str> {
+        self.all_receivers().iter().fold(None, |so, receiver| receiver.refused(subject).or(so))
     }
 
     fn tell(&self, kind: Kind, status: Status, text: &str) {
@@ -485,7 +485,7 @@ impl Connection {
                 self.tell(Kind::Disconnected, Status::Disconnected, &text);
                 // One that is lost as soon as it is made, may be so again and again.
                 pause = match begun.elapsed() < SHORT_LIVED {
-                    true => (pause * 2).clamp(self.options.reconnect_min, MAX_PAUSE.max(self.options.reconnect_min)),
+                    true => (pause * 2).max(self.options.reconnect_min).min(MAX_PAUSE).min(self.options.reconnect_max),
                     false => Duration::ZERO,
                 };
             }
@@ -582,23 +582,18 @@ fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync
             let subject = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
             let prefix = &connection.options.inbox_prefix;
             let is_of_lanes = subject.is_some_and(|subject| connection.lanes.refused(subject));
-            let is_of_answers = !is_of_lanes && subject.is_some_and(|subject| connection.refused(subject));
-            connection.log(Status::Disconnected, || {
-                let so = if is_of_lanes && connection.lanes.is_forbidden() {
-                    format!(
-                        ": no lanes from now on, level 0 only; allow {prefix}.> for both directions, or set lanes=false"
-                    )
-                } else if is_of_lanes {
-                    ": level 0 for this gateway from now on; allow to publish to the gateways' inboxes, or set lanes=false"
-                        .to_owned()
-                } else if is_of_answers {
-                    ": this answer was stopped; allow to publish to the gateways' inboxes, or allow_responses: { max: -1, \
-                     expires: \"24h\" }"
-                        .to_owned()
-                } else {
-                    String::new()
-                };
-                format!("nats-server says: {text}{so}")
+            let refused = subject.filter(|_| !is_of_lanes).and_then(|subject| connection.refused(subject));
+            connection.log(Status::Disconnected, || match (is_of_lanes, refused) {
+                (true, _) if connection.lanes.is_forbidden() => format!(
+                    "nats-server says: {text}: no lanes from now on, level 0 only; allow {prefix}.> for both directions, or \
+                     set lanes=false"
+                ),
+                (true, _) => format!(
+                    "nats-server says: {text}: level 0 for this gateway from now on; allow to publish to the gateways' \
+                     inboxes, or set lanes=false"
+                ),
+                (false, Some(so)) => format!("nats-server says: {text}: {so}"),
+                (false, None) => format!("nats-server says: {text}"),
             });
         }
     })

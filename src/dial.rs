@@ -163,6 +163,8 @@ fn explain(error: &str, options: &ConnectOptions) -> String {
         }
     } else if error.contains("could not add certificate or key") {
         "tls_cert_file and tls_key_file do not belong together"
+    } else if error.contains("failed signing nonce") {
+        "nkey_seed or creds_file has no seed of a user"
     } else if error.contains("received fatal alert") {
         "the server refuses our certificate, or that we have none (tls_cert_file, tls_key_file)"
     } else if error.contains("timed out") && options.wants_tls() && !options.tls_first {

@@ -28,9 +28,9 @@ pub(crate) trait Receiver: Send + Sync {
     fn message(&self, message: Message);
     /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
     fn ended(&self, why: Status);
-    /// nats-server refuses what is sent to this subject: whether somebody's answers were meant, who was stopped.
-    fn refused(&self, _subject: &str) -> bool {
-        false
+    /// nats-server refuses what is sent to this subject. If that ends something, what it was, and what to do about it.
+    fn refused(&self, _subject: &str) -> Option<&'static str> {
+        None
     }
     /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
     fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
@@ -283,6 +283,10 @@ impl Inbox {
         self.expected.get(&number).map(|entry| Arc::clone(entry.value()))
     }
 
+    fn all(&self) -> Vec<Arc<dyn Receiver>> {
+        self.expected.iter().map(|entry| Arc::clone(entry.value())).collect()
+    }
+
     /// Takes back `expect`.
     pub(crate) fn forget(&self, number: u64) {
         if self.expected.remove(&number).is_some()
@@ -308,7 +312,10 @@ impl Receiver for Inbox {
     }
 
     fn ended(&self, why: Status) {
-        let expected: Vec<_> = self.expected.iter().map(|entry| Arc::clone(entry.value())).collect();
-        expected.iter().for_each(|receiver| receiver.ended(why));
+        self.all().iter().for_each(|receiver| receiver.ended(why));
+    }
+
+    fn refused(&self, subject: &str) -> Option<&'static str> {
+        self.all().iter().fold(None, |so, receiver| receiver.refused(subject).or(so))
     }
 }

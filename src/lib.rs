@@ -29,6 +29,9 @@ mod drive;
 mod error;
 pub mod ffi;
 mod fork;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod id_map;
 mod inbound;
 mod lane;

@@ -20,6 +20,8 @@ const MAX_WATCH_EVENTS: usize = 65_536;
 const MAX_NEWS: usize = 1024;
 /// What needs fewer bytes is copied out of the NATS client's read buffer: if it waits, it would keep all of that.
 pub(crate) const COPY_BELOW: usize = 4096;
+/// For how many events room is kept when all are taken.
+const KEPT: usize = 4096;
 /// How many events may gather before the waiting thread is called in any case.
 const PATIENCE: usize = 64;
 /// The same for events that come by the thousand.
@@ -398,6 +400,7 @@ impl Queue {
             return Err(Error::new(Status::Busy, "another thread waits on this queue: it has one waiter at a time"));
         };
         given.clear();
+        given.shrink_to(KEPT);
         let deadline = Deadline::new(timeout);
         loop {
             if !self.take(max, deadline, &mut given)? {

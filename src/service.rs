@@ -214,7 +214,7 @@ impl Receiver for Service {
         running.iter().for_each(|sender| sender.connection_ended(why));
     }
 
-    fn refused(&self, subject: &str) -> bool {
+    fn refused(&self, subject: &str) -> Option<&'static str> {
         let refused: Vec<_> = self
             .running
             .iter()
@@ -222,6 +222,8 @@ impl Receiver for Service {
             .map(|entry| Arc::clone(entry.value()))
             .collect();
         refused.iter().for_each(|sender| sender.refused());
-        !refused.is_empty()
+        (!refused.is_empty()).then_some(
+            "the answer was stopped; allow to publish to the gateways' inboxes, or allow_responses: { max: -1, expires: \"24h\" }",
+        )
     }
 }

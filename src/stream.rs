@@ -407,6 +407,16 @@ impl Receiver for Stream {
         }
     }
 
+    fn refused(&self, subject: &str) -> Option<&'static str> {
+        let is_asked = self.asking.lock().as_ref().is_some_and(|asking| *asking.subject == *subject);
+        if !is_asked || self.has_begun.load(Ordering::Relaxed) {
+            return None;
+        }
+        let text = format!("nats-server does not allow requests to {subject}");
+        self.finish(Kind::Error, Status::Disconnected, text)
+            .then_some("the request was refused; allow to publish to it")
+    }
+
     fn ended(&self, why: Status) {
         let text = match why {
             Status::Closed => "the connection was closed",

@@ -5,6 +5,8 @@
 
 mod codes;
 mod connection;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gateway;
 mod guard;
 #[cfg(test)]

@@ -351,6 +351,10 @@ impl Lane {
             state.begin();
         }
         loop {
+            // Before there is something to send: what is sealed for a dead client is sent again.
+            if clients.has_changed().is_ok_and(|has_changed| has_changed) {
+                client = self.relink(&mut clients);
+            }
             let mut tells = Vec::new();
             let (message, deadline, is_over) = {
                 let mut state = self.state.lock();

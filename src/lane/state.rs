@@ -24,6 +24,8 @@ const MAX_SPARES: usize = 64;
 /// An acknowledgement is sent after so many bytes, or so much later when nothing is sent that could carry it.
 const ACK_AFTER: usize = 2 * CHUNK;
 const ACK_DELAY: Duration = Duration::from_millis(25);
+/// The last acknowledgement before a pause is said again after ACK_DELAY, and then after twice as long …, up to this.
+const CONFIRM_UNTIL: Duration = Duration::from_millis(200);
 /// How long what was sent may stay unacknowledged before we ask.
 const ASK_AFTER: Duration = Duration::from_millis(500);
 /// While we must know whether the other end is there, the first PING is repeated after this, then after twice as long …
@@ -180,10 +182,11 @@ pub(crate) struct State<S> {
     /// Bytes that came since our last acknowledgement.
     unacknowledged: usize,
     ack_at: Option<Instant>,
-    /// What was last acknowledged, and when that is said once more: to one who died the moment before, it may have vanished
+    /// What was last acknowledged, and when that is said again: to one who died the moment before, it may have vanished
     /// without a 503, and there would be nothing more to say to it.
     acknowledged: u64,
     confirm_at: Option<Instant>,
+    confirm_after: Duration,
     /// Flags of the next message; it is sent even if it has nothing else.
     flags: u8,
     ack_now: bool,
@@ -249,6 +252,7 @@ impl<S: Clone> State<S> {
             ack_at: None,
             acknowledged: 0,
             confirm_at: None,
+            confirm_after: ACK_DELAY,
             flags: 0,
             ack_now: false,
             gap_told: None,
@@ -498,7 +502,10 @@ impl<S: Clone> State<S> {
             self.end(tells);
             return Err(Malformed);
         }
-        self.suspect_since = None;
+        if self.suspect_since.take().is_some() && self.is_held {
+            // It is back: ask at once, and not when it is our turn.
+            self.hold(now);
+        }
         self.reconnecting = None;
         self.missed = 0;
         self.confirm_at = None;
@@ -654,8 +661,13 @@ impl<S: Clone> State<S> {
             self.flags |= frame::PING;
             self.progress_at = now;
         }
-        if self.ack_at.is_some_and(|at| now >= at) || self.confirm_at.is_some_and(|at| now >= at) {
+        if self.ack_at.is_some_and(|at| now >= at) {
             self.ack_now = true;
+        }
+        if self.confirm_at.is_some_and(|at| now >= at) {
+            self.ack_now = true;
+            self.confirm_after *= 2;
+            self.confirm_at = Some(now + self.confirm_after).filter(|_| self.confirm_after <= CONFIRM_UNTIL);
         }
     }
 
@@ -715,9 +727,11 @@ impl<S: Clone> State<S> {
         self.ack_now = false;
         self.ack_at = None;
         self.unacknowledged = 0;
-        let is_news = self.received > self.acknowledged && self.has_streams();
+        if self.received > self.acknowledged && self.has_streams() {
+            self.confirm_after = ACK_DELAY;
+            self.confirm_at = Some(now + ACK_DELAY);
+        }
         self.acknowledged = self.received;
-        self.confirm_at = is_news.then(|| now + ACK_DELAY);
     }
 
     fn has_room(&self, bytes: usize) -> bool {

@@ -1,0 +1,246 @@
+//! What must hold for any bytes whatever: driven by `fuzz/`, and replayed in `cargo test` over what that has found.
+
+use crate::config::Config;
+use crate::dial;
+use crate::lane::frame::{self, Frame, Frames, Header, Run};
+use crate::lane::state::{Patience, State, Tell};
+use crate::wire::{self, Answer, Use};
+use crate::{MAX_ID, client};
+use async_nats::HeaderMap;
+use bytes::{Bytes, BytesMut};
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+pub use crate::ffi::fuzz::abi;
+
+/// Takes numbers and slices off the bytes; 0 and nothing when they are used up.
+pub(crate) struct Choices<'a>(pub(crate) &'a [u8]);
+
+impl<'a> Choices<'a> {
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn byte(&mut self) -> u8 {
+        self.0.split_off_first().copied().unwrap_or_default()
+    }
+
+    pub(crate) fn below(&mut self, limit: u8) -> u8 {
+        self.byte() % limit
+    }
+
+    pub(crate) fn slice(&mut self) -> &'a [u8] {
+        let length = usize::from(self.byte()).min(self.0.len());
+        let (slice, rest) = self.0.split_at(length);
+        self.0 = rest;
+        slice
+    }
+}
+
+/// The encoding of lanes: what can be read is written the same, and runs are cut where frames end.
+pub fn frames(data: &[u8]) {
+    if let Ok(header) = Header::read(data) {
+        assert_eq!(header.bytes(), data[..frame::HEADER]);
+    }
+    let frames: Vec<Frame<'_>> = Frames::new(data).map_while(Result::ok).collect();
+    let mut again = BytesMut::new();
+    frames.iter().for_each(|frame| frame::write(&mut again, frame.kind, frame.stream, frame.body));
+    assert_eq!(Frames::new(&again).collect::<Result<Vec<_>, _>>().as_deref(), Ok(&frames[..]));
+    // Numbers may be longer than they need to be, so it is only not longer than what was read.
+    assert!(again.len() <= data.len());
+    let bodies: Vec<&[u8]> = frames.iter().map(|frame| frame.body).collect();
+    let bytes = bodies.iter().map(|body| body.len() as u64).sum();
+    let whole = Run { start: 0, end: again.len() as u32, count: frames.len() as u32, bytes };
+    for count in 0..=frames.len().min(8) {
+        let (mut rest, (before, behind)) = (whole, bodies.split_at(count));
+        let first = rest.split(&again, count as u32);
+        assert!(first.bodies(&again).eq(before.iter().copied()) && rest.bodies(&again).eq(behind.iter().copied()));
+        assert_eq!((first.count + rest.count, first.bytes + rest.bytes), (whole.count, whole.bytes));
+    }
+}
+
+/// An end of a lane, whatever comes and whatever is called: it keeps little, and each stream ends once.
+pub fn lane(data: &[u8]) {
+    let mut choices = Choices(data);
+    let serves = choices.below(2) == 0;
+    let ms = Duration::from_millis;
+    let patience = Patience { heartbeat: ms(100), grace: ms(100), reconnect: ms(1000) };
+    let mut now = Instant::now();
+    let limit = 1 << (4 + choices.below(12));
+    let mut state = State::new(serves, limit, patience, now);
+    state.set_max_payload(64 << choices.below(12));
+    let (mut begun, mut ended) = (0_u64, HashSet::new());
+    let (mut credits, mut tells) = (Vec::new(), Vec::new());
+    let (mut received, mut sent) = (0_u64, 0_u64);
+    while !choices.is_over() {
+        match choices.below(16) {
+            0 => {
+                let message = Bytes::copy_from_slice(choices.slice());
+                received += u64::from(Header::read(&message).is_ok_and(|header| header.sequence == received + 1));
+                let _ = state.receive(&message, now, &mut tells, |_, _| None);
+            }
+            // Nearly right: the next number, or one beside it, and some frames.
+            1..=5 => {
+                let (flags, ahead) = (choices.byte(), choices.below(4));
+                let sequence = (received + u64::from(ahead)).saturating_sub(1);
+                let header = Header { flags, sequence, ack: sent.saturating_sub(choices.below(3).into()) };
+                let mut message = BytesMut::from(&header.bytes()[..]);
+                for _ in 0..choices.below(4) {
+                    let kind = choices.below(8);
+                    frame::write(&mut message, kind, choices.below(8).into(), choices.slice());
+                }
+                let message = message.freeze();
+                let accept = |key: u64, _: u32| {
+                    key.is_multiple_of(2).then(|| {
+                        begun += 1;
+                        (begun - 1, 1 << (key % 20))
+                    })
+                };
+                received += u64::from(sequence == received + 1);
+                let _ = state.receive(&message, now, &mut tells, accept);
+            }
+            6 if serves => {
+                if let Some(credit) = state.open(choices.byte().into(), u32::from(choices.byte()) << 8, begun, now) {
+                    credits.push(credit);
+                    begun += 1;
+                }
+            }
+            7 => {
+                if let Some(credit) = credits.get(usize::from(choices.byte()))
+                    && state.send(credit, choices.slice()).is_err()
+                {
+                    state.want_room(credit);
+                }
+            }
+            8 => {
+                if let Some(credit) = credits.get(usize::from(choices.byte())) {
+                    let lengths = [1, choices.below(8).into()];
+                    let data = [7; 8];
+                    let _ = state.send_many(credit, &data[..1 + lengths[1]], &lengths);
+                }
+            }
+            9 => {
+                if let Some(credit) = credits.get(usize::from(choices.byte())) {
+                    // Nobody sends on it any longer; what it tells of this one is no end.
+                    state.finish(credit, [None, Some(&b"text"[..])][usize::from(choices.below(2))]);
+                }
+            }
+            10 => state.grant(choices.below(8).into(), u64::from(choices.byte()) << choices.below(56)),
+            11 => state.cancel(choices.below(8).into(), choices.byte()),
+            12 => now += ms(u64::from(choices.byte()) * 8),
+            13 => match choices.below(4) {
+                0 => state.begin(),
+                1 => state.link_down(),
+                2 => state.link_up(now),
+                _ => state.set_max_payload(usize::from(choices.byte()) << 8),
+            },
+            14 => match choices.below(8) {
+                0 => state.end(&mut tells),
+                1..4 => state.ask(now),
+                _ => state.nobody_there(now, &mut tells),
+            },
+            _ => {}
+        }
+        for _ in 0..choices.below(3) {
+            let Some(message) = state.poll(now, &mut tells) else {
+                assert!(state.is_over() || state.deadline().is_none_or(|at| at > now) || state.must_wake());
+                break;
+            };
+            let Ok(header) = Header::read(&message) else { unreachable!("what we write") };
+            assert!(header.ack <= received, "acknowledges what never came");
+            assert!(Frames::new(&message[frame::HEADER..]).all(|frame| frame.is_ok()));
+            sent = sent.max(header.sequence);
+        }
+        for tell in tells.drain(..) {
+            let (who, is_last) = match &tell {
+                Tell::Data(who, _) | Tell::Room(who) => (*who, false),
+                Tell::End(who) | Tell::Error(who, _) | Tell::Overrun(who) => (*who, true),
+                Tell::Cancelled(who, _) | Tell::Gone(who, _) | Tell::Unheard(who) => (*who, true),
+            };
+            assert!(who < begun && !ended.contains(&who), "{tell:?} of one who has ended");
+            if is_last {
+                ended.insert(who);
+            }
+        }
+    }
+    assert!(state.backlog() <= 2 * limit.max(1 << 20) + (8 << 20) + data.len() * 64);
+}
+
+/// Level 0: markers, subjects, headers.
+pub fn level0(data: &[u8]) {
+    let means_data = wire::answer(data) == Answer::Data;
+    assert!(means_data || wire::is_reserved(data));
+    let max = data.len() / 2;
+    let error = wire::error(data, max);
+    assert!(error.len() <= max.max(wire::ERROR.len()));
+    assert!(matches!(wire::answer(&error), Answer::Error(text) if data.starts_with(text)));
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let (publish, subscribe) =
+        (wire::check_subject("x", text, Use::Publish), wire::check_subject("x", text, Use::Subscribe));
+    assert!(publish.is_err() || subscribe.is_ok(), "what may be published to may be subscribed to");
+    if subscribe.is_ok() {
+        assert!(text.len() <= wire::MAX_SUBJECT && !text.contains([' ', '\t', '\r', '\n', '\0']));
+        assert!(text.split('.').all(|token| !token.is_empty()));
+    }
+    assert!(!wire::may_answer(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
+    let (name, value) = text.split_once('=').unwrap_or((text, ""));
+    let mut headers = HeaderMap::new();
+    if wire::add_header(&mut headers, name, value).is_ok() {
+        assert!(!name.contains([':', '\r', '\n', ' ']) && !value.contains(['\r', '\n', '\0']));
+        assert_eq!(wire::header(Some(&headers), name), Some(value));
+        assert!(!name.eq_ignore_ascii_case(wire::CONNECT_ID));
+    }
+}
+
+/// Clients' ids: what is taken is what was given, and can be a header's value.
+pub fn ids(data: &[u8]) {
+    if let Ok(id) = client::id(data) {
+        assert!(id.as_bytes() == data && data.len() <= MAX_ID && !id.chars().any(char::is_control));
+        assert!(wire::value_of(id).is_ok());
+    }
+}
+
+/// Options and URLs: nothing of them breaks, and no secret is in an error.
+pub fn options(data: &[u8]) {
+    let mut config = Config::new();
+    let mut choices = Choices(data);
+    while !choices.is_over() {
+        let keys =
+            ["password", "token", "nkey_seed", "user", "header.a", "inbox_prefix", "timeout_ms", "tls_cert_file"];
+        let other = String::from_utf8_lossy(choices.slice());
+        let key = keys.get(usize::from(choices.byte())).copied().unwrap_or(&other);
+        let value = String::from_utf8_lossy(choices.slice());
+        if let Err(error) = config.set(key, &value) {
+            let is_secret = ["password", "token", "nkey_seed"].contains(&key);
+            assert!(!is_secret || value.len() < 4 || !error.message.contains(&*value), "{error}");
+            assert_eq!(config.last_error(), Some(error));
+        }
+        let shown = format!("{config:?}");
+        assert!(!shown.contains("hunter2"));
+        assert!(config.set("password", "hunter2").is_ok());
+    }
+    let _ = (config.for_connect().is_ok(), config.for_request().is_ok());
+    let text = String::from_utf8_lossy(data);
+    let _ = dial::parse_servers(&text);
+    let secret = text.replace(['@', '\u{fffd}'], "");
+    if secret.len() >= 8
+        && let Err(error) = dial::parse_servers(&format!("nats://someone:{secret}@host:1"))
+    {
+        assert!(!error.message.contains(&secret), "{error}");
+    }
+}
+
+/// What `fuzz/` has found worth keeping, once more.
+#[cfg(test)]
+#[test]
+fn replay() {
+    let names = ["frames", "lane", "level0", "ids", "options", "abi"];
+    for (name, target) in names.into_iter().zip([frames, lane, level0, ids, options, abi]) {
+        let folder = format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
+        let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
+        assert!(files.len() > 10, "{folder} is all but empty");
+        for file in files {
+            target(&std::fs::read(&file).unwrap());
+        }
+    }
+}
