@@ -232,13 +232,18 @@ func (s *Stream) take() (message []byte, err error, ok bool) {
 	return message, err, ok
 }
 
-// finish ends the stream, once; one that still runs is cancelled.
+// finish ends the stream, once; one that still runs is cancelled. With drop nothing more is read of it, and a reader who
+// has not read all yet must not take it for complete.
 func (s *Stream) finish(err error, drop bool) {
 	s.mu.Lock()
+	isUnread := len(s.run) > 0 || len(s.runs) > 0
 	if drop {
 		s.run, s.runs = nil, nil
 	}
 	if s.err != nil {
+		if drop && isUnread {
+			s.err = err
+		}
 		s.mu.Unlock()
 		return
 	}

@@ -158,6 +158,35 @@ func TestRetries(t *testing.T) {
 	}
 }
 
+// What has ended but was not read yet is not complete for a reader who closes it.
+func TestCloseOfAnUnreadStream(t *testing.T) {
+	s := startServer(t)
+	gateway, worker := connect(t, s), rawClient(t, s)
+	requests := worker.subscribe("unread")
+	for _, length := range []int{0, 3} {
+		stream, err := gateway.Request(t.Context(), "unread", nil, "")
+		must(t, err)
+		req := receive(t, requests)
+		for range length {
+			worker.publish(req.reply, "", "", "message")
+		}
+		worker.publish(req.reply, "", "", "__STREAM_END__")
+		worker.flush()
+		eventually(t, "it has ended", func() bool {
+			stream.mu.Lock()
+			defer stream.mu.Unlock()
+			return stream.err != nil
+		})
+		stream.Close()
+		_, err = stream.Next(t.Context())
+		if length == 0 && err != io.EOF {
+			t.Error(err)
+		} else if length > 0 {
+			wantError(t, err, ErrCancelled, "")
+		}
+	}
+}
+
 func TestCancel(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
