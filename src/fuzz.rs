@@ -209,10 +209,10 @@ pub fn options(data: &[u8]) {
             ["password", "token", "nkey_seed", "user", "header.a", "inbox_prefix", "timeout_ms", "tls_cert_file"];
         let other = String::from_utf8_lossy(choices.slice());
         let key = keys.get(usize::from(choices.byte())).copied().unwrap_or(&other);
-        let value = String::from_utf8_lossy(choices.slice());
+        let is_secret = ["password", "token", "nkey_seed"].contains(&key);
+        let value = format!("{}{}", if is_secret { "hunter2" } else { "" }, String::from_utf8_lossy(choices.slice()));
         if let Err(error) = config.set(key, &value) {
-            let is_secret = ["password", "token", "nkey_seed"].contains(&key);
-            assert!(!is_secret || value.len() < 4 || !error.message.contains(&*value), "{error}");
+            assert!(!is_secret || !error.message.contains("hunter2"), "{error}");
             assert_eq!(config.last_error(), Some(error));
         }
         let shown = format!("{config:?}");
@@ -222,11 +222,9 @@ pub fn options(data: &[u8]) {
     let _ = (config.for_connect().is_ok(), config.for_request().is_ok());
     let text = String::from_utf8_lossy(data);
     let _ = dial::parse_servers(&text);
-    let secret = text.replace(['@', '\u{fffd}'], "");
-    if secret.len() >= 8
-        && let Err(error) = dial::parse_servers(&format!("nats://someone:{secret}@host:1"))
-    {
-        assert!(!error.message.contains(&secret), "{error}");
+    // Whatever stands around it.
+    if let Err(error) = dial::parse_servers(&format!("nats://someone:hunter2{text}@host:1")) {
+        assert!(!error.message.contains("hunter2"), "{error}");
     }
 }
 
