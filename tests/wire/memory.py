@@ -1,0 +1,14 @@
+"""What a process occupies."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from harness import Program
+
+
+def resident(program: Program) -> int:
+    """Bytes of its memory that are in RAM."""
+    pages = Path(f"/proc/{program.process.pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
