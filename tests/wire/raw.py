@@ -54,6 +54,7 @@ class RawPeer:
     """A connection of its own to nats-server."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._subscriptions: dict[bytes, Subscription] = {}

@@ -1,0 +1,303 @@
+"""Strangers who know every subject, and say anything there: the streams of others, on lanes and on level 0, come
+complete and in order, and the memory of who is lied to stays as it was."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Connect, Shell
+from harness import Command, Server
+from lane_codec import GAP, NEW, PING, PONG, RESET, LaneMessage, accept, cancel, credit, data, encode, end, error
+from lane_peer import GatewayByHand, WorkerByHand, no_responders, take_accept
+from memory import resident
+from raw import RawPeer, pub
+from test_hostile_peer import Victim
+from test_supervision import LONE_CR, assert_serving
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "faults"))
+
+from scene import Gateway, Scene
+
+MARGIN = 16 << 20
+"""Bytes that a process may have grown by."""
+LOGS = 40
+"""Events that a flood may have caused: 16 at once, then one a second."""
+
+
+class Victims:
+    """Two clients' endless streams, ann's on a lane and bob's on level 0; and what a stranger has overheard of them."""
+
+    def __init__(self, scene: Scene, raw: RawPeer) -> None:
+        self.worker = scene.worker("c")
+        requests = raw.subscribe("svc")
+        self.gateways: dict[str, Gateway] = {
+            client: scene.gateway("c", lanes=lanes) for client, lanes in [("ann", True), ("bob", False)]
+        }
+        for client, gateway in self.gateways.items():
+            gateway.request("svc", client)
+        asked = [requests.next(), requests.next()]
+        offers = [re.search(rb"Presence-Lane: 1 (\S+)", message.header) for message in asked]
+        # The inbox that ann's gateway offered; the one that bob's gateway waits at.
+        self.offer = next(offer[1] for offer in offers if offer).decode()
+        self.inbox = next(message.reply for message, offer in zip(asked, offers) if not offer).decode()
+        spy = RawPeer(raw.port)
+        # The worker's end of the lane, which names itself in what it sends.
+        self.end = spy.subscribe(self.offer).next().reply.decode()
+        spy.close()
+        self.go_on()
+        self._before = self._resident()
+
+    def go_on(self) -> None:
+        for client, gateway in self.gateways.items():
+            gateway.all_go_on(client)
+
+    def finish(self) -> None:
+        """All that was sent has come, and nobody has grown."""
+        self.go_on()
+        grown = [now - before for now, before in zip(self._resident(), self._before)]
+        assert max(grown) < MARGIN, grown
+        self.worker.tell("finish")
+        for client, gateway in self.gateways.items():
+            done = self.worker.wait(event="done", client=client)
+            assert (done["why"], done["accepted"]) == (0, 0)
+            assert gateway.wait_for_end(client)["event"] == "end"
+            assert gateway.received[client] == done["sent"]
+
+    def _resident(self) -> list[int]:
+        return [resident(program) for program in [self.worker, *self.gateways.values()]]
+
+
+@pytest.fixture
+def victims(server: Server, raw: RawPeer) -> Iterator[Victims]:
+    with Scene(server.url) as scene:
+        yield Victims(scene, raw)
+
+
+def names(victims: Victims) -> list[str]:
+    """Whom a stranger says that he is: nobody, nobody who may be, himself, others. (Not the lane's other end: who knows
+    that, and may publish there, is that end.)"""
+    return [
+        "",
+        "client.offline",
+        "$SYS.REQ.ACCOUNT.PING",
+        "$JS.API.INFO",
+        "a.*",
+        ">",
+        "_INBOX.stranger.1",
+        "_INBOX." + "0" * 32 + ".lane." + "0" * 32,
+        victims.inbox.rsplit(".", 1)[0] + ".ffffff",
+        victims.offer.rsplit(".", 1)[0] + "." + "f" * 32,
+        "x" * 3000,
+    ]
+
+
+def lie(dice: random.Random) -> bytes:
+    """Bytes of any kind, or what looks like a lane message, with numbers near their limits."""
+    numbers = [0, 1, 2, 127, 128, 1 << 31, (1 << 32) - 1]
+    large = [0, 1, 2, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+    if dice.random() < 0.3:
+        return dice.randbytes(dice.randrange(200))
+    frames = [
+        dice.choice(
+            [
+                lambda: accept(dice.choice(numbers), dice.choice(large)),
+                lambda: data(dice.choice(numbers), dice.randbytes(dice.randrange(100))),
+                lambda: end(dice.choice(numbers)),
+                lambda: error(dice.choice(numbers), b"\xff"),
+                lambda: cancel(dice.choice(numbers), dice.randrange(256)),
+                lambda: credit(dice.choice(numbers), dice.choice(large)),
+            ]
+        )()
+        for _ in range(dice.randrange(4))
+    ]
+    flags = dice.choice([0, PING, PONG, GAP, RESET, NEW, NEW | PING, dice.randrange(256)])
+    message = encode(LaneMessage(flags, dice.choice(large), dice.choice(large), tuple(frames)))
+    return message[: dice.randrange(len(message) + 1)] if dice.random() < 0.2 else message
+
+
+def overwhelm(victims: Victims, raw: RawPeer, count: int) -> None:
+    dice = random.Random(7)
+    # A number that nobody waits at, in the inbox of bob's gateway.
+    nowhere = victims.inbox.rsplit(".", 1)[0] + ".fffffff"
+    where = [victims.offer, victims.offer + "-1", victims.offer + "-9", victims.end, victims.end + "-1", nowhere]
+    others = names(victims)
+    for done in range(count):
+        subject = dice.choice([*where, "client.offline"])
+        if dice.random() < 0.1:
+            raw.send(no_responders(dice.choice(where)))
+        header = b"X: " + b"h" * (64 << 10) + b"\r\n" if dice.random() < 0.002 else b""
+        raw.send(pub(subject, lie(dice), reply=dice.choice(others), header=header))
+        if done % 5000 == 0:
+            raw.flush()
+            victims.go_on()
+    raw.flush()
+    victims.finish()
+
+
+def test_anything_on_every_subject(victims: Victims, raw: RawPeer) -> None:
+    overwhelm(victims, raw, 30_000)
+
+
+@pytest.mark.long
+def test_anything_on_every_subject_for_long(victims: Victims, raw: RawPeer) -> None:
+    overwhelm(victims, raw, 300_000)
+
+
+@pytest.mark.long
+def test_a_million_forged_announcements(victims: Victims, raw: RawPeer) -> None:
+    for start in range(0, 1_000_000, 1000):
+        raw.send(b"".join(pub("client.offline", b"stranger %d" % n) for n in range(start, start + 1000)))
+        if start % 50_000 == 0:
+            raw.flush()
+            victims.go_on()
+    raw.flush()
+    victims.finish()
+
+
+def test_the_ids_of_others(connect: Connect, raw: RawPeer) -> None:
+    """A stranger asks in the name of somebody's client, cancels "for it is offline", and breaks his lane: his own
+    streams stop."""
+    worker, gateway = connect(), connect()
+    worker.do("serve svc workers 0")
+    gateway.do("request 1 svc ann hello")
+    own = worker.wait(event="REQUEST", client="ann")["n"]
+    for breaks in ["cancels", "lies"]:
+        stranger = GatewayByHand(raw)
+        lane = stranger.lane()
+        stranger.request("svc", "ann", key=7)
+        n = worker.wait(event="REQUEST", client="ann")["n"]
+        stream = take_accept(lane, 7)
+        if breaks == "cancels":
+            lane.send(cancel(stream, 2))
+            assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
+        else:
+            lane.say(ack=1 << 40)
+            assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
+        worker.do(f"send {own} {breaks}")
+        assert gateway.wait(event="DATA", tag=1)["data"] == breaks
+    assert worker.ask("is_online ann")["text"] == "yes"
+    worker.do(f"end {own}")
+    gateway.wait(event="END", tag=1)
+
+
+def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
+    """Replies and offers that name the service itself, others' lanes, and what nobody may answer to."""
+    worker = connect()
+    worker.do("serve svc workers 10")
+    victim = Victim(worker, raw, "svc")
+    gateway = GatewayByHand(raw)
+    gateway.request("svc", "honest", key=7)
+    n = worker.wait(event="REQUEST", client="honest")["n"]
+    lane = gateway.lane()
+    stream = take_accept(lane, 7)
+    before = resident(worker)
+    dice = random.Random(8)
+    subjects = ["", "svc", "client.offline", "$SYS.x", "a.>", "_INBOX.stranger.1", lane.peer, "x" * 3000]
+    ids = ["", "victim", "honest", "stranger", "x" * 1024, "x" * 1025, "x" * (64 << 10)]
+    for done in range(3000):
+        offer = dice.choice(
+            [
+                b"",
+                b"1 %s %016x %d"
+                % (dice.choice([*subjects, gateway.offer]).encode(), dice.randrange(1 << 64), dice.randrange(1 << 33)),
+                bytes(dice.choices(range(33, 127), k=dice.randrange(100))),
+            ]
+        )
+        header = f"Connect-ID: {dice.choice(ids)}\r\nPresence-Lane: ".encode() + offer + b"\r\n"
+        raw.send(pub("svc", dice.randbytes(20), reply=dice.choice(subjects), header=header))
+        if done % 100 == 0:
+            victim.check()
+            # There is room for others again.
+            while request := worker.take(event="REQUEST"):
+                worker.do(f"free {request['n']}")
+    raw.flush()
+    victim.check()
+    # His own gateway was offered to others in his name: it hears of streams that it did not ask for, and goes on.
+    worker.do(f"send {n} still here")
+    while lane.take() != data(stream, b"still here"):
+        pass
+    assert resident(worker) - before < MARGIN
+    stats = worker.ask("stats")
+    assert stats["connects"] == 1
+    assert stats["senders"] <= 10
+    assert stats["requests_ignored"] > 1000
+    assert len([event for event in worker.events if event["event"] == "LOG"]) < LOGS
+
+
+def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
+    tmp_path: Path, shell_program: Command
+) -> None:
+    """A false worker names an end at which the gateway may not publish: other workers go on on lanes."""
+    (tmp_path / "server.conf").write_text(
+        """
+        no_auth_user: stranger
+        authorization: { users: [
+          { user: gateway, password: g, permissions: { publish: { deny: ["forbidden.>"] } } }
+          { user: stranger, password: s }
+        ] }
+        """
+    )
+    server = Server("-c", str(tmp_path / "server.conf"))
+    raw = RawPeer(server.port)
+    with Shell(shell_program) as gateway:
+        assert isinstance(gateway, Shell)
+        gateway.do(f"connect nats://gateway:g@127.0.0.1:{server.port}")
+        honest, false = WorkerByHand(raw, "honest"), WorkerByHand(raw, "false")
+        gateway.do("request 1 honest ann hello")
+        lane = honest.accept()
+        lane.send(data(1, b"x" * 20))
+        assert gateway.wait(event="DATA", tag=1)["data"] == "x" * 20
+        gateway.do("request 2 false bob hello")
+        asked = false.next()
+        liar = false.lane(asked, own="forbidden.end")
+        liar.send(accept(1, asked.key), data(1, b"y"))
+        assert gateway.wait(event="ERROR", tag=2)["status"] == "PEER_GONE"
+        gateway.do("request 3 honest cho hello")
+        # It has a key and an offer.
+        asked = honest.next()
+        lane.send(accept(2, asked.key), end(2), end(1))
+        gateway.wait(event="END", tag=3)
+        gateway.wait(event="END", tag=1)
+    raw.close()
+    server.kill()
+
+
+def storm(worker: Shell, raw: RawPeer, seconds: float) -> None:
+    """A hundred malformed messages a second, so long; it serves again less than a second after the last."""
+    begun = time.monotonic()
+    count = 0
+    while time.monotonic() - begun < seconds:
+        raw.send(pub(["svc.generate", "client.offline"][count % 2], b"poison", reply="some.where", header=LONE_CR))
+        count += 1
+        time.sleep(0.01)
+    raw.flush()
+    assert_serving(worker, raw, time.monotonic())
+
+
+def test_malformed_a_hundred_times_a_second(connect: Connect, raw: RawPeer) -> None:
+    worker = connect()
+    worker.do("serve svc.* workers 0")
+    before = resident(worker)
+    storm(worker, raw, 3)
+    # It backs off: by far not each of them was the end of a connection.
+    connects = worker.ask("stats")["connects"]
+    assert 1 < connects < 60, connects
+    told = [event for event in worker.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
+    assert len(told) < LOGS + 2 * connects
+    assert resident(worker) - before < MARGIN
+
+
+@pytest.mark.long
+def test_malformed_a_hundred_times_a_second_a_hundred_times(connect: Connect, raw: RawPeer) -> None:
+    worker = connect()
+    worker.do("serve svc.* workers 0")
+    before = resident(worker)
+    for _ in range(100):
+        storm(worker, raw, 0.3)
+    assert resident(worker) - before < MARGIN
