@@ -179,7 +179,7 @@ impl Connection {
         runtime.spawn(async move {
             let mut first = None;
             if !task.options.retry_on_initial_connect {
-                match task.dial().await {
+                match task.dialer.dial().await {
                     Ok(client) => {
                         task.install(&client).await;
                         first = Some(client);
@@ -506,10 +506,6 @@ impl Connection {
         }
     }
 
-    async fn dial(&self) -> Result<Client> {
-        runtime::contain("connecting", self.dialer.dial()).await.flatten()
-    }
-
     /// Dials until a server takes us; None when that failed too often.
     async fn redial(&self, pause: Duration) -> Option<Client> {
         let mut delay = self.options.reconnect_min;
@@ -517,7 +513,7 @@ impl Connection {
         // The first attempt is made at once, but for a little jitter: a server's restart disconnects everybody together.
         sleep(pause / 2 + jitter(delay.max(pause / 2))).await;
         loop {
-            match self.dial().await {
+            match self.dialer.dial().await {
                 Ok(client) => return Some(client),
                 Err(error) => self.log(error.status, || format!("cannot connect: {error}")),
             }

@@ -2,7 +2,7 @@
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
-use crate::random;
+use crate::{random, runtime};
 use async_nats::{Client, ConnectErrorKind, ServerAddr};
 use parking_lot::Mutex;
 use std::fs;
@@ -44,9 +44,15 @@ impl Dialer {
             let name = format!("{}:{}", server.host(), server.port());
             let options = self.client_options(&server).await?;
             // The client limits each of its steps, but not the lookup of the name.
-            match timeout(self.options.connect_timeout * 2, options.connect(server)).await {
-                Ok(Ok(client)) => return Ok(client),
-                Ok(Err(error)) => {
+            let attempt = runtime::contain("the NATS client", options.connect(server));
+            match timeout(self.options.connect_timeout * 2, attempt).await {
+                Ok(Ok(Ok(client))) => return Ok(client),
+                // It does not survive everything that a server may say.
+                Ok(Err(panic)) => {
+                    status = Status::Disconnected;
+                    failures.push(format!("{name}: {panic}"));
+                }
+                Ok(Ok(Err(error))) => {
                     if error.kind() != ConnectErrorKind::TimedOut {
                         status = Status::Disconnected;
                     }

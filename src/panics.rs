@@ -191,7 +191,7 @@ fn a_panic_in_a_task_is_told_and_all_else_goes_on() {
     world.check();
 
     // What is done for a new connection: each is tried again.
-    for what in ["connecting", "subscribing"] {
+    for what in ["the NATS client", "subscribing"] {
         force("sending");
         world.serves.connection.listen_offline().unwrap();
         force(what);
