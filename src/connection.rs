@@ -33,7 +33,7 @@ use tokio::time::{Instant, sleep};
 
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
 const SHORT_LIVED: Duration = Duration::from_millis(100);
-const MAX_PAUSE: Duration = Duration::from_millis(500);
+const MAX_PAUSE: Duration = Duration::from_millis(100);
 /// How many LOG events may come at once.
 const LOGS_AT_ONCE: u64 = 16;
 /// How many LOG events are kept for who watches first.
@@ -585,8 +585,8 @@ fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync
                      set lanes=false"
                 ),
                 (true, _) => format!(
-                    "nats-server says: {text}: level 0 for this gateway from now on; allow to publish to the gateways' \
-                     inboxes, or set lanes=false"
+                    "nats-server says: {text}: what ran on this lane has ended; allow to publish to the others' inboxes, or \
+                     set lanes=false"
                 ),
                 (false, Some(so)) => format!("nats-server says: {text}: {so}"),
                 (false, None) => format!("nats-server says: {text}"),

@@ -99,6 +99,10 @@ impl Lane {
         end == self.peer.as_str() || **self.known_as.get_or_init(|| end.into()) == *end
     }
 
+    pub(crate) fn is_over(&self) -> bool {
+        self.state.lock().is_over()
+    }
+
     /// Whether the other end ever said anything.
     pub(crate) fn was_heard(&self) -> bool {
         self.state.lock().was_heard()

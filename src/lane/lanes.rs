@@ -100,16 +100,18 @@ impl Lanes {
 
     /// nats-server refuses a publication or subscription to this subject. False if that is nothing to do with lanes.
     ///
-    /// As a gateway we offer none any longer: who accepts our requests is whom we asked, and the next one would hurt as
-    /// well. As a worker it concerns this gateway only: a stranger may name any subject as its inbox.
+    /// As a gateway we offer none any longer, for the next one would hurt as well: unless there are lanes to other workers,
+    /// which shows that it concerns this worker only. As a worker it concerns this gateway only: a stranger may name any
+    /// subject as its inbox.
     pub(crate) fn refused(&self, subject: &str) -> bool {
         if subject == self.wildcard().as_str() {
             self.forbidden.store(true, Ordering::Relaxed);
             return true;
         }
         let Some(lane) = find(&self.by_peer, subject) else { return false };
-        self.forbidden.fetch_or(!lane.serves(), Ordering::Relaxed);
         lane.end(&self.inbound);
+        let has_others = self.all().iter().any(|other| !other.serves() && !other.is_over());
+        self.forbidden.fetch_or(!lane.serves() && !has_others, Ordering::Relaxed);
         true
     }
 
