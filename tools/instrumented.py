@@ -74,5 +74,7 @@ def run(name, command, log, seconds, env, cwd=ROOT):
     if how != "passed":
         print("\n".join(lines[-40:]))
     closing = [line for line in lines if re.search(r"\d+ passed|^ok ", line)]
-    print(f"{name}: {how} in {time.monotonic() - since:.0f} s; {closing[-1].strip('= ') if closing else ''}", flush=True)
+    print(
+        f"{name}: {how} in {time.monotonic() - since:.0f} s; {closing[-1].strip('= ') if closing else ''}", flush=True
+    )
     return how == "passed"
