@@ -436,24 +436,33 @@ fn end_grace(id: &str, life: u64, session: u64) {
 }
 
 #[cfg(test)]
+mod model;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::queue::Event;
     use parking_lot::Mutex;
 
     /// A stream, or a sender if nobody requested it here.
-    struct Probe {
-        number: u64,
-        requested_on: Option<u64>,
-        answers_to: Option<u64>,
-        forbidden: AtomicBool,
-        stopped: AtomicBool,
+    pub(super) struct Probe {
+        pub(super) number: u64,
+        pub(super) requested_on: Option<u64>,
+        pub(super) answers_to: Option<u64>,
+        pub(super) needs_announcement: bool,
+        pub(super) forbidden: AtomicBool,
+        pub(super) stopped: AtomicBool,
     }
 
     impl Probe {
-        fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
+        pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, needs_announcement: bool) -> Arc<Probe> {
             let (forbidden, stopped) = (AtomicBool::new(false), AtomicBool::new(false));
-            let probe = Arc::new(Probe { number: fork::number(), requested_on, answers_to, forbidden, stopped });
+            let number = fork::number();
+            Arc::new(Probe { number, requested_on, answers_to, needs_announcement, forbidden, stopped })
+        }
+
+        fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
+            let probe = Probe::new(requested_on, answers_to, true);
             attach(id, probe.number, Arc::clone(&probe) as _);
             probe
         }
@@ -480,7 +489,7 @@ mod tests {
         }
 
         fn needs_announcement(&self) -> bool {
-            true
+            self.needs_announcement
         }
 
         fn answers_to(&self) -> Option<u64> {
@@ -489,13 +498,13 @@ mod tests {
     }
 
     /// A connection that notes what it is told to announce.
-    struct Ear {
-        number: u64,
-        heard: Mutex<Vec<(String, bool)>>,
+    pub(super) struct Ear {
+        pub(super) number: u64,
+        pub(super) heard: Mutex<Vec<(String, bool)>>,
     }
 
     impl Ear {
-        fn new() -> Arc<Ear> {
+        pub(super) fn new() -> Arc<Ear> {
             let ear = Arc::new(Ear { number: fork::number(), heard: Mutex::default() });
             add_announcer(Arc::clone(&ear) as _, &format!("inbox.{}.", ear.number));
             ear
