@@ -388,6 +388,7 @@ func (s *Sender) release() {
 	s.count = uint64(C.presence_sender_send_count(s.handle))
 	C.presence_sender_free(s.handle)
 	s.handle, s.word = nil, nil
+	ended := s.ended
 	s.mu.Unlock()
-	s.cancel(nil)
+	s.cancel(s.failed(ended)) // why it was stopped, should nobody have told the handler's context yet
 }

@@ -665,7 +665,7 @@ impl<S: Clone> State<S> {
             self.ack_now = true;
         }
         if self.confirm_at.is_some_and(|at| now >= at) {
-            self.ack_now = true;
+            self.ack_now |= self.has_streams();
             self.confirm_after *= 2;
             self.confirm_at = Some(now + self.confirm_after).filter(|_| self.confirm_after <= CONFIRM_UNTIL);
         }
