@@ -40,9 +40,11 @@ def stage(built, staged, flags=""):
     shutil.copy(built / "libnats_presence.so", staged / f"lib/libnats_presence.so.{version}")
     (staged / "lib/libnats_presence.so.0").symlink_to(f"libnats_presence.so.{version}")
     (staged / "lib/libnats_presence.so").symlink_to("libnats_presence.so.0")
-    package = (ROOT / "packaging/nats-presence.pc.in").read_text().replace("@VERSION@", version)
-    package = re.sub(r"^(Libs|Cflags): .*", rf"\g<0> {flags}".rstrip(), package, flags=re.MULTILINE)
-    (staged / "lib/pkgconfig/nats-presence.pc").write_text(package)
+    shutil.copy(built / "libnats_presence.a", staged / "lib")
+    for name in ("nats-presence", "nats-presence-static"):
+        package = (ROOT / f"packaging/{name}.pc.in").read_text().replace("@VERSION@", version)
+        package = re.sub(r"^(Libs|Cflags): .*", rf"\g<0> {flags}".rstrip(), package, flags=re.MULTILINE)
+        (staged / f"lib/pkgconfig/{name}.pc").write_text(package)
 
 
 def environment(staged, **more):
