@@ -249,4 +249,22 @@ mod tests {
             assert!(total <= bytes.len());
         }
     }
+
+    #[test]
+    fn runs_are_split_where_frames_end() {
+        let mut bytes = BytesMut::from(&b"before"[..]);
+        for body in [&b"a"[..], b"bcd", b"", b"ef"] {
+            write(&mut bytes, DATA, 300, body);
+        }
+        let all = Run { start: 6, end: bytes.len() as u32, count: 4, bytes: 6 };
+        let mut rest = all;
+        let first = rest.split(&bytes, 2);
+        // Each frame has a kind, two bytes of its stream, and one of its length.
+        assert_eq!(first, Run { start: 6, end: 18, count: 2, bytes: 4 });
+        assert_eq!(rest, Run { start: 18, end: 28, count: 2, bytes: 2 });
+        assert!(first.bodies(&bytes).eq([&b"a"[..], b"bcd"]) && rest.bodies(&bytes).eq([&b""[..], b"ef"]));
+        let mut none = all;
+        assert_eq!(none.split(&bytes, 0), Run { start: 6, end: 6, count: 0, bytes: 0 });
+        assert_eq!(none, all);
+    }
 }
