@@ -213,6 +213,27 @@ mod tests {
     }
 
     #[test]
+    fn ids_are_spread_over_the_shards() {
+        let map = IdMap::<()>::default();
+        for number in 0..100_000 {
+            map.enter(&number.to_string(), || (), |(), _| ());
+        }
+        // 195 on average.
+        assert!(map.shards.iter().all(|shard| (50..400).contains(&shard.lock().used)));
+    }
+
+    #[test]
+    fn thirteen_of_sixteen_slots_are_used_and_no_more() {
+        let mut shard = Shard { slots: Vec::new(), used: 0 };
+        let slots = (0..14_u64).map(|number| {
+            let hash_of = |id: &str| id.parse().unwrap();
+            shard.insert((number.to_string().into(), ()), number, hash_of);
+            shard.slots.len()
+        });
+        assert_eq!(slots.collect::<Vec<_>>(), [4, 4, 4, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 32]);
+    }
+
+    #[test]
     fn an_entry_is_half_a_cache_line() {
         assert_eq!(size_of::<Slot<Box<u64>>>(), 32);
     }
