@@ -63,7 +63,7 @@ enum presence_status
    */
   PRESENCE_CLOSED = -3,
   /**
-   * The stream was cancelled on this side.
+   * The stream was cancelled by its reader. A worker sees it, too, where the client left before the stream had begun.
    */
   PRESENCE_CANCELLED = -4,
   /**

@@ -15,7 +15,7 @@ pub enum Status {
     Offline = -2,
     /// The sender, stream, service, connection or queue has ended already.
     Closed = -3,
-    /// The stream was cancelled on this side.
+    /// The stream was cancelled by its reader; at a worker also: the client left before the stream had begun.
     Cancelled = -4,
     /// A buffer or a limit is reached.
     Full = -5,

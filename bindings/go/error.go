@@ -18,7 +18,7 @@ const (
 	ErrInvalid      Status = C.PRESENCE_INVALID       // an argument is wrong; the error's message names it
 	ErrOffline      Status = C.PRESENCE_OFFLINE       // the client was marked offline, here or by another process
 	ErrClosed       Status = C.PRESENCE_CLOSED        // the sender, stream or connection has ended already
-	ErrCancelled    Status = C.PRESENCE_CANCELLED     // the stream was cancelled by its reader; or the context ended
+	ErrCancelled    Status = C.PRESENCE_CANCELLED     // the stream was cancelled by its reader; at a worker also: the client left before it began; or the context ended
 	ErrFull         Status = C.PRESENCE_FULL          // no room to send now; or too much waited for a stream's reader
 	ErrTooLarge     Status = C.PRESENCE_TOO_LARGE     // the payload is larger than nats-server's max_payload
 	ErrReserved     Status = C.PRESENCE_RESERVED      // the payload begins with __STREAM_END__ or __STREAM_ERROR__

@@ -16,7 +16,7 @@ pub enum presence_status {
     PRESENCE_OFFLINE = -2,
     /// The sender, stream, service, connection or queue has ended already.
     PRESENCE_CLOSED = -3,
-    /// The stream was cancelled on this side.
+    /// The stream was cancelled by its reader. A worker sees it, too, where the client left before the stream had begun.
     PRESENCE_CANCELLED = -4,
     /// No room. A sender has it again at PRESENCE_EVENT_WRITABLE; a stream whose reader was too slow ends with it.
     PRESENCE_FULL = -5,

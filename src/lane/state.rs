@@ -890,3 +890,6 @@ impl<S: Clone> State<S> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

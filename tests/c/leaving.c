@@ -119,7 +119,9 @@ static void serve_who_comes_and_goes(peer self) {
         if (kept[i].sender != event.sender) continue;
         CHECK_EQ(++kept[i].stops, 1);
         CHECK(!kept[i].has_ended);
-        CHECK(event.status == PRESENCE_OFFLINE || (kept[i].moment == AFTER_A_CANCEL && event.status == PRESENCE_CANCELLED));
+        /* An ACCEPT that crosses the mark is only told that nobody wants it. */
+        bool may_be_cancelled = kept[i].moment == AFTER_A_CANCEL || kept[i].moment == DURING_ACCEPT;
+        CHECK(event.status == PRESENCE_OFFLINE || (may_be_cancelled && event.status == PRESENCE_CANCELLED));
         CHECK_STATUS(send_text(event.sender, "late"), event.status);
       }
       continue;

@@ -34,7 +34,7 @@ class Closed(PresenceError):
 
 
 class Cancelled(PresenceError):
-    """The stream was cancelled on this side."""
+    """The stream was cancelled by its reader; at a worker also: the client left before the stream had begun."""
 
     status = _ffi.CANCELLED
 

@@ -1,0 +1,95 @@
+//! Limits of an end that the simulation does not come near, or varies.
+
+use super::*;
+
+const PATIENCE: Patience =
+    Patience { heartbeat: Duration::from_secs(5), grace: Duration::from_secs(1), reconnect: Duration::from_secs(10) };
+
+fn end(serves: bool, now: Instant) -> State<u64> {
+    let mut end = State::new(serves, 4 << 20, PATIENCE, now);
+    end.begin();
+    end
+}
+
+fn message(sequence: u64, frames: &[(u8, u32, &[u8])]) -> Bytes {
+    let mut message = BytesMut::from(&Header { flags: 0, sequence, ack: 0 }.bytes()[..]);
+    frames.iter().for_each(|(kind, stream, body)| frame::write(&mut message, *kind, *stream, body));
+    message.freeze()
+}
+
+#[test]
+fn a_message_is_as_large_as_nats_server_takes_it() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    assert!(worker.serves() && !end(false, now).serves());
+    let credit = worker.open(1, 8 << 20, 0, now).unwrap();
+    // A mebibyte, until nats-server says otherwise.
+    let most = (1 << 20) - frame::HEADER - frame::MAX_FRAME_HEADER;
+    assert_eq!(worker.send(&credit, &vec![0; most + 1]), Err(Refusal::TooLarge));
+    assert_eq!(worker.send(&credit, &vec![0; most]), Ok(()));
+    worker.set_max_payload(1000);
+    assert_eq!(worker.send(&credit, &[0; 1000]), Err(Refusal::TooLarge));
+    assert_eq!(worker.send(&credit, &[0; 900]), Ok(()));
+    assert_eq!(credit.sent(), 2);
+}
+
+#[test]
+fn small_messages_gather_up_to_a_chunk() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 8 << 20, 0, now).unwrap();
+    for _ in 0..200 {
+        worker.send(&credit, &[0; 1000]).unwrap();
+    }
+    let sent: Vec<usize> = std::iter::from_fn(|| worker.poll(now, &mut vec![])).map(|message| message.len()).collect();
+    assert_eq!(sent.len(), 4);
+    assert!(sent[..3].iter().all(|length| (CHUNK - 1100..=CHUNK).contains(length)), "{sent:?}");
+}
+
+#[test]
+fn two_chunks_are_acknowledged_at_once() {
+    let now = Instant::now();
+    let mut gateway = end(false, now);
+    assert!(!gateway.was_heard());
+    let key = 1_u64.to_le_bytes();
+    let body = [0; 60_000];
+    for sequence in 1..=3 {
+        let accept = (frame::ACCEPT, 1, &key[..]);
+        let frames = [accept, (frame::DATA, 1, &body)];
+        let frames = if sequence == 1 { &frames[..] } else { &frames[1..] };
+        gateway.receive(&message(sequence, frames), now, &mut vec![], |_, _| Some((0, 1 << 20))).unwrap();
+        let answer = gateway.poll(now, &mut vec![]).map(|answer| Header::read(&answer).unwrap().ack);
+        assert_eq!(answer, (sequence == 3).then_some(3));
+    }
+    assert!(gateway.was_heard());
+}
+
+/// Each ACCEPT that nobody wants is answered, and a peer that acknowledges no answer has us keep so much, and no more.
+#[test]
+fn a_peer_that_acknowledges_nothing_is_given_up_in_the_end() {
+    let now = Instant::now();
+    let mut gateway = end(false, now);
+    let most = 2 * (4 << 20) + (4 << 20);
+    let (mut stream, mut sequence) = (0, 0);
+    while !gateway.is_over() {
+        assert!(gateway.backlog() <= most);
+        let mut accepts = BytesMut::from(&message(sequence + 1, &[])[..]);
+        for _ in 0..5000 {
+            stream += 1;
+            frame::write(&mut accepts, frame::ACCEPT, stream, &[0; 8]);
+        }
+        sequence += 1;
+        gateway.receive(&accepts.freeze(), now, &mut vec![], |_, _| None).unwrap();
+        let before = gateway.backlog();
+        while gateway.poll(now, &mut vec![]).is_some() {}
+        assert_eq!(gateway.is_over(), before > most, "{before}");
+    }
+}
+
+#[test]
+fn a_window_has_room_for_all_while_half_is_free() {
+    assert!(has_room(50, 100, 1000) && !has_room(51, 100, 1000));
+    assert!(has_room(60, 100, 40) && !has_room(60, 100, 41));
+    let grant = Grant::new(100);
+    assert_eq!([50, 1, 50, 50].map(|weight| grant.take(weight)), [None, Some(51), None, Some(100)]);
+}
