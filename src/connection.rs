@@ -431,11 +431,7 @@ impl Connection {
     }
 
     fn tell(&self, kind: Kind, status: Status, text: &str) {
-        for (queue, tag) in self.watchers.read().iter() {
-            if let Some(queue) = queue.upgrade() {
-                queue.push_news(kind, status, *tag, text.to_owned());
-            }
-        }
+        tell(&self.watchers.read(), kind, status, text);
     }
 
     /// Tells people something, but not more often than they can read.
@@ -454,11 +450,7 @@ impl Connection {
             }
             return;
         }
-        for (queue, tag) in watchers.iter() {
-            if let Some(queue) = queue.upgrade() {
-                queue.push_news(Kind::Log, status, *tag, text.clone());
-            }
-        }
+        tell(&watchers, Kind::Log, status, &text);
     }
 }
 
@@ -548,8 +540,10 @@ impl Connection {
         }
         count(&self.counters.connects);
         self.lanes.set_client(Some(client.clone()));
+        // Who begins to watch when it is connected is not told of that.
+        let watchers = self.watchers.read();
         self.connected.store(true, Ordering::SeqCst);
-        self.tell(Kind::Connected, Status::Ok, &format!("{}:{}", info.host, info.port));
+        tell(&watchers, Kind::Connected, Status::Ok, &format!("{}:{}", info.host, info.port));
     }
 
     /// Gives up the present client, and ends what ran on it. `notes`: what the server may not have.
@@ -559,6 +553,14 @@ impl Connection {
         self.inbound.reset();
         self.end_all(Status::Disconnected);
         self.outbox.lost(notes);
+    }
+}
+
+fn tell(watchers: &[(Weak<Queue>, u64)], kind: Kind, status: Status, text: &str) {
+    for (queue, tag) in watchers {
+        if let Some(queue) = queue.upgrade() {
+            queue.push_news(kind, status, *tag, text.to_owned());
+        }
     }
 }
 
