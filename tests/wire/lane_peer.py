@@ -69,6 +69,13 @@ class LaneEnd:
             assert message.reply.decode() == self.peer
         return decode(message.payload)
 
+    def hear(self) -> LaneMessage:
+        """The next message that says more than what came: acknowledgements are repeated while streams run."""
+        while True:
+            message = self.receive()
+            if message.flags or message.frames:
+                return message
+
     def apply(self, message: LaneMessage) -> None:
         self.acked = max(self.acked, message.ack)
         if message.flags & RESET:

@@ -175,7 +175,7 @@ ENDS = {
     "MSG shorter than it says": b"MSG a 1 20\r\nx\r\nPING\r\nPING\r\nPING\r\nPING\r\n",
     "MSG for no number": b"MSG a b 1\r\nx\r\n",
     "MSG that is not UTF-8": b"MSG \xff 1 1\r\nx\r\n",
-    "HMSG of 2^64 - 1 bytes": b"HMSG a 1 %d %d\r\n" % (MOST, MOST),
+    "HMSG of 2^64 - 1 bytes": b"HMSG a 1 %d %d\r\nPING\r\n" % (MOST, MOST),
     "HMSG whose headers are longer than all": b"HMSG a 1 20 10\r\nNATS/1.0\r\n\r\n\r\n",
     "HMSG whose lengths are both near 2^64": b"HMSG a 1 %d %d\r\nPING\r\n" % (MOST - 1, MOST),
     "HMSG without a version": b"HMSG a 1 6 6\r\nx: y\r\n\r\n",

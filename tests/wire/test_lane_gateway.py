@@ -380,12 +380,13 @@ def test_a_worker_that_sends_what_the_window_allows(gateway: Shell, worker: Work
 def test_what_is_missing_is_sent_again(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     go_on(gateway, worker, lane, 2, 2)
+    lane.ask()
     gateway.do("cancel 1")
-    assert lane.receive().frames == (cancel(1, CANCELLED),)
+    assert lane.hear().frames == (cancel(1, CANCELLED),)
     gateway.do("cancel 2")
-    assert lane.receive().frames == (cancel(2, CANCELLED),)
+    assert lane.hear().frames == (cancel(2, CANCELLED),)
     lane.say(GAP)
-    again = [lane.receive() for _ in range(2)]
+    again = [lane.hear() for _ in range(2)]
     assert [(message.sequence, message.frames) for message in again] == [
         (1, (cancel(1, CANCELLED),)), (2, (cancel(2, CANCELLED),))
     ]  # fmt: skip
@@ -396,10 +397,10 @@ def test_what_is_not_acknowledged_is_asked_for(gateway: Shell, worker: WorkerByH
     lane.ask()
     lane.acknowledges = lane.answers_pings = False
     gateway.do("cancel 1")
-    assert lane.receive().frames == (cancel(1, CANCELLED),)
-    assert lane.receive() == LaneMessage(PING, 1, 1)
+    assert lane.hear().frames == (cancel(1, CANCELLED),)
+    assert lane.hear() == LaneMessage(PING, 1, 1)
     lane.say(PONG)
-    assert lane.receive().frames == (cancel(1, CANCELLED),)
+    assert lane.hear().frames == (cancel(1, CANCELLED),)
 
 
 def test_duplicates_are_dropped(gateway: Shell, worker: WorkerByHand) -> None:
@@ -442,7 +443,7 @@ def test_a_gap_is_told_once(gateway: Shell, worker: WorkerByHand) -> None:
     lane.sent = 2  # Number 2 was lost.
     for i in range(3, 10):
         lane.send(data(1, b"%d" % i))
-    told = lane.receive()
+    told = lane.hear()
     assert (told.flags, told.ack) == (GAP, 1)
     assert lane.ask() == LaneMessage(PONG, 0, 1)
     lane.sent = 1
@@ -689,7 +690,7 @@ def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker:
     own = lane.inbox.next().reply.decode()
     for i in range(20):
         raw.send(no_responders(own))
-        assert lane.receive().flags & PING
+        assert lane.hear().flags & PING
         lane.say(PONG)
         lane.send(data(1, b"%d" % i))
         assert gateway.wait(event="DATA")["data"] == str(i)

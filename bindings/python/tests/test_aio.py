@@ -330,13 +330,19 @@ def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(run: Callable[[T
 
 def test_room_comes_back_as_messages_are_read(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
+        read = asyncio.Semaphore(5)
+
         @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             for _ in range(50):
+                await read.acquire()
                 await sender.send(b"x" * 1000)
-                await asyncio.sleep(0.001)
 
-        assert len(await received(conn.stream("answers", stream_buffer_bytes=5 * 1064))) == 50
+        count = 0
+        async for _ in conn.stream("answers", stream_buffer_bytes=5 * 1064):
+            count += 1
+            read.release()
+        assert count == 50
 
     run(test)
 
