@@ -213,7 +213,8 @@ static void start_cycle(const char *line, int64_t now) {
     clients = i ? clients : realloc(clients, sizeof *clients * (size_t)client_count);
     clients[i] = (client){.comes_at = now + (int64_t)random_below((uint64_t)ms * 4 / 10 + 1)};
     clients[i].leaves_at = now + ms / 2 + (int64_t)random_below((uint64_t)ms * 3 / 10 + 1);
-    snprintf(clients[i].id, sizeof clients[i].id, "%s-%ld", name, i);
+    /* Nobody else's ever: a worker marks clients of those who were killed, too. */
+    snprintf(clients[i].id, sizeof clients[i].id, "%s-%llx-%ld", name, seed, i);
   }
 }
 

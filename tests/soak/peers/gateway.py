@@ -128,7 +128,7 @@ class Cycle:
 
     async def client(self, number: int) -> None:
         rng = random.Random(f"{self.seed} {number}")
-        client, begin = f"{sys.argv[2]}-{number}", time.monotonic()
+        client, begin = f"{sys.argv[2]}-{self.seed:x}-{number}", time.monotonic()
         comes, leaves = rng.uniform(0, 0.4 * self.seconds), rng.uniform(0.5, 0.8) * self.seconds
         await asyncio.sleep(comes)
         (kind,) = rng.choices(list(KINDS), list(KINDS.values()))

@@ -68,14 +68,13 @@ func run(seed uint64, clients int, length time.Duration) {
 	c := &cycle{counts: map[string]int{}}
 	var gone sync.WaitGroup
 	for i := range clients {
-		soak.Go(&gone, func() { c.client(i, rand.New(rand.NewPCG(seed, uint64(i))), length) })
+		soak.Go(&gone, func() { c.client(fmt.Sprintf("%s-%x-%d", name, seed, i), rand.New(rand.NewPCG(seed, uint64(i))), length) })
 	}
 	gone.Wait()
 	soak.Tell(map[string]any{"event": "cycle", "clients": clients, "most": c.most.Load(), "counts": c.counts})
 }
 
-func (c *cycle) client(number int, random *rand.Rand, length time.Duration) {
-	id := fmt.Sprintf("%s-%d", name, number)
+func (c *cycle) client(id string, random *rand.Rand, length time.Duration) {
 	begin := time.Now()
 	comes, leaves := random.Int64N(int64(length)*4/10), int64(length)/2+random.Int64N(int64(length)*3/10)
 	time.Sleep(time.Duration(comes))
