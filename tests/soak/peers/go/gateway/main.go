@@ -68,7 +68,9 @@ func run(seed uint64, clients int, length time.Duration) {
 	c := &cycle{counts: map[string]int{}}
 	var gone sync.WaitGroup
 	for i := range clients {
-		soak.Go(&gone, func() { c.client(fmt.Sprintf("%s-%x-%d", name, seed, i), rand.New(rand.NewPCG(seed, uint64(i))), length) })
+		soak.Go(&gone, func() {
+			c.client(fmt.Sprintf("%s-%x-%d", name, seed, i), rand.New(rand.NewPCG(seed, uint64(i))), length)
+		})
 	}
 	gone.Wait()
 	soak.Tell(map[string]any{"event": "cycle", "clients": clients, "most": c.most.Load(), "counts": c.counts})
