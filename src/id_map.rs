@@ -234,6 +234,22 @@ mod tests {
     }
 
     #[test]
+    fn what_was_needed_once_is_given_back() {
+        let hash_of = |id: &str| id.parse().unwrap();
+        let mut shard = Shard { slots: Vec::new(), used: 0 };
+        (0..200_u64).for_each(|number| shard.insert((number.to_string().into(), ()), number, hash_of));
+        let slots: Vec<_> = (0..200_u64)
+            .map(|number| {
+                let at = shard.find(&number.to_string(), number).unwrap();
+                shard.remove(at, hash_of);
+                (shard.used, shard.slots.len())
+            })
+            .collect();
+        let shrunk = |used: usize| if used < 32 { 64 } else { 256 };
+        assert!(slots.iter().all(|(used, slots)| *slots == shrunk(*used)), "{slots:?}");
+    }
+
+    #[test]
     fn an_entry_is_half_a_cache_line() {
         assert_eq!(size_of::<Slot<Box<u64>>>(), 32);
     }

@@ -134,7 +134,7 @@ impl Grant {
         let weight = weight.min(1 << 40);
         let taken = self.taken.fetch_add(weight, Ordering::Relaxed) + weight;
         // Strictly more: what is not told is at most half, and then the sender has room.
-        (taken > self.window / 2).then(|| self.taken.swap(0, Ordering::Relaxed)).filter(|told| *told > 0)
+        (taken > self.window / 2).then(|| self.taken.swap(0, Ordering::Relaxed))
     }
 }
 

@@ -93,3 +93,69 @@ fn a_window_has_room_for_all_while_half_is_free() {
     let grant = Grant::new(100);
     assert_eq!([50, 1, 50, 50].map(|weight| grant.take(weight)), [None, Some(51), None, Some(100)]);
 }
+
+fn said(end: &mut State<u64>, now: Instant) -> Option<Header> {
+    end.poll(now, &mut vec![]).map(|message| Header::read(&message).unwrap())
+}
+
+fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> Vec<Tell<u64>> {
+    let mut tells = vec![];
+    let message = Bytes::copy_from_slice(&Header { flags, sequence: 0, ack }.bytes());
+    end.receive(&message, now, &mut tells, |_, _| None).unwrap();
+    tells
+}
+
+#[test]
+fn room_is_given_for_what_came_and_nothing_else() {
+    let now = Instant::now();
+    let mut gateway = end(false, now);
+    let accept = (frame::ACCEPT, 1, &[0; 8][..]);
+    let message = message(1, &[accept, (frame::DATA, 1, &[0; 10])]);
+    gateway.receive(&message, now, &mut vec![], |_, _| Some((0, 1 << 20))).unwrap();
+    gateway.grant(1, 0);
+    assert_eq!(gateway.backlog(), 0);
+    gateway.grant(1, 1 << 30);
+    let told = gateway.backlog();
+    assert!(told > 0);
+    gateway.grant(1, 1 << 30);
+    assert_eq!(gateway.backlog(), told);
+}
+
+#[test]
+fn a_question_is_asked_at_once() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    worker.ask(now);
+    assert!(said(&mut worker, now).unwrap().has(frame::PING));
+    assert!(said(&mut worker, now).is_none());
+}
+
+#[test]
+fn who_is_connected_again_asks_for_what_is_missing() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    worker.link_down();
+    worker.link_up(now);
+    let first = said(&mut worker, now).unwrap();
+    assert!(first.has(frame::PING) && first.has(frame::GAP));
+    // It was heard, but not answered: the next question has its time.
+    hear(&mut worker, now, 0, 0);
+    assert!(said(&mut worker, now).is_none());
+}
+
+#[test]
+fn an_answer_that_covers_the_question_has_nothing_sent_again() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1 << 20, 0, now).unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 1);
+    worker.ask(now);
+    assert!(said(&mut worker, now).unwrap().has(frame::PING));
+    worker.send(&credit, b"later").unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
+    hear(&mut worker, now, frame::PONG, 1);
+    assert!(said(&mut worker, now).is_none());
+    // A stream whose ACCEPT has arrived is not told that it had not.
+    worker.finish(&credit, None);
+    assert_eq!(worker.unheard(), 0);
+}
