@@ -250,6 +250,16 @@ mod tests {
     }
 
     #[test]
+    fn an_id_is_looked_for_where_its_hash_says() {
+        let mut shard = Shard { slots: Vec::new(), used: 0 };
+        for number in 0..13_u64 {
+            shard.insert((number.to_string().into(), ()), number, |id| id.parse().unwrap());
+        }
+        let homes = shard.slots.iter().map(|slot| slot.0.as_ref().map(|(id, ())| id.parse().unwrap()));
+        assert!(homes.eq((0..16).map(|number| (number < 13).then_some(number))));
+    }
+
+    #[test]
     fn an_entry_is_half_a_cache_line() {
         assert_eq!(size_of::<Slot<Box<u64>>>(), 32);
     }

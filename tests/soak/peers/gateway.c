@@ -114,6 +114,7 @@ static void come(client *c, int64_t now) {
   if (random_below(2)) presence_session_open(c->id, strlen(c->id), &c->session);
   else presence_mark_online(c->id, strlen(c->id));
   c->streams = c->kind == CANCELS || random_below(4) == 0 ? 2 : 1;
+  if (c->leaves_at < now) c->leaves_at = now; /* we stood still meanwhile */
   uint64_t stay = (uint64_t)(c->leaves_at - now) + 1;
   for (int i = 0; i < 2; i++) c->begins_at[i] = now + (int64_t)random_below(stay);
   if (c->kind != READS) c->begins_at[1] = c->begins_at[0]; /* both at once */
