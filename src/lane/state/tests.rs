@@ -67,22 +67,53 @@ fn two_chunks_are_acknowledged_at_once() {
 /// Each ACCEPT that nobody wants is answered, and a peer that acknowledges no answer has us keep so much, and no more.
 #[test]
 fn a_peer_that_acknowledges_nothing_is_given_up_in_the_end() {
-    let now = Instant::now();
-    let mut gateway = end(false, now);
-    let most = 2 * (4 << 20) + (4 << 20);
-    let (mut stream, mut sequence) = (0, 0);
-    while !gateway.is_over() {
-        assert!(gateway.backlog() <= most);
-        let mut accepts = BytesMut::from(&message(sequence + 1, &[])[..]);
-        for _ in 0..5000 {
-            stream += 1;
-            frame::write(&mut accepts, frame::ACCEPT, stream, &[0; 8]);
+    for wanted in [0, 2000] {
+        let now = Instant::now();
+        let mut gateway = end(false, now);
+        let most = 2 * (4 << 20) + (4 << 20) + 64 * wanted as usize;
+        let (mut stream, mut sequence) = (0, 0);
+        while !gateway.is_over() {
+            assert!(gateway.backlog() <= most);
+            let mut accepts = BytesMut::from(&message(sequence + 1, &[])[..]);
+            for _ in 0..5000 {
+                stream += 1;
+                frame::write(&mut accepts, frame::ACCEPT, stream, &[0; 8]);
+            }
+            sequence += 1;
+            let accept = |_, stream| (stream <= wanted).then_some((0, 1));
+            gateway.receive(&accepts.freeze(), now, &mut vec![], accept).unwrap();
+            let before = gateway.backlog();
+            while gateway.poll(now, &mut vec![]).is_some() {}
+            assert_eq!(gateway.is_over(), before > most, "{before}");
         }
-        sequence += 1;
-        gateway.receive(&accepts.freeze(), now, &mut vec![], |_, _| None).unwrap();
-        let before = gateway.backlog();
-        while gateway.poll(now, &mut vec![]).is_some() {}
-        assert_eq!(gateway.is_over(), before > most, "{before}");
+    }
+}
+
+#[test]
+fn a_driver_sleeps_while_there_is_nothing_to_do() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    assert!(said(&mut worker, now).is_none());
+    assert!(!worker.must_wake());
+    worker.ask(now);
+    assert!(worker.must_wake());
+    assert!(!worker.must_wake());
+}
+
+/// To be late by as much as everybody may be is not to have stood still.
+#[test]
+fn three_beats_are_three_beats() {
+    let mut now = Instant::now();
+    let mut worker = end(true, now);
+    let _credit = worker.open(1, 1000, 0, now).unwrap();
+    while said(&mut worker, now).is_some() {}
+    // The ACCEPT is acknowledged: nothing but beats is due.
+    hear(&mut worker, now, 0, 1);
+    for missed in 1..=MAX_MISSED {
+        assert!(said(&mut worker, now).is_none());
+        now = worker.deadline().unwrap() + LATE;
+        assert!(said(&mut worker, now).is_some());
+        assert_eq!(worker.is_over(), missed == MAX_MISSED);
     }
 }
 
