@@ -190,3 +190,59 @@ fn an_answer_that_covers_the_question_has_nothing_sent_again() {
     worker.finish(&credit, None);
     assert_eq!(worker.unheard(), 0);
 }
+
+#[test]
+fn an_acknowledgement_is_repeated_in_pauses_while_streams_run() {
+    let mut now = Instant::now();
+    let mut gateway = end(false, now);
+    let accept = (frame::ACCEPT, 1, &[0; 8][..]);
+    gateway.receive(&message(1, &[accept]), now, &mut vec![], |_, _| Some((0, 1 << 20))).unwrap();
+    for pause in [25, 25, 50, 100, 200] {
+        assert!(said(&mut gateway, now).is_none());
+        now += Duration::from_millis(pause);
+        assert_eq!(gateway.deadline(), Some(now));
+        assert_eq!(said(&mut gateway, now).map(|header| (header.flags, header.ack)), Some((0, 1)));
+    }
+    assert!(said(&mut gateway, now).is_none());
+    assert!(gateway.deadline().unwrap() > now + Duration::from_secs(1));
+}
+
+/// Where so little may wait that a peer would not acknowledge it by itself, it is asked to.
+#[test]
+fn a_small_limit_asks_for_acknowledgements() {
+    let now = Instant::now();
+    for (limit, bytes, asks) in [
+        (2 * ACK_AFTER, ACK_AFTER + 1, true),
+        (2 * ACK_AFTER, ACK_AFTER, false),
+        (2 * ACK_AFTER + 1, ACK_AFTER + 100, false),
+        (1000, 501, true),
+        (1000, 500, false),
+    ] {
+        let mut worker = State::new(true, limit, PATIENCE, now);
+        worker.begin();
+        let credit = worker.open(1, 8 << 20, 0, now).unwrap();
+        while said(&mut worker, now).is_some() {}
+        hear(&mut worker, now, 0, 1);
+        assert_eq!(worker.backlog(), 0);
+        // A frame's header has one byte for its kind, one for the stream, and up to three for the length.
+        let header = if bytes > 1 << 14 { 5 } else { 4 };
+        worker.send(&credit, &vec![0; bytes - header]).unwrap();
+        assert_eq!(worker.backlog(), bytes);
+        assert_eq!(said(&mut worker, now).unwrap().has(frame::PING), asks, "{limit} {bytes}");
+    }
+}
+
+#[test]
+fn an_answer_that_does_not_cover_the_question_has_the_rest_sent_again() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1 << 20, 0, now).unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 1);
+    worker.send(&credit, b"lost").unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
+    worker.ask(now);
+    assert!(said(&mut worker, now).unwrap().has(frame::PING));
+    hear(&mut worker, now, frame::PONG, 1);
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
+    assert!(said(&mut worker, now).is_none());
+}
