@@ -13,7 +13,7 @@ use crate::wire::{self, Headers};
 use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -23,6 +23,8 @@ pub struct Sender {
     word: AtomicU32,
     is_waiting_for_room: AtomicBool,
     is_freed: AtomicBool,
+    /// Of its events REQUEST and STOPPED, those that have come, or are due.
+    due: AtomicU8,
     sent: AtomicU64,
     number: u64,
     reply: Subject,
@@ -34,12 +36,16 @@ pub struct Sender {
     this: Weak<Sender>,
 }
 
+const REQUEST: u8 = 1;
+const STOPPED: u8 = 2;
+
 impl Sender {
     pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
             word: AtomicU32::new(0),
             is_waiting_for_room: AtomicBool::new(false),
             is_freed: AtomicBool::new(false),
+            due: AtomicU8::new(0),
             sent: AtomicU64::new(0),
             number: fork::number(),
             reply,
@@ -56,10 +62,15 @@ impl Sender {
         let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
         // Whoever stops it sets the word, and then looks for the lane.
         fence(Ordering::SeqCst);
-        if self.is_closed() {
+        if let Err(why) = stopped(&self.word) {
             // Stopped before it had a lane: its end is still to be told there.
-            lane.stop(credit, b"the stream was stopped as it began");
+            lane.stop(credit, reason(why).as_bytes());
         }
+    }
+
+    /// The REQUEST is in the queue: now STOPPED may come, and does, if it was due before.
+    pub(crate) fn is_known(&self) {
+        self.make_due(REQUEST);
     }
 
     pub(crate) fn is_on_lane(&self) -> bool {
@@ -243,11 +254,30 @@ impl Sender {
         self.this.upgrade().map(|this| this as Arc<dyn Writer>)
     }
 
+    /// Whichever of both comes second tells of the stop: no STOPPED comes before its REQUEST.
+    fn make_due(&self, event: u8) {
+        if (self.due.fetch_or(event, Ordering::AcqRel) | event) == (REQUEST | STOPPED)
+            && let Err(why) = stopped(&self.word)
+        {
+            self.event(Kind::Stopped, why);
+        }
+    }
+
     fn event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, Bytes::new());
             self.service.queue().push(Single { client: Some(Arc::clone(&self.client)), ..event });
         }
+    }
+}
+
+/// What its reader is told of why a sender was stopped.
+fn reason(why: Status) -> &'static str {
+    match why {
+        Status::Offline => "the client is offline",
+        Status::Disconnected => LOST,
+        Status::Internal => "the worker's end of the lane has failed",
+        _ => "the worker closed its connection",
     }
 }
 
@@ -257,12 +287,7 @@ impl Running for Sender {
     }
 
     fn stopped(&self, why: Status) {
-        let text: &str = match why {
-            Status::Offline => "the client is offline",
-            Status::Disconnected => LOST,
-            Status::Internal => "the worker's end of the lane has failed",
-            _ => "the worker closed its connection",
-        };
+        let text = reason(why);
         // After the word was set: see `use_lane`.
         fence(Ordering::SeqCst);
         // Either wakes a thread that waits for room, too.
@@ -271,7 +296,7 @@ impl Running for Sender {
             None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
         }
         self.service.forget(self.number);
-        self.event(Kind::Stopped, why);
+        self.make_due(STOPPED);
     }
 
     fn requested_on(&self) -> Option<u64> {

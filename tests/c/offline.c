@@ -328,12 +328,59 @@ static void a_mark_while_a_thread_sends(void) {
   }
 }
 
+enum { MARKED = 1000 };
+
+static void ask_many(void) {
+  peer self = open_peer();
+  for (int i = 0; i < MARKED; i++) {
+    presence_stream *stream = request(self, "marked", "c", 1);
+    presence_event event = expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+    CHECK(is_text(event.data, event.data_len, "the client is offline"));
+    presence_stream_free(stream);
+  }
+  expect_nothing(self.queue);
+  close_peer(self);
+}
+
+static void *mark_until_told(void *is_over) {
+  while (!__atomic_load_n((bool *)is_over, __ATOMIC_ACQUIRE)) OK(mark_client_offline("c"));
+  return NULL;
+}
+
+/* A request is there for a moment before its stream has begun. A mark that finds it says the same as any other, and no
+ * STOPPED comes before its REQUEST. */
+static void marks_while_requests_come(void) {
+  bool is_over = false;
+  peer worker = open_peer_with("announce", "never");
+  presence_service *service = serve(worker, "marked");
+  pid_t other = start("ask_many");
+  pthread_t thread = start_thread(mark_until_told, &is_over);
+  presence_sender *running[2] = {NULL, NULL}; /* the gateway may hear of the stop, and ask again, before the event comes */
+  for (int i = 0; i < 2 * MARKED; i++) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    bool is_request = event.kind == PRESENCE_EVENT_REQUEST;
+    if (!is_request) CHECK_STATUS(event.status, PRESENCE_OFFLINE);
+    int at = running[0] == (is_request ? NULL : event.sender) ? 0 : 1;
+    CHECK(running[at] == (is_request ? NULL : event.sender));
+    running[at] = is_request ? event.sender : NULL;
+    if (!is_request) presence_sender_free(event.sender);
+  }
+  expect_nothing(worker.queue);
+  expect_exit(other, 0);
+  __atomic_store_n(&is_over, true, __ATOMIC_RELEASE);
+  join_thread(thread);
+  presence_service_free(service);
+  close_peer(worker);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(announce_far);
   ROLE(announce_to_some);
   ROLE(announce_own_streams);
   ROLE(cancel_one_of_two);
+  ROLE(ask_many);
   RUN_ON_BOTH(a_mark_stops_senders_and_streams);
   RUN_ON_BOTH(a_request_of_a_client_who_is_offline);
   RUN_ON_BOTH(the_last_session_stops_senders);
@@ -347,5 +394,6 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(announcing_only_streams);
   RUN_ON_BOTH(cancelled_one_by_one);
   RUN_ON_BOTH(a_mark_while_a_thread_sends);
+  RUN_ON_BOTH(marks_while_requests_come);
   return 0;
 }

@@ -246,3 +246,18 @@ fn an_answer_that_does_not_cover_the_question_has_the_rest_sent_again() {
     assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
     assert!(said(&mut worker, now).is_none());
 }
+
+#[test]
+fn as_much_gathers_as_nats_server_takes() {
+    let now = Instant::now();
+    for (more, messages) in [(0, 1), (1, 2)] {
+        let mut worker = end(true, now);
+        worker.set_max_payload(1000);
+        let credit = worker.open(1, 1 << 20, 0, now).unwrap();
+        assert!(said(&mut worker, now).is_some());
+        worker.send(&credit, &[0; 100]).unwrap();
+        let used = frame::HEADER + 3 + 100;
+        worker.send(&credit, &vec![0; 1000 - used - frame::MAX_FRAME_HEADER + more]).unwrap();
+        assert_eq!(std::iter::from_fn(|| said(&mut worker, now)).count(), messages);
+    }
+}
