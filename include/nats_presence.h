@@ -145,7 +145,8 @@ enum presence_event_kind
    */
   PRESENCE_EVENT_ERROR = 4,
   /**
-   * A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed.
+   * A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed. Comes once, behind its
+   * REQUEST; not where the sender was ended here.
    */
   PRESENCE_EVENT_STOPPED = 5,
   /**

@@ -55,7 +55,8 @@ pub enum presence_event_kind {
     PRESENCE_EVENT_END = 3,
     /// The stream ended otherwise: `status` is why, `data` a text for people. Nothing follows for it.
     PRESENCE_EVENT_ERROR = 4,
-    /// A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed.
+    /// A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed. Comes once, behind its
+    /// REQUEST; not where the sender was ended here.
     PRESENCE_EVENT_STOPPED = 5,
     /// A sender that was refused with PRESENCE_FULL may try again: `sender`.
     PRESENCE_EVENT_WRITABLE = 6,
