@@ -261,3 +261,22 @@ fn as_much_gathers_as_nats_server_takes() {
         assert_eq!(std::iter::from_fn(|| said(&mut worker, now)).count(), messages);
     }
 }
+
+/// Who stood still himself while a suspect's grace ran out, reads for a while what came meanwhile.
+#[test]
+fn who_stood_still_judges_later() {
+    let mut now = Instant::now();
+    let mut worker = end(true, now);
+    while said(&mut worker, now).is_some() {}
+    worker.nobody_there(now, &mut vec![]);
+    while said(&mut worker, now).is_some() {}
+    now += PATIENCE.grace + Duration::from_secs(1);
+    while said(&mut worker, now).is_some() {}
+    assert!(!worker.is_over());
+    let until = now + LATE;
+    now = until - Duration::from_millis(1);
+    while said(&mut worker, now).is_some() {}
+    assert!(!worker.is_over());
+    assert!(said(&mut worker, until).is_some());
+    assert!(worker.is_over());
+}
