@@ -280,3 +280,108 @@ fn who_stood_still_judges_later() {
     assert!(said(&mut worker, until).is_some());
     assert!(worker.is_over());
 }
+
+/// Each message goes alone; all is sent up to the first that is refused.
+fn fill(worker: &mut State<u64>, credit: &Credit, now: Instant) {
+    while worker.send(credit, &[0; 100]).is_ok() {
+        assert!(said(worker, now).is_some());
+    }
+    worker.want_room(credit);
+}
+
+fn is_room_for(tells: &[Tell<u64>], who: u64) -> bool {
+    match tells {
+        [] => false,
+        [Tell::Room(to)] => *to == who,
+        _ => panic!("{tells:?}"),
+    }
+}
+
+fn give_credit(worker: &mut State<u64>, now: Instant, sequence: u64, ack: u64, stream: u32, weight: u64) -> bool {
+    let mut bytes = BytesMut::from(&Header { flags: 0, sequence, ack }.bytes()[..]);
+    frame::write(&mut bytes, frame::CREDIT, stream, &weight.to_le_bytes());
+    let mut tells = vec![];
+    worker.receive(&bytes.freeze(), now, &mut tells, |_, _| None).unwrap();
+    is_room_for(&tells, u64::from(stream))
+}
+
+/// A lane with little room, a stream with a small window (1), and one with a large one (2).
+fn crowded(now: Instant) -> (State<u64>, Arc<Credit>, Arc<Credit>) {
+    let mut worker = State::new(true, 1000, PATIENCE, now);
+    worker.begin();
+    let small = worker.open(1, 200, 1, now).unwrap();
+    let large = worker.open(2, 8 << 20, 2, now).unwrap();
+    assert!(said(&mut worker, now).is_some());
+    hear(&mut worker, now, 0, 1);
+    (worker, small, large)
+}
+
+#[test]
+fn room_is_told_when_half_of_the_lane_is_free() {
+    let now = Instant::now();
+    let (mut worker, _, large) = crowded(now);
+    fill(&mut worker, &large, now);
+    let mut ack = 1;
+    loop {
+        ack += 1;
+        let told = is_room_for(&hear(&mut worker, now, 0, ack), 2);
+        assert_eq!(told, worker.backlog() <= 500);
+        if told {
+            return assert!(worker.backlog() > 300);
+        }
+    }
+}
+
+#[test]
+fn room_is_told_when_the_window_has_some_and_the_lane() {
+    let now = Instant::now();
+    let (mut worker, small, large) = crowded(now);
+    fill(&mut worker, &small, now);
+    // All is acknowledged, and nothing was taken.
+    let ack = worker.last_sent();
+    assert!(!is_room_for(&hear(&mut worker, now, 0, ack), 1));
+    fill(&mut worker, &large, now);
+    assert!(!give_credit(&mut worker, now, 1, ack, 1, 1000));
+    let mut ack = ack;
+    while worker.backlog() > 500 {
+        ack += 1;
+        hear(&mut worker, now, 0, ack);
+    }
+    // Both have heard of it. The small one's window is full again.
+    fill(&mut worker, &small, now);
+    let ack = worker.last_sent();
+    hear(&mut worker, now, 0, ack);
+    worker.send(&large, &[0; 300]).unwrap();
+    assert!((1..=500).contains(&worker.backlog()));
+    let ack = worker.last_sent();
+    assert!(give_credit(&mut worker, now, 2, ack, 1, 1000));
+}
+
+#[test]
+fn who_sends_more_than_its_window_is_told_of() {
+    let now = Instant::now();
+    for (bodies, is_overrun) in [(&[40, 40][..], false), (&[40, 200], true), (&[200, 40], true), (&[200], false)] {
+        let mut gateway = end(false, now);
+        let contents: Vec<_> = bodies.iter().map(|length| vec![0; *length]).collect();
+        let mut frames = vec![(frame::ACCEPT, 1, &[0; 8][..])];
+        // Less than half of the window: one more may pass its end.
+        frames.push((frame::DATA, 1, &[0; 100]));
+        frames.extend(contents.iter().map(|body| (frame::DATA, 1, &body[..])));
+        let mut tells = vec![];
+        gateway.receive(&message(1, &frames), now, &mut tells, |_, _| Some((7, 400))).unwrap();
+        assert_eq!(matches!(&tells[..], [Tell::Overrun(7)]), is_overrun, "{tells:?}");
+    }
+}
+
+#[test]
+fn a_stream_that_ended_early_is_known_once_its_accept_was_acknowledged() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1000, 0, now).unwrap();
+    assert!(said(&mut worker, now).is_some());
+    worker.finish(&credit, None);
+    assert!(said(&mut worker, now).is_some());
+    assert_eq!(worker.unheard(), 1);
+    hear(&mut worker, now, 0, 1);
+    assert_eq!(worker.unheard(), 0);
+}
