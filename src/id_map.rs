@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn an_id_is_looked_for_where_its_hash_says() {
         let mut shard = Shard { slots: Vec::new(), used: 0 };
-        for number in 0..13_u64 {
+        for number in (0..13_u64).rev() {
             shard.insert((number.to_string().into(), ()), number, |id| id.parse().unwrap());
         }
         let homes = shard.slots.iter().map(|slot| slot.0.as_ref().map(|(id, ())| id.parse().unwrap()));
