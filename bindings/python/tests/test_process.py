@@ -12,10 +12,12 @@ from conftest import LIMIT, run_python
 import nats_presence
 from nats_presence import Cancelled, Connection, Disconnected, Offline, PresenceError, Remote
 
+# Who runs the tests in the background may have SIGINT ignored, and children inherit that.
 SETUP = """
-import asyncio, multiprocessing, os, sys, threading, time
+import asyncio, multiprocessing, os, signal, sys, threading, time
 import nats_presence
 from nats_presence import aio
+signal.signal(signal.SIGINT, signal.default_int_handler)
 url = sys.argv[1]
 """
 
