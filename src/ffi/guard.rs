@@ -441,6 +441,9 @@ mod tests {
             }
         });
         assert_eq!(freed.into_inner(), 1);
+        #[allow(clippy::disallowed_methods)]
+        // SAFETY: from `give_config`, and only noted as freed so far.
+        drop(unsafe { Box::from_raw(ptr::with_exposed_provenance_mut::<Config>(pointer)) });
         let never: *const presence_sender = ptr::without_provenance(BASE);
         // SAFETY: as above.
         assert_eq!(unsafe { sender_ref(never) }.err(), Some(Status::Closed));
