@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import signal
 import threading
@@ -349,8 +350,9 @@ def test_room_comes_back_as_messages_are_read(run: Callable[[Test], None]) -> No
 
 def test_sending_waits_for_room_without_blocking_the_loop(server: Server, lanes: bool) -> None:
     async def main() -> None:
-        outcome: asyncio.Queue[object] = asyncio.Queue()
-        go = asyncio.Event()
+        outcomes: dict[str, asyncio.Queue[str]] = {"stays": asyncio.Queue(), "leaves": asyncio.Queue()}
+        # Who leaves sends for ever: nobody knows how much the system takes for a server that stands still.
+        begins = {"stays": (asyncio.Event(), range(100)), "leaves": (asyncio.Event(), itertools.count())}
 
         connecting = aio.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes)
         async with connecting as conn, aio.connect(server.url) as gateway:
@@ -358,27 +360,29 @@ def test_sending_waits_for_room_without_blocking_the_loop(server: Server, lanes:
             @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 await sender.send("begun")
-                await go.wait()
+                begin, numbers = begins[request.client_id]
+                await begin.wait()
                 try:
-                    for _ in range(100):
+                    for _ in numbers:
                         await sender.send(b"x" * 50_000)
                 except asyncio.CancelledError as cancelled:
-                    outcome.put_nowait(str(cancelled))
+                    outcomes[request.client_id].put_nowait(str(cancelled))
                     raise
-                outcome.put_nowait("done")
+                outcomes[request.client_id].put_nowait("done")
 
-            stream = gateway.stream("answers", client_id="stays")
-            leaver = gateway.stream("answers", client_id="leaves")
+            stream, leaver = (gateway.stream("answers", client_id=client) for client in begins)
             await stream.__anext__(), await leaver.__anext__()
             server.process.send_signal(signal.SIGSTOP)
-            go.set()
+            begins["leaves"][0].set()
             await until(Standstill(conn))
+            assert outcomes["leaves"].empty()
+            begins["stays"][0].set()
             mark_client_offline("leaves")
-            assert await asyncio.wait_for(outcome.get(), LIMIT) == "client is offline"
-            assert outcome.empty()
+            assert await asyncio.wait_for(outcomes["leaves"].get(), LIMIT) == "client is offline"
+            assert outcomes["stays"].empty()
             server.process.send_signal(signal.SIGCONT)
             assert sum(map(len, await received(stream))) == 100 * 50_000
-            assert await outcome.get() == "done"
+            assert await outcomes["stays"].get() == "done"
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import signal
 import socket
@@ -417,33 +418,37 @@ def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(conn: Connection
 
 
 def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server, lanes: bool) -> None:
-    outcome: Queue[Any] = Queue()
-    go = threading.Event()
+    outcomes: dict[str, Queue[Any]] = {"stays": Queue(), "leaves": Queue()}
+    # Who leaves sends for ever: nobody knows how much the system takes for a server that stands still.
+    begins = {"stays": (threading.Event(), range(100)), "leaves": (threading.Event(), itertools.count())}
     with nats_presence.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes) as conn:
 
         @conn.service("answers")
         def handler(request: Request, sender: Sender) -> None:
             sender.send("begun")
-            go.wait(LIMIT)
+            begin, numbers = begins[request.client_id]
+            begin.wait(LIMIT)
             try:
-                for _ in range(100):
+                for _ in numbers:
                     sender.send(b"x" * 50_000)
-                outcome.put(None)
+                outcomes[request.client_id].put(None)
             except PresenceError as refused:
-                outcome.put(refused)
+                outcomes[request.client_id].put(refused)
 
         with nats_presence.connect(server.url) as gateway:
-            stream, leaver = (gateway.stream("answers", client_id=client) for client in ("stays", "leaves"))
+            stream, leaver = (gateway.stream("answers", client_id=client) for client in begins)
             next(stream), next(leaver)
             server.process.send_signal(signal.SIGSTOP)
-            go.set()
+            begins["leaves"][0].set()
             until(Standstill(conn))
+            assert outcomes["leaves"].empty()
+            begins["stays"][0].set()
             mark_client_offline("leaves")
-            assert isinstance(outcome.get(timeout=LIMIT), Offline)
-            assert outcome.empty()
+            assert isinstance(outcomes["leaves"].get(timeout=LIMIT), Offline)
+            assert outcomes["stays"].empty()
             server.process.send_signal(signal.SIGCONT)
             assert sum(map(len, stream)) == 100 * 50_000
-            assert outcome.get(timeout=LIMIT) is None
+            assert outcomes["stays"].get(timeout=LIMIT) is None
 
 
 @pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
@@ -461,6 +466,7 @@ def test_closing_ends_every_stream_and_handler_once(
         streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(4)]
         assert [next(stream) for stream in streams] == [b"more"] * 4
         waiting = gateway.stream("answers", client_id="waits for a thread", timeout=LIMIT)
+        until(lambda: worker.stats()["requests"] == 5)
         closing = gateway if closes == "gateway" else worker
         running = threading.Thread(target=closing.run)
         running.start()
