@@ -195,6 +195,7 @@ func TestThreadsEndBetweenCalls(t *testing.T) {
 		}
 		id := fmt.Sprint("thread ", i)
 		var stream *Stream
+		onThread(func() { must(t, MarkClientOnline(id)) })
 		onThread(func() { stream = ask(t, gateway, "echo", id) })
 		onThread(func() { online(t, id, true) })
 		onThread(func() {
@@ -202,5 +203,6 @@ func TestThreadsEndBetweenCalls(t *testing.T) {
 				t.Error(messages, err)
 			}
 		})
+		onThread(func() { must(t, MarkClientOffline(id)) })
 	}
 }

@@ -109,9 +109,10 @@ impl Lanes {
             return true;
         }
         let Some(lane) = find(&self.by_peer, subject) else { return false };
+        let is_other = |other: &Arc<Lane>| !other.serves() && !other.is_over() && !Arc::ptr_eq(other, &lane);
+        // Before its streams hear of their end: who asks again at once must not be offered what was refused.
+        self.forbidden.fetch_or(!lane.serves() && !self.all().iter().any(is_other), Ordering::Relaxed);
         lane.end(&self.inbound);
-        let has_others = self.all().iter().any(|other| !other.serves() && !other.is_over());
-        self.forbidden.fetch_or(!lane.serves() && !has_others, Ordering::Relaxed);
         true
     }
 
