@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -128,6 +129,7 @@ def stopped(*programs: Program | Server) -> Iterator[None]:
     """They stand still, as in a suspended machine, and go on, in this order."""
     for program in programs:
         program.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, program.process.pid, os.WSTOPPED)  # Until then its threads go on.
     try:
         yield
     finally:

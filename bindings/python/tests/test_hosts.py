@@ -156,7 +156,7 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
 conn = nats_presence.connect(url, ping_interval_ms=60000)
 os.kill({server.process.pid}, signal.SIGSTOP)
 print("ready", flush=True)
-conn.close(drain=2)
+conn.close(drain=5)
 """,
             url,
         )
