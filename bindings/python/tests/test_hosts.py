@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import signal
 import socket
 import subprocess
@@ -150,18 +151,25 @@ def test_sigterm_during_a_drain(server: Server, url: str) -> None:
     process = ready(
         run_python(
             SETUP
-            + f"""
+            + """
 import signal
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
 conn = nats_presence.connect(url, ping_interval_ms=60000)
-os.kill({server.process.pid}, signal.SIGSTOP)
 print("ready", flush=True)
-conn.close(drain=5)
+input()
+print("ready", flush=True)
+conn.close(drain=2)
 """,
             url,
+            stdin=subprocess.PIPE,
         )
     )
-    process.send_signal(signal.SIGTERM)
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)  # Until then its threads go on.
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    ready(process).send_signal(signal.SIGTERM)
     status, _, err = finish(process)
     server.process.send_signal(signal.SIGCONT)
     assert status == 9, err
