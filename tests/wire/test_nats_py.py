@@ -47,12 +47,12 @@ async def test_our_worker(connect: Connect, server: Server) -> None:
         request = worker.wait(event="REQUEST")
         assert (request["client"], request["data"]) == ("alice", "hello")
         worker.do("flood 1 1000")
-        assert [(await answers.next_msg()).data for _ in range(1000)] == [b"%d" % i for i in range(1000)]
+        assert [(await answers.next_msg(PATIENCE)).data for _ in range(1000)] == [b"%d" % i for i in range(1000)]
         await client.publish("client.offline", b"alice")
         await client.flush()
         assert worker.wait(event="STOPPED")["status"] == "OFFLINE"
         assert worker.ask("send 1 more")["status"] == "OFFLINE"
-        assert (await answers.next_msg()).data == b"__STREAM_ERROR__:the client is offline"
+        assert (await answers.next_msg(PATIENCE)).data == b"__STREAM_ERROR__:the client is offline"
 
 
 @asynchronous
@@ -106,7 +106,7 @@ async def test_our_worker_on_a_lane(connect: Connect, server: Server) -> None:
         worker.do("end 1")
         frames: list[Frame] = []
         while len(frames) < 1002:
-            message = await messages.next_msg()
+            message = await messages.next_msg(PATIENCE)
             assert not message.headers
             content = decode(message.data)
             frames += content.frames
@@ -115,9 +115,9 @@ async def test_our_worker_on_a_lane(connect: Connect, server: Server) -> None:
         assert level_0.pending_msgs == 0
         # Another stream is cancelled.
         await client.publish("llm.generate", b"hello", reply=f"{offer}.reply", headers=headers)
-        message = await messages.next_msg()
+        message = await messages.next_msg(PATIENCE)
         while not decode(message.data).frames:
-            message = await messages.next_msg()
+            message = await messages.next_msg(PATIENCE)
         assert decode(message.data).frames == (accept(2, 7),)
         content = decode(message.data)
         left = encode(LaneMessage(0, 1, content.sequence, (cancel(2, 2),)))
@@ -134,7 +134,7 @@ async def test_our_gateway_on_a_lane(connect: Connect, server: Server) -> None:
         requests = await client.subscribe("llm.generate", queue="workers")
         await client.flush()
         gateway.do("request 1 llm.generate alice hello")
-        request = await requests.next_msg()
+        request = await requests.next_msg(PATIENCE)
         assert request.headers
         version, offer, key, window = request.headers["Presence-Lane"].split(" ")
         assert (version, window) == ("1", "10000")
@@ -147,7 +147,7 @@ async def test_our_gateway_on_a_lane(connect: Connect, server: Server) -> None:
         for i in range(1, 1001):
             frame = data(1, b"%d" % i) if i < 1000 else end(1)
             while room < 100:
-                content = decode((await messages.next_msg()).data)
+                content = decode((await messages.next_msg(PATIENCE)).data)
                 received += len(content.frames)
                 room += sum(from_u64(frame.body) for frame in content.frames)
             room -= len(frame.body) + 64
