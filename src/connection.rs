@@ -17,6 +17,7 @@ use crate::lane::state::Patience;
 use crate::outbox::{Item, Note, Outbox};
 use crate::queue::{Kind, Queue};
 use crate::random::{self, jitter};
+use crate::readers::Readers;
 use crate::registry::{self, Announcer};
 use crate::{client, fork, runtime, wire};
 use async_nats::{Client, HeaderMap, Message, Subject};
@@ -100,6 +101,7 @@ pub struct Connection {
     runtime: &'static Handle,
     dialer: Dialer,
     inbound: Arc<Inbound>,
+    readers: Arc<Readers>,
     inbox: Arc<Inbox>,
     lanes: Arc<Lanes>,
     outbox: Outbox,
@@ -129,7 +131,7 @@ impl Connection {
         let options = config.for_connect()?.clone();
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
-        let inbound: Arc<Inbound> = Arc::default();
+        let readers: Arc<Readers> = Arc::default();
         let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
         let patience = Patience {
             heartbeat: options.heartbeat,
@@ -144,14 +146,15 @@ impl Connection {
             dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
             lanes: Lanes::new(
                 runtime,
-                Arc::clone(&inbound),
+                Arc::clone(&readers),
                 Arc::clone(&inbox),
                 &options.offline_subject,
                 options.send_buffer,
                 patience,
                 log_to(this.clone()),
             ),
-            inbound,
+            inbound: Arc::default(),
+            readers,
             inbox,
             outbox: Outbox::new(options.send_buffer),
             offline_subject: options.offline_subject.as_str().into(),
@@ -191,12 +194,12 @@ impl Connection {
                 }
             }
             let _ = ready.send(Ok(()));
-            let inbound = Arc::clone(&task.inbound);
-            let flusher = runtime
-                .spawn(async move { while runtime::contain("calling readers", inbound.flush()).await.is_err() {} });
+            let readers = Arc::clone(&task.readers);
+            let caller = runtime
+                .spawn(async move { while runtime::contain("calling readers", readers.run()).await.is_err() {} });
             Arc::clone(&task).supervise(first).await;
-            flusher.abort();
-            task.inbound.flush_all();
+            caller.abort();
+            task.readers.call_all();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, connection.inbox.prefix());
@@ -221,6 +224,10 @@ impl Connection {
 
     pub(crate) fn inbound(&self) -> &Arc<Inbound> {
         &self.inbound
+    }
+
+    pub(crate) fn readers(&self) -> &Readers {
+        &self.readers
     }
 
     /// The lanes, if this connection has any.

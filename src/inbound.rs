@@ -20,7 +20,6 @@ use tokio::task::coop::unconstrained;
 
 use crate::error::Status;
 use crate::lane::driver::{Accepted, Lane};
-use crate::queue::{Batch, Queue, Single};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
 pub(crate) trait Receiver: Send + Sync {
@@ -55,9 +54,6 @@ pub(crate) struct Inbound {
     /// The present client is dead: a subscription ended that we did not end.
     pub(crate) died: Notify,
     pub(crate) messages: AtomicU64,
-    /// Queues whose threads are to be called when the client has handed over what it has.
-    unflushed: Mutex<Vec<Arc<Queue>>>,
-    flush: Notify,
 }
 
 #[derive(Default)]
@@ -129,39 +125,6 @@ impl Inbound {
             }
         }
         true
-    }
-
-    /// Adds an event that came with a message, and has the queue's thread called once no more messages are at hand.
-    /// False when the queue is closed.
-    pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Single>) -> bool {
-        let pushed = queue.push_patiently(make);
-        self.flush_later(queue, pushed);
-        pushed.is_some()
-    }
-
-    /// As `push`, for what came in one lane message.
-    pub(crate) fn push_batch(&self, queue: &Arc<Queue>, batch: Batch) {
-        self.flush_later(queue, queue.push_batch(batch));
-    }
-
-    fn flush_later(&self, queue: &Arc<Queue>, pushed: Option<bool>) {
-        if pushed == Some(true) {
-            self.unflushed.lock().push(Arc::clone(queue));
-            self.flush.notify_one();
-        }
-    }
-
-    /// Calls the threads of queues. A task of its own: it gets its turn when the client's task has handed over all it has.
-    pub(crate) async fn flush(&self) {
-        loop {
-            self.flush.notified().await;
-            self.flush_all();
-        }
-    }
-
-    pub(crate) fn flush_all(&self) {
-        let queues = mem::take(&mut *self.unflushed.lock());
-        queues.iter().for_each(|queue| queue.flush());
     }
 
     /// Has the server end a subscription, while the client goes on to give us what is on its way.

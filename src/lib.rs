@@ -14,7 +14,7 @@
 //! | `dial`, `inbound`, `drive`, `outbox` | how a server is reached · messages in · messages out · what waits for it |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
 //! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
-//! | `queue` | events out of the library |
+//! | `queue`, `readers` | events out of the library · whom to call when they come |
 //! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
 //! | `runtime`, `fork`, `random` | the process: its tokio runtime, what a forked child may still use, randomness |
 //!
@@ -40,6 +40,7 @@ mod outbox;
 mod panics;
 mod queue;
 mod random;
+mod readers;
 mod registry;
 mod runtime;
 mod sender;

@@ -189,7 +189,7 @@ impl Service {
             subject: message.subject.into_string().into(),
             ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, message.payload)
         };
-        if connection.inbound().push(&self.queue, || Some(event)) {
+        if connection.readers().push(&self.queue, || Some(event)) {
             sender.is_known();
         } else {
             sender.abandon();

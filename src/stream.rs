@@ -313,7 +313,7 @@ impl Stream {
         *self.asking.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.inbound().push(&self.queue, || Some(event));
+            self.connection.readers().push(&self.queue, || Some(event));
         }
     }
 
@@ -332,7 +332,7 @@ impl Stream {
         }
         let payload = if payload.len() < COPY_BELOW { Bytes::copy_from_slice(&payload) } else { payload };
         let Some(this) = self.this.upgrade() else { return };
-        self.connection.inbound().push(&self.queue, || {
+        self.connection.readers().push(&self.queue, || {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);

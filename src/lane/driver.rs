@@ -3,11 +3,11 @@
 //! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
 
 use crate::error::Status;
-use crate::inbound::Inbound;
 use crate::lane::frame::Malformed;
 use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
 use crate::outbox::stopped;
 use crate::queue::{Batch, Origin, Queue};
+use crate::readers::Readers;
 use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -247,23 +247,23 @@ impl Lane {
     pub(crate) fn receive(
         &self,
         message: &Bytes,
-        inbound: &Inbound,
+        readers: &Readers,
         accept: impl FnMut(u64, u32) -> Accepted,
     ) -> Result<(), Malformed> {
         let mut tells = Vec::new();
         let received = self.change(|state| state.receive(message, Instant::now(), &mut tells, accept));
-        self.tell(tells, message, inbound);
+        self.tell(tells, message, readers);
         received
     }
 
     /// nats-server says that nobody is there.
-    pub(crate) fn nobody_there(&self, inbound: &Inbound) {
+    pub(crate) fn nobody_there(&self, readers: &Readers) {
         let mut tells = Vec::new();
         self.change(|state| state.nobody_there(Instant::now(), &mut tells));
-        self.tell(tells, &Bytes::new(), inbound);
+        self.tell(tells, &Bytes::new(), readers);
     }
 
-    fn tell(&self, tells: Vec<Tell<Arc<dyn Party>>>, message: &Bytes, inbound: &Inbound) {
+    fn tell(&self, tells: Vec<Tell<Arc<dyn Party>>>, message: &Bytes, readers: &Readers) {
         // It may be room, or an end.
         self.call_waiters();
         if self.state.lock().is_drained() {
@@ -275,7 +275,7 @@ impl Lane {
                 if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, to.queue()))
                     && let Some((queue, full)) = batch.replace((Arc::clone(to.queue()), Batch::new(message.clone())))
                 {
-                    inbound.push_batch(&queue, full);
+                    readers.push_batch(&queue, full);
                 }
                 if let Some((_, batch)) = &mut batch {
                     batch.add(to, run);
@@ -283,7 +283,7 @@ impl Lane {
                 continue;
             }
             if let Some((queue, full)) = batch.take() {
-                inbound.push_batch(&queue, full);
+                readers.push_batch(&queue, full);
             }
             match tell {
                 Tell::Data(..) => {}
@@ -303,7 +303,7 @@ impl Lane {
             }
         }
         if let Some((queue, rest)) = batch {
-            inbound.push_batch(&queue, rest);
+            readers.push_batch(&queue, rest);
         }
     }
 
@@ -335,17 +335,17 @@ impl Lane {
     }
 
     /// Ends it now.
-    pub(crate) fn end(&self, inbound: &Inbound) {
+    pub(crate) fn end(&self, readers: &Readers) {
         let mut tells = Vec::new();
         self.change(|state| state.end(&mut tells));
-        self.tell(tells, &Bytes::new(), inbound);
+        self.tell(tells, &Bytes::new(), readers);
     }
 
     /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
     pub(crate) async fn drive(
         &self,
         mut clients: watch::Receiver<Option<Client>>,
-        inbound: &Inbound,
+        readers: &Readers,
         sent: &AtomicU64,
     ) {
         let mut client = clients.borrow_and_update().clone();
@@ -366,7 +366,7 @@ impl Lane {
                 (message, state.deadline(), state.is_over())
             };
             if !tells.is_empty() || is_over {
-                self.tell(tells, &Bytes::new(), inbound);
+                self.tell(tells, &Bytes::new(), readers);
             }
             match (message, &client) {
                 (Some(message), Some(present)) => {
@@ -375,7 +375,7 @@ impl Lane {
                         biased;
                         sent = self.publish(present, message) => {
                             if sent.is_err() {
-                                self.end(inbound);
+                                self.end(readers);
                             }
                         }
                         changed = clients.changed() => {

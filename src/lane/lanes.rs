@@ -5,10 +5,11 @@
 //! connection's own: nats-server answers 503 as soon as its process is gone.
 
 use crate::error::{Error, Result, Status};
-use crate::inbound::{Inbound, Inbox, Receiver};
+use crate::inbound::{Inbox, Receiver};
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Patience};
+use crate::readers::Readers;
 use crate::{fork, random, runtime, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
@@ -29,7 +30,7 @@ const MAX_UNREACHABLE: usize = 1024;
 pub(crate) struct Lanes {
     this: Weak<Lanes>,
     runtime: &'static Handle,
-    inbound: Arc<Inbound>,
+    readers: Arc<Readers>,
     /// What the subjects of all ends begin with, dot included.
     prefix: String,
     offline_subject: String,
@@ -59,7 +60,7 @@ pub(crate) struct Lanes {
 impl Lanes {
     pub(crate) fn new(
         runtime: &'static Handle,
-        inbound: Arc<Inbound>,
+        readers: Arc<Readers>,
         inbox: Arc<Inbox>,
         offline_subject: &str,
         limit: usize,
@@ -69,7 +70,7 @@ impl Lanes {
         Arc::new_cyclic(|this| Lanes {
             this: this.clone(),
             runtime,
-            inbound,
+            readers,
             prefix: format!("{}lane.", inbox.prefix()),
             offline_subject: offline_subject.into(),
             offer: random::token(),
@@ -112,7 +113,7 @@ impl Lanes {
         let is_other = |other: &Arc<Lane>| !other.serves() && !other.is_over() && !Arc::ptr_eq(other, &lane);
         // Before its streams hear of their end: who asks again at once must not be offered what was refused.
         self.forbidden.fetch_or(!lane.serves() && !self.all().iter().any(is_other), Ordering::Relaxed);
-        lane.end(&self.inbound);
+        lane.end(&self.readers);
         true
     }
 
@@ -150,7 +151,7 @@ impl Lanes {
 
     /// Ends all now.
     pub(crate) fn end(&self) {
-        self.all().iter().for_each(|lane| lane.end(&self.inbound));
+        self.all().iter().for_each(|lane| lane.end(&self.readers));
     }
 
     fn all(&self) -> Vec<Arc<Lane>> {
@@ -221,11 +222,11 @@ impl Lanes {
             Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
         self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
         self.own.insert(token.clone(), Arc::clone(&lane));
-        let (clients, inbound, sent) = (self.clients.subscribe(), Arc::clone(&self.inbound), Arc::clone(&self.sent));
+        let (clients, readers, sent) = (self.clients.subscribe(), Arc::clone(&self.readers), Arc::clone(&self.sent));
         let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
         self.runtime.spawn(async move {
             let what = if serves { "a worker's lane" } else { "a gateway's lane" };
-            let driven = runtime::contain(what, task.drive(clients, &inbound, &sent)).await;
+            let driven = runtime::contain(what, task.drive(clients, &readers, &sent)).await;
             if let Some(lanes) = lanes.upgrade() {
                 lanes.own.remove(&token);
                 lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
@@ -237,7 +238,7 @@ impl Lanes {
             }
             if driven.is_err() {
                 task.end_here(Status::Internal);
-                task.end(&inbound);
+                task.end(&readers);
             }
         });
         lane
@@ -291,7 +292,7 @@ impl Receiver for Lanes {
         let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             return match find(&self.own, token) {
-                Some(lane) => lane.nobody_there(&self.inbound),
+                Some(lane) => lane.nobody_there(&self.readers),
                 None => self.ignore(),
             };
         }
@@ -314,11 +315,11 @@ impl Receiver for Lanes {
             peer.strip_prefix(lane.peer().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
         if is_from_peer && !lane.is_same_end(peer) {
             // The end that we know is over: what it had is lost.
-            lane.end(&self.inbound);
+            lane.end(&self.readers);
             return self.ignore();
         }
         let accept = |key, stream| self.accept(&lane, key, stream);
-        if !is_from_peer || lane.receive(&message.payload, &self.inbound, accept).is_err() {
+        if !is_from_peer || lane.receive(&message.payload, &self.readers, accept).is_err() {
             self.ignore();
         }
     }

@@ -87,7 +87,7 @@ struct World {
 /// The task of one end: takes what its state has to send, and gives it to the other end. What is due soon is done when
 /// nothing else is.
 async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<AtomicBool>, window: u32) {
-    let inbound = Inbound::default();
+    let readers = Readers::default();
     let mut now = Instant::now();
     loop {
         now = now.max(Instant::now());
@@ -100,12 +100,12 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
                 state.poll(now, &mut tells)
             })
         };
-        from.tell(tells, &Bytes::new(), &inbound);
+        from.tell(tells, &Bytes::new(), &readers);
         match message {
             Some(message) => {
                 let accept = |_, _| Some((Arc::clone(&stream) as Arc<dyn Party>, window));
-                to.receive(&message, &inbound, accept).unwrap();
-                inbound.flush_all();
+                to.receive(&message, &readers, accept).unwrap();
+                readers.call_all();
             }
             None if over.load(Ordering::SeqCst) => return,
             None => from.changed.notified().await,
