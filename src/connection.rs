@@ -14,7 +14,7 @@ use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
 use crate::lane::lanes::Lanes;
 use crate::lane::state::Patience;
-use crate::outbox::{Item, Note, Outbox};
+use crate::outbox::{Item, Note, Notes, Outbox};
 use crate::queue::{Kind, Queue};
 use crate::random::{self, jitter};
 use crate::readers::Readers;
@@ -23,7 +23,7 @@ use crate::{client, fork, runtime, wire};
 use async_nats::{Client, HeaderMap, Message, Subject};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
@@ -475,7 +475,11 @@ impl Connection {
                 };
                 let notes = drive.into_notes();
                 self.disconnect(notes);
-                let Some(driven) = driven else { return };
+                let Some(driven) = driven else {
+                    // Closed for the server, too, where a forked child has inherited the socket.
+                    let _ = client.force_reconnect().await;
+                    return;
+                };
                 let why = match driven {
                     Err(error) => Some(format!(": {error}")),
                     Ok(()) => runtime::last_panic().map(|panic| format!(": the NATS client failed: {panic}")),
@@ -496,7 +500,7 @@ impl Connection {
                 Some(next) => match runtime::contain("subscribing", self.install(&next)).await {
                     Ok(()) => client = Some(next),
                     Err(error) => {
-                        self.disconnect(VecDeque::new());
+                        self.disconnect(Notes::default());
                         self.log(error.status, || error.to_string());
                     }
                 },
@@ -554,7 +558,7 @@ impl Connection {
     }
 
     /// Gives up the present client, and ends what ran on it. `notes`: what the server may not have.
-    fn disconnect(&self, notes: VecDeque<Note>) {
+    fn disconnect(&self, notes: Notes) {
         self.connected.store(false, Ordering::SeqCst);
         self.lanes.set_client(None);
         self.inbound.reset();

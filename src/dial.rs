@@ -19,7 +19,9 @@ const CLIENT_CAPACITY: usize = 2048;
 /// The servers that may be connected to.
 pub(crate) struct Dialer {
     options: ConnectOptions,
-    servers: Mutex<Vec<ServerAddr>>,
+    servers: Vec<ServerAddr>,
+    /// The others of their cluster, as the last one that took us named them.
+    learned: Mutex<Vec<ServerAddr>>,
     /// Is told what a server complains of.
     on_complaint: Arc<dyn Fn(String) + Send + Sync>,
 }
@@ -30,12 +32,13 @@ impl Dialer {
         options: ConnectOptions,
         on_complaint: Arc<dyn Fn(String) + Send + Sync>,
     ) -> Dialer {
-        Dialer { options, servers: Mutex::new(servers), on_complaint }
+        Dialer { options, servers, learned: Mutex::default(), on_complaint }
     }
 
     /// Tries each server once, beginning with a random one.
     pub(crate) async fn dial(&self) -> Result<Client> {
-        let mut servers = self.servers.lock().clone();
+        let mut servers = self.servers.clone();
+        servers.extend_from_slice(&self.learned.lock());
         let start = random::number() % servers.len().max(1) as u64;
         servers.rotate_left(start as usize);
         let mut failures = Vec::new();
@@ -64,10 +67,12 @@ impl Dialer {
         Err(Error::new(status, failures.join("; ")))
     }
 
-    /// Adds the servers of a cluster, as the one we are connected to names them.
+    /// The servers of a cluster, as the one we are connected to names them, in place of those that were named before: some
+    /// of these may be gone for good. One that names none may not know the others yet.
     pub(crate) fn learn(&self, hosts: &[String]) {
-        let mut servers = self.servers.lock();
-        let Some(first) = servers.first().map(|first| first.clone().into_inner()) else { return };
+        let Some(first) = self.servers.first().filter(|_| !hosts.is_empty()) else { return };
+        let first = first.clone().into_inner();
+        let mut learned: Vec<ServerAddr> = Vec::new();
         for host in hosts {
             // With the first one's scheme and credentials.
             let mut url = first.clone();
@@ -76,11 +81,12 @@ impl Dialer {
             if url.set_host(Some(&name)).is_ok()
                 && url.set_port(Some(other.port())).is_ok()
                 && let Ok(server) = ServerAddr::from_url(url)
-                && !servers.iter().any(|known| (known.host(), known.port()) == (server.host(), server.port()))
+                && !self.servers.iter().chain(&learned).any(|known| is_same(known, &server))
             {
-                servers.push(server);
+                learned.push(server);
             }
         }
+        *self.learned.lock() = learned;
     }
 
     async fn client_options(&self, server: &ServerAddr) -> Result<async_nats::ConnectOptions> {
@@ -146,6 +152,10 @@ impl Dialer {
         }
         Ok(options)
     }
+}
+
+fn is_same(one: &ServerAddr, other: &ServerAddr) -> bool {
+    (one.host(), one.port()) == (other.host(), other.port())
 }
 
 /// Fails for a file that cannot be read or has nothing of this kind in it, which the client would not tell clearly.
@@ -252,8 +262,19 @@ mod tests {
         let options = Config::new().for_connect().unwrap().clone();
         let dialer = Dialer::new(parse_servers("nats://u:p@a:1").unwrap(), options, Arc::new(|_| {}));
         dialer.learn(&["a:1".into(), "b:2".into(), "[::1]:3".into(), "".into(), "b:2".into()]);
-        let servers = dialer.servers.lock();
-        let shown: Vec<_> = servers.iter().map(|server| (server.host(), server.port(), server.password())).collect();
-        assert_eq!(shown, [("a", 1, Some("p")), ("b", 2, Some("p")), ("::1", 3, Some("p"))]);
+        let learned = || {
+            let servers = dialer.learned.lock();
+            let shown =
+                servers.iter().map(|server| (server.host().to_owned(), server.port(), server.password().is_some()));
+            shown.collect::<Vec<_>>()
+        };
+        assert_eq!(learned(), [("b".into(), 2, true), ("::1".into(), 3, true)]);
+        // One that is named no longer is forgotten.
+        dialer.learn(&["c:4".into()]);
+        assert_eq!(learned(), [("c".into(), 4, true)]);
+        dialer.learn(&[]);
+        assert_eq!(learned().len(), 1);
+        dialer.learn(&["a:1".into()]);
+        assert_eq!(learned(), []);
     }
 }

@@ -4,11 +4,10 @@ use crate::connection::{Connection, count, origin_header};
 use crate::error::Status;
 use crate::fork;
 use crate::inbound::Receiver;
-use crate::outbox::{Batch, Item, Note, Request};
+use crate::outbox::{Batch, Item, Note, Notes, Request};
 use crate::wire;
 use async_nats::{Client, Message, PublishError, PublishErrorKind};
 use bytes::Bytes;
-use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,9 +23,9 @@ pub(crate) struct Drive<'a> {
     connection: &'a Connection,
     client: &'a Client,
     /// Handed over, but not yet confirmed by the server.
-    notes: VecDeque<Note>,
-    /// How many of them the echo on its way confirms.
-    asked: usize,
+    notes: Notes,
+    /// How many of them the echo confirms that is on its way, if one is.
+    asked: Option<usize>,
     /// Handed over since the client was last seen to have written all it had.
     unwritten: usize,
     /// How much of that there may be: what waits inside the client counts, too, for the bound of the outbox.
@@ -36,11 +35,11 @@ pub(crate) struct Drive<'a> {
 impl<'a> Drive<'a> {
     pub(crate) fn new(connection: &'a Connection, client: &'a Client) -> Drive<'a> {
         let most_unwritten = (connection.send_buffer() / 4).min(256 << 10);
-        Drive { connection, client, notes: VecDeque::new(), asked: 0, unwritten: 0, most_unwritten }
+        Drive { connection, client, notes: Notes::default(), asked: None, unwritten: 0, most_unwritten }
     }
 
     /// The notes that the server may not have.
-    pub(crate) fn into_notes(self) -> VecDeque<Note> {
+    pub(crate) fn into_notes(self) -> Notes {
         self.notes
     }
 
@@ -52,16 +51,16 @@ impl<'a> Drive<'a> {
         let echo = connection.inbox().expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
         let mut next_echo = Instant::now();
         while !connection.inbound().is_dead() {
-            let is_echo_due = self.asked == 0 && !self.notes.is_empty();
+            let is_echo_due = self.asked.is_none() && self.notes.len() > 0;
             let is_alive = tokio::select! {
                 biased;
                 () = connection.inbound().died.notified() => continue,
                 () = confirmed.notified() => {
-                    self.notes.drain(..mem::take(&mut self.asked));
+                    self.notes.drop_oldest(self.asked.take().unwrap_or_default());
                     true
                 }
                 () = sleep_until(next_echo), if is_echo_due => {
-                    self.asked = self.notes.len();
+                    self.asked = Some(self.notes.len());
                     next_echo = Instant::now() + ECHO_INTERVAL;
                     self.client.publish(echo.clone(), Bytes::new()).await.is_ok()
                 }
@@ -95,7 +94,7 @@ impl<'a> Drive<'a> {
                 self.connection.outbox().handed_over(mem::take(&mut weight));
             }
             if !is_alive {
-                self.notes.extend(batch.items.into_iter().filter_map(Item::into_note));
+                batch.items.into_iter().filter_map(Item::into_note).for_each(|note| self.keep(note));
                 return false;
             }
         }
@@ -104,19 +103,25 @@ impl<'a> Drive<'a> {
         true
     }
 
+    /// Keeps a note until it is confirmed: where nothing ever is, the oldest are not kept for ever.
+    fn keep(&mut self, note: Note) {
+        let dropped = self.notes.push(note);
+        self.asked = self.asked.map(|asked| asked.saturating_sub(dropped));
+    }
+
     async fn give(&mut self, item: Item, batch: &mut Batch) -> Result<(), PublishError> {
         let client = self.client;
         match item {
             Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
             Item::Request(request) => {
-                let Request { subject, reply, headers, payload } = *request;
+                let Request { subject, reply, headers, payload, size: _ } = *request;
                 match headers {
                     None => client.publish_with_reply(subject, reply, payload).await,
                     Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
                 }
             }
             Item::Note(note) => {
-                self.notes.push_back(note.clone());
+                self.keep(note.clone());
                 match note {
                     Note::End(to) => client.publish(to, Bytes::from_static(wire::END)).await,
                     Note::Error(to, payload) => client.publish(to, payload).await,

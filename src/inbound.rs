@@ -8,11 +8,12 @@ use async_nats::{Client, Message, PublishError, Subject, Subscriber};
 use bytes::Bytes;
 use dashmap::DashMap;
 use futures_util::{FutureExt, StreamExt};
-use parking_lot::Mutex;
+use parking_lot::ReentrantMutex;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem;
 use std::pin::pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::Notify;
@@ -49,8 +50,11 @@ pub(crate) struct Subscription {
 /// The subscriptions of the present NATS client.
 #[derive(Default)]
 pub(crate) struct Inbound {
-    /// Locked while a message is handled.
-    link: Mutex<Link>,
+    /// Locked while a message is handled. Reentrant: a bell may ring on the very thread that hangs it up, when a message
+    /// comes in that instant.
+    link: ReentrantMutex<RefCell<Link>>,
+    /// One rang so: what it belongs to is to be looked after again.
+    rang: AtomicBool,
     /// The present client is dead: a subscription ended that we did not end.
     pub(crate) died: Notify,
     pub(crate) messages: AtomicU64,
@@ -78,7 +82,8 @@ impl Inbound {
     /// Forgets the client that was, and all its subscriptions.
     pub(crate) fn reset(&self) {
         let before = {
-            let mut link = self.link.lock();
+            let link = self.link.lock();
+            let mut link = link.borrow_mut();
             link.generation += 1;
             link.is_dead = false;
             link.last_sid = 0;
@@ -87,9 +92,14 @@ impl Inbound {
         drop(before);
     }
 
+    /// Returns when the message that is being handled now, if there is one, has been.
+    pub(crate) fn finish_message(&self) {
+        drop(self.link.lock());
+    }
+
     /// Whether the present client has died.
     pub(crate) fn is_dead(&self) -> bool {
-        self.link.lock().is_dead
+        self.link.lock().borrow().is_dead
     }
 
     /// Subscribes on the present client, once for each number.
@@ -103,7 +113,8 @@ impl Inbound {
     fn try_subscribe(self: &Arc<Self>, client: &Client, number: u64, own: &Subscription) -> bool {
         // Locked, so that the client's task, should it have a message for another subscription meanwhile, waits until this
         // one's waker is in place: else what this one has got by then could be overtaken.
-        let mut link = self.link.lock();
+        let link = self.link.lock();
+        let mut link = link.borrow_mut();
         if link.active.contains_key(&number) {
             return true;
         }
@@ -133,7 +144,7 @@ impl Inbound {
     /// like this is never answered, and nobody learns of it. So the server is told behind the client's back, in what looks
     /// to the client like the subject of an empty message to `nowhere`.
     pub(crate) async fn end_at_server(&self, client: &Client, number: u64, nowhere: &str) -> Result<(), PublishError> {
-        let sid = self.link.lock().active.get(&number).map(|active| active.sid);
+        let sid = self.link.lock().borrow().active.get(&number).map(|active| active.sid);
         match sid {
             Some(sid) => client.publish(format!("{nowhere} 0\r\n\r\nUNSUB {sid}\r\nPUB {nowhere}"), Bytes::new()).await,
             None => Ok(()),
@@ -142,7 +153,7 @@ impl Inbound {
 
     /// Ends a subscription at the client.
     pub(crate) fn unsubscribe(&self, number: u64) {
-        let ended = self.link.lock().active.remove(&number);
+        let ended = self.link.lock().borrow_mut().active.remove(&number);
         drop(ended);
     }
 
@@ -158,6 +169,7 @@ impl Inbound {
                     receiver.message(message);
                 }
                 Poll::Ready(None) => return self.note_death(link),
+                Poll::Pending if self.rang.swap(false, Ordering::Relaxed) => {}
                 Poll::Pending => return,
             }
         }
@@ -183,9 +195,11 @@ impl Wake for Doorbell {
 
     fn wake_by_ref(self: &Arc<Self>) {
         if let Some(inbound) = self.inbound.upgrade() {
-            let mut link = inbound.link.lock();
-            if link.generation == self.generation {
-                inbound.receive(&mut link, self.number);
+            let link = inbound.link.lock();
+            match link.try_borrow_mut() {
+                Ok(mut link) if link.generation == self.generation => inbound.receive(&mut link, self.number),
+                Ok(_) => {}
+                Err(_) => inbound.rang.store(true, Ordering::Relaxed),
             }
         }
     }
@@ -280,5 +294,45 @@ impl Receiver for Inbox {
 
     fn refused(&self, subject: &str) -> Option<&'static str> {
         self.all().iter().fold(None, |so, receiver| receiver.refused(subject).or(so))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+    use std::time::Duration;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_bell_that_rings_while_it_is_hung_up_is_heard() {
+        let inbound: Arc<Inbound> = Arc::default();
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            let link = inbound.link.lock();
+            let _handling = link.borrow_mut();
+            Arc::new(Doorbell { inbound: Arc::downgrade(&inbound), number: 1, generation: 0 }).wake();
+            sender.send(inbound.rang.load(Ordering::Relaxed)).unwrap();
+        });
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok(true));
+    }
+
+    #[test]
+    fn a_message_that_is_handled_is_waited_for() {
+        let inbound: Arc<Inbound> = Arc::default();
+        let (sender, receiver) = mpsc::channel();
+        let link = inbound.link.lock();
+        let other = Arc::clone(&inbound);
+        thread::spawn(move || {
+            sender.send("begun").unwrap();
+            other.finish_message();
+            sender.send("finished").unwrap();
+        });
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("begun"));
+        assert_eq!(receiver.recv_timeout(Duration::from_millis(20)), Err(mpsc::RecvTimeoutError::Timeout));
+        drop(link);
+        assert_eq!(receiver.recv_timeout(PATIENCE), Ok("finished"));
     }
 }

@@ -5,7 +5,7 @@ use crate::wire;
 use async_nats::{HeaderMap, Subject};
 use bytes::{Bytes, BytesMut};
 use parking_lot::{Condvar, Mutex};
-use std::collections::VecDeque;
+use std::collections::{VecDeque, vec_deque};
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 
 /// What one waiting message counts in addition to its bytes.
 const OVERHEAD: usize = 64;
-/// How many bytes of announcements may wait while there is no connection; then the oldest are dropped.
+/// How many bytes of notes are kept, while there is no connection, or nothing confirms them; then the oldest are dropped.
 const MAX_NOTES: usize = 16 << 20;
 
 /// One thing to do on the connection. Payloads of `Message` stand in the batch's bytes, in order.
@@ -51,11 +51,58 @@ impl From<Note> for Item {
 }
 
 impl Note {
+    fn weight(&self) -> usize {
+        OVERHEAD
+            + match self {
+                Note::End(_) => 0,
+                Note::Error(_, payload) | Note::Offline(_, payload) => payload.len(),
+            }
+    }
+
     fn after_loss(self) -> Note {
         match self {
             Note::End(to) => Note::Error(to, wire::error(LOST.as_bytes(), usize::MAX)),
             note => note,
         }
+    }
+}
+
+/// Notes that are kept, the last ones of them.
+#[derive(Default)]
+pub(crate) struct Notes {
+    notes: VecDeque<Note>,
+    weight: usize,
+}
+
+impl Notes {
+    pub(crate) fn len(&self) -> usize {
+        self.notes.len()
+    }
+
+    /// Adds one, and returns how many of the oldest had to go for it.
+    pub(crate) fn push(&mut self, note: Note) -> usize {
+        self.weight += note.weight();
+        self.notes.push_back(note);
+        let mut dropped = 0;
+        while self.weight > MAX_NOTES {
+            dropped += self.drop_oldest(1);
+        }
+        dropped
+    }
+
+    /// Drops so many of the oldest; returns how many there were.
+    pub(crate) fn drop_oldest(&mut self, count: usize) -> usize {
+        let dropped = self.notes.drain(..count.min(self.notes.len()));
+        dropped.map(|note| self.weight -= note.weight()).count()
+    }
+}
+
+impl IntoIterator for Notes {
+    type Item = Note;
+    type IntoIter = vec_deque::IntoIter<Note>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.notes.into_iter()
     }
 }
 
@@ -68,6 +115,8 @@ pub(crate) struct Request {
     pub(crate) reply: Subject,
     pub(crate) headers: Option<HeaderMap>,
     pub(crate) payload: Bytes,
+    /// Bytes of headers and payload.
+    pub(crate) size: usize,
 }
 
 impl Item {
@@ -78,18 +127,18 @@ impl Item {
         }
     }
 
+    /// What it weighs if it is an announcement.
+    fn announcement(&self) -> usize {
+        if matches!(self, Item::Note(Note::Offline(..))) { self.weight() } else { 0 }
+    }
+
     pub(crate) fn weight(&self) -> usize {
-        OVERHEAD
-            + match self {
-                Item::Message(_, length) => *length,
-                Item::Note(Note::End(_))
-                | Item::Subscribe(_)
-                | Item::EndAtServer(_)
-                | Item::Unsubscribe(_)
-                | Item::Echo(_) => 0,
-                Item::Note(Note::Error(_, payload) | Note::Offline(_, payload)) => payload.len(),
-                Item::Request(request) => request.payload.len(),
-            }
+        match self {
+            Item::Message(_, length) => OVERHEAD + length,
+            Item::Note(note) => note.weight(),
+            Item::Request(request) => OVERHEAD + request.size,
+            Item::Subscribe(_) | Item::EndAtServer(_) | Item::Unsubscribe(_) | Item::Echo(_) => OVERHEAD,
+        }
     }
 }
 
@@ -123,6 +172,8 @@ struct Waiting {
 pub(crate) struct Batch {
     pub(crate) items: VecDeque<Item>,
     pub(crate) bytes: BytesMut,
+    /// What those of the items weigh that are announcements.
+    announcements: usize,
 }
 
 impl Outbox {
@@ -233,10 +284,21 @@ impl Outbox {
         }
     }
 
-    /// Appends what is not a message of a stream. It always finds room: each is bounded by what it belongs to.
+    /// Appends what is not a message of a stream. It always finds room: each is bounded by what it belongs to, but for
+    /// announcements, the oldest of which go when there are too many.
     pub(crate) fn push(&self, item: Item) {
         let mut waiting = self.waiting.lock();
+        let announcement = item.announcement();
         self.put(&mut waiting, item);
+        let batch = &mut waiting.batch;
+        batch.announcements += announcement;
+        while batch.announcements > MAX_NOTES
+            && let Some(oldest) = batch.items.iter().position(|item| item.announcement() > 0)
+        {
+            let dropped = batch.items.remove(oldest).map_or(0, |item| item.weight());
+            batch.announcements -= dropped;
+            self.weight.fetch_sub(dropped, Ordering::SeqCst);
+        }
         // A sender that waits for room may have been stopped by whoever says this.
         self.call_waiters();
     }
@@ -251,7 +313,7 @@ impl Outbox {
     pub(crate) fn request(&self, word: &AtomicU32, request: Request) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
         stopped(word)?;
-        self.check_room(request.payload.len())?;
+        self.check_room(request.size)?;
         self.put(&mut waiting, Item::Request(Box::new(request)));
         Ok(())
     }
@@ -284,16 +346,13 @@ impl Outbox {
         let mut waiting = self.waiting.lock();
         let batch = mem::take(&mut waiting.batch);
         let waited = batch.items.into_iter().filter_map(Item::into_note);
-        let mut notes: VecDeque<Item> =
-            handed_over.into_iter().chain(waited).map(Note::after_loss).map(Item::Note).collect();
-        let mut weight: usize = notes.iter().map(Item::weight).sum();
-        while weight > MAX_NOTES
-            && let Some(oldest) = notes.pop_front()
-        {
-            weight -= oldest.weight();
+        let mut notes = Notes::default();
+        for note in handed_over.into_iter().chain(waited) {
+            notes.push(note.after_loss());
         }
-        waiting.batch.items = notes;
-        self.weight.store(weight, Ordering::SeqCst);
+        self.weight.store(notes.weight, Ordering::SeqCst);
+        waiting.batch.items = notes.into_iter().map(Item::Note).collect();
+        waiting.batch.announcements = waiting.batch.items.iter().map(Item::announcement).sum();
         let refused = mem::take(&mut waiting.refused);
         self.wanted.fetch_sub(refused.len(), Ordering::SeqCst);
         self.room.notify_all();
@@ -435,5 +494,38 @@ mod tests {
         assert!(batch.bytes.is_empty());
         outbox.lost((0..300_000).map(|_| offline("0123456789")));
         assert!(outbox.weight() <= MAX_NOTES);
+    }
+
+    #[test]
+    fn announcements_have_a_limit_and_the_last_are_kept() {
+        let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
+        let offline = |id: String| Item::Note(Note::Offline("client.offline".into(), id.into()));
+        outbox.send(&word, &to, b"before", nobody).unwrap();
+        for round in 0..2 {
+            for i in 0..300_000 {
+                outbox.push(offline(format!("{i:010}")));
+            }
+            assert!(outbox.weight() <= MAX_NOTES + OVERHEAD + 6, "round {round}");
+            if round == 0 {
+                // Those that are kept over a loss count on.
+                outbox.lost([]);
+            }
+        }
+        let batch = take(&outbox).unwrap();
+        assert_eq!(outbox.weight(), batch.items.iter().map(Item::weight).sum::<usize>());
+        let last = batch.items.into_iter().next_back().and_then(Item::into_note);
+        assert!(matches!(last, Some(Note::Offline(_, id)) if id == "0000299999"));
+        outbox.push(offline("after".into()));
+        assert_eq!(take(&outbox).unwrap().items.len(), 1);
+    }
+
+    #[test]
+    fn notes_that_nobody_confirms_have_a_limit() {
+        let mut notes = Notes::default();
+        let dropped: usize = (0..300_000).map(|_| notes.push(Note::End("to".into()))).sum();
+        assert_eq!(notes.len() + dropped, 300_000);
+        assert_eq!(notes.len() * OVERHEAD, MAX_NOTES);
+        assert_eq!((notes.drop_oldest(10), notes.drop_oldest(usize::MAX)), (10, MAX_NOTES / OVERHEAD - 10));
+        assert_eq!((notes.len(), notes.weight), (0, 0));
     }
 }

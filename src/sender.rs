@@ -84,7 +84,7 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send(&self.word, credit, data);
+            return lane.send(&self.word, credit, data).inspect_err(|why| self.note(*why));
         }
         self.check(data)?;
         self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
@@ -104,7 +104,7 @@ impl Sender {
             return Ok(0);
         }
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_many(&self.word, credit, data, lengths);
+            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.note(*why));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -125,7 +125,7 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_wait(&self.word, credit, data, timeout);
+            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.note(*why));
         }
         self.check(data)?;
         self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
@@ -207,6 +207,13 @@ impl Sender {
         self.stop(Status::Disconnected);
     }
 
+    /// A call may find the other end gone before we are told: what it said is the stream's end.
+    fn note(&self, why: Status) {
+        if why == Status::PeerGone {
+            self.stop(why);
+        }
+    }
+
     fn stop(&self, why: Status) {
         if self.forbid(why) {
             registry::detach(&self.client, self.number);
@@ -231,7 +238,9 @@ impl Sender {
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
         match self.lane.get() {
-            Some((lane, credit)) => lane.finish(&self.word, Status::Closed, credit, error)?,
+            Some((lane, credit)) => {
+                lane.finish(&self.word, Status::Closed, credit, error).inspect_err(|why| self.note(*why))?;
+            }
             None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
                 None => Note::End(self.reply.clone()),
                 Some(text) => self.error_note(text),

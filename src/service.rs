@@ -113,6 +113,8 @@ impl Service {
     pub fn close(&self) -> bool {
         let is_first = !self.stopped.swap(true, Ordering::AcqRel);
         if is_first {
+            // A request that was not refused, because it came before, is in the queue when this returns.
+            self.connection.inbound().finish_message();
             self.connection.unsubscribe(self.number);
         }
         is_first

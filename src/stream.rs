@@ -143,7 +143,7 @@ impl Connection {
         });
         let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn Receiver>);
         count(&self.counters.streams);
-        let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data) };
+        let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
         let (left, delay) = (options.retries, options.retry_delay);
         let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
         *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));

@@ -211,6 +211,11 @@ impl Lane {
         error: Option<&[u8]>,
     ) -> Result<(), Status> {
         self.change(|state| -> Result<(), Status> {
+            stopped(word)?;
+            if state.is_over() {
+                // As a send has it: whoever is to hear of this has not set the word yet.
+                return Err(Status::PeerGone);
+            }
             // An offline mark may set it at the same time: it holds no lock of ours.
             let code = why.code().cast_unsigned();
             if word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_err() {

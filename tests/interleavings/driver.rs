@@ -13,12 +13,20 @@ struct Probe {
     ended: AtomicU32,
     cancelled: AtomicU32,
     room: AtomicU32,
+    gone: AtomicU32,
 }
 
 impl Probe {
     fn new() -> Arc<Probe> {
         let zero = || AtomicU32::new(0);
-        Arc::new(Probe { queue: Queue::new(), word: zero(), ended: zero(), cancelled: zero(), room: zero() })
+        Arc::new(Probe {
+            queue: Queue::new(),
+            word: zero(),
+            ended: zero(),
+            cancelled: zero(),
+            room: zero(),
+            gone: zero(),
+        })
     }
 
     fn end(&self) {
@@ -68,7 +76,7 @@ impl Party for Probe {
         self.room.fetch_add(1, Ordering::SeqCst);
     }
     fn peer_gone(&self, _knew: bool) {
-        panic!("nobody is gone");
+        self.gone.fetch_add(1, Ordering::SeqCst);
     }
     fn ended_here(&self, _why: Status) {
         panic!("nobody ends it here");
@@ -261,6 +269,28 @@ fn a_cancel_against_an_end() {
         world.worker.changed.notify_one();
         assert!(world.sender.cancelled.load(Ordering::SeqCst) <= 1);
         assert!(world.stream.ended.load(Ordering::SeqCst) <= 1);
+        world.close();
+    });
+}
+
+/// A lane's end against a send and an end: who was told that the other end is gone cannot end the stream well, and who ended
+/// it well was not told.
+#[test]
+fn a_lanes_end_against_an_end() {
+    search(|| {
+        let world = World::apart(1 << 16);
+        let sender = world.spawn(|world| {
+            let sent = world.worker.send(&world.sender.word, &world.credit, b"a");
+            let ended = world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None);
+            (sent, ended)
+        });
+        world.worker.end(&Readers::default());
+        let (sent, ended) = sender.join().unwrap();
+        assert!(
+            matches!((sent, ended), (Ok(()), _) | (Err(Status::PeerGone), Err(Status::PeerGone))),
+            "{sent:?} {ended:?}"
+        );
+        assert_eq!(world.sender.gone.load(Ordering::SeqCst), u32::from(ended.is_err()));
         world.close();
     });
 }

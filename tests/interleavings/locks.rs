@@ -4,6 +4,9 @@ use shuttle::sync as inner;
 use std::ops::{Deref, DerefMut};
 use std::time::Instant;
 
+/// Not reentrant here: nothing that is searched locks it twice.
+pub(crate) type ReentrantMutex<T> = Mutex<T>;
+
 #[derive(Default)]
 pub(crate) struct Mutex<T>(inner::Mutex<T>);
 
