@@ -477,7 +477,9 @@ int32_t presence_conn_watch(struct presence_conn *conn,
 
 /**
  * Closes a connection and frees it. Services stop; senders and streams that still run end with PRESENCE_CLOSED, and the
- * other ends are told; then it waits, at most `drain_ms`, until the server has all that was sent before.
+ * other ends are told; then it waits, at most `drain_ms` (negative: without limit), until the server has all that was
+ * sent before. It does not wait for a connection: without one now, or when it is lost meanwhile, PRESENCE_DISCONNECTED
+ * comes at once.
  *
  * PRESENCE_OK: the server has it all. PRESENCE_TIMEOUT, PRESENCE_DISCONNECTED: it may not; the connection is closed all
  * the same. PRESENCE_CLOSED: it was closed already. The handles of its services, senders and streams remain to be freed.

@@ -476,8 +476,10 @@ impl Connection {
                 let notes = drive.into_notes();
                 self.disconnect(notes);
                 let Some(driven) = driven else {
-                    // Closed for the server, too, where a forked child has inherited the socket.
+                    // This shuts its socket down: dropping it would not, where a forked child has inherited it. With the
+                    // flush it has seen to it before it is dropped.
                     let _ = client.force_reconnect().await;
+                    let _ = client.flush().await;
                     return;
                 };
                 let why = match driven {
@@ -511,7 +513,7 @@ impl Connection {
 
     /// Dials until a server takes us; None when that failed too often.
     async fn redial(&self, pause: Duration) -> Option<Client> {
-        let mut delay = self.options.reconnect_min;
+        let mut delay = self.options.reconnect_min.min(self.options.reconnect_max);
         let mut failed = 0;
         // The first attempt is made at once, but for a little jitter: a server's restart disconnects everybody together.
         sleep(pause / 2 + jitter(delay.max(pause / 2))).await;

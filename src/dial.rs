@@ -104,8 +104,12 @@ impl Dialer {
             // What callers and peers name is checked where it comes in.
             .skip_subject_validation(true)
             .event_callback(move |event| {
-                if let async_nats::Event::ServerError(error) = event {
-                    on_complaint(error.to_string());
+                match event {
+                    async_nats::Event::ServerError(error) => on_complaint(error.to_string()),
+                    async_nats::Event::LameDuckMode => {
+                        on_complaint("it is a lame duck: it will close this connection soon".into())
+                    }
+                    _ => {}
                 }
                 std::future::ready(())
             })

@@ -90,7 +90,11 @@ pub(crate) async fn contain<T>(what: &'static str, work: impl Future<Output = T>
     let work = crate::panics::forcible(what, work);
     // Unwind safe as in `ffi::guard`.
     let done = AssertUnwindSafe(work).catch_unwind().await;
-    done.map_err(|panic| Error::new(Status::Internal, format!("{what} has failed: {}", text_of(&*panic))))
+    done.map_err(|panic| {
+        // It is told here.
+        last_panic();
+        Error::new(Status::Internal, format!("{what} has failed: {}", text_of(&*panic)))
+    })
 }
 
 /// What the last panic on the runtime's threads said, told once.

@@ -156,7 +156,7 @@ func Connect(url string, opts ...Option) (*Conn, error) {
 
 // Close closes the connection: each Serve returns ErrClosed, senders and streams that still run end with ErrClosed, the
 // other ends are told. Then it waits until the server has all that was sent before: until ctx's deadline, or for five
-// seconds if ctx has none. It does not wait for handlers; Serve does.
+// seconds if ctx has none. It does not wait for handlers (Serve does), nor for a connection, where there is none.
 //
 // nil means that the server has it all. With ErrTimeout or ErrDisconnected it may not; the connection is closed all the
 // same. A second call returns ErrClosed.

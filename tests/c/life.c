@@ -178,6 +178,39 @@ static void role_fork_after_connect(void) {
   a_whole_stream("later");
 }
 
+/* How many connections there are to the server, whoever has them. */
+static int count_connections(void) {
+  unsigned port, to, state;
+  CHECK_EQ(sscanf(strrchr(url, ':'), ":%u", &port), 1);
+  FILE *table = fopen("/proc/net/tcp", "r");
+  CHECK(table);
+  int count = 0;
+  for (char line[256]; fgets(line, sizeof line, table);) {
+    count += sscanf(line, "%*d: %*x:%*x %*x:%x %x", &to, &state) == 2 && to == port && state == 1; /* ESTABLISHED */
+  }
+  fclose(table);
+  return count;
+}
+
+/* A child that has inherited the sockets does not keep closed connections open. */
+static void role_close_with_a_child(void) {
+  int before = count_connections(), ends[2];
+  pair both = open_pair("c");
+  CHECK_EQ(count_connections(), before + 2);
+  CHECK_EQ(pipe(ends), 0);
+  pid_t child = fork();
+  if (child == 0) {
+    begin_child("close_with_a_child, child");
+    close(ends[1]);
+    char byte;
+    exit(read(ends[0], &byte, 1) == 0 ? 0 : 1); /* until its parent is done */
+  }
+  close_pair(both);
+  for (int64_t deadline = now_ms() + PATIENCE; count_connections() > before; usleep(1000)) CHECK(now_ms() < deadline);
+  close(ends[1]);
+  expect_child(child);
+}
+
 /* Exit -------------------------------------------------------------------------------------------------------------- */
 
 static pair left; /* running when the process ends */
@@ -477,6 +510,8 @@ static void fork_first(void) { expect_exit(start("role_fork_first"), 0); }
 static void fork_after_marks(void) { expect_exit(start("role_fork_after_marks"), 0); }
 static void fork_after_connect(void) { expect_exit(start("role_fork_after_connect"), 0); }
 
+static void close_with_a_child(void) { expect_exit(start("role_close_with_a_child"), 0); }
+
 static void exits(void) {
   for (int round = 0; round < 5; round++) { /* where the threads are at that moment is left to chance */
     expect_exit(start("role_return_from_main"), 0);
@@ -500,6 +535,7 @@ int main(int argc, char **argv) {
   ROLE(role_fork_first);
   ROLE(role_fork_after_marks);
   ROLE(role_fork_after_connect);
+  ROLE(role_close_with_a_child);
   ROLE(role_return_from_main);
   ROLE(role_exit);
   ROLE(role_exit_in_a_thread);
@@ -512,6 +548,7 @@ int main(int argc, char **argv) {
   RUN(fork_first);
   RUN(fork_after_marks);
   RUN(fork_after_connect);
+  RUN(close_with_a_child);
   RUN(exits);
   RUN(atexit_handlers);
   RUN(signals);

@@ -204,6 +204,8 @@ def test_lame_duck(server: Server, scene: Scene, connect: Connect, tmp_path: Pat
         server.process.send_signal(signal.SIGUSR2)
     else:
         run(server_binary(), "--signal", f"ldm={server.process.pid}")
+    while "lame duck" not in old.wait(event="LOG")["data"]:
+        pass
     old.wait(event="DISCONNECTED")
     server.process.wait(20)
     server.start()
