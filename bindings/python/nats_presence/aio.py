@@ -276,7 +276,8 @@ class Connection(BaseConnection):
 
         Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
         the handlers, whose tasks are cancelled, have returned. Raises Timeout or Disconnected (at once, where
-        there is no connection) when the server may not have it all; the connection is closed all the same. Once more has no effect.
+        there is no connection) when the server may not have it all; the connection is closed all the same. Once more
+        has no effect.
         """
         limit = drain_ms(drain)
         if self._is_closed():
