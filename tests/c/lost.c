@@ -204,36 +204,34 @@ static void given_up(void) {
 /* All that one end says or hears is lost for a while, and then its connection is cut: nothing is missing afterwards. */
 static void lost_on_the_way(void) {
   for (int workers = 0; workers < 2; workers++) {
-    proxy before;
-    start_proxy(&before, server.port);
-    pair both = open_pair_at(workers ? before.url : server.url, workers ? server.url : before.url, "c", NULL, NULL);
+    proxy *before = new_proxy(server.port);
+    pair both = open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", NULL, NULL);
     uint64_t sent = 0, taken = 0;
     for (int round = 0; round < 5; round++) {
       uint64_t out = stats_of(both.worker).messages_out;
-      proxy_swallow(&before, true);
+      proxy_swallow(before, true);
       for (int i = 0; i < 10; i++) OK(send_content(both.sender, 1, sent++)); /* all fit the window */
       while (stats_of(both.worker).messages_out == out) usleep(100); /* something was said in vain */
-      proxy_cut(&before);
-      proxy_swallow(&before, false);
+      proxy_cut(before);
+      proxy_swallow(before, false);
       take_content(both.gateway, 1, taken, sent - taken);
       taken = sent;
     }
     OK(presence_sender_end(both.sender));
     CHECK_EQ(next_event(both.gateway).kind, PRESENCE_EVENT_END);
     close_pair(both);
-    close(before.listener);
+    close(before->listener);
   }
 }
 
 /* One end is cut off, though no connection breaks: after three beats either takes the other for gone. */
 static void cut_off(void) {
   for (int workers = 0; workers < 2; workers++) {
-    proxy before;
-    start_proxy(&before, server.port);
+    proxy *before = new_proxy(server.port);
     pair both =
-        open_pair_at(workers ? before.url : server.url, workers ? server.url : before.url, "c", "heartbeat_ms", "500");
+        open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", "heartbeat_ms", "500");
     while (stats_of(both.worker).bytes_waiting > 0) usleep(1000); /* the gateway was heard of */
-    proxy_swallow(&before, true);
+    proxy_swallow(before, true);
     int64_t since = now_ms();
     presence_event event = next_event(both.gateway);
     CHECK(event.kind == PRESENCE_EVENT_ERROR && event.stream == both.stream && event.data_len > 0);
@@ -246,25 +244,24 @@ static void cut_off(void) {
     CHECK_STATUS(send_text(both.sender, "late"), PRESENCE_PEER_GONE);
     CHECK(!is_client_online("c"));
 
-    proxy_cut(&before);
-    proxy_swallow(&before, false);
+    proxy_cut(before);
+    proxy_swallow(before, false);
     peer cut = workers ? both.worker : both.gateway;
     expect(cut.queue, PRESENCE_EVENT_DISCONNECTED);
     expect(cut.queue, PRESENCE_EVENT_CONNECTED);
     OK(presence_listen_offline(both.worker.conn)); /* an echo: its service is served again */
     settle(both.worker, both.gateway, "pair");
     close_pair(both);
-    close(before.listener);
+    close(before->listener);
   }
 }
 
 /* With peer_grace_ms=0 a peer that nats-server does not know is gone, be it only for a moment. */
 static void no_grace(void) {
-  proxy before;
-  start_proxy(&before, server.port);
-  pair both = open_pair_at(server.url, before.url, "c", "peer_grace_ms", "0");
-  close(before.listener); /* it cannot come back at once */
-  proxy_cut(&before);
+  proxy *before = new_proxy(server.port);
+  pair both = open_pair_at(server.url, before->url, "c", "peer_grace_ms", "0");
+  close(before->listener); /* it cannot come back at once */
+  proxy_cut(before);
   int32_t status;
   while ((status = presence_sender_send_wait(both.sender, "x", 1, 10)) != PRESENCE_PEER_GONE) {
     CHECK(status == PRESENCE_OK || status == PRESENCE_TIMEOUT);

@@ -72,14 +72,17 @@ static inline void *proxy_accept(void *argument) {
   return NULL;
 }
 
-static inline void start_proxy(proxy *self, int server_port) {
-  memset(self, 0, sizeof *self);
+/* It is never freed: its threads may have it as long as the process. */
+static inline proxy *new_proxy(int server_port) {
+  proxy *self = (proxy *)calloc(1, sizeof *self);
+  CHECK(self);
   self->server_port = server_port;
   self->listener = own_socket(&self->port);
   snprintf(self->url, sizeof self->url, "nats://127.0.0.1:%d", self->port);
   CHECK_EQ(pthread_mutex_init(&self->lock, NULL), 0);
   CHECK_EQ(listen(self->listener, 8), 0);
   CHECK_EQ(pthread_detach(start_thread(proxy_accept, self)), 0);
+  return self;
 }
 
 /* Cuts all connections; new ones are taken at once. */

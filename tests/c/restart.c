@@ -157,7 +157,7 @@ static bool all_have(peer gateway, uint64_t worker_connects, uint64_t own_connec
 }
 
 static own_server server;
-static proxy before_server;
+static proxy *before_server;
 
 /* The worker, or the gateway, or both lose their connection at each blow. */
 static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_loses, const char *gateways_url,
@@ -213,22 +213,22 @@ static void restart_server_twice(peer gateway) {
 
 static void cut(peer gateway) {
   (void)gateway;
-  proxy_cut(&before_server);
+  proxy_cut(before_server);
 }
 
 static void the_server_is_killed(void) { run_under(restart_server, true, true, server.url, server.url); }
 static void the_server_is_killed_twice(void) {
   run_under(restart_server_twice, true, true, server.url, server.url);
 }
-static void the_gateway_is_cut_off(void) { run_under(cut, false, true, before_server.url, server.url); }
-static void the_worker_is_cut_off(void) { run_under(cut, true, false, server.url, before_server.url); }
+static void the_gateway_is_cut_off(void) { run_under(cut, false, true, before_server->url, server.url); }
+static void the_worker_is_cut_off(void) { run_under(cut, true, false, server.url, before_server->url); }
 
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(work);
   if (is_asked_for("work")) return 0;
   server = new_server();
-  start_proxy(&before_server, server.port);
+  before_server = new_proxy(server.port);
   RUN(the_server_is_killed);
   RUN(the_server_is_killed_twice);
   RUN(the_gateway_is_cut_off);
