@@ -18,6 +18,7 @@
  *   - A pointer that is not aligned for what it points to is PRESENCE_INVALID (a presence_error then stays as it is).
  *   - Times are milliseconds. A negative timeout waits without limit, 0 does not wait.
  *   - A thread must not be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal handler.
+ *   - Where memory is exhausted the process is aborted, by Rust's allocator.
  *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing.
  */
 
@@ -372,7 +373,7 @@ const char *presence_status_text(int32_t status);
 const char *presence_version(void);
 
 /**
- * Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
+ * Makes an empty set of options: every one has its default. NULL only should the library itself fail.
  */
 struct presence_config *presence_config_new(void);
 

@@ -55,7 +55,7 @@ pub struct presence_stats {
     pub reserved: [u64; 6],
 }
 
-/// Makes an empty set of options: every one has its default. NULL only when memory is exhausted.
+/// Makes an empty set of options: every one has its default. NULL only should the library itself fail.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_config_new() -> *mut presence_config {
     guard_or(std::ptr::null_mut(), || Ok(give_config(Config::new())))

@@ -82,6 +82,7 @@ static void killed(const char *role, const char *told) {
   CHECK(times[count - 1] < 15000000);
   for (int i = 0; i < count; i++) slow += times[i] > 50000;
   if (!is_long) return;
+  CHECK(times[count * 99 / 100] < 500000); /* ten times what is wanted: no beat found it */
   FIGURE("%s is killed, peer_grace_ms=0, %d times: found after p50 %.1f ms, p99 %.1f ms, at most %.1f ms; %d took more than 50",
          told, count, (double)times[count / 2] / 1e3, (double)times[count * 99 / 100] / 1e3,
          (double)times[count - 1] / 1e3, slow);
@@ -100,6 +101,7 @@ static void frozen(const char *role, const char *told) {
     CHECK(times[0] > three - three / 3 - 100000); /* a message may have been on its way when it was stopped */
     CHECK(times[count - 1] < three + 10000000);
     if (!is_long) continue;
+    CHECK(times[count - 1] < three + 1000000); /* no fourth beat was waited for */
     FIGURE("%s stands still, heartbeat_ms=%s, %d times: found at most %.1f ms after three beats (p50 %.1f)", told, beats[i],
            count, (double)(times[count - 1] - three) / 1e3, (double)(times[count / 2] - three) / 1e3);
   }
