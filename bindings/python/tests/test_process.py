@@ -55,6 +55,17 @@ with nats_presence.connect(url) as conn:
     print("ready", flush=True)
     next(stream)
 """,
+    "a send": """
+with nats_presence.connect(url) as conn:
+    begun, kept = threading.Event(), []
+    conn.service("silent")(lambda request, sender: sender.detach() or kept.append(sender) or begun.set())
+    # Nobody reads: these fill its window, and the next has no room.
+    stream = conn.stream("silent", stream_buffer_bytes=5 * 1064)
+    begun.wait()
+    kept[0].send_many([bytes(1000)] * 5)
+    print("ready", flush=True)
+    kept[0].send(bytes(1000))
+""",
     "run": """
 with nats_presence.connect(url) as conn:
     print("ready", flush=True)
