@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,8 +29,11 @@ class Told:
         self._changed = threading.Condition()
 
     def __call__(self, event: Any) -> None:
+        self.take(event.text)
+
+    def take(self, text: str) -> None:
         with self._changed:
-            self._texts.append(event.text)
+            self._texts.append(text)
             self._changed.notify_all()
 
     @property
@@ -221,21 +227,23 @@ def test_two_accounts(lanes: bool) -> None:
 
 
 def config(missing: str, gateway: str, worker: str, responses: str = '{ max: -1, expires: "1h" }') -> str:
-    """All rights but for one that lanes need."""
+    """All rights but for one that lanes or announcements need."""
     rights = {
+        "gateway announces": "client.offline",
+        "worker hears of it": "client.offline",
         "gateway publishes": f"{worker}.*.lane.*",
         "gateway hears": f"{gateway}.*.lane.*",
         "worker publishes": f"{gateway}.*.lane.*",
         "worker hears": f"{worker}.*.lane.*",
     }
-    granted = {right: f'"{subject}"' if right != missing else "" for right, subject in rights.items()}
+    granted = {right: f'"{subject if right != missing else "nothing"}"' for right, subject in rights.items()}
     return f"""authorization {{ users: [
         {{ user: gateway, password: of-gateways, permissions: {{
-            publish: ["client.offline", "llm.>", "{gateway}.*.*", {granted["gateway publishes"]}]
+            publish: ["llm.>", "{gateway}.*.*", {granted["gateway publishes"]}, {granted["gateway announces"]}]
             subscribe: ["{gateway}.*.*", {granted["gateway hears"]}] }} }}
         {{ user: worker, password: of-workers, permissions: {{
             publish: ["{worker}.*.*", {granted["worker publishes"]}], allow_responses: {responses}
-            subscribe: ["llm.>", "client.offline", "{worker}.*.*", {granted["worker hears"]}] }} }}
+            subscribe: ["llm.>", "{worker}.*.*", {granted["worker hears"]}, {granted["worker hears of it"]}] }} }}
     ] }}"""
 
 
@@ -265,6 +273,82 @@ def test_where_a_right_is_missing_streams_go_on_level_0(
             both.told.wait("Permissions Violation", "lane", "lanes=false")
             if "hears" in missing:
                 assert lanes == 0
+
+
+# A worker in a process of its own: in one with its gateway, the mark itself would stop it.
+WORKER_APART = """
+import sys, threading, time
+import nats_presence
+
+def tell(text):
+    print(text, flush=True)
+
+finish = threading.Event()
+with nats_presence.connect(
+    sys.argv[1], inbox_prefix="_INBOX.worker", announce="never", on_event=lambda event: tell(event.text)
+) as conn:
+    @conn.service("llm.endless")
+    def endless(request, sender):
+        try:
+            # Some more, for what stops it may come a little later than what was said after it.
+            while not finish.is_set():
+                sender.send("more")
+                time.sleep(0.01)
+            for _ in range(20):
+                sender.send("more")
+                time.sleep(0.01)
+            tell("it went on to its end")
+        except nats_presence.PresenceError as error:
+            tell("it ended with " + type(error).__name__)
+
+    conn.service("llm.finish")(lambda request, sender: finish.set())
+    tell("it serves")
+    conn.run()
+"""
+
+
+@contextlib.contextmanager
+def worker_apart(port: int, told: Told) -> Iterator[None]:
+    """Runs it; it tells its events, and what its streams came to."""
+    command = [sys.executable, "-c", WORKER_APART, f"nats://worker:of-workers@127.0.0.1:{port}"]
+    path = os.pathsep.join(filter(None, [str(ROOT / "bindings/python"), os.environ.get("PYTHONPATH")]))
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert worker.stdout
+    reader = threading.Thread(target=lambda lines: [told.take(line) for line in lines], args=[worker.stdout])
+    reader.start()
+    try:
+        told.wait("it serves")
+        yield
+    finally:
+        worker.kill()
+        worker.wait()
+        reader.join()
+        worker.stdout.close()
+
+
+@pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "level 0"])
+@pytest.mark.parametrize("missing", ["nothing", "gateway announces", "worker hears of it"])
+def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: str, lanes: bool) -> None:
+    """And on level 0 a worker goes on until its stream ends."""
+    told = Told()
+    rights = config(missing, "_INBOX.gateway", "_INBOX.worker")
+    with nats_server(rights, tmp_path) as port, worker_apart(port, told):
+        url = f"nats://gateway:of-gateways@127.0.0.1:{port}"
+        with nats_presence.connect(url, lanes=lanes, on_event=told, **GATEWAY) as gateway:
+            stream = gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
+            next(stream)
+            stream.cancel()
+            if lanes:
+                told.wait("it ended with Cancelled")
+            elif missing == "nothing":
+                told.wait("it ended with Offline")
+            else:
+                refused = "Publish" if missing == "gateway announces" else "Subscription"
+                told.wait(f"Permissions Violation for {refused}", "client.offline")
+                # Behind the announcement, on the same connection.
+                assert list(gateway.stream("llm.finish", timeout_ms=20_000)) == []
+                told.wait("it went on to its end")
+                assert "it ended" not in told.text
 
 
 @pytest.mark.parametrize("responses", ["true", '{ max: 10, expires: "1h" }', '{ max: -1, expires: "200ms" }', "false"])
