@@ -84,14 +84,25 @@ class Stranger:
         data = line.encode() + b"\r\n" + (b"" if payload is None else payload + b"\r\n")
         self._socket.sendall(data + b"PING\r\n")
         complaints = ""
-        while (answer := self._lines.readline()) != b"PONG\r\n":
-            assert answer, "nats-server ended the connection"
-            words = answer.split()
-            if words[0] == b"-ERR":
+        while (answer := self._line()) != b"PONG\r\n":
+            if answer.startswith(b"-ERR"):
                 complaints += answer.decode()
-            elif words[0] in (b"MSG", b"HMSG"):
-                self.heard.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))
         return complaints
+
+    def wait(self, count: int) -> list[tuple[str, bytes]]:
+        """Waits until so much came to him."""
+        while len(self.heard) < count:
+            self._line()
+        return self.heard
+
+    def _line(self) -> bytes:
+        """The next line; a message is kept."""
+        line = self._lines.readline()
+        assert line, "nats-server ended the connection"
+        words = line.split()
+        if words[0] in (b"MSG", b"HMSG"):
+            self.heard.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))
+        return line
 
     def publish(self, subject: str, payload: bytes = b"", reply: str = "") -> str:
         return self.say(f"PUB {subject} {reply} {len(payload)}", payload)

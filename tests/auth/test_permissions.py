@@ -178,6 +178,44 @@ def test_inboxes_are_read_and_written_by_their_owners_only() -> None:
         assert (gateway.heard, worker.heard) == ([], [])
 
 
+@pytest.mark.parametrize("right", ["allow_responses", "gateways' inboxes"])
+def test_what_a_gateway_can_have_a_worker_write_to(tmp_path: Path, right: str) -> None:
+    """Any subject, as the reply subject of a request; or gateways' inboxes only, as the comment in worker.conf says."""
+    gateways_inboxes, responses = '# "_INBOX.gateway.*.*"', "allow_responses:"
+    (tmp_path / "gateway.conf").write_text((CONFIGS / "gateway.conf").read_text())
+    rights = (CONFIGS / "worker.conf").read_text()
+    assert gateways_inboxes in rights
+    assert f"\n{responses}" in rights
+    if right != "allow_responses":
+        rights = rights.replace(gateways_inboxes, gateways_inboxes[2:]).replace(f"\n{responses}", f"\n# {responses}")
+    (tmp_path / "worker.conf").write_text(rights)
+    # Who hears all, to see what comes where.
+    config = (CONFIGS / "one-account.conf").read_text().replace("users: [", "users: [ { user: spy, password: of-spys }")
+    with processes(config, tmp_path, lanes=False) as (port, both), strangers(port) as (gateway, worker):
+        spy = Stranger(port, "spy", "of-spys")
+        targets = ["llm.other", "some.other.system"]
+        for target in targets:
+            assert spy.subscribe(target) == ""
+            assert gateway.publish("llm.count", b"1", reply=target) == ""
+            assert both.ended.acquire(timeout=PATIENCE)
+            if right == "allow_responses":
+                assert spy.wait(2) == [(target, b"0" + bytes(1000)), (target, b"__STREAM_END__")]
+                spy.heard.clear()
+            else:
+                both.told.wait("Permissions Violation for Publish", target)
+                assert gateway.publish("llm.endless", b"", reply=target) == ""
+                assert both.ended.acquire(timeout=PATIENCE)
+                assert both.ends.pop() == "Disconnected"
+        # Honest gateways have their streams, those that run longer than any answer may, too.
+        assert both.count(10_000) == 10_000
+        assert spy.publish("some.subject") == ""
+        assert spy.heard == []
+        # The price: it may write to any gateway, if it knows the subject.
+        refused = worker.publish(f"_INBOX.gateway.{'0' * 32}.1234", b"lie")
+        assert ("Permissions Violation for Publish" in refused) == (right == "allow_responses")
+        spy.close()
+
+
 def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
     """As the comment in gateway.conf says."""
     gateway, worker = (tmp_path / f"{name}.conf" for name in ["gateway", "worker"])
