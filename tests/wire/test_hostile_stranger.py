@@ -3,6 +3,9 @@ complete and in order, and the memory of who is lied to stays as it was."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import queue
 import random
 import re
 import sys
@@ -16,9 +19,9 @@ from harness import Command, Server
 from lane_codec import GAP, NEW, PING, PONG, RESET, LaneMessage, accept, cancel, credit, data, encode, end, error
 from lane_peer import GatewayByHand, WorkerByHand, no_responders, take_accept
 from memory import resident
-from raw import RawPeer, pub
+from raw import Message, RawPeer, Subscription, pub
 from test_hostile_peer import Victim
-from test_supervision import LONE_CR, assert_serving
+from test_supervision import LONE_CR, MALFORMED, assert_serving
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "faults"))
 
@@ -268,29 +271,99 @@ def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
     server.kill()
 
 
-def storm(worker: Shell, raw: RawPeer, seconds: float) -> None:
-    """A hundred malformed messages a second, so long; it serves again less than a second after the last."""
+def storm(raw: RawPeer, malformed: list[bytes], seconds: float) -> float:
+    """A hundred malformed messages a second, so long; gives the time of the last."""
     begun = time.monotonic()
-    count = 0
-    while time.monotonic() - begun < seconds:
-        raw.send(pub(["svc.generate", "client.offline"][count % 2], b"poison", reply="some.where", header=LONE_CR))
-        count += 1
+    for message in itertools.cycle(malformed):
+        raw.send(message)
         time.sleep(0.01)
+        if time.monotonic() - begun >= seconds:
+            break
     raw.flush()
-    assert_serving(worker, raw, time.monotonic())
+    return time.monotonic()
 
 
-def test_malformed_a_hundred_times_a_second(connect: Connect, raw: RawPeer) -> None:
+def assert_little_was_told(program: Shell) -> None:
+    """It backs off: by far not each of them was the end of a connection."""
+    connects = program.ask("stats")["connects"]
+    assert 1 < connects < 60, connects
+    told = [event for event in program.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
+    assert len(told) < LOGS + 2 * connects
+
+
+LONE_CRS = [
+    pub(subject, b"poison", reply="some.where", header=LONE_CR) for subject in ["svc.generate", "client.offline"]
+]
+
+
+@pytest.mark.parametrize("malformed", [LONE_CRS, [*LONE_CRS, *MALFORMED.values()]], ids=["a lone CR", "of all kinds"])
+def test_malformed_a_hundred_times_a_second(connect: Connect, raw: RawPeer, malformed: list[bytes]) -> None:
     worker = connect()
     worker.do("serve svc.* workers 0")
     before = resident(worker)
-    storm(worker, raw, 3)
-    # It backs off: by far not each of them was the end of a connection.
-    connects = worker.ask("stats")["connects"]
-    assert 1 < connects < 60, connects
-    told = [event for event in worker.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
-    assert len(told) < LOGS + 2 * connects
+    assert_serving(worker, raw, storm(raw, malformed, 3))
+    assert_little_was_told(worker)
     assert resident(worker) - before < MARGIN
+
+
+def test_malformed_a_hundred_times_a_second_at_a_gateway(connect: Connect, raw: RawPeer) -> None:
+    requests = raw.subscribe("llm.generate")
+    gateway = connect()
+    gateway.do("listen")
+    tags = itertools.count(1)
+    asked = ask(gateway, requests, next(tags))
+    assert asked
+    offer = re.search(rb"Presence-Lane: 1 (\S+)", asked.header)
+    assert offer
+    # To where answers come, to where lanes do, and to what it listens to.
+    malformed = []
+    for kind in [*LONE_CRS, *MALFORMED.values()]:
+        for subject in [asked.reply, offer[1]]:
+            inbox, name = subject.rsplit(b".", 1)
+            malformed.append(readdressed(kind, inbox, name))
+    before = resident(gateway)
+    since = storm(raw, malformed, 3)
+    while not is_streaming(gateway, requests, raw, next(tags)):
+        assert time.monotonic() - since < 1, "no stream runs again within a second"
+    assert time.monotonic() - since < 1
+    assert_little_was_told(gateway)
+    assert resident(gateway) - before < MARGIN
+
+
+def readdressed(malformed: bytes, inbox: bytes, name: bytes) -> bytes:
+    """What is malformed for a worker, sent to a gateway; announcements stay what they are."""
+    command, subject, rest = malformed.split(b" ", 2)
+    if subject != b"client.offline":
+        # The last token may be what is malformed.
+        subject = inbox + b"." + subject.removeprefix(b"svc.").replace(b"generate", name)
+    return b" ".join([command, subject, rest])
+
+
+def ask(gateway: Shell, requests: Subscription, tag: int) -> Message | None:
+    """Requests a stream; None where the request is lost with its connection."""
+    if gateway.ask(f"request {tag} llm.generate probe {tag}")["status"] == "DISCONNECTED":
+        return None
+    with contextlib.suppress(queue.Empty):
+        while True:
+            asked = requests.next(patience=0.05)
+            # Not an earlier one's.
+            if asked.payload == b"%d" % tag:
+                return asked
+    return None
+
+
+def is_streaming(gateway: Shell, requests: Subscription, raw: RawPeer, tag: int) -> bool:
+    """Whether a stream runs from its beginning to its end."""
+    asked = ask(gateway, requests, tag)
+    if not asked:
+        return False
+    inbox = asked.reply.decode()
+    raw.send(pub(inbox, b"x") + pub(inbox, b"__STREAM_END__"))
+    event = gateway.wait(tag=tag)
+    if event["event"] == "ERROR":
+        return False
+    assert (event["event"], event["data"]) == ("DATA", "x")
+    return gateway.wait(tag=tag)["event"] == "END"
 
 
 @pytest.mark.long
@@ -299,5 +372,5 @@ def test_malformed_a_hundred_times_a_second_a_hundred_times(connect: Connect, ra
     worker.do("serve svc.* workers 0")
     before = resident(worker)
     for _ in range(100):
-        storm(worker, raw, 0.3)
+        assert_serving(worker, raw, storm(raw, LONE_CRS, 0.3))
     assert resident(worker) - before < MARGIN
