@@ -608,6 +608,21 @@ def test_lanes_of_strangers_who_are_not_there_end(gateway: Shell, worker: Worker
     assert_goes_on(gateway, lane, 1)
 
 
+def test_there_are_8192_lanes_at_most(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+    """However many strangers begin one, who are all there."""
+    # None of them is silent for so long that it is gone.
+    gateway = connect("", "heartbeat_ms=60000")
+    lane = begin(gateway, worker, 1)
+    raw.subscribe("_INBOX.stranger.*")
+    first = encode(LaneMessage(NEW, 1, 0, (accept(1, 0), data(1, b"forged"))))
+    for start in range(0, 9000, 1000):
+        raw.send(b"".join(pub(lane.peer, first, reply=f"_INBOX.stranger.{start + i}") for i in range(1000)))
+        lane.ask()
+    assert gateway.ask("stats")["lanes"] == 8192
+    assert ignored(gateway) == 1 + 9000 - 8192
+    assert_goes_on(gateway, lane, 1)
+
+
 def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     everything = raw.subscribe(">")

@@ -405,6 +405,31 @@ def test_an_offer_that_is_not_ours_is_answered_on_level_0(
     assert (stats["lanes"], stats["requests_ignored"]) == (0, 0)
 
 
+def test_there_are_8192_lanes_at_most(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+    """However many strangers offer one, who are all there. Further ones are answered on level 0."""
+    # None of them is silent for so long that it is gone.
+    worker = connect("", "heartbeat_ms=60000")
+    worker.do("serve llm.generate workers 0")
+    n, stream = begin(worker, gateway, lane, "alice")
+    assert_goes_on(worker, lane, n, stream)
+    raw.subscribe("_INBOX.stranger.*")
+    for start in range(0, 9000, 500):
+        for i in range(start, start + 500):
+            header = f"Presence-Lane: 1 _INBOX.stranger.{i} {i:016x} 65536\r\n"
+            raw.send(pub("llm.generate", reply=f"_INBOX.nowhere.{i}", header=header.encode()))
+        while worker.ask("stats")["requests"] < start + 501:
+            pass
+    assert worker.ask("stats")["lanes"] == 8192
+    assert "8192 lanes" in worker.wait(event="LOG")["data"]
+    answers = GatewayByHand(raw).request("llm.generate", "bob", key=7)
+    n = worker.wait(event="REQUEST", client="bob")["n"]
+    worker.do(f"send {n} one")
+    assert answers.payload() == b"one"
+    # The lanes that there are go on.
+    n, stream = begin(worker, gateway, lane, "carol")
+    assert_goes_on(worker, lane, n, stream)
+
+
 def test_more_words_in_an_offer_are_for_later_versions(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     gateway.request("llm.generate", "alice", key=0, offer=f"1 {gateway.offer} 0123456789abcdef 65536 and more")
     take_accept(lane, 0x0123456789ABCDEF)
