@@ -448,4 +448,27 @@ mod tests {
         // SAFETY: as above.
         assert_eq!(unsafe { sender_ref(never) }.err(), Some(Status::Closed));
     }
+
+    /// The same for a sender of a service that waits for its first connection.
+    #[test]
+    fn a_sender_that_was_freed_is_not_followed() {
+        let mut config = Config::new();
+        config.set("retry_on_initial_connect", "true").unwrap();
+        let connection = Connection::connect("nats://127.0.0.1:1", &config).unwrap();
+        let service = connection.serve(&Queue::new(), "freed", "", 0, 0).unwrap();
+        let sender = Sender::new(service, "reply".into(), "".into(), Box::default());
+        // It stays where it is, so that nothing else is given under its address meanwhile.
+        let pointer = give_sender(Arc::clone(&sender));
+        // SAFETY: what this build checks, is what is tested.
+        unsafe {
+            assert!(sender_ref(pointer).is_ok());
+            free_sender(pointer).unwrap();
+            assert_eq!(Arc::strong_count(&sender), 1);
+            free_sender(pointer).unwrap();
+            assert_eq!(Arc::strong_count(&sender), 1);
+            assert_eq!(sender_ref(pointer).err(), Some(Status::Closed));
+        }
+        assert!(sender.is_closed());
+        connection.close(None).unwrap_err();
+    }
 }
