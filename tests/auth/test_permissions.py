@@ -328,10 +328,10 @@ with nats_presence.connect(
     @conn.service("llm.endless")
     def endless(request, sender):
         try:
-            # Some more, for what stops it may come a little later than what was said after it.
             while not finish.is_set():
                 sender.send("more")
                 time.sleep(0.01)
+            # Some more, for what stops it may come a little later than what was said after it.
             for _ in range(20):
                 sender.send("more")
                 time.sleep(0.01)
