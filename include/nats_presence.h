@@ -502,8 +502,7 @@ int32_t presence_conn_stats(const struct presence_conn *conn, struct presence_st
  *
  * The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
  * stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
- * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED,
- * PRESENCE_OFFLINE (the client was marked offline meanwhile, by another thread).
+ * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
  * That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
  *
  * # Safety

@@ -199,10 +199,14 @@ impl Connection {
                 .spawn(async move { while runtime::contain("calling readers", readers.run()).await.is_err() {} });
             Arc::clone(&task).supervise(first).await;
             caller.abort();
-            task.readers.call_all();
+            task.readers.end();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, connection.inbox.prefix());
+        if connection.check_open().is_err() {
+            // It has given up meanwhile.
+            registry::remove_announcer(connection.number);
+        }
         if let Some(grace) = connection.options.session_grace {
             registry::set_session_grace(grace);
         }
@@ -339,17 +343,17 @@ impl Connection {
         let (sender, receiver) = mpsc::sync_channel(1);
         let lanes = Arc::clone(&self.lanes);
         self.runtime.spawn(async move {
-            lanes.drain().await;
-            let _ = sender.try_send(());
+            let _ = sender.try_send(lanes.drain().await);
         });
-        let came = match limit {
-            None => receiver.recv().is_ok(),
-            Some(limit) => receiver.recv_timeout(limit).is_ok(),
+        let drained = match limit {
+            None => receiver.recv().ok(),
+            Some(limit) => receiver.recv_timeout(limit).ok(),
         };
-        if !came {
-            return Err(Error::new(Status::Timeout, "not all peers acknowledged what was sent in the time given"));
+        match drained {
+            Some(true) => Ok(()),
+            Some(false) => Err(Error::new(Status::Disconnected, "the connection was lost before all was acknowledged")),
+            None => Err(Error::new(Status::Timeout, "not all peers acknowledged what was sent in the time given")),
         }
-        Ok(())
     }
 
     pub(crate) fn is_connected(&self) -> bool {
@@ -394,7 +398,7 @@ impl Connection {
     /// Waits until the server has what was subscribed; without a connection now it is done later.
     pub(crate) fn settle(&self) -> Result<()> {
         match self.echo(Some(self.options.connect_timeout)) {
-            Err(error) if error.status == Status::Disconnected => Ok(()),
+            Err(error) if error.status == Status::Disconnected => self.check_open(),
             other => other,
         }
     }
@@ -402,7 +406,7 @@ impl Connection {
     /// Waits until the server has all that was sent so far: a message of our own comes back after it.
     fn echo(&self, limit: Option<Duration>) -> Result<()> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        let number = fork::number();
+        let number = random::number();
         let subject = self.inbox.expect(number, Arc::new(Echo(sender)));
         // After `expect`: whoever loses the connection first says so, and then looks whom to tell.
         let came = if self.is_connected() {
@@ -682,7 +686,7 @@ struct Farewell {
 
 impl Farewell {
     fn say(connection: &Connection, subscription: u64) {
-        let echo = fork::number();
+        let echo = random::number();
         let farewell = Farewell { connection: connection.this.clone(), subscription, echo };
         let subject = connection.inbox.expect(echo, Arc::new(farewell));
         connection.outbox.push(Item::EndAtServer(subscription));

@@ -2,10 +2,9 @@
 
 use crate::connection::{Connection, count, origin_header};
 use crate::error::Status;
-use crate::fork;
 use crate::inbound::Receiver;
 use crate::outbox::{Batch, Item, Note, Notes, Request};
-use crate::wire;
+use crate::{random, wire};
 use async_nats::{Client, Message, PublishError, PublishErrorKind};
 use bytes::Bytes;
 use std::mem;
@@ -47,7 +46,7 @@ impl<'a> Drive<'a> {
     pub(crate) async fn run(&mut self) {
         let connection = self.connection;
         let confirmed = Arc::new(Notify::new());
-        let number = fork::number();
+        let number = random::number();
         let echo = connection.inbox().expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
         let mut next_echo = Instant::now();
         while !connection.inbound().is_dead() {

@@ -63,11 +63,20 @@ impl<V> IdMap<V> {
         result
     }
 
-    /// Removes the id if it is there and `condition`, which may change its value, says so. Called with the shard locked.
-    pub(crate) fn remove_if(&self, id: &str, condition: impl FnOnce(&mut V) -> bool) -> Option<V> {
+    /// Removes the id if it is there and `condition`, which may change its value, says so; calls `absent` if it is not. Both
+    /// are called with the shard locked.
+    pub(crate) fn remove_or(
+        &self,
+        id: &str,
+        condition: impl FnOnce(&mut V) -> bool,
+        absent: impl FnOnce(),
+    ) -> Option<V> {
         let hash = self.hash(id);
         let mut shard = self.shard(hash).lock();
-        let at = shard.find(id, hash).ok()?;
+        let Ok(at) = shard.find(id, hash) else {
+            absent();
+            return None;
+        };
         let (_, value) = shard.slots[at].0.as_mut()?;
         if !condition(value) {
             return None;
@@ -184,16 +193,16 @@ mod tests {
                     );
                     assert_eq!(was, model.insert(id, step).is_some());
                 }
-                2 => assert_eq!(map.remove_if(&id, |_| true), model.remove(&id)),
+                2 => assert_eq!(map.remove_or(&id, |_| true, || ()), model.remove(&id)),
                 _ => {
-                    assert_eq!(map.remove_if(&id, |_| false), None);
+                    assert_eq!(map.remove_or(&id, |_| false, || ()), None);
                     assert_eq!(map.contains(&id), model.contains_key(&id));
                 }
             }
         }
         assert_eq!(map.len(), model.len());
         for (id, value) in model {
-            assert_eq!(map.remove_if(&id, |_| true), Some(value));
+            assert_eq!(map.remove_or(&id, |_| true, || ()), Some(value));
         }
         assert_eq!(map.len(), 0);
     }
@@ -207,7 +216,7 @@ mod tests {
         }
         assert!(slots(&map) >= 100_000);
         for number in 0..100_000 {
-            map.remove_if(&number.to_string(), |()| true);
+            map.remove_or(&number.to_string(), |()| true, || ());
         }
         assert!(slots(&map) <= 64 * SHARDS);
     }

@@ -248,7 +248,8 @@ impl Inbox {
         format!("{}{NOWHERE:x}", self.prefix)
     }
 
-    /// Gives what comes to the subject that this returns to `receiver`.
+    /// Gives what comes to the subject that this returns to `receiver`. The number is random: whoever has seen another such
+    /// subject is not to guess this one.
     pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
         if self.expected.insert(number, receiver).is_none() {
             let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;

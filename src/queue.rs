@@ -7,7 +7,6 @@ use bytes::{Bytes, BytesMut};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::{Condvar, Mutex};
 use std::any::Any;
-use std::cmp::Ordering;
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -18,8 +17,11 @@ use std::time::{Duration, Instant};
 const MAX_WATCH_EVENTS: usize = 65_536;
 /// How many CONNECTED, DISCONNECTED and LOG events may wait in one queue.
 const MAX_NEWS: usize = 1024;
-/// What needs fewer bytes is copied out of the NATS client's read buffer: if it waits, it would keep all of that.
-pub(crate) const COPY_BELOW: usize = 4096;
+/// What of a lane message needs fewer bytes is copied out of the NATS client's read buffer: if it waits, it would keep all
+/// of that, which is 64 KiB and more.
+const COPY_BELOW: usize = 4096;
+/// The same for what is alone in its message.
+const COPY_ALONE_BELOW: usize = 32 << 10;
 /// For how many events room is kept when all are taken.
 const KEPT: usize = 4096;
 /// How many events may gather before the waiting thread is called in any case.
@@ -69,6 +71,8 @@ pub(crate) trait Origin: Any + Send + Sync {
     fn taken(&self, _count: u64, _bytes: u64) {}
     /// So many DATA events were dropped with a queue, or for want of one.
     fn dropped(&self, _count: u64, _bytes: u64) {}
+    /// Its REQUEST or WRITABLE has left the queue.
+    fn shown(&self, _kind: Kind) {}
     /// Its request was dropped with the queue: nobody will answer it.
     fn abandoned(&self) {}
 }
@@ -236,6 +240,9 @@ impl Entry {
             Entry::Single(Single { kind: Kind::Data, origin: Some(origin), data, .. }) => {
                 origin.taken(1, data.len() as u64);
             }
+            Entry::Single(Single { kind: kind @ (Kind::Request | Kind::Writable), origin: Some(origin), .. }) => {
+                origin.shown(*kind);
+            }
             Entry::Single(_) => {}
             Entry::Batch(batch) => {
                 batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes))
@@ -279,6 +286,11 @@ impl Entry {
     }
 }
 
+/// A payload as it may wait: without the NATS client's read buffer around it, but where that is mostly payload.
+pub(crate) fn own(payload: Bytes) -> Bytes {
+    if payload.len() < COPY_ALONE_BELOW { Bytes::copy_from_slice(&payload) } else { payload }
+}
+
 /// Until when to wait.
 #[derive(Clone, Copy)]
 enum Deadline {
@@ -314,6 +326,8 @@ struct Inner {
     /// Events that all entries give.
     count: usize,
     watch_events: usize,
+    /// Some were dropped, and a LOG says so; until half of them have been taken.
+    drops_watch: bool,
     news: usize,
     woken: bool,
     closed: bool,
@@ -503,6 +517,9 @@ impl Queue {
         for entry in entries {
             match entry {
                 Entry::Single(Single { kind: Kind::Request, origin: Some(origin), .. }) => origin.abandoned(),
+                Entry::Single(Single { kind: Kind::Data, origin: Some(origin), data, .. }) => {
+                    origin.dropped(1, data.len() as u64);
+                }
                 Entry::Single(_) => {}
                 Entry::Batch(batch) => batch.drop_all(),
             }
@@ -593,18 +610,15 @@ impl Queue {
         if inner.closed {
             return;
         }
-        match inner.watch_events.cmp(&MAX_WATCH_EVENTS) {
-            Ordering::Less => {
-                inner.watch_events += 1;
-                let event = Single { client: Some(client.into()), ..Single::new(kind, Status::Ok, tag, "") };
-                self.put(&mut inner, event);
-            }
-            Ordering::Equal => {
-                inner.watch_events += 1;
-                let text = format!("{MAX_WATCH_EVENTS} presence events wait in the queue: further ones were dropped");
-                self.put(&mut inner, Single::new(Kind::Log, Status::Full, tag, text));
-            }
-            Ordering::Greater => {}
+        let most = if inner.drops_watch { MAX_WATCH_EVENTS / 2 } else { MAX_WATCH_EVENTS };
+        if inner.watch_events < most {
+            inner.drops_watch = false;
+            inner.watch_events += 1;
+            let event = Single { client: Some(client.into()), ..Single::new(kind, Status::Ok, tag, "") };
+            self.put(&mut inner, event);
+        } else if !mem::replace(&mut inner.drops_watch, true) {
+            let text = format!("{MAX_WATCH_EVENTS} presence events wait in the queue: further ones were dropped");
+            self.put(&mut inner, Single::new(Kind::Log, Status::Full, tag, text));
         }
     }
 
@@ -619,7 +633,7 @@ impl Queue {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
@@ -627,13 +641,16 @@ mod tests {
     struct Probe {
         wanted: AtomicBool,
         taken: AtomicUsize,
+        dropped: AtomicUsize,
+        shown: Mutex<Vec<Kind>>,
         abandoned: AtomicBool,
     }
 
     impl Probe {
         fn new() -> Arc<Probe> {
             let (wanted, abandoned) = (AtomicBool::new(true), AtomicBool::new(false));
-            Arc::new(Probe { wanted, taken: AtomicUsize::new(0), abandoned })
+            let zero = || AtomicUsize::new(0);
+            Arc::new(Probe { wanted, taken: zero(), dropped: zero(), shown: Mutex::default(), abandoned })
         }
 
         fn event(self: &Arc<Self>, kind: Kind, data: &'static str) -> Single {
@@ -662,6 +679,14 @@ mod tests {
             self.taken.fetch_add(bytes as usize, Ordering::Relaxed);
         }
 
+        fn dropped(&self, _count: u64, bytes: u64) {
+            self.dropped.fetch_add(bytes as usize, Ordering::Relaxed);
+        }
+
+        fn shown(&self, kind: Kind) {
+            self.shown.lock().push(kind);
+        }
+
         fn abandoned(&self) {
             self.abandoned.store(true, Ordering::Relaxed);
         }
@@ -673,7 +698,7 @@ mod tests {
         data
     }
 
-    fn is_readable(queue: &Queue) -> bool {
+    pub(crate) fn is_readable(queue: &Queue) -> bool {
         let inner = queue.inner.lock();
         inner.fd.as_ref().unwrap().raised
     }
@@ -785,5 +810,43 @@ mod tests {
         assert_eq!(kinds.iter().filter(|event| **event == (Kind::Log, Status::Full)).count(), 1);
         queue.push_watch(Kind::Offline, 0, "a");
         assert_eq!(taken(&queue, 8).len(), 1, "there is room again");
+
+        // A reader that is slow for ever hears of it once for each half of them that it takes.
+        for _ in 0..MAX_WATCH_EVENTS + 10 {
+            queue.push_watch(Kind::Online, 0, "a");
+        }
+        let (mut logs, mut events) = (0, 0);
+        for _ in 0..MAX_WATCH_EVENTS / 2 + 10 {
+            queue.wait(1, None, |event| if event.kind == Kind::Log { logs += 1 } else { events += 1 }).unwrap();
+            queue.push_watch(Kind::Online, 0, "a");
+        }
+        assert_eq!((logs, events), (0, MAX_WATCH_EVENTS / 2 + 10));
+        while queue.wait(1024, Some(Duration::ZERO), |event| logs += usize::from(event.kind == Kind::Log)).unwrap() > 0
+        {
+        }
+        assert_eq!(logs, 1);
+    }
+
+    #[test]
+    fn who_waits_in_a_queue_hears_what_becomes_of_it() {
+        let (queue, probe) = (Queue::new(), Probe::new());
+        for kind in [Kind::Request, Kind::Writable, Kind::Stopped] {
+            queue.push(probe.event(kind, ""));
+        }
+        taken(&queue, 2);
+        assert_eq!(*probe.shown.lock(), [Kind::Request, Kind::Writable]);
+        queue.push(probe.event(Kind::Data, "12345"));
+        queue.close();
+        assert_eq!((probe.taken.load(Ordering::Relaxed), probe.dropped.load(Ordering::Relaxed)), (0, 5));
+    }
+
+    #[test]
+    fn what_waits_keeps_no_more_than_it_is() {
+        let buffer = Bytes::from(vec![7; 64 << 10]);
+        for (length, is_copied) in [(0, true), (10, true), (COPY_ALONE_BELOW - 1, true), (COPY_ALONE_BELOW, false)] {
+            let part = buffer.slice(100..100 + length);
+            assert_eq!(own(part.clone()), part);
+            assert_eq!(own(part.clone()).as_ptr() != part.as_ptr(), is_copied, "{length}");
+        }
     }
 }

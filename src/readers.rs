@@ -9,8 +9,15 @@ use tokio::sync::Notify;
 /// Queues whose threads are to be called when the NATS client has handed over what it has.
 #[derive(Default)]
 pub(crate) struct Readers {
-    uncalled: Mutex<Vec<Arc<Queue>>>,
+    uncalled: Mutex<Uncalled>,
     arrived: Notify,
+}
+
+#[derive(Default)]
+struct Uncalled {
+    queues: Vec<Arc<Queue>>,
+    /// Nobody calls them any longer: whoever adds one calls it.
+    is_over: bool,
 }
 
 impl Readers {
@@ -29,8 +36,14 @@ impl Readers {
 
     fn call_later(&self, queue: &Arc<Queue>, pushed: Option<bool>) {
         if pushed == Some(true) {
-            self.uncalled.lock().push(Arc::clone(queue));
-            self.arrived.notify_one();
+            let mut uncalled = self.uncalled.lock();
+            if uncalled.is_over {
+                drop(uncalled);
+                queue.flush();
+            } else {
+                uncalled.queues.push(Arc::clone(queue));
+                self.arrived.notify_one();
+            }
         }
     }
 
@@ -42,8 +55,35 @@ impl Readers {
         }
     }
 
+    /// The task ends.
+    pub(crate) fn end(&self) {
+        self.uncalled.lock().is_over = true;
+        self.call_all();
+    }
+
     pub(crate) fn call_all(&self) {
-        let queues = mem::take(&mut *self.uncalled.lock());
+        let queues = mem::take(&mut self.uncalled.lock().queues);
         queues.iter().for_each(|queue| queue.flush());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Status;
+    use crate::queue::Kind;
+    use crate::queue::tests::is_readable;
+    use std::time::Duration;
+
+    #[test]
+    fn when_the_task_is_over_who_adds_an_event_calls() {
+        let (readers, queue) = (Readers::default(), Queue::new());
+        queue.fd().unwrap();
+        let push = || readers.push(&queue, || Some(Single::new(Kind::Data, Status::Ok, 0, "")));
+        assert!(push() && !is_readable(&queue), "later");
+        readers.end();
+        assert!(is_readable(&queue));
+        queue.wait(8, Some(Duration::ZERO), |_| ()).unwrap();
+        assert!(push() && is_readable(&queue), "at once");
     }
 }

@@ -185,8 +185,11 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
 pub fn mark_offline(id: &[u8]) -> Result<()> {
     let id = client::id(id)?;
     let registry = registry();
-    if !id.is_empty() && !registry.leave(id, |_| true, |presence| registry.announce(id, presence)) {
-        registry.announce(id, &Presence::Marked);
+    if !id.is_empty() {
+        let announce = |presence: &Presence| registry.announce(id, presence);
+        // Who is unknown here may be known elsewhere. With the entry locked as well, or a mark and a request that follow
+        // could overtake the announcement.
+        registry.leave_or(id, |_| true, announce, || announce(&Presence::Marked));
     }
     Ok(())
 }
@@ -317,8 +320,19 @@ impl Registry {
 
     /// Takes a client offline if it is known and `applies` says so, and stops what runs for it. False if it did not.
     fn leave(&self, id: &str, applies: impl FnOnce(&mut Presence) -> bool, announce: impl FnOnce(&Presence)) -> bool {
+        self.leave_or(id, applies, announce, || {})
+    }
+
+    /// As `leave`; calls `absent`, with the entry locked, too, if the client is not known.
+    fn leave_or(
+        &self,
+        id: &str,
+        applies: impl FnOnce(&mut Presence) -> bool,
+        announce: impl FnOnce(&Presence),
+        absent: impl FnOnce(),
+    ) -> bool {
         let mut stopped = Vec::new();
-        let left = self.clients.remove_if(id, |presence| {
+        let is_left = |presence: &mut Presence| {
             if !applies(presence) {
                 return false;
             }
@@ -326,7 +340,8 @@ impl Registry {
             announce(presence);
             self.tell(Kind::Offline, id);
             true
-        });
+        };
+        let left = self.clients.remove_or(id, is_left, absent);
         for running in stopped {
             running.stopped(Status::Offline);
         }

@@ -22,6 +22,8 @@ pub struct Sender {
     /// 0 while it may send; then, for ever, the status that says why not.
     word: AtomicU32,
     is_waiting_for_room: AtomicBool,
+    /// A WRITABLE is in the queue.
+    is_called: AtomicBool,
     is_freed: AtomicBool,
     /// Of its events REQUEST and STOPPED, those that have come, or are due.
     due: AtomicU8,
@@ -38,12 +40,16 @@ pub struct Sender {
 
 const REQUEST: u8 = 1;
 const STOPPED: u8 = 2;
+/// Its REQUEST is in the queue no longer; it has ended: with both its place is free.
+const SHOWN: u8 = 4;
+const ENDED: u8 = 8;
 
 impl Sender {
     pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
             word: AtomicU32::new(0),
             is_waiting_for_room: AtomicBool::new(false),
+            is_called: AtomicBool::new(false),
             is_freed: AtomicBool::new(false),
             due: AtomicU8::new(0),
             sent: AtomicU64::new(0),
@@ -247,6 +253,7 @@ impl Sender {
             })?,
         }
         self.service.forget(self.number);
+        self.leave(ENDED);
         registry::detach(&self.client, self.number);
         Ok(())
     }
@@ -265,10 +272,20 @@ impl Sender {
 
     /// Whichever of both comes second tells of the stop: no STOPPED comes before its REQUEST.
     fn make_due(&self, event: u8) {
-        if (self.due.fetch_or(event, Ordering::AcqRel) | event) == (REQUEST | STOPPED)
+        let before = self.due.fetch_or(event, Ordering::AcqRel);
+        if before & event == 0
+            && (before | event) & (REQUEST | STOPPED) == (REQUEST | STOPPED)
             && let Err(why) = stopped(&self.word)
         {
             self.event(Kind::Stopped, why);
+        }
+    }
+
+    /// Whichever of both comes second frees its place among the service's streams.
+    fn leave(&self, event: u8) {
+        let before = self.due.fetch_or(event, Ordering::AcqRel);
+        if before & event == 0 && (before | event) & (SHOWN | ENDED) == (SHOWN | ENDED) {
+            self.service.free_place();
         }
     }
 
@@ -305,6 +322,7 @@ impl Running for Sender {
             None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
         }
         self.service.forget(self.number);
+        self.leave(ENDED);
         self.make_due(STOPPED);
     }
 
@@ -354,7 +372,7 @@ impl Party for Sender {
 impl Writer for Sender {
     fn room(&self) {
         self.is_waiting_for_room.store(false, Ordering::Release);
-        if !self.is_closed() {
+        if !self.is_closed() && !self.is_called.swap(true, Ordering::AcqRel) {
             self.event(Kind::Writable, Status::Ok);
         }
     }
@@ -377,7 +395,15 @@ impl Origin for Sender {
         !self.is_freed.load(Ordering::Acquire)
     }
 
+    fn shown(&self, kind: Kind) {
+        match kind {
+            Kind::Writable => self.is_called.store(false, Ordering::Release),
+            _ => self.leave(SHOWN),
+        }
+    }
+
     fn abandoned(&self) {
+        self.leave(SHOWN);
         self.abandon();
     }
 }

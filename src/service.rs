@@ -6,7 +6,7 @@ use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::inbound::Receiver;
 use crate::lane::driver::Party;
-use crate::queue::{Kind, Origin, Queue, Single};
+use crate::queue::{Kind, Origin, Queue, Single, own};
 use crate::registry;
 use crate::sender::Sender;
 use crate::wire::{self, Use};
@@ -123,8 +123,12 @@ impl Service {
     /// A sender of this service has ended: each says so once.
     pub(crate) fn forget(&self, number: u64) {
         self.running.remove(&number);
-        self.running_count.fetch_sub(1, Ordering::AcqRel);
         self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A sender has ended, and its REQUEST does not wait in the queue any longer.
+    pub(crate) fn free_place(&self) {
+        self.running_count.fetch_sub(1, Ordering::AcqRel);
     }
 
     fn request(self: Arc<Self>, message: Message) {
@@ -189,12 +193,12 @@ impl Service {
         let event = Single {
             client: Some(id),
             subject: message.subject.into_string().into(),
-            ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, message.payload)
+            ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, own(message.payload))
         };
         if connection.readers().push(&self.queue, || Some(event)) {
             sender.is_known();
         } else {
-            sender.abandon();
+            Origin::abandoned(&*sender);
         }
     }
 

@@ -9,7 +9,7 @@ use crate::inbound::Receiver;
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::state::{Grant, OVERHEAD};
 use crate::outbox::{Request, stopped};
-use crate::queue::{COPY_BELOW, Event, Kind, Origin, Queue, Single};
+use crate::queue::{Event, Kind, Origin, Queue, Single, own};
 use crate::random;
 use crate::registry::{self, Running};
 use crate::wire::{self, Answer, Use};
@@ -103,13 +103,28 @@ impl Connection {
         config: &Config,
         tag: u64,
     ) -> Result<Arc<Stream>> {
+        self.request_known(queue, subject, data, client, config, tag, |_| {})
+    }
+
+    /// As `request`; `known` hears of the stream before any event of it can come.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn request_known(
+        &self,
+        queue: &Arc<Queue>,
+        subject: &str,
+        data: &[u8],
+        client: &[u8],
+        config: &Config,
+        tag: u64,
+        known: impl FnOnce(&Arc<Stream>),
+    ) -> Result<Arc<Stream>> {
         wire::check_subject("subject", subject, Use::Publish)?;
         let client = client::id(client)?;
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
         let (key, window) = (random::number(), window(options.stream_buffer as u64));
-        if let Some(lanes) = self.lanes() {
-            headers.insert(wire::LANE, lanes.offer(key, window));
+        if let Some(offer) = self.lanes().and_then(|lanes| lanes.offer(key, window)) {
+            headers.insert(wire::LANE, offer);
         }
         let headers = Some(headers).filter(|headers| !headers.is_empty());
         self.check_connected()?;
@@ -141,6 +156,7 @@ impl Connection {
             asking: Mutex::new(None),
             timer: Mutex::new(None),
         });
+        known(&stream);
         let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn Receiver>);
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
@@ -155,10 +171,12 @@ impl Connection {
         }
         // After `expect`: a connection lost before has not ended this stream.
         let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
-        if let Err(error) = sent {
-            stream.withdraw();
+        if let Err(error) = sent
+            && stream.withdraw()
+        {
             return Err(error);
         }
+        // Where somebody ended it meanwhile its last event is in the queue, and tells why.
         if let Some(timeout) = options.timeout {
             stream.end_after(timeout);
         }
@@ -246,14 +264,16 @@ impl Stream {
         self.finish(Kind::Error, Status::Cancelled, "");
     }
 
-    /// Takes it all back: nobody has heard of it. (Unless it was ended meanwhile, and that was told.)
-    fn withdraw(&self) {
-        self.is_freed.store(true, Ordering::Release);
-        if self.forbid(Status::Cancelled) {
+    /// Takes it all back: nobody has heard of it. False if it was ended meanwhile, and that was told.
+    fn withdraw(&self) -> bool {
+        let is_first = self.forbid(Status::Cancelled);
+        if is_first {
+            self.is_freed.store(true, Ordering::Release);
             registry::detach(&self.client, self.number);
             self.tell_worker(Status::Cancelled);
             self.conclude(Kind::Error, Status::Cancelled, "");
         }
+        is_first
     }
 
     fn end_after(&self, timeout: Duration) {
@@ -313,7 +333,7 @@ impl Stream {
         *self.asking.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.readers().push(&self.queue, || Some(event));
+            self.connection.readers().push(&self.queue, || self.is_wanted().then_some(event));
         }
     }
 
@@ -330,13 +350,12 @@ impl Stream {
             }
             return;
         }
-        let payload = if payload.len() < COPY_BELOW { Bytes::copy_from_slice(&payload) } else { payload };
         let Some(this) = self.this.upgrade() else { return };
         self.connection.readers().push(&self.queue, || {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
-            Some(Single::of(Kind::Data, Status::Ok, this, payload))
+            Some(Single::of(Kind::Data, Status::Ok, this, own(payload)))
         });
     }
 
@@ -401,7 +420,7 @@ impl Receiver for Stream {
             }
             Answer::Error(text) => {
                 if text != wire::BUSY.as_bytes() || !self.ask_again() {
-                    self.finish(Kind::Error, Status::Remote, message.payload.slice_ref(text));
+                    self.finish(Kind::Error, Status::Remote, own(message.payload.slice_ref(text)));
                 }
             }
         }

@@ -54,8 +54,16 @@ pub fn is_reserved(data: &[u8]) -> bool {
 /// The payload that ends a stream with an error, cut to `max` bytes.
 #[must_use]
 pub fn error(text: &[u8], max: usize) -> Bytes {
-    let room = max.saturating_sub(ERROR.len()).min(text.len());
-    [ERROR, &text[..room]].concat().into()
+    [ERROR, cut(text, max.saturating_sub(ERROR.len()))].concat().into()
+}
+
+/// Text of at most `max` bytes, without a part of a character at its end.
+#[must_use]
+pub fn cut(text: &[u8], max: usize) -> &[u8] {
+    let is_inside = |at: usize| text.get(at).is_some_and(|byte| byte & 0xc0 == 0x80);
+    let end = max.min(text.len());
+    let whole = (end.saturating_sub(3)..=end).rev().find(|at| !is_inside(*at));
+    text.get(..whole.unwrap_or(end)).unwrap_or_default()
 }
 
 /// How many bytes a subject has at most: nats-server closes a connection that sends it a line of more than 4096, and
@@ -179,6 +187,15 @@ mod tests {
         assert_eq!(error(b"server busy", 1024), "__STREAM_ERROR__:server busy");
         assert_eq!(error(b"0123456789", 20), "__STREAM_ERROR__:012");
         assert_eq!(error(b"0123456789", 1), "__STREAM_ERROR__:");
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        let text = "a\u{e4}\u{20ac}\u{1f600}";
+        let cuts: Vec<_> =
+            (0..=11).map(|max| str::from_utf8(cut(text.as_bytes(), max)).unwrap().chars().count()).collect();
+        assert_eq!(cuts, [0, 1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4]);
+        assert_eq!(cut(&[0x80; 10], 5), [0x80; 5], "what is no text is cut as well");
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The gateway's side: streams requested from workers.
 
 use super::connection::{presence_config, presence_conn};
-use super::guard::{borrow, bytes, c_text, config_ref, guard, guard_error, guard_or, handle, presence_error, release};
+use super::guard::{
+    borrow, bytes, c_text, config_ref, guard, guard_error, guard_or, handle_known, presence_error, release,
+};
 use super::queue::presence_queue;
 use crate::config::Config;
 use std::ffi::{c_char, c_void};
@@ -16,8 +18,7 @@ pub struct presence_stream {
 ///
 /// The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
 /// stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
-/// Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED,
-/// PRESENCE_OFFLINE (the client was marked offline meanwhile, by another thread).
+/// Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
 /// That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
 ///
 /// # Safety
@@ -44,7 +45,9 @@ pub unsafe extern "C" fn presence_request(
             let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
             let (subject, data, client) =
                 (c_text("subject", subject)?, bytes(data, len)?, bytes(client_id.cast(), id_len)?);
-            handle(out, || borrow(conn)?.request(&borrow(queue)?, subject, data, client, config, tag))
+            handle_known(out, |known| {
+                borrow(conn)?.request_known(&borrow(queue)?, subject, data, client, config, tag, known)
+            })
         })
     }
 }

@@ -14,6 +14,7 @@ use crate::sender::Sender;
 use crate::service::Service;
 use crate::stream::Stream;
 use dashmap::DashMap;
+use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -182,11 +183,32 @@ pub(super) unsafe fn handle<H: Handle, C: Into<Arc<H::Core>>>(
     check_aligned("out", out)?;
     let core = make()?.into();
     let number = H::number(&core);
-    // Before the caller has it, so that an event that names it finds it.
     H::table().insert(number, core);
     // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
     unsafe { out.write(pointer(number)) };
     Ok(())
+}
+
+/// As `handle`, for what events may name before it is made: `make` gives it to its argument before any can come.
+///
+/// # Safety
+/// `out` is NULL or writable.
+pub(super) unsafe fn handle_known<H: Handle>(
+    out: *mut *mut H,
+    make: impl FnOnce(&dyn Fn(&Arc<H::Core>)) -> Result<Arc<H::Core>>,
+) -> Result<()> {
+    let known = Cell::new(None);
+    let know = |core: &Arc<H::Core>| {
+        let number = H::number(core);
+        H::table().insert(number, Arc::clone(core));
+        known.set(Some(number));
+    };
+    // SAFETY: the caller's promise is write_out's.
+    let made = unsafe { write_out(out, || make(&know).map(|core| pointer(H::number(&core)))) };
+    if let (Err(_), Some(number)) = (&made, known.get()) {
+        H::table().remove(&number);
+    }
+    made
 }
 
 /// What a handle stands for.

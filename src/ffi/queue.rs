@@ -134,6 +134,11 @@ pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
     })
 }
 
+/// NULL where there is nothing: what an empty slice has instead is an address that Go, for one, does not bear.
+fn start(bytes: &[u8]) -> *const u8 {
+    if bytes.is_empty() { ptr::null() } else { bytes.as_ptr() }
+}
+
 /// An event as C sees it. The sender of a request passes to the receiver here.
 #[inline]
 fn export(event: &Event<'_>) -> presence_event {
@@ -152,11 +157,11 @@ fn export(event: &Event<'_>) -> presence_event {
         tag: event.tag,
         sender: sender.unwrap_or(ptr::null_mut()),
         stream: stream.unwrap_or(ptr::null_mut()),
-        client: event.client.as_ptr().cast(),
+        client: start(event.client.as_bytes()).cast(),
         client_len: event.client.len(),
-        subject: event.subject.as_ptr().cast(),
+        subject: start(event.subject).cast(),
         subject_len: event.subject.len(),
-        data: event.data.as_ptr(),
+        data: start(event.data),
         data_len: event.data.len(),
         reserved: [0; 2],
     }

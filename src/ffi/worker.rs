@@ -213,7 +213,9 @@ pub unsafe extern "C" fn presence_sender_header(
         check_aligned("len", len)?;
         let header = sender.header(name);
         write_out(len, || Ok(header.map_or(0, str::len)))?;
-        write_out(value, || Ok(header.map_or(ptr::null(), str::as_ptr).cast()))
+        // An empty one has an address, too.
+        let start = |header: &str| if header.is_empty() { c"".as_ptr() } else { header.as_ptr().cast() };
+        write_out(value, || Ok(header.map_or(ptr::null(), start)))
     })
 }
 

@@ -10,15 +10,17 @@ use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Patience};
 use crate::readers::Readers;
-use crate::{fork, random, runtime, wire};
+use crate::{random, runtime, wire};
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::coop::unconstrained;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
 const MAX_LANES: usize = 8192;
@@ -135,8 +137,8 @@ impl Lanes {
         self.clients.send_replace(client);
     }
 
-    /// Waits until the other ends have all that was sent, or the connection is lost.
-    pub(crate) async fn drain(&self) {
+    /// Waits until the other ends have all that was sent; false when the connection is lost before.
+    pub(crate) async fn drain(&self) -> bool {
         let mut clients = self.clients.subscribe();
         let drained = async {
             for lane in self.all() {
@@ -144,8 +146,8 @@ impl Lanes {
             }
         };
         tokio::select! {
-            () = drained => {}
-            _ = clients.wait_for(Option::is_none) => {}
+            () = drained => true,
+            _ = clients.wait_for(Option::is_none) => false,
         }
     }
 
@@ -160,9 +162,10 @@ impl Lanes {
 
     // The gateway's side ----------------------------------------------------------------------------------------------
 
-    /// The value of a request's header, which offers a lane for the stream with this key: its number in the inbox.
-    pub(crate) fn offer(&self, key: u64, window: u32) -> String {
-        format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer)
+    /// The value of a request's header, which offers a lane for the stream with this key: its number in the inbox. None
+    /// where there is no room for another lane: a worker without one would be turned away.
+    pub(crate) fn offer(&self, key: u64, window: u32) -> Option<String> {
+        self.has_room().then(|| format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer))
     }
 
     fn accept(&self, lane: &Arc<Lane>, key: u64, stream: u32) -> Accepted {
@@ -174,7 +177,7 @@ impl Lanes {
         let header = Header::read(payload).ok()?;
         let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
         (is_first && self.has_room() && wire::may_answer(peer, &self.offline_subject))
-            .then(|| self.make(format!("{}-{}", self.offer, fork::number()), peer.clone(), false))
+            .then(|| self.make(format!("{}-{}", self.offer, random::number()), peer.clone(), false))
     }
 
     // The worker's side -----------------------------------------------------------------------------------------------
@@ -265,7 +268,10 @@ impl Lanes {
         if header.has(frame::RESET) || !wire::may_answer(peer, &self.offline_subject) {
             return;
         }
-        let flags = if header.has(frame::NEW) && self.has_room() { frame::GAP | frame::PONG } else { frame::RESET };
+        // Only at the offer its first message may begin it after all: from elsewhere it would be asked for it for ever.
+        let is_offer = own.strip_prefix(&*self.prefix).is_some_and(|token| token == self.offer);
+        let may_begin = is_offer && header.has(frame::NEW) && self.has_room();
+        let flags = if may_begin { frame::GAP | frame::PONG } else { frame::RESET };
         self.say(own, peer.clone(), flags);
     }
 
@@ -273,7 +279,8 @@ impl Lanes {
     fn say(&self, own: Subject, peer: Subject, flags: u8) {
         let message = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
-            self.runtime.spawn(async move { client.publish_with_reply(peer, own, message).await });
+            // At once or not at all: whoever sends faster than the server takes the answers would have us keep them all.
+            let _ = unconstrained(client.publish_with_reply(peer, own, message)).now_or_never();
         }
     }
 

@@ -6,6 +6,7 @@
 //! again from the first missing on. After a reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
 
 use crate::lane::frame::{self, Frames, Header, Malformed, Run};
+use crate::wire;
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
@@ -32,8 +33,14 @@ const ASK_AFTER: Duration = Duration::from_millis(500);
 const PING_AGAIN: Duration = Duration::from_millis(20);
 /// A timer that is so late was not the only one: this process, or its machine, stood still.
 const LATE: Duration = Duration::from_millis(250);
+/// How long an error's text is where there is no room for more, in bytes.
+const SHORT: usize = 256;
 /// How much may wait in answers to what the other end alone decides, such as streams that nobody wants.
 const MAX_CONTROL: usize = 4 << 20;
+/// How many streams that ended before their ACCEPT was acknowledged are kept: more than fit into any round trip.
+const MAX_UNHEARD: usize = 65_536;
+/// How many answers in a row may acknowledge nothing of what they were asked about.
+const MAX_VAIN: u32 = 20;
 /// How many beats of silence are one too many.
 const MAX_MISSED: u32 = 3;
 /// How much rarer beats are while no streams run.
@@ -201,6 +208,8 @@ pub(crate) struct State<S> {
     ping_interval: Duration,
     /// The last number that had been sent before the first PING that is unanswered.
     asked_for: Option<u64>,
+    /// Answers in a row that did not cover it, and acknowledged nothing.
+    vain: u32,
     progress_at: Instant,
     /// nats-server says that nobody is there.
     suspect_since: Option<Instant>,
@@ -262,6 +271,7 @@ impl<S: Clone> State<S> {
             ping_at: now,
             ping_interval: PING_AGAIN,
             asked_for: None,
+            vain: 0,
             progress_at: now,
             suspect_since: None,
             reconnecting: None,
@@ -373,8 +383,9 @@ impl<S: Clone> State<S> {
             match error {
                 None => self.append(frame::END, credit.stream, &[]),
                 Some(text) => {
-                    let room = text.len().min(self.max_message);
-                    self.append(frame::ERROR, credit.stream, text.get(..room).unwrap_or_default());
+                    // It need not wait for room. So where there is none it is short: thousands may end at once.
+                    let most = if self.has_room(text.len()) { self.max_message } else { SHORT };
+                    self.append(frame::ERROR, credit.stream, wire::cut(text, most.min(self.max_message)));
                 }
             }
         }
@@ -514,6 +525,7 @@ impl<S: Clone> State<S> {
         if header.has(frame::PONG) {
             self.is_held = false;
             if self.asked_for.take().is_some_and(|asked_for| header.ack < asked_for) {
+                self.vain += 1;
                 self.send_again(now);
             }
         }
@@ -629,7 +641,11 @@ impl<S: Clone> State<S> {
         is_late && !was_late
     }
 
-    /// Where a peer that acknowledges nothing has us keep more than it could ever need, it lies.
+    /// A peer that acknowledges nothing, has us keep more than it could ever need, or send the same for ever, lies.
+    fn is_abused(&self) -> bool {
+        self.backlog > self.most_backlog() || self.unheard.len() > MAX_UNHEARD || self.vain > MAX_VAIN
+    }
+
     fn most_backlog(&self) -> usize {
         2 * self.limit.max(MAX_PAYLOAD) + 64 * (self.outs.len() + self.ins.len()) + MAX_CONTROL
     }
@@ -649,7 +665,7 @@ impl<S: Clone> State<S> {
         match self.gone_at() {
             Some(at) if now >= at && stood_still => self.reconnecting = Some(now + LATE),
             Some(at) if now >= at => return self.end(tells),
-            _ if is_silent || self.backlog > self.most_backlog() => return self.end(tells),
+            _ if is_silent || self.is_abused() => return self.end(tells),
             _ => {}
         }
         if self.is_held && now >= self.ping_at {
@@ -762,6 +778,7 @@ impl<S: Clone> State<S> {
         if ack <= self.acked {
             return;
         }
+        self.vain = 0;
         let count = usize::try_from(ack - self.acked).unwrap_or(usize::MAX).min(self.unacked.len());
         for message in self.unacked.drain(..count) {
             self.backlog -= message.len() - frame::HEADER;

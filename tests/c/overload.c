@@ -16,6 +16,34 @@ static void check_resident(long before, long more_kib) {
   CHECK(now <= before + more_kib || (fprintf(stderr, "from %ld to %ld KiB: ", before, now), 0));
 }
 
+/* Requests that nobody takes ------------------------------------------------------------------------------------------ */
+
+enum { PLACES = 10, LEAVE = 2000 };
+
+/* Their gateway does not wait for an answer. A place is taken as long as the request waits, or nothing would limit them. */
+static void requests_that_nobody_takes(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service;
+  OK(presence_serve(worker.conn, worker.queue, "untaken", NULL, PLACES, 0, &service, NULL));
+  for (int i = 0; i < LEAVE; i++) presence_stream_free(request(gateway, "untaken", "c", 0));
+  while (stats_of(worker).requests < LEAVE) usleep(1000);
+  presence_event event;
+  int taken = 0;
+  while (presence_queue_wait(worker.queue, &event, 1, 0) == 1) {
+    if (event.kind != PRESENCE_EVENT_REQUEST) continue;
+    presence_sender_free(event.sender);
+    taken++;
+  }
+  CHECK_EQ(taken, PLACES);
+  /* There is room again. */
+  presence_stream *stream = request(gateway, "untaken", "d", 0);
+  presence_sender_free(accept_request(worker));
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(worker);
+  close_peer(gateway);
+}
+
 /* A flood of requests ------------------------------------------------------------------------------------------------- */
 
 enum { RUNNING = 50, AT_ONCE = 2000 };
@@ -247,6 +275,7 @@ static void one_slow_among_a_hundred(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
+  RUN_ON_BOTH(requests_that_nobody_takes);
   RUN_ON_BOTH(a_flood_of_requests);
   RUN_ON_BOTH(a_reader_that_takes_nothing);
   RUN(one_slow_among_a_hundred);

@@ -89,6 +89,8 @@ static inline presence_event expect_at(presence_queue *queue, int32_t kind, cons
             (int)event.status, (int)event.data_len, event.data ? (const char *)event.data : "", (int)kind);
     end_of_line();
   }
+  /* What is not there is NULL: Go does not bear another address that is none. */
+  CHECK(!event.client == !event.client_len && !event.subject == !event.subject_len && !event.data == !event.data_len);
   return event;
 }
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import nats
@@ -24,12 +25,14 @@ def url(tmp_path):
     server = subprocess.Popen([binary, "-a", "127.0.0.1", "-p", "-1"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     for line in server.stderr:
         if "Listening for client connections on" in line:
+            # What it still has to say must not block it.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
             yield f"nats://{line.split()[-1]}"
             break
     else:
         pytest.fail("nats-server did not start")
     server.terminate()
-    server.communicate()
+    server.wait()
 
 
 def place(text, url):

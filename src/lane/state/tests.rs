@@ -390,3 +390,60 @@ fn a_stream_that_ended_early_is_known_once_its_accept_was_acknowledged() {
     hear(&mut worker, now, 0, 1);
     assert_eq!(worker.unheard(), 0);
 }
+
+#[test]
+fn thousands_that_end_with_long_errors_do_not_end_their_lane() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credits: Vec<_> = (0..3000).map(|key| worker.open(key, 1 << 20, key, now).unwrap()).collect();
+    let text = "\u{20ac}".repeat(10_000);
+    credits.iter().for_each(|credit| worker.finish(credit, Some(text.as_bytes())));
+    let (mut texts, mut tells) = (Vec::new(), Vec::new());
+    while let Some(message) = worker.poll(now, &mut tells) {
+        let frames = Frames::new(&message[frame::HEADER..]).map(Result::unwrap);
+        texts.extend(frames.filter(|frame| frame.kind == frame::ERROR).map(|frame| frame.body.len()));
+    }
+    assert!(!worker.is_over() && tells.is_empty());
+    assert_eq!((texts.len(), texts[0], texts[2999]), (3000, 30_000, 255));
+}
+
+#[test]
+fn a_peer_that_answers_for_ever_and_acknowledges_nothing_is_given_up() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1 << 20, 7, now).unwrap();
+    worker.send(&credit, b"x").unwrap();
+    while worker.poll(now, &mut vec![]).is_some() {}
+    let mut answers = 0;
+    while !worker.is_over() {
+        worker.ask(now);
+        while worker.poll(now, &mut vec![]).is_some() {}
+        hear(&mut worker, now, frame::PONG, 0);
+        worker.poll(now, &mut vec![]);
+        answers += 1;
+    }
+    assert_eq!(answers, MAX_VAIN + 1);
+    // One that acknowledges now and then is borne.
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1 << 20, 7, now).unwrap();
+    for ack in 0..3 * u64::from(MAX_VAIN) {
+        worker.send(&credit, b"x").unwrap();
+        worker.ask(now);
+        while worker.poll(now, &mut vec![]).is_some() {}
+        hear(&mut worker, now, frame::PONG, ack / 10);
+    }
+    assert!(!worker.is_over());
+}
+
+#[test]
+fn so_many_that_ended_unheard_and_no_more_are_kept() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    for key in 0..=MAX_UNHEARD as u64 {
+        assert!(!worker.is_over());
+        let credit = worker.open(key, 1, key, now).unwrap();
+        worker.finish(&credit, None);
+        while worker.poll(now, &mut vec![]).is_some() {}
+    }
+    assert!(worker.is_over() || worker.poll(now, &mut vec![]).is_some_and(|_| worker.is_over()));
+}
