@@ -134,9 +134,15 @@ pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
     })
 }
 
-/// NULL where there is nothing: what an empty slice has instead is an address that Go, for one, does not bear.
-fn start(bytes: &[u8]) -> *const u8 {
-    if bytes.is_empty() { ptr::null() } else { bytes.as_ptr() }
+/// Where a field's bytes are. An empty slice of Rust's has an address that is none, which Go, for one, does not bear: it is
+/// that of an empty text in a field that this kind of event has, and NULL in one that it has not.
+#[inline]
+fn start(bytes: &[u8], is_meant: bool) -> *const u8 {
+    match (bytes.is_empty(), is_meant) {
+        (false, _) => bytes.as_ptr(),
+        (true, true) => c"".as_ptr().cast(),
+        (true, false) => ptr::null(),
+    }
 }
 
 /// An event as C sees it. The sender of a request passes to the receiver here.
@@ -151,17 +157,20 @@ fn export(event: &Event<'_>) -> presence_event {
         Kind::Data | Kind::End | Kind::Error => Some(pointer(event.number())),
         _ => None,
     };
+    let has_client =
+        matches!(event.kind, Kind::Request | Kind::Stopped | Kind::Writable | Kind::Online | Kind::Offline);
+    let has_data = matches!(event.kind, Kind::Request | Kind::Data | Kind::Error | Kind::Log);
     presence_event {
         kind: event.kind as i32,
         status: event.status.code(),
         tag: event.tag,
         sender: sender.unwrap_or(ptr::null_mut()),
         stream: stream.unwrap_or(ptr::null_mut()),
-        client: start(event.client.as_bytes()).cast(),
+        client: start(event.client.as_bytes(), has_client).cast(),
         client_len: event.client.len(),
-        subject: start(event.subject).cast(),
+        subject: start(event.subject, event.kind == Kind::Request).cast(),
         subject_len: event.subject.len(),
-        data: start(event.data),
+        data: start(event.data, has_data),
         data_len: event.data.len(),
         reserved: [0; 2],
     }

@@ -89,8 +89,12 @@ static inline presence_event expect_at(presence_queue *queue, int32_t kind, cons
             (int)event.status, (int)event.data_len, event.data ? (const char *)event.data : "", (int)kind);
     end_of_line();
   }
-  /* What is not there is NULL: Go does not bear another address that is none. */
-  CHECK(!event.client == !event.client_len && !event.subject == !event.subject_len && !event.data == !event.data_len);
+  /* What an event of its kind has not is NULL, and what it has is not: Go does not bear an address that is none. */
+  CHECK(!event.subject == (kind != PRESENCE_EVENT_REQUEST));
+  CHECK(kind != PRESENCE_EVENT_DATA || (event.data && !event.client));
+  CHECK(kind != PRESENCE_EVENT_REQUEST || (event.data && event.client));
+  CHECK(kind != PRESENCE_EVENT_END || !event.data_len);
+  CHECK(((uintptr_t)event.client | (uintptr_t)event.subject | (uintptr_t)event.data) != 1);
   return event;
 }
 
