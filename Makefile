@@ -18,7 +18,7 @@ help: ## Tell the targets
 
 .PHONY: build
 build: ## Build the library, optimised
-	$(CARGO) build --release --locked
+	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target
 
 .PHONY: install
 install: build ## Install header, libraries and pkg-config files below PREFIX (default /usr/local)

@@ -5,6 +5,8 @@
  *
  * Rules for all of it
  *   - Every function may be called from any thread at any time, unless its comment says otherwise. None calls back.
+ *   - None may be called in a signal handler, where it could wait for the very thread that it interrupts; a status word may
+ *     be read there. Take signals in a thread of their own (sigwait) or by signalfd.
  *   - Functions that return int32_t return PRESENCE_OK (0) or a negative presence_status. NULL for a handle is
  *     PRESENCE_INVALID; freeing NULL does nothing. A call that fails has changed nothing.
  *   - A presence_error, where one is taken, may be NULL. It is filled when the call fails, and left alone otherwise.
@@ -18,8 +20,10 @@
  *   - A pointer that is not aligned for what it points to is PRESENCE_INVALID (a presence_error then stays as it is).
  *   - Times are milliseconds. A negative timeout waits without limit, 0 does not wait.
  *   - A thread must not be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal handler.
+ *   - presence_connect needs 64 KiB of its thread's stack, all others 16.
  *   - Where memory is exhausted the process is aborted, by Rust's allocator.
- *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing.
+ *   - In a child after fork(), inherited handles answer PRESENCE_FORKED, and freeing them does nothing (a presence_config
+ *     is only memory, and goes on).
  */
 
 
@@ -302,10 +306,11 @@ typedef struct presence_stats {
 } presence_stats;
 
 /**
- * Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL.
+ * Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. What is set is not NULL, even
+ * where its length is 0.
  *
  * `client`, `subject` and `data` (none of them NUL-terminated), and `sender` and `stream` as names of handles already
- * freed, are valid until the next wait on the same queue.
+ * freed, are valid until the next wait on the same queue, or until the queue is freed.
  */
 typedef struct presence_event {
   /**
@@ -329,7 +334,7 @@ typedef struct presence_event {
    */
   struct presence_stream *stream;
   /**
-   * REQUEST, STOPPED, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
+   * REQUEST, STOPPED, WRITABLE, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
    */
   const char *client;
   /**
@@ -659,7 +664,8 @@ int64_t presence_queue_wait(struct presence_queue *queue,
 void presence_queue_wake(struct presence_queue *queue);
 
 /**
- * Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns.
+ * Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns. What
+ * its last wait gave is valid no longer: no thread may be at its events.
  *
  * Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
  */
@@ -743,17 +749,20 @@ int64_t presence_sender_send_many(struct presence_sender *sender,
 int32_t presence_sender_send_wait(struct presence_sender *sender, const void *data, size_t len, int64_t timeout_ms);
 
 /**
- * Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text.
+ * Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text. Any bytes are taken; what
+ * nats-server does not take in one message is cut off, and on a lane, where there is no room for more, all but 256 bytes.
  *
  * PRESENCE_CLOSED when it has ended already; why it was stopped, when it was.
  *
  * # Safety
  * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `message` is readable for `len` bytes.
  */
-int32_t presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
+int32_t presence_sender_error(struct presence_sender *sender,
+                              const char *message,
+                              size_t len);
 
 /**
- * Ends the stream. Once more is fine: PRESENCE_OK. Why it was stopped, when it was.
+ * Ends the stream. Once more is fine, and after presence_sender_error: PRESENCE_OK. Why it was stopped, when it was.
  *
  * # Safety
  * `sender` is NULL (PRESENCE_INVALID) or not freed yet.

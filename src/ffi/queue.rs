@@ -16,10 +16,11 @@ pub struct presence_queue {
     _opaque: [u8; 0],
 }
 
-/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL.
+/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. What is set is not NULL, even
+/// where its length is 0.
 ///
 /// `client`, `subject` and `data` (none of them NUL-terminated), and `sender` and `stream` as names of handles already
-/// freed, are valid until the next wait on the same queue.
+/// freed, are valid until the next wait on the same queue, or until the queue is freed.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct presence_event {
@@ -33,7 +34,7 @@ pub struct presence_event {
     pub sender: *mut presence_sender,
     /// DATA, END, ERROR: which.
     pub stream: *mut presence_stream,
-    /// REQUEST, STOPPED, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
+    /// REQUEST, STOPPED, WRITABLE, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
     pub client: *const c_char,
     /// Bytes in `client`.
     pub client_len: usize,
@@ -109,7 +110,8 @@ pub extern "C" fn presence_queue_wake(queue: *mut presence_queue) {
     });
 }
 
-/// Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns.
+/// Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns. What
+/// its last wait gave is valid no longer: no thread may be at its events.
 ///
 /// Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
 #[unsafe(no_mangle)]

@@ -131,7 +131,8 @@ pub unsafe extern "C" fn presence_sender_send_wait(
     guard(|| unsafe { sender_ref(sender)?.send_wait(bytes(data, len)?, limit(timeout_ms)) })
 }
 
-/// Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text.
+/// Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text. Any bytes are taken; what
+/// nats-server does not take in one message is cut off, and on a lane, where there is no room for more, all but 256 bytes.
 ///
 /// PRESENCE_CLOSED when it has ended already; why it was stopped, when it was.
 ///
@@ -147,7 +148,7 @@ pub unsafe extern "C" fn presence_sender_error(
     guard(|| unsafe { sender_ref(sender)?.error(bytes(message.cast(), len)?) })
 }
 
-/// Ends the stream. Once more is fine: PRESENCE_OK. Why it was stopped, when it was.
+/// Ends the stream. Once more is fine, and after presence_sender_error: PRESENCE_OK. Why it was stopped, when it was.
 ///
 /// # Safety
 /// `sender` is NULL (PRESENCE_INVALID) or not freed yet.
