@@ -138,7 +138,7 @@ impl Service {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
-                    "a request on {:?} was ignored: it has no reply subject, or one that must not be answered to",
+                    "a request on {} was ignored: it has no reply subject, or one that must not be answered to",
                     message.subject
                 )
             });
