@@ -138,13 +138,21 @@ class _Pool:
     def __init__(self, take: Callable[[Event], Any], work: Callable[[Any], None], threads: int, name: str) -> None:
         self._take, self._work = take, work
         self._turn = threading.Lock()
-        self._stopping = False
+        self._stopping = self._freed = False
+        self._names = [f"{name} {n}" for n in range(threads)]
         self.queue = new_queue()
-        self.threads = [threading.Thread(target=self._run, name=f"{name} {n}", daemon=True) for n in range(threads)]
+        self.threads: list[threading.Thread] = []
+        """Those that could be started."""
+
+    def __del__(self) -> None:
+        # Only here: until now a thread could be waiting, or reading what the queue gave.
+        lib.presence_queue_free(self.queue)
 
     def start(self) -> None:
-        for thread in self.threads:
+        for name in self._names:
+            thread = threading.Thread(target=self._run, name=name, daemon=True)
             thread.start()
+            self.threads.append(thread)
 
     def stop(self) -> None:
         """Has the threads end when nothing is left in the queue."""
@@ -153,12 +161,15 @@ class _Pool:
 
     def free(self) -> None:
         """Has the threads end when they have done what they took."""
-        lib.presence_queue_free(self.queue)
+        self._freed = True
+        lib.presence_queue_wake(self.queue)
 
     def _run(self) -> None:
         events = Events(1)
         while True:
             with self._turn:
+                if self._freed:
+                    return
                 count = events.wait(self.queue, 0 if self._stopping else -1)
                 taken = self._take(events[0]) if count > 0 else None
             if count < 0 or (count == 0 and self._stopping):

@@ -381,3 +381,39 @@ def test_fork(url: str, when: str, start: str) -> None:
     process = run_python(SETUP + FORKS[when] + START[start] + AFTERWARDS[when], url)
     status, out, err = finish(process)
     assert (status, out) == (0, ""), err
+
+
+def test_a_close_leaves_what_a_thread_still_reads(conn: Connection, url: str) -> None:
+    """The service's thread has taken a request, and has not copied it yet."""
+    process = run_python(
+        SETUP
+        + """
+from nats_presence._events import Events
+taken, closed, seen, wait = threading.Event(), threading.Event(), [], Events.wait
+def slowly(events, queue, timeout):
+    count = wait(events, queue, timeout)
+    if count > 0:
+        taken.set()
+        closed.wait()
+    return count
+Events.wait = slowly
+conn = nats_presence.connect(url)
+init = nats_presence.Request.__init__
+def copy(request, *arguments):
+    init(request, *arguments)
+    seen.append(request.data.count(b"x"))
+nats_presence.Request.__init__ = copy
+conn.service("answers", threads=1)(lambda request, sender: None)
+print("ready", flush=True)
+taken.wait()
+conn.close(drain=0.1)
+closed.set()
+while not seen:
+    time.sleep(0.01)
+print(seen)
+""",
+        url,
+    )
+    ready(process)
+    with conn.stream("answers", b"x" * 1_000_000):
+        assert finish(process) == (0, "[1000000]\n", "")
