@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from ctypes import byref, c_char, c_void_p
-from itertools import takewhile
-from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -75,29 +73,25 @@ def decode(address: int, size: int) -> str:
 
 
 class Events:
-    """What one wait takes; valid until the next."""
+    """What one wait takes; valid until the next. Kind 0 is none."""
 
     def __init__(self, most: int) -> None:
         self.count = 0
-        """How many there are; or the negative status that the wait returned."""
+        """How many there are, at most; or the negative status that the wait returned."""
         self._most = most
         self._array = (_ffi.Event * most)()
         self._bytes = memoryview(self._array).cast("B")
 
     def wait(self, queue: int, timeout_ms: int) -> int:
-        """As presence_queue_wait."""
-        self._forget()
-        try:
-            self.count = lib.presence_queue_wait(queue, self._array, self._most, timeout_ms)
-        except BaseException:
-            # A signal's handler raises, as a rule when the wait returns: its result is lost, but not what it took.
-            self.count = sum(1 for _ in takewhile(itemgetter(0), MESSAGE.iter_unpack(self._bytes)))
-            raise
+        """As presence_queue_wait, after forget()."""
+        # Where a signal's handler raises, as a rule when the wait returns, its result is lost, but not what it took.
+        self.count = self._most
+        self.count = lib.presence_queue_wait(queue, self._array, self._most, timeout_ms)
         return self.count
 
     def poll(self, queue: int) -> int:
         """As wait, without waiting."""
-        self._forget()
+        self.forget()
         self.count = _ffi.queue_wait_now(queue, self._array, self._most, 0)
         return self.count
 
@@ -111,8 +105,8 @@ class Events:
     def __iter__(self) -> Iterator[Event]:
         return map(self.__getitem__, range(self.count))
 
-    def _forget(self) -> None:
-        """So that no kind is other than 0 but of what the next wait takes."""
+    def forget(self) -> None:
+        """Has no kind be other than 0 but of what the next wait takes."""
         size = max(self.count, 0) * FIELDS.size
         self._bytes[:size] = bytes(size)
         self.count = 0

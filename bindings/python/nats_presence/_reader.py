@@ -20,7 +20,11 @@ BATCH = 256
 
 
 class QueueReader(Generic[T]):
-    """One thread at a time may wait."""
+    """One thread at a time may wait.
+
+    A signal's handler may raise anywhere. So what a wait took is made ready in one step, which can be done again from
+    its beginning; only the item that is being handed over can be lost.
+    """
 
     _queue: int | None = None
 
@@ -28,7 +32,10 @@ class QueueReader(Generic[T]):
         self._queue = new_queue()
         self._events = Events(BATCH)
         self._ready: deque[T] = deque()
-        self._waiting = threading.Lock()
+        self._taken = False
+        """Whether a wait may have taken what is not ready yet."""
+        # Its thread can take it again: it has kept it if a signal's handler raised just as it was taken.
+        self._waiting = threading.RLock()
 
     def __del__(self) -> None:
         # Only here: until now a thread could be waiting, or reading what the queue gave.
@@ -60,12 +67,12 @@ class QueueReader(Generic[T]):
             self._refuse()
         try:
             while not self._ready:
-                self._before_wait()
-                try:
-                    self._events.wait(self._queue or 0, SLICE_MS)
-                finally:
-                    self._on_events(self._events)
-                check(min(self._events.count, 0), type(self).__name__.lower())
+                if not self._taken:
+                    self._before_wait()
+                    self._events.forget()
+                    self._taken = True
+                    check(min(self._events.wait(self._queue or 0, SLICE_MS), 0), type(self).__name__.lower())
+                self._ready, self._taken = self._read(self._events), False
             return self._ready.popleft()
         finally:
             self._waiting.release()
@@ -80,6 +87,6 @@ class QueueReader(Generic[T]):
         """All that was ready is read. Raises what the iterator ends with, if it has ended."""
         raise NotImplementedError
 
-    def _on_events(self, events: Events) -> None:
-        """Makes what they tell ready."""
+    def _read(self, events: Events) -> deque[T]:
+        """What they give. Twice is the same as once."""
         raise NotImplementedError

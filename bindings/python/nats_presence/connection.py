@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Callable
@@ -80,6 +81,8 @@ class Stream(QueueReader[bytes]):
     A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
     Leaving the `with`, or dropping it, cancels it.
     One thread at a time may wait for a message: Busy. cancel() may be called from any thread.
+    Where a signal's handler raises (KeyboardInterrupt), what was just being handed over can be lost: one message, or
+    why it ended. Reading may go on.
     """
 
     _handle: int | None = None
@@ -106,17 +109,17 @@ class Stream(QueueReader[bytes]):
             stream_consumed(self._handle, self._used)
             self._used = None
 
-    def _on_events(self, events: Events) -> None:
+    def _read(self, events: Events) -> deque[bytes]:
         fields = events.messages()
-        messages = [MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA]
+        messages = deque([MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA])
         if messages:
-            self._ready.extend(messages)
-            self._used = (self._used or 0) + sum(map(len, messages))
+            self._used = sum(map(len, messages))
         for index in range(len(messages), len(fields)):  # No message follows an end.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
                 self._failure = error(event.status, event.text)
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
+        return messages
 
     def cancel(self) -> None:
         """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from . import _ffi
 from ._events import Events
 from ._ffi import lib
@@ -30,12 +32,14 @@ class Watch(QueueReader[PresenceEvent]):
         if self._closed:
             raise StopIteration
 
-    def _on_events(self, events: Events) -> None:
+    def _read(self, events: Events) -> deque[PresenceEvent]:
+        ready: deque[PresenceEvent] = deque()
         for event in events:
             if event.kind == _ffi.EVENT_LOG:
                 self._failure = error(event.status, event.text)
             elif (told := presence_event(event)) is not None:
-                self._ready.append(told)
+                ready.append(told)
+        return ready
 
     def close(self) -> None:
         """Ends it; once more has no effect."""

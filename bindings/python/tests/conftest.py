@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
+from nats_presence._reader import QueueReader
 from nats_presence._shared import BaseConnection
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -89,6 +90,11 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def waits(reader: QueueReader[Any]) -> bool:
+    """Whether a thread waits for the next of an iterator."""
+    return repr(reader._waiting).startswith("<locked")
 
 
 class Standstill:

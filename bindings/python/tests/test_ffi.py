@@ -139,7 +139,7 @@ def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
     assert second == events[1] == (7, *[0] * (len(fields) - 1))
     read = [fields.index(name) + 1 for name in ("kind", "tag", "data", "data_len")]
     assert events.messages() == [tuple(read), (7, 0, 0, 0)]
-    events._forget()
+    events.forget()
     assert list(events) == events.messages() == []
     assert not any(events._bytes)
 

@@ -15,7 +15,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server, environment, until
+from conftest import LIMIT, Server, environment, until, waits
 
 import nats_presence
 from nats_presence import (
@@ -251,7 +251,7 @@ def test_who_waits_for_room_or_a_message_leaves_other_threads_the_interpreter(co
     reader = threading.Thread(target=read)
     reader.start()
     until(Standstill(senders, "slow"))
-    until(silent._waiting.locked)
+    until(lambda: waits(silent))
     began = time.monotonic()
     for _ in range(500):
         time.sleep(0)

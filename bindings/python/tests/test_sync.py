@@ -14,7 +14,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server, Standstill, until
+from conftest import LIMIT, Server, Standstill, until, waits
 
 import nats_presence
 from nats_presence import (
@@ -390,7 +390,7 @@ def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
     got: Queue[list[bytes]] = Queue()
     reader = threading.Thread(target=lambda: got.put(list(stream)))
     reader.start()
-    until(stream._waiting.locked)
+    until(lambda: waits(stream))
     with pytest.raises(Busy):
         next(stream)
     go.set()

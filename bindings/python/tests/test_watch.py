@@ -7,7 +7,7 @@ import threading
 from queue import Queue
 
 import pytest
-from conftest import LIMIT, run_python, until
+from conftest import LIMIT, run_python, until, waits
 
 import nats_presence
 from nats_presence import (
@@ -66,7 +66,7 @@ def test_close_ends_the_wait_of_another_thread() -> None:
     got: Queue[list[PresenceEvent]] = Queue()
     reader = threading.Thread(target=lambda: got.put(list(events)))
     reader.start()
-    until(events._waiting.locked)
+    until(lambda: waits(events))
     with pytest.raises(Busy):
         next(events)
     events.close()
