@@ -1,8 +1,9 @@
-"""What callers give, as the library takes it. Everything here raises Invalid, with the value and what is wrong."""
+"""What callers give, as the library takes it. Everything here raises Invalid, which says what is wrong with what."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Union
@@ -11,20 +12,29 @@ from ._ffi import Error, lib
 from .errors import Invalid, check_error
 
 Payload = Union[bytes, bytearray, memoryview, str]
-Option = Union[str, int, float, bool, None]
+Option = Union[str, int, float, bool, "os.PathLike[str]", None]
 
 
-def text(name: str, value: str) -> bytes:
-    """Text that the library takes up to a NUL."""
+def text(name: str, value: object) -> bytes:
+    """Text that the library takes up to a NUL. It is not shown: it may be a secret."""
     if not isinstance(value, str):
-        raise Invalid(f"{name} {value!r:.80}: must be a str")
+        raise Invalid(f"{name}: must be a str, not {type(value).__name__}")
     try:
         raw = value.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"{name} {value!r:.80}: not UTF-8") from None
+        raise Invalid(f"{name}: not UTF-8") from None
     if b"\0" in raw:
-        raise Invalid(f"{name} {value!r:.80}: has a NUL")
+        raise Invalid(f"{name}: has a NUL")
     return raw
+
+
+def shown(value: Option) -> object:
+    """An option's value as text; what can be none is left to text() to refuse."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def payload(data: Payload) -> bytes:
@@ -63,8 +73,7 @@ def config(options: Mapping[str, Option]) -> Iterator[int]:
         for key, value in options.items():
             if value is None:
                 continue
-            shown = str(value).lower() if isinstance(value, bool) else str(value)
-            status = lib.presence_config_set(handle, text("option", key), text(f"option {key}:", shown))
+            status = lib.presence_config_set(handle, text("option", key), text(f"option {key}", shown(value)))
             if status:
                 details = Error()
                 lib.presence_config_error(handle, details)

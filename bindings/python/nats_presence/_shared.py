@@ -254,7 +254,7 @@ class BaseConnection:
 
 
 def request_options(
-    timeout: float | None, headers: Mapping[str, str] | None, options: Mapping[str, Option]
+    timeout: float | None, headers: Mapping[str, Option] | None, options: Mapping[str, Option]
 ) -> dict[str, Option]:
     """The options of presence_request, with credit as the reader reads."""
     if "manual_credit" in options:

@@ -239,7 +239,7 @@ class Connection(BaseConnection):
         *,
         client_id: str = "",
         timeout: float | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, Option] | None = None,
         **options: Option,
     ) -> Stream:
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
@@ -254,7 +254,7 @@ class Connection(BaseConnection):
         self._streams[tag] = weakref.ref(stream)
         stream._handle = self._request(queue, subject, data, client_id, settings, tag)
         # Well before the worker has no room left, and not for each message.
-        stream._tell_at = min(int(options.get("stream_buffer_bytes") or MAX_WINDOW), MAX_WINDOW) // 16
+        stream._tell_at = min(int(str(options.get("stream_buffer_bytes") or MAX_WINDOW)), MAX_WINDOW) // 16
         return stream
 
     def stop(self) -> None:

@@ -252,7 +252,7 @@ class Connection(BaseConnection):
         *,
         client_id: str = "",
         timeout: float | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, Option] | None = None,
         **options: Option,
     ) -> Stream:
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 from conftest import LIMIT, Server, until
@@ -13,6 +14,7 @@ from test_presence import BAD_IDS
 
 import nats_presence
 from nats_presence import Connection, Disconnected, Invalid, PresenceError, Reserved, TooLarge, aio, online_count
+from nats_presence._arguments import Option
 
 
 @pytest.fixture
@@ -43,6 +45,11 @@ def test_ids(conn: Connection, client: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.stream("answers", client_id=client)
     check(caught, "client id")
+
+
+class SecretObject:
+    def __repr__(self) -> str:
+        return SECRET
 
 
 SUBJECTS = [None, 3, b"x", "", "a b", "a\r\nb", "a\tb", "\0", "a\0b", "a\ud800", ".a", "a.", "a..b"]
@@ -244,6 +251,38 @@ def test_credentials(tmp_path: Path) -> None:
             assert "secret" not in caught.value.message
     finally:
         server.stop()
+
+
+SECRET = "s3cret"
+NO_TEXTS = [SECRET.encode(), f"{SECRET}\0", f"{SECRET}\ud800", [SECRET], SecretObject()]
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: type(value).__name__)
+def test_no_message_shows_a_secret(conn: Connection, url: str, value: Any) -> None:
+    at = value if not isinstance(value, str) else f"nats://me:{value}@127.0.0.1"
+    attempts: list[tuple[str, Callable[[], object]]] = [("url", lambda: nats_presence.connect(at))]
+    for option in ("password", "token", "nkey_seed", "name"):
+        attempts.append((f"option {option}", partial(nats_presence.connect, url, **{option: value})))
+    attempts.append(("option header.X", lambda: conn.stream("answers", headers={"X": value})))
+    for told, attempt in attempts:
+        with pytest.raises(Invalid) as caught:
+            attempt()
+        check(caught, told)
+        assert SECRET not in caught.value.message
+        assert caught.value.__cause__ is None
+
+
+def test_options_and_headers_are_texts_numbers_and_paths(conn: Connection, tmp_path: Path) -> None:
+    sent: dict[str, Option] = {"Text": "ü", "Int": 3, "Float": 0.5, "Bool": True, "Path": tmp_path, "None": None}
+
+    @conn.service("answers")
+    def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
+        sender.send_many([str(request.header(name)) for name in sent])
+
+    got = [message.decode() for message in conn.stream("answers", headers=sent)]
+    assert got == ["ü", "3", "0.5", "true", str(tmp_path), "None"]
+    with pytest.raises(Invalid, match="tls_ca_file"):
+        nats_presence.connect("tls://127.0.0.1", tls_ca_file=tmp_path / "none.pem")
 
 
 @pytest.mark.parametrize("drain", [-1, float("nan"), "5"])
