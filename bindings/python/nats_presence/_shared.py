@@ -140,11 +140,15 @@ class BaseSender:
 
     def _failed(self, failure: BaseException) -> None:
         """The handler raised: that is the stream's error, unless it only tells that the stream has ended."""
-        if self.closed and isinstance(failure, PresenceError):
+        if isinstance(failure, PresenceError) and failure.status == self.status:
             return
         log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
         try:
-            self.error(str(failure).encode(errors="replace").decode() or type(failure).__name__)
+            reason = str(failure).encode(errors="replace").decode()
+        except BaseException:
+            reason = ""
+        try:
+            self.error(reason or type(failure).__name__)
         except PresenceError as ended:
             log.debug("%s", ended)
 
@@ -172,16 +176,16 @@ class Request:
 class BaseConnection:
     """A connection to nats-server, kept up until it is closed."""
 
-    _handle: int | None = None
+    _handle: c_void_p | None = None
     _closing = False
 
     def __init__(self, url: str, options: Mapping[str, Option]) -> None:
         """Connects, waiting until the server is reached or cannot be."""
-        handle, details = c_void_p(), _ffi.Error()
+        # The object has each handle before the call that makes it: a signal's handler may raise when that returns.
+        self._handle, details = c_void_p(), _ffi.Error()
+        self._services: list[c_void_p] = []
         with config(options) as settings:
-            check_error(lib.presence_connect(text("url", url), settings, byref(handle), byref(details)), details)
-        self._handle = handle.value
-        self._services: list[int] = []
+            check_error(lib.presence_connect(text("url", url), settings, byref(self._handle), byref(details)), details)
         _open.add(self)
 
     def __del__(self) -> None:
@@ -212,23 +216,36 @@ class BaseConnection:
     def _serve(self, queue: int, subject: str, group: str, max_streams: int, tag: int) -> None:
         service, details = c_void_p(), _ffi.Error()
         limit = integer("max_streams", max_streams, 0, 2**32 - 1)
-        status = lib.presence_serve(
-            self._handle,
-            queue,
-            text("subject", subject),
-            text("queue", group),
-            limit,
-            tag,
-            byref(service),
-            byref(details),
-        )
-        check_error(status, details)
-        self._services.append(service.value or 0)
+        self._services.append(service)
+        try:
+            status = lib.presence_serve(
+                self._handle,
+                queue,
+                text("subject", subject),
+                text("queue", group),
+                limit,
+                tag,
+                byref(service),
+                byref(details),
+            )
+            check_error(status, details)
+        except BaseException:
+            self._services.remove(service)
+            lib.presence_service_free(service)
+            raise
 
     def _request(
-        self, queue: int, subject: str, data: Payload, client_id: str, options: dict[str, Option], tag: int
-    ) -> int | None:
-        stream, details = c_void_p(), _ffi.Error()
+        self,
+        stream: c_void_p,
+        queue: int,
+        subject: str,
+        data: Payload,
+        client_id: str,
+        options: dict[str, Option],
+        tag: int,
+    ) -> None:
+        """Makes the stream."""
+        details = _ffi.Error()
         raw, client = payload(data), encode_id(client_id)
         with config(options) as settings:
             status = lib.presence_request(
@@ -236,7 +253,6 @@ class BaseConnection:
                 byref(stream), byref(details),
             )  # fmt: skip
         check_error(status, details)
-        return stream.value
 
     def _stop_services(self) -> None:
         self._is_closed()  # Raises Forked.
@@ -245,12 +261,13 @@ class BaseConnection:
 
     def _close_now(self, drain_ms: int) -> int:
         """Closes the library's connection and frees what it served; the status tells whether the server has all."""
-        self._closing = True
         _open.discard(self)
-        status: int = lib.presence_close(self._handle, drain_ms)
-        for service in self._services:
-            lib.presence_service_free(service)
-        return status
+        self._closing = True
+        try:
+            return int(lib.presence_close(self._handle, drain_ms))
+        finally:  # Where a signal's handler raises, too.
+            for service in self._services:
+                lib.presence_service_free(service)
 
 
 def request_options(

@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from ctypes import c_void_p
 from typing import Callable
 
 from . import _ffi
@@ -112,7 +113,7 @@ class Stream:
     Leaving the `async with`, or dropping it, cancels it.
     """
 
-    _handle: int | None = None
+    _handle: c_void_p | None = None
 
     def __init__(self, conn: Connection, tag: int) -> None:
         self._conn = conn
@@ -225,9 +226,11 @@ class Connection(BaseConnection):
             self._handlers[tag] = handler
             try:
                 self._serve(self._live_queue(), subject, queue, max_streams, tag)
-            except PresenceError:
+            except BaseException:
                 del self._handlers[tag]
                 raise
+            if self._stopped.is_set():
+                self.stop()
             return handler
 
         return decorate
@@ -252,7 +255,8 @@ class Connection(BaseConnection):
         tag = next(self._tags)
         stream = Stream(self, tag)
         self._streams[tag] = weakref.ref(stream)
-        stream._handle = self._request(queue, subject, data, client_id, settings, tag)
+        stream._handle = c_void_p()
+        self._request(stream._handle, queue, subject, data, client_id, settings, tag)
         # Well before the worker has no room left, and not for each message.
         stream._tell_at = min(int(str(options.get("stream_buffer_bytes") or MAX_WINDOW)), MAX_WINDOW) // 16
         return stream

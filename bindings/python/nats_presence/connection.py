@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from ctypes import c_void_p
 from functools import partial
 from typing import Any, Callable
 
@@ -26,6 +27,7 @@ from ._shared import (
     Request,
     connection_event,
     drain_ms,
+    log,
     notify,
     request_options,
 )
@@ -85,7 +87,7 @@ class Stream(QueueReader[bytes]):
     why it ended. Reading may go on.
     """
 
-    _handle: int | None = None
+    _handle: c_void_p | None = None
 
     def __init__(
         self, conn: Connection, subject: str, data: Payload, client_id: str, options: dict[str, Option]
@@ -95,7 +97,8 @@ class Stream(QueueReader[bytes]):
         self._used: int | None = None
         self._ended = False
         self._failure: PresenceError | None = None
-        self._handle = conn._request(self._queue or 0, subject, data, client_id, options, 0)
+        self._handle = c_void_p()
+        conn._request(self._handle, self._queue or 0, subject, data, client_id, options, 0)
 
     def __del__(self) -> None:
         lib.presence_stream_free(self._handle)
@@ -178,7 +181,10 @@ class _Pool:
             if count < 0 or (count == 0 and self._stopping):
                 return
             if taken is not None:
-                self._work(taken)
+                try:
+                    self._work(taken)
+                except BaseException:  # SystemExit too: the thread serves others.
+                    log.exception("a thread goes on after this")
                 taken = None  # Not kept while waiting: a sender that nobody has any longer ends.
 
 
@@ -192,12 +198,16 @@ class Connection(BaseConnection):
 
     def __init__(self, url: str, on_event: OnEvent | None, options: Mapping[str, Option]) -> None:
         self._pools: list[_Pool] = []
-        self._stopped = threading.Event()
-        super().__init__(url, options)
-        if on_event is not None:
-            self._events = _Pool(connection_event, partial(notify, on_event), 1, "nats_presence events")
-            self._watch(self._events.queue)
-            self._events.start()
+        self._stopped = False
+        try:
+            super().__init__(url, options)
+            if on_event is not None:
+                self._events = _Pool(connection_event, partial(notify, on_event), 1, "nats_presence events")
+                self._watch(self._events.queue)
+                self._events.start()
+        except BaseException:  # Of a signal's handler, or where no thread can be started.
+            self._close_now(0)
+            raise
 
     def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
@@ -228,19 +238,21 @@ class Connection(BaseConnection):
                 try:
                     handler(request, sender)
                     sender._returned()
-                except BaseException as failure:  # SystemExit too: the thread serves others.
+                except BaseException as failure:
                     sender._failed(failure)
 
             pool = _Pool(take, work, integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
             try:
+                pool.start()  # Before there is a service: it may be impossible.
                 self._serve(pool.queue, subject, queue, max_streams, 0)
-            except PresenceError:
+                self._pools.append(pool)
+            except BaseException:
                 pool.free()
                 raise
-            self._pools.append(pool)
-            pool.start()
             if self._closing:
                 pool.free()
+            elif self._stopped:
+                self.stop()
             return handler
 
         return decorate
@@ -265,16 +277,16 @@ class Connection(BaseConnection):
 
     def stop(self) -> None:
         """Takes no more requests. Streams that run go on; run() returns when their handlers have."""
+        self._stopped = True  # First: a service that is begun meanwhile sees it, and stops.
         self._stop_services()
         for pool in self._pools:
             pool.stop()
-        self._stopped.set()
 
     def run(self) -> None:
         """Waits until close(), or until stop() and the return of all handlers."""
         self._is_closed()  # Raises Forked.
-        # Event.wait() would miss a KeyboardInterrupt that comes as it begins to block, or be left locked by it.
-        while not self._stopped.is_set():
+        # An Event's wait() would miss a KeyboardInterrupt that comes as it begins to block, or be left locked by it.
+        while not self._stopped:
             time.sleep(SLICE_MS / 1000)
         for pool in self._pools:
             for thread in pool.threads:
@@ -294,13 +306,15 @@ class Connection(BaseConnection):
 
     def _close_now(self, drain_ms: int) -> int:
         deadline = None if drain_ms < 0 else time.monotonic() + drain_ms / 1000
-        status = super()._close_now(drain_ms)
+        try:
+            status = super()._close_now(drain_ms)
+        finally:  # Where a signal's handler raises, too.
+            self._stopped = True
+            pools = [*self._pools, self._events] if self._events else self._pools
+            for pool in pools:
+                pool.free()
         if status == _ffi.FORKED:
             return status
-        self._stopped.set()
-        pools = [*self._pools, self._events] if self._events else self._pools
-        for pool in pools:
-            pool.free()
         me = threading.current_thread()
         for thread in [thread for pool in pools for thread in pool.threads if thread is not me]:
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))

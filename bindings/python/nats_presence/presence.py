@@ -69,12 +69,12 @@ class Session:
     connect (default: at once). A session that is dropped is closed.
     """
 
-    _handle: int | None = None
+    _handle: c_void_p | None = None
 
     def __init__(self, client_id: str) -> None:
-        raw, handle = encode_id(client_id), c_void_p()
-        _check(lib.presence_session_open(raw, len(raw), byref(handle)), client_id)
-        self._handle = handle.value
+        raw = encode_id(client_id)
+        self._handle = c_void_p()  # Before the call that makes it: a signal's handler may raise when that returns.
+        _check(lib.presence_session_open(raw, len(raw), byref(self._handle)), client_id)
         self.client_id = client_id
 
     def close(self) -> None:

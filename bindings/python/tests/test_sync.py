@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from queue import Queue
 from typing import Any, Callable
 
@@ -233,9 +236,19 @@ def test_leaving_a_stream_stops_its_sender(conn: Connection, lanes: bool, leave:
     until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
 
 
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(4)
+
+
 @pytest.mark.parametrize(
     ("raised", "text"),
-    [(ValueError("no such model: ü"), "no such model: ü"), (KeyError(), "KeyError"), (SystemExit(3), "3")],
+    [
+        (ValueError("no such model: ü"), "no such model: ü"),
+        (KeyError(), "KeyError"),
+        (SystemExit(3), "3"),
+        (Unspeakable(), "Unspeakable"),
+    ],
 )
 def test_what_a_handler_raises_is_the_streams_error(
     conn: Connection, raised: BaseException, text: str, caplog: pytest.LogCaptureFixture
@@ -254,6 +267,24 @@ def test_what_a_handler_raises_is_the_streams_error(
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[0].name == "nats_presence"
     assert caplog.records[0].levelno == logging.ERROR
+
+
+def test_only_the_streams_own_end_goes_without_a_log(conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    @conn.service("answers", threads=1)
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send("begun")
+        until(lambda: sender.closed)
+        if request.data:
+            raise Remote(request.data.decode())
+        sender.send("late")
+
+    for question in ("", "of another stream", ""):
+        stream = conn.stream("answers", question, client_id="tab")
+        assert next(stream) == b"begun"
+        mark_client_offline("tab")
+        assert isinstance(failure(stream), Offline)
+    until(lambda: conn.stats()["senders"] == 0)
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["of another stream"]
 
 
 def test_a_client_that_leaves_while_it_waits_for_a_thread_is_not_served(conn: Connection) -> None:
@@ -605,3 +636,114 @@ def test_a_session_has_a_grace(url: str) -> None:
             assert time.monotonic() - began >= 0.1
         finally:
             nats_presence.connect(url, session_grace_ms=0).close()
+
+
+def test_on_event_is_called_again_after_it_raised(server: Server) -> None:
+    events: Queue[str] = Queue()
+
+    def on_event(event: ConnectionEvent) -> None:
+        events.put(event.kind)
+        raise SystemExit(3)
+
+    with nats_presence.connect(server.url, on_event=on_event):
+        server.stop()
+        assert events.get(timeout=LIMIT) == "disconnected"
+        server.start()
+        assert events.get(timeout=LIMIT) == "connected"
+
+
+def service_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("nats_presence ")]
+
+
+def test_a_service_without_threads_is_none(conn: Connection, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def start_two(thread: threading.Thread) -> None:
+        if len(service_threads()) == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    until(lambda: not service_threads())
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    with pytest.raises(RuntimeError):
+        conn.service("answers")(lambda request, sender: None)
+    until(lambda: not service_threads())
+    assert isinstance(failure(conn.stream("answers")), NoResponders)
+    conn.service("answers", threads=2)(lambda request, sender: sender.send("served"))
+    assert list(conn.stream("answers")) == [b"served"]
+    sockets = open_sockets()
+    with pytest.raises(RuntimeError):
+        nats_presence.connect(url, on_event=print)
+    until(lambda: open_sockets() == sockets)
+
+
+def test_a_service_that_is_begun_after_stop_takes_no_requests(conn: Connection) -> None:
+    conn.stop()
+    conn.service("answers")(lambda request, sender: None)
+    assert isinstance(failure(conn.stream("answers")), NoResponders)
+    conn.run()
+
+
+def open_sockets() -> int:
+    found = 0
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found += "socket" in os.readlink(file)
+    return found
+
+
+class Interrupt(Exception):
+    """What a signal's handler raises."""
+
+
+Interrupted = Callable[[Callable[[], object]], None]
+
+
+@pytest.fixture
+def interrupted(server: Server) -> Iterator[Interrupted]:
+    """Calls what waits for the server, and has a signal's handler raise meanwhile."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupt
+
+    def call(function: Callable[[], object]) -> None:
+        server.process.send_signal(signal.SIGSTOP)
+        later = [
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)),
+            threading.Timer(0.4, server.process.send_signal, (signal.SIGCONT,)),
+        ]
+        for timer in later:
+            timer.start()
+        with pytest.raises(Interrupt):
+            function()
+        for timer in later:
+            timer.join()
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    yield call
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_service_that_is_interrupted_is_none(conn: Connection, interrupted: Interrupted) -> None:
+    interrupted(lambda: conn.service("answers")(lambda request, sender: None))
+    assert isinstance(failure(conn.stream("answers", timeout=LIMIT)), NoResponders)
+    until(lambda: not service_threads())
+
+
+def test_a_close_that_is_interrupted_leaves_nothing(url: str, interrupted: Interrupted) -> None:
+    conn = nats_presence.connect(url, on_event=print)
+    conn.service("answers")(lambda request, sender: None)
+    mark_client_offline("tab")
+    interrupted(conn.close)
+    until(lambda: not service_threads())
+    conn.close()
+    with pytest.raises(Closed):
+        conn.stats()
+
+
+def test_a_connect_that_is_interrupted_leaves_nothing(url: str, interrupted: Interrupted) -> None:
+    gc.collect()
+    sockets = open_sockets()
+    interrupted(lambda: nats_presence.connect(url))
+    until(lambda: open_sockets() == sockets)
