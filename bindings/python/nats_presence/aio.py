@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from ctypes import c_void_p
-from typing import Callable
+from typing import Callable, TypeVar, cast
 
 from . import _ffi
 from ._arguments import Option, Payload, payload
@@ -34,6 +35,8 @@ from ._shared import (
     request_options,
 )
 from .errors import PresenceError, check, error, status_text
+
+T = TypeVar("T")
 
 BATCH = 1024
 BURST = 256
@@ -57,12 +60,12 @@ class Sender(BaseSender):
         Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
         Cancelled while it waits, it has not sent.
         """
-        if type(data) is not bytes or len(data) > SMALL or send_now(self._parameter, data, SIZES[len(data)]) != _ffi.OK:
-            await self._send(payload(data))
         self._burst += 1
         if self._burst == BURST:
             self._burst = 0
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # Before it has sent, which a cancelled one has not.
+        if type(data) is not bytes or len(data) > SMALL or send_now(self._parameter, data, SIZES[len(data)]) != _ffi.OK:
+            await self._send(payload(data))
 
     async def send_many(self, messages: Iterable[Payload]) -> None:
         """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
@@ -179,6 +182,32 @@ class Stream:
             self._arrived.set()
 
 
+def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    """Calls what waits in a thread of its own: the loop's executor may be full of others that wait."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: T | None, failure: BaseException | None) -> None:
+        if future.done():
+            return  # Cancelled.
+        if failure is not None:
+            future.set_exception(failure)
+        else:
+            future.set_result(cast(T, result))
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function(*arguments)
+        except BaseException as raised:
+            failure = raised
+        with suppress(RuntimeError):  # The loop is closed: nobody waits any longer.
+            loop.call_soon_threadsafe(tell, result, failure)
+
+    threading.Thread(target=run, name="nats_presence wait").start()
+    return future
+
+
 def _drop(message: bytes) -> None:
     """For messages of a stream that nobody has any longer."""
 
@@ -187,6 +216,12 @@ class Connection(BaseConnection):
     """A connection to nats-server, made by connect(), for one event loop."""
 
     _queue: int | None = None
+    _ending: asyncio.Future[int] | None = None
+    """The status of the library's close, once it was begun."""
+
+    def __del__(self) -> None:
+        super().__del__()
+        lib.presence_queue_free(self._queue)  # Its loop ended before it was closed.
 
     def _start(self, on_event: OnEvent | None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -208,7 +243,7 @@ class Connection(BaseConnection):
     async def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
         self.stats()
-        await asyncio.to_thread(self._listen_offline)
+        await _in_thread(self._listen_offline)
 
     def service(self, subject: str, *, queue: str = "", max_streams: int = 0) -> Callable[[Handler], Handler]:
         """Decorates `async def handler(request, sender)`, which serves the subject from now on, in a task per request.
@@ -280,21 +315,21 @@ class Connection(BaseConnection):
 
         Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
         the handlers, whose tasks are cancelled, have returned. Raises Timeout or Disconnected (at once, where
-        there is no connection) when the server may not have it all; the connection is closed all the same. Once more
-        has no effect.
+        there is no connection) when the server may not have it all; the connection is closed all the same. Cancelled
+        meanwhile, it goes on; once more waits for it, and has no other effect.
         """
         limit = drain_ms(drain)
-        if self._is_closed():
-            return
+        self._is_closed()  # Raises Forked.
         deadline = time.monotonic() + limit / 1000
-        try:
-            status = await asyncio.to_thread(self._close_now, limit)
-        finally:
-            self._detach()
+        if self._ending is None:
+            self._ending = _in_thread(self._close_now, limit)
+            self._ending.add_done_callback(lambda _: self._detach())
+        ended_before = self._ending.done()
+        status = await asyncio.shield(self._ending)
         tasks = self._tasks - {asyncio.current_task()}
         if tasks:
             await asyncio.wait(tasks, timeout=None if limit < 0 else max(0.0, deadline - time.monotonic()))
-        if status != _ffi.CLOSED:
+        if status != _ffi.CLOSED and not ended_before:
             check(status, "closing the connection")
 
     def _live_queue(self) -> int:
@@ -389,7 +424,7 @@ async def connect(url: str, *, on_event: OnEvent | None = None, **options: Optio
     connect_timeout_ms, session_grace_ms; None leaves one at its default.
     Raises Invalid (URL, options), Disconnected (cannot be reached, or refuses us), Timeout, Forked.
     """
-    conn = await asyncio.to_thread(Connection, url, options)  # Cancelled meanwhile, it is dropped, and so closed.
+    conn = await _in_thread(Connection, url, options)  # Cancelled meanwhile, it is dropped, and so closed.
     try:
         conn._start(on_event)
         yield conn
@@ -407,8 +442,10 @@ class Watch:
     behind those that waited, and goes on.
     """
 
+    _queue: int | None = None
+
     def __init__(self) -> None:
-        self._queue: int | None = new_queue()
+        self._queue = new_queue()
         self._events = Events(BATCH)
         self._ready: deque[PresenceEvent] = deque()
         self._arrived = asyncio.Event()
@@ -444,6 +481,9 @@ class Watch:
     def _on_arrival(self) -> None:
         self._loop.remove_reader(self._fd)
         self._arrived.set()
+
+    def __del__(self) -> None:
+        lib.presence_queue_free(self._queue)  # Its loop ended before it was closed.
 
     def _close(self) -> None:
         self._loop.remove_reader(self._fd)

@@ -6,14 +6,17 @@ import asyncio
 import gc
 import itertools
 import logging
+import os
 import signal
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any, Callable
 
 import pytest
 from conftest import LIMIT, Server, Standstill
+from conftest import until as sync_until
 from test_sync import AS_SENT, MIXED
 
 import nats_presence
@@ -121,6 +124,23 @@ def test_many_at_once_are_sent_as_one_by_one(run: Callable[[Test], None], kind: 
             assert sender.send_count == 2 * len(MIXED)
 
         assert await received(conn.stream("answers")) == AS_SENT * 2
+
+    run(test)
+
+
+def test_who_is_cancelled_while_it_sends_has_not_sent(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            for number in range(1000):
+                task = asyncio.ensure_future(sender.send(b"%d" % number))
+                await asyncio.sleep(0)
+                if task.cancel():
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+                    await sender.send(b"%d" % number)
+
+        assert await received(conn.stream("answers")) == [b"%d" % number for number in range(1000)]
 
     run(test)
 
@@ -417,6 +437,80 @@ def test_closing_ends_every_stream_and_handler_once(
         assert ended == [is_told.status] * 5
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def full() -> Iterator[Callable[[], None]]:
+    """Has the default executor of the running loop full of what waits."""
+    go = threading.Event()
+
+    def fill() -> None:
+        executor = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(executor)
+        executor.submit(go.wait)
+
+    yield fill
+    go.set()
+
+
+def test_others_that_wait_in_the_loops_executor_hold_nothing_up(url: str, full: Callable[[], None]) -> None:
+    async def main() -> None:
+        full()
+        async with aio.connect(url) as conn:
+            await conn.listen_offline()
+
+    asyncio.new_event_loop().run_until_complete(asyncio.wait_for(main(), LIMIT))
+
+
+def test_a_close_that_is_cancelled_goes_on(server: Server) -> None:
+    async def main() -> None:
+        ended = []
+        async with aio.connect(server.url) as conn:
+
+            @conn.service("answers")
+            async def handler(request: Request, sender: Sender) -> None:
+                try:
+                    await sender.send("begun")
+                    await asyncio.sleep(3600)
+                finally:
+                    await asyncio.sleep(0.5)
+                    ended.append(sender.status)
+
+            stream = conn.stream("answers")
+            assert await stream.__anext__() == b"begun"
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(conn.close(), 0.1)
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            await conn.close()
+            assert ended == [Closed.status]
+            assert isinstance(await failure(stream), Closed)
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_a_loop_that_ends_first_leaves_nothing_open(url: str) -> None:
+    async def main() -> object:
+        connecting, watching = aio.connect(url), aio.watch()
+        await connecting.__aenter__()
+        await watching.__aenter__()
+        return connecting, watching
+
+    def run() -> None:
+        loop = asyncio.new_event_loop()
+        left = loop.run_until_complete(main())
+        loop.close()
+        del left
+        gc.collect()
+
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(ResourceWarning, match="not closed"):
+        for _ in range(5):
+            run()
+    sync_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_use_after_close(url: str) -> None:
