@@ -11,6 +11,9 @@ from typing import Union
 from ._ffi import Error, lib
 from .errors import Invalid, check_error
 
+LONGEST = 316_224_000
+"""Seconds: ten years."""
+
 Payload = Union[bytes, bytearray, memoryview, str]
 Option = Union[str, int, float, bool, "os.PathLike[str]", None]
 
@@ -59,10 +62,10 @@ def integer(name: str, value: int, least: int, most: int) -> int:
 
 
 def milliseconds(name: str, seconds: float) -> int:
-    """A time, rounded up."""
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds <= 1e12:
+    """A time, rounded up; one that is longer than the library takes is cut to that."""
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
         raise Invalid(f"{name} {seconds!r:.80}: must be a number of seconds, 0 or more")
-    return math.ceil(seconds * 1000)
+    return math.ceil(min(seconds, LONGEST) * 1000)
 
 
 @contextmanager

@@ -20,9 +20,9 @@ class Blocks:
 
     def __init__(self, messages: Sequence[Payload]) -> None:
         """Raises Invalid."""
-        plain: Sequence[Any] = messages if set(map(type, messages)) <= {bytes} else list(map(payload, messages))
-        self._messages: Sequence[bytes] = plain
-        self._ends = [0, *accumulate(map(len, plain))]
+        own: list[Any] = list(messages)  # While some are sent the caller's may change.
+        self._messages: list[bytes] = own if set(map(type, own)) <= {bytes} else list(map(payload, own))
+        self._ends = [0, *accumulate(map(len, self._messages))]
         self._at = 0
 
     def __bool__(self) -> bool:

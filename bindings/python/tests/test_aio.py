@@ -128,6 +128,22 @@ def test_many_at_once_are_sent_as_one_by_one(run: Callable[[Test], None], kind: 
     run(test)
 
 
+def test_a_list_that_changes_while_it_is_sent(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        @conn.service("answers")
+        async def handler(request: Request, sender: Sender) -> None:
+            messages = [b"x" * 1000] * 3000
+            sending = asyncio.ensure_future(sender.send_many(messages))
+            await asyncio.sleep(0)
+            assert 0 < sender.send_count < 3000
+            messages.append(b"late")
+            await sending
+
+        assert await received(conn.stream("answers")) == [b"x" * 1000] * 3000
+
+    run(test)
+
+
 def test_who_is_cancelled_while_it_sends_has_not_sent(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         @conn.service("answers")

@@ -293,6 +293,20 @@ def test_a_drain_that_is_no_time(conn: Connection, drain: Any) -> None:
     assert conn.stats()["connected"] == 1
 
 
+@pytest.mark.parametrize("long", [1e9, 1e300, 10**400], ids=["1e9", "1e300", "1e400"])
+def test_times_of_any_length(url: str, long: float) -> None:
+    conn = nats_presence.connect(url)
+    conn.service("answers")(lambda request, sender: sender.send("x"))
+    assert list(conn.stream("answers", timeout=long)) == [b"x"]
+    conn.close(long)
+
+    async def main() -> None:
+        async with aio.connect(url) as conn:
+            await conn.close(long)
+
+    asyncio.run(main())
+
+
 async def all_of(stream: aio.Stream) -> list[bytes]:
     return [message async for message in stream]
 
