@@ -141,6 +141,8 @@ class Stream(QueueReader[bytes]):
 class _Pool:
     """Daemon threads that take turns waiting on one queue. Each event is taken in turn, and worked on out of it."""
 
+    queue = 0
+
     def __init__(self, take: Callable[[Event], Any], work: Callable[[Any], None], threads: int, name: str) -> None:
         self._take, self._work = take, work
         self._turn = threading.Lock()

@@ -595,6 +595,16 @@ def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
     run(test)
 
 
+def test_a_service_that_is_begun_after_stop_takes_no_requests(run: Callable[[Test], None]) -> None:
+    async def test(conn: Connection) -> None:
+        conn.stop()
+        conn.service("answers")(send_for_ever)
+        assert isinstance(await failure(conn.stream("answers")), NoResponders)
+        await conn.run()
+
+    run(test)
+
+
 def test_events_of_the_connection(server: Server) -> None:
     async def main() -> None:
         events: asyncio.Queue[ConnectionEvent] = asyncio.Queue()
