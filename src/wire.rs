@@ -159,9 +159,8 @@ pub fn add_header(headers: &mut HeaderMap, name: &str, value: &str) -> Result<()
         )));
     }
     if value.chars().any(char::is_control) {
-        return Err(Error::invalid(format!(
-            "value {value:?} of header {name} has a control character: it may have none"
-        )));
+        // Not shown: it may be a secret.
+        return Err(Error::invalid(format!("the value of header {name} has a control character: it may have none")));
     }
     headers.append(name, value_of(value)?);
     Ok(())
