@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"testing"
+	"time"
 )
 
 // watch watches until the test ends.
@@ -208,4 +210,24 @@ func TestWatch(t *testing.T) {
 		}
 	})
 	must(t, MarkClientOffline(id))
+}
+
+// Stacks move and memory is collected while events come whose fields are partly empty.
+func TestWatchWhileMemoryMoves(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(1))
+	junk := make([][]byte, 100)
+	id := "moves-" + strings.Repeat("x", 50)
+	for n, end := 0, time.Now().Add(2*time.Second); time.Now().Before(end); {
+		ctx, stop := context.WithCancel(t.Context())
+		events, err := Watch(ctx)
+		must(t, err)
+		for range 50 {
+			must(t, MarkClientOnline(id))
+			must(t, MarkClientOffline(id))
+			expect(t, events, id, ClientOnline, ClientOffline)
+			n++
+			junk[n%len(junk)] = make([]byte, 4096)
+		}
+		stop()
+	}
 }

@@ -98,8 +98,11 @@ func exported(e *C.presence_event) Event {
 	}
 }
 
-// view shows what an event points to, until the next wait.
+// view shows what an event points to, until the next wait; nil where that is nothing, whatever its address.
 func view[T C.char | C.uint8_t](data *T, length C.size_t) []byte {
+	if length == 0 {
+		return nil
+	}
 	return unsafe.Slice((*byte)(unsafe.Pointer(data)), int(length))
 }
 
