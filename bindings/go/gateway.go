@@ -1,8 +1,15 @@
 package presence
 
 // #include <nats_presence.h>
-// #cgo noescape presence_request
-// #cgo nocallback presence_request
+//
+// // With types that cgo need not look behind.
+// static inline int32_t request(presence_conn *conn, presence_queue *queue, const char *subject, const uint8_t *data,
+//                               size_t len, const char *id, size_t id_len, const presence_config *config, uint64_t tag,
+//                               presence_stream **out, presence_error *error) {
+//   return presence_request(conn, queue, subject, data, len, id, id_len, config, tag, out, error);
+// }
+// #cgo noescape request
+// #cgo nocallback request
 // #cgo noescape presence_stream_consumed
 // #cgo nocallback presence_stream_consumed
 import "C"
@@ -85,7 +92,7 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 	}
 	var handle *C.presence_stream
 	var report C.presence_error
-	rc := C.presence_request(c.handle, c.queue.handle, cSubject, unsafe.Pointer(unsafe.SliceData(data)), C.size_t(len(data)),
+	rc := C.request(c.handle, c.queue.handle, cSubject, (*C.uint8_t)(unsafe.SliceData(data)), C.size_t(len(data)),
 		cString(clientID), C.size_t(len(clientID)), config, C.uint64_t(s.tag), &handle, &report)
 	if err := reported(rc, &report); err != nil {
 		c.remove(s)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"strconv"
 	"strings"
 	"sync"
@@ -93,6 +94,54 @@ func TestStream(t *testing.T) {
 	}
 	all.Wait()
 	eventually(t, "all streams are forgotten", func() bool { return gateway.streamsLeft() == 0 })
+}
+
+// Errors without a text, headers without a value, while stacks move and memory is collected.
+func TestEmptyErrorsWhileMemoryMoves(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(1))
+	s := startServer(t)
+	worker := connect(t, s)
+	serve(t, worker, "empty", func(ctx context.Context, req *Request, s *Sender) error {
+		if req.Header("X-Empty") != "" || len(req.Data) != 0 {
+			t.Error("not empty")
+		}
+		return errors.New("")
+	})
+	junk := make([][]byte, 100)
+	for n, end := 0, time.Now().Add(2*time.Second); time.Now().Before(end); {
+		gateway := connect(t, s)
+		for range 200 {
+			stream, err := gateway.Request(t.Context(), "empty", nil, "", With("header.X-Empty", ""))
+			must(t, err)
+			if got, err := read(t, stream); len(got) != 0 || !errors.Is(err, ErrRemote) {
+				t.Fatal(got, err)
+			}
+			n++
+			junk[n%len(junk)] = make([]byte, 4096)
+		}
+		must(t, closeNow(gateway.Conn))
+	}
+}
+
+type frame struct {
+	next *frame
+	text [64]byte
+}
+
+var onHeap *frame
+
+// A request's data may lie beside pointers: cgo must not look for those.
+func TestRequestFromWithinAStruct(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	serve(t, worker, "echo", echo)
+	onHeap = &frame{next: new(frame)}
+	copy(onHeap.text[:], "question")
+	stream, err := gateway.Request(t.Context(), "echo", onHeap.text[:8], "framed")
+	must(t, err)
+	if got, err := read(t, stream); len(got) != 3 || got[0] != "question" || err != nil {
+		t.Error(got, err)
+	}
 }
 
 func TestStreamEndsWithError(t *testing.T) {
