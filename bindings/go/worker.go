@@ -271,11 +271,17 @@ func (s *Sender) sendError(text string) error {
 	return s.failed(status)
 }
 
-// End ends the stream. Once more is fine. Fails with why the stream was stopped if it was.
+// End ends the stream. Once more is fine. Fails with why the stream was stopped if it was; if that was Serve's context, the
+// reader gets an error, for a stream that was cut short must not look complete.
 func (s *Sender) End() error {
 	s.mu.RLock()
 	status := s.ended
-	if s.handle != nil {
+	switch {
+	case s.handle == nil:
+	case s.state() == serveEnded:
+		status = serveEnded
+		C.presence_sender_error(s.handle, cString(stoppedServing), C.size_t(len(stoppedServing)))
+	default:
 		status = Status(C.presence_sender_end(s.handle))
 	}
 	s.mu.RUnlock()

@@ -242,6 +242,54 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	must(t, worker.Serve(ctx, "stop", "", func(context.Context, *Request, *Sender) error { return nil }))
 }
 
+// Streams that were cut short because their worker stopped do not look complete, whatever their handlers say.
+func TestStopIsNoEnd(t *testing.T) {
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		for name, end := range map[string]func(ctx context.Context, s *Sender) error{
+			"return at Send's error": func(ctx context.Context, s *Sender) error {
+				for s.Send([]byte("x")) == nil {
+					time.Sleep(time.Millisecond)
+				}
+				return nil
+			},
+			"return at the context's end": func(ctx context.Context, s *Sender) error {
+				until(t, ctx)
+				return nil
+			},
+			"End": func(ctx context.Context, s *Sender) error {
+				until(t, ctx)
+				err := s.End()
+				wantError(t, err, ErrCancelled, "context canceled")
+				if !errors.Is(err, context.Canceled) {
+					t.Error(err)
+				}
+				return nil
+			},
+			"End elsewhere": func(ctx context.Context, s *Sender) error {
+				s.Detach()
+				context.AfterFunc(ctx, func() { s.End() })
+				return nil
+			},
+		} {
+			t.Run(name+", lanes "+lanes, func(t *testing.T) {
+				worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+				serving := serve(t, worker, "cut", func(ctx context.Context, req *Request, s *Sender) error {
+					must(t, s.Send([]byte("first")))
+					return end(ctx, s)
+				})
+				stream := ask(t, gateway, "cut", "cut short")
+				_, err := stream.Next(t.Context())
+				must(t, err)
+				serving.stop()
+				_, err = read(t, stream)
+				wantError(t, err, ErrRemote, stoppedServing)
+				must(t, receive(t, serving.result))
+			})
+		}
+	}
+}
+
 func TestServerBusy(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
