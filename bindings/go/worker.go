@@ -62,8 +62,9 @@ type service struct {
 // When it returns, its handlers have returned (their ctx ends with Serve's, so they should look at it or at Send's error)
 // and all its streams have ended, detached ones too.
 //
-// It returns nil when ctx ended. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up
-// (option max_reconnects), ErrInvalid (subject, queue, options), ErrTimeout when the server did not answer.
+// It returns nil when ctx ended: while it still waits for the server to hear of the subject, when that has answered or
+// connect_timeout_ms are over. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up (option
+// max_reconnects), ErrInvalid (subject, queue, options), ErrTimeout when the server did not answer.
 func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...Option) error {
 	if handler == nil {
 		return invalid("handler is nil")
@@ -102,15 +103,19 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	c.mu.Lock()
 	delete(c.services, tag)
 	c.mu.Unlock()
-	if err := reported(rc, &report); err != nil {
-		return err
-	}
+	err = reported(rc, &report)
+	stop(err) // what came while the server was waited for, in vain, ends too
 	v.running.Wait()
 	for _, s := range c.sendersOf(v) {
 		s.sendError(stoppedServing)
 	}
-	if ctx.Err() != nil {
+	switch {
+	case errors.Is(err, ErrInvalid):
+		return err
+	case ctx.Err() != nil:
 		return nil
+	case err != nil:
+		return err
 	}
 	return context.Cause(serving)
 }

@@ -1,12 +1,15 @@
 package presence
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -287,6 +290,80 @@ func TestStopIsNoEnd(t *testing.T) {
 				must(t, receive(t, serving.result))
 			})
 		}
+	}
+}
+
+// deafServer is a NATS server that sends a subject's first subscriber a request, and takes no message from then on.
+func deafServer(t *testing.T, subject string) (url string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	must(t, err)
+	t.Cleanup(func() { listener.Close() })
+	go func() {
+		conn, err := listener.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		fmt.Fprint(conn, "INFO {\"server_id\":\"x\",\"version\":\"2.10.0\",\"proto\":1,\"headers\":true,\"max_payload\":1048576}\r\n")
+		sids, isDeaf := make(map[string]string), false // by what their subjects begin with
+		for lines := bufio.NewScanner(conn); lines.Scan(); {
+			words := append(strings.Fields(lines.Text()), "", "")
+			name, sid := words[1], words[max(len(words)-3, 0)]
+			switch words[0] {
+			case "PING":
+				fmt.Fprint(conn, "PONG\r\n")
+			case "SUB":
+				sids[strings.TrimSuffix(name, "*")] = sid
+				if name == subject {
+					isDeaf = true
+					fmt.Fprintf(conn, "MSG %s %s _INBOX.someone.1 1\r\nq\r\n", name, sid)
+				}
+			case "PUB":
+				for prefix, sid := range sids {
+					if !isDeaf && strings.HasPrefix(name, prefix) {
+						fmt.Fprintf(conn, "MSG %s %s 0\r\n\r\n", name, sid)
+					}
+				}
+			}
+		}
+	}()
+	return "nats://" + listener.Addr().String()
+}
+
+// Where the server does not answer, what came meanwhile ends before Serve returns.
+func TestServeInVain(t *testing.T) {
+	for name, cancel := range map[string]bool{"timeout": false, "context": true} {
+		t.Run(name, func(t *testing.T) {
+			c := connect(t, &server{url: deafServer(t, "vain")}, With("connect_timeout_ms", "300"))
+			t.Cleanup(func() {
+				ctx, stop := context.WithCancel(t.Context())
+				stop()
+				c.Close(ctx) // waits for no server
+			})
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			var begun, ended atomic.Int32
+			err := c.Serve(ctx, "vain", "", func(ctx context.Context, req *Request, s *Sender) error {
+				s.Detach()
+				begun.Add(1)
+				if cancel {
+					stop()
+				}
+				until(t, ctx)
+				time.Sleep(50 * time.Millisecond)
+				ended.Add(1)
+				return nil
+			})
+			if cancel {
+				must(t, err)
+			} else {
+				wantError(t, err, ErrTimeout, "")
+			}
+			if begun.Load() != 1 || ended.Load() != 1 || c.sendersLeft() != 0 {
+				t.Errorf("%d handlers began, %d ended, %d streams are left", begun.Load(), ended.Load(), c.sendersLeft())
+			}
+		})
 	}
 }
 
