@@ -99,6 +99,7 @@ type Conn struct {
 	ctx     context.Context // ends with the connection; its cause says why
 	end     context.CancelCauseFunc
 	closing atomic.Bool
+	busy    atomic.Uint64 // requests that were refused here, not by C
 	drained chan struct{} // closed when the last event was dealt with
 	log     chan Event    // nil if nobody wants to know
 
@@ -205,10 +206,12 @@ type Stats struct {
 // Stats returns the connection's figures; all zero once it is closed.
 func (c *Conn) Stats() Stats {
 	var s C.presence_stats
-	C.presence_conn_stats(c.handle, &s)
+	if C.presence_conn_stats(c.handle, &s) != C.PRESENCE_OK {
+		return Stats{}
+	}
 	return Stats{
 		s.connected != 0, uint64(s.connects), uint64(s.streams), uint64(s.senders),
-		uint64(s.requests), uint64(s.requests_busy), uint64(s.requests_ignored),
+		uint64(s.requests), uint64(s.requests_busy) + c.busy.Load(), uint64(s.requests_ignored),
 		uint64(s.messages_out), uint64(s.messages_in), uint64(s.messages_ignored),
 		uint64(s.offline_out), uint64(s.offline_in), uint64(s.bytes_waiting), uint64(s.lanes),
 	}

@@ -12,6 +12,7 @@ import "C"
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,21 +44,30 @@ type Request struct {
 // the stream has ended and its handler has returned.
 func (r *Request) Header(name string) string { return r.sender.header(name) }
 
-const stoppedServing = "the worker stopped serving"
+// What is said to who asks, as the C library says it.
+const (
+	stoppedServing = "the worker stopped serving"
+	serverBusy     = "server busy"
+)
 
 // serveEnded stands among statuses for what C does not know: Serve's context has ended.
 const serveEnded Status = 1
 
 // service is one call of Serve.
 type service struct {
-	ctx     context.Context
-	handler Handler
-	running sync.WaitGroup // handlers; added to with the connection's mutex held, while it is in its services
+	ctx      context.Context
+	handler  Handler
+	limit    int64          // of handlers at once
+	handlers atomic.Int64   // how many have not returned
+	running  sync.WaitGroup // goroutines of handlers; added to with the connection's mutex held, while it is in its services
 }
+
+// defaultMaxStreams is the C library's, which bounds streams: a handler may run on after its stream's end.
+const defaultMaxStreams = 10_000
 
 // Serve serves a subject, which may have wildcards, until ctx ends. Requests are spread over all processes that serve the
 // subject in the same queue; with the empty queue each of them gets every request. At most max_streams streams (see
-// [With]) run at once; a request beyond is answered with "server busy".
+// [With]), and as many handlers, run at once; a request beyond is answered with "server busy".
 //
 // When it returns, its handlers have returned (their ctx ends with Serve's, so they should look at it or at Send's error)
 // and all its streams have ended, detached ones too.
@@ -85,7 +95,7 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	defer stop(nil)
 	defer context.AfterFunc(c.ctx, func() { stop(context.Cause(c.ctx)) })()
 
-	v := &service{ctx: serving, handler: handler}
+	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(maxStreams), defaultMaxStreams)}
 	c.mu.Lock()
 	c.lastTag++
 	tag := c.lastTag
@@ -146,8 +156,13 @@ func (c *Conn) accept(e *C.presence_event) {
 	v := c.services[uint64(e.tag)]
 	if v == nil || atomic.LoadUint32(word) != 0 { // Serve has ended, or the client has left already
 		c.mu.Unlock()
-		C.presence_sender_error(e.sender, cString(stoppedServing), C.size_t(len(stoppedServing)))
-		C.presence_sender_free(e.sender)
+		refuse(e.sender, stoppedServing)
+		return
+	}
+	if v.handlers.Load() >= v.limit {
+		c.mu.Unlock()
+		c.busy.Add(1)
+		refuse(e.sender, serverBusy)
 		return
 	}
 	s := &Sender{
@@ -157,6 +172,7 @@ func (c *Conn) accept(e *C.presence_event) {
 	s.ctx, s.cancel = context.WithCancelCause(v.ctx)
 	s.holders.Store(2)
 	c.senders[e.sender] = s
+	v.handlers.Add(1)
 	v.running.Add(1)
 	c.mu.Unlock()
 	req := &Request{
@@ -164,6 +180,11 @@ func (c *Conn) accept(e *C.presence_event) {
 		Data: bytes.Clone(view(e.data, e.data_len)), sender: s,
 	}
 	go s.serve(req)
+}
+
+func refuse(sender *C.presence_sender, text string) {
+	C.presence_sender_error(sender, cString(text), C.size_t(len(text)))
+	C.presence_sender_free(sender)
 }
 
 func (c *Conn) sendersOf(v *service) (senders []*Sender) {
@@ -354,6 +375,7 @@ func (s *Sender) serve(req *Request) {
 			failure = fmt.Sprint("the handler panicked: ", cause)
 			s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: failure + "\n" + string(debug.Stack())})
 		}
+		s.service.handlers.Add(-1) // first: who hears of the end may ask again
 		if failed {
 			s.sendError(failure)
 		} else if !s.detached.Load() {

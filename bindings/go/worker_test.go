@@ -379,10 +379,44 @@ func TestServerBusy(t *testing.T) {
 		t.Errorf("got %q", got)
 	}
 	gateway.publish("client.offline", "", "", "first")
-	eventually(t, "the first has ended", func() bool { return worker.Stats().Senders == 0 })
+	eventually(t, "the first has ended", func() bool { return worker.sendersLeft() == 0 })
 	receive(t, gateway.request("busy", "third", ""))
 	if stats := worker.Stats(); stats.Requests != 3 || stats.RequestsBusy != 1 || stats.Senders != 1 || !stats.Connected {
 		t.Errorf("%+v", stats)
+	}
+}
+
+// A handler that runs on after its stream's end counts.
+func TestServerBusyWithHandlers(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	release := make(chan struct{})
+	serve(t, worker, "busy", func(ctx context.Context, req *Request, s *Sender) error {
+		if req.ClientID == "quick" {
+			return nil
+		}
+		must(t, s.Send([]byte("mine")))
+		<-release // and does not look at ctx
+		return nil
+	}, With("max_streams", "1"))
+	for i := range 20 {
+		stream := ask(t, gateway, "busy", fmt.Sprint("slow ", i))
+		_, err := stream.Next(t.Context())
+		if i == 0 {
+			must(t, err)
+		} else {
+			wantError(t, err, ErrRemote, "server busy")
+		}
+		stream.Close()
+		eventually(t, "the stream has ended", func() bool { return worker.Stats().Senders == 0 })
+	}
+	if stats := worker.Stats(); stats.Requests != 20 || stats.RequestsBusy != 19 {
+		t.Errorf("%+v", stats)
+	}
+	close(release)
+	eventually(t, "the handler has returned", func() bool { return worker.sendersLeft() == 0 })
+	if got, err := read(t, ask(t, gateway, "busy", "quick")); len(got) > 0 || err != nil {
+		t.Error(got, err)
 	}
 }
 
