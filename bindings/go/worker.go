@@ -21,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 	"unsafe"
 )
 
@@ -60,6 +61,8 @@ type service struct {
 	limit    int64          // of handlers at once
 	handlers atomic.Int64   // how many have not returned
 	running  sync.WaitGroup // goroutines of handlers; added to with the connection's mutex held, while it is in its services
+	senders  int            // those in the connection's senders, whose mutex it has
+	idle     chan struct{}  // a token: senders may be 0
 }
 
 // defaultMaxStreams is the C library's, which bounds streams: a handler may run on after its stream's end.
@@ -70,7 +73,10 @@ const defaultMaxStreams = 10_000
 // [With]), and as many handlers, run at once; a request beyond is answered with "server busy".
 //
 // When it returns, its handlers have returned (their ctx ends with Serve's, so they should look at it or at Send's error)
-// and all its streams have ended, detached ones too.
+// and all its streams have ended, detached ones too. Readers of those that were cut get an error.
+//
+// With the option drain_ms it ends gracefully: once ctx ends it takes no more requests, but what runs, detached streams too,
+// goes on as if ctx had not ended, until all of it is done or that time is over. Then the rest is cut as without.
 //
 // It returns nil when ctx ended: while it still waits for the server to hear of the subject, when that has answered or
 // connect_timeout_ms are over. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up (option
@@ -79,7 +85,7 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	if handler == nil {
 		return invalid("handler is nil")
 	}
-	maxStreams, err := maxStreams(opts)
+	maxStreams, drain, err := serveOptions(opts)
 	if err != nil {
 		return err
 	}
@@ -91,11 +97,15 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	if err != nil {
 		return err
 	}
-	serving, stop := context.WithCancelCause(ctx)
+	parent := ctx
+	if drain > 0 {
+		parent = context.WithoutCancel(ctx)
+	}
+	serving, stop := context.WithCancelCause(parent)
 	defer stop(nil)
 	defer context.AfterFunc(c.ctx, func() { stop(context.Cause(c.ctx)) })()
 
-	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(maxStreams), defaultMaxStreams)}
+	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(maxStreams), defaultMaxStreams), idle: make(chan struct{}, 1)}
 	c.mu.Lock()
 	c.lastTag++
 	tag := c.lastTag
@@ -105,16 +115,22 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	var handle *C.presence_service
 	var report C.presence_error
 	rc := C.presence_serve(c.handle, c.queue.handle, cSubject, cQueue, C.uint32_t(maxStreams), C.uint64_t(tag), &handle, &report)
-	if rc == C.PRESENCE_OK {
+	err = reported(rc, &report)
+	why := err // it ends what came while the server was waited for, in vain
+	if err == nil {
 		c.tell(Event{Kind: Serving, Text: subject})
-		<-serving.Done()
+		select {
+		case <-ctx.Done():
+		case <-serving.Done():
+		}
 		C.presence_service_free(handle)
+		c.drain(v, drain)
+		why = context.Cause(ctx)
 	}
 	c.mu.Lock()
 	delete(c.services, tag)
 	c.mu.Unlock()
-	err = reported(rc, &report)
-	stop(err) // what came while the server was waited for, in vain, ends too
+	stop(why)
 	v.running.Wait()
 	for _, s := range c.sendersOf(v) {
 		s.sendError(stoppedServing)
@@ -130,22 +146,43 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	return context.Cause(serving)
 }
 
-func maxStreams(opts []Option) (uint64, error) {
+func serveOptions(opts []Option) (maxStreams uint64, drain time.Duration, err error) {
 	o := collect(opts)
 	for _, pair := range o.pairs {
-		if pair[0] != "max_streams" {
-			return 0, invalid("option %q is not one of Serve: max_streams is", pair[0])
+		n, err := strconv.ParseUint(pair[1], 10, 32)
+		switch pair[0] {
+		case "max_streams":
+			maxStreams = n
+		case "drain_ms":
+			drain = time.Duration(n) * time.Millisecond
+		default:
+			return 0, 0, invalid("option %q is not one of Serve: max_streams and drain_ms are", pair[0])
+		}
+		if err != nil {
+			return 0, 0, invalid("value %q of option %s is not a number from 0 to 4294967295", pair[1], pair[0])
 		}
 	}
-	value := o.value("max_streams")
-	if value == "" && len(o.pairs) == 0 {
-		return 0, nil
+	return maxStreams, drain, nil
+}
+
+// drain waits, at most so long, until nothing of the service runs. What C took before it was stopped still begins meanwhile.
+func (c *Conn) drain(v *service, limit time.Duration) {
+	over := time.After(limit)
+	for c.isBusy(v) {
+		select {
+		case <-v.idle:
+		case <-v.ctx.Done():
+			return
+		case <-over:
+			return
+		}
 	}
-	n, err := strconv.ParseUint(value, 10, 32)
-	if err != nil {
-		return 0, invalid("value %q of option max_streams is not a number from 0 to 4294967295", value)
-	}
-	return n, nil
+}
+
+func (c *Conn) isBusy(v *service) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return v.senders > 0
 }
 
 // accept begins to answer a request.
@@ -172,6 +209,7 @@ func (c *Conn) accept(e *C.presence_event) {
 	s.ctx, s.cancel = context.WithCancelCause(v.ctx)
 	s.holders.Store(2)
 	c.senders[e.sender] = s
+	v.senders++
 	v.handlers.Add(1)
 	v.running.Add(1)
 	c.mu.Unlock()
@@ -414,7 +452,9 @@ func (s *Sender) release() {
 	}
 	s.conn.mu.Lock()
 	delete(s.conn.senders, s.handle)
+	s.service.senders--
 	s.conn.mu.Unlock()
+	signal(s.service.idle)
 	s.mu.Lock()
 	s.status = Status(atomic.LoadUint32(s.word))
 	s.ended = Status(C.presence_sender_end(s.handle))

@@ -293,6 +293,95 @@ func TestStopIsNoEnd(t *testing.T) {
 	}
 }
 
+// With drain_ms what runs when Serve's context ends is completed, and nothing else begins.
+func TestDrain(t *testing.T) {
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		t.Run("lanes "+lanes, func(t *testing.T) {
+			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+			goOn, detached := make(chan struct{}), make(chan *Sender, 1)
+			serving := serve(t, worker, "drain", func(ctx context.Context, req *Request, s *Sender) error {
+				if err := s.Send([]byte("first")); err != nil { // one that came late
+					return err
+				}
+				if req.ClientID == "detached" {
+					s.Detach()
+					detached <- s
+					return nil
+				}
+				receive(t, goOn)
+				if ctx.Err() != nil {
+					t.Error(context.Cause(ctx))
+				}
+				return s.Send([]byte("last"))
+			}, With("drain_ms", "60000"))
+			streams := []*Stream{ask(t, gateway, "drain", "handled"), ask(t, gateway, "drain", "detached")}
+			for _, stream := range streams {
+				_, err := stream.Next(t.Context())
+				must(t, err)
+			}
+			serving.stop()
+			eventually(t, "nobody serves", func() bool {
+				_, err := read(t, ask(t, gateway, "drain", "late", With("timeout_ms", "100")))
+				return errors.Is(err, ErrNoResponders)
+			})
+			close(goOn)
+			sender := receive(t, detached)
+			must(t, sender.Err())
+			if got, err := read(t, streams[0]); err != nil || fmt.Sprint(got) != "[last]" {
+				t.Error(got, err)
+			}
+			must(t, sender.Send([]byte("last")))
+			if len(serving.result) != 0 {
+				t.Error("it did not wait for the detached stream")
+			}
+			must(t, sender.End())
+			if got, err := read(t, streams[1]); err != nil || fmt.Sprint(got) != "[last]" {
+				t.Error(got, err)
+			}
+			must(t, receive(t, serving.result))
+		})
+	}
+}
+
+// What is not done when the time is over, or the connection closed, is cut.
+func TestDrainEnds(t *testing.T) {
+	s := startServer(t)
+	for name, end := range map[string]struct {
+		drain string
+		end   func(*client)
+		cause error
+	}{
+		"time":  {"100", func(*client) {}, context.Canceled},
+		"Close": {"60000", func(c *client) { closeNow(c.Conn) }, ErrClosed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			worker, gateway := connect(t, s), connect(t, s)
+			causes := make(chan error, 1)
+			serving := serve(t, worker, "drain", func(ctx context.Context, req *Request, s *Sender) error {
+				must(t, s.Send([]byte("first")))
+				causes <- until(t, ctx)
+				return nil
+			}, With("drain_ms", end.drain))
+			stream := ask(t, gateway, "drain", "cut")
+			_, err := stream.Next(t.Context())
+			must(t, err)
+			begin := time.Now()
+			serving.stop()
+			end.end(worker)
+			if err := receive(t, causes); !errors.Is(err, end.cause) {
+				t.Error(err)
+			}
+			if took := time.Since(begin); name == "time" && took < 100*time.Millisecond {
+				t.Error("it took ", took)
+			}
+			_, err = read(t, stream)
+			wantError(t, err, ErrRemote, "")
+			must(t, receive(t, serving.result))
+		})
+	}
+}
+
 // deafServer is a NATS server that sends a subject's first subscriber a request, and takes no message from then on.
 func deafServer(t *testing.T, subject string) (url string) {
 	t.Helper()
@@ -655,6 +744,8 @@ func TestServeRefusesBadInput(t *testing.T) {
 		{subject: "a", queue: "b\x00", named: "queue"},
 		{subject: "a", opts: []Option{With("max_streams", "many")}, named: `"many"`},
 		{subject: "a", opts: []Option{With("max_streams", "-1")}, named: `"-1"`},
+		{subject: "a", opts: []Option{With("max_streams", "")}, named: `""`},
+		{subject: "a", opts: []Option{With("drain_ms", "1s")}, named: "drain_ms"},
 		{subject: "a", opts: []Option{With("timeout_ms", "1")}, named: `"timeout_ms"`},
 	} {
 		if err := c.Serve(ctx, bad.subject, bad.queue, none, bad.opts...); err == nil {
