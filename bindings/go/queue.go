@@ -57,6 +57,8 @@ type Event struct {
 // Watch tells on the channel, from now on, when clients come online and go offline in this process. The channel is closed
 // soon after ctx ends. At most 65,536 events wait for a slow reader; further ones are dropped, and an event of kind Log
 // with ErrFull says so.
+//
+// Each watch holds a thread of the operating system: one for a process is meant, not one for each client.
 func Watch(ctx context.Context) (<-chan Event, error) {
 	q, err := newQueue()
 	if err != nil {
