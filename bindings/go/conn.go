@@ -160,7 +160,7 @@ func Connect(url string, opts ...Option) (*Conn, error) {
 // seconds if ctx has none. It does not wait for handlers (Serve does), nor for a connection, where there is none.
 //
 // nil means that the server has it all. With ErrTimeout or ErrDisconnected it may not; the connection is closed all the
-// same. A second call returns ErrClosed.
+// same. ErrClosed: it was closed already, or given up (option max_reconnects).
 func (c *Conn) Close(ctx context.Context) error {
 	drain := 5 * time.Second
 	if deadline, ok := ctx.Deadline(); ok {

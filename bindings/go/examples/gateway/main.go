@@ -43,10 +43,12 @@ func main() {
 	log.Print("listening on ", listener.Addr())
 	// Requests end with ctx, so that Close need not wait for browsers.
 	server := &http.Server{BaseContext: func(net.Listener) context.Context { return ctx }}
-	context.AfterFunc(ctx, func() { server.Shutdown(context.Background()) })
+	shut := make(chan error)
+	context.AfterFunc(ctx, func() { shut <- server.Shutdown(context.Background()) })
 	if err := server.Serve(listener); err != http.ErrServerClosed {
 		check(err)
 	}
+	check(<-shut) // Serve does not wait for what it serves, this does
 	check(conn.Close(context.Background()))
 }
 
