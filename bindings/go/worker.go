@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -31,6 +32,8 @@ import (
 // ErrPeerGone, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
 // stream: nil as by [Sender.End], an error or a panic as by [Sender.SendError], unless it was ended before. One that
 // wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
+//
+// A panic is told with its stack: to the function of [WithLog], or without one by log.Print.
 type Handler func(ctx context.Context, req *Request, s *Sender) error
 
 // Request is what a stream was requested with.
@@ -411,7 +414,11 @@ func (s *Sender) serve(req *Request) {
 	defer func() {
 		if cause := recover(); cause != nil {
 			failure = fmt.Sprint("the handler panicked: ", cause)
-			s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: failure + "\n" + string(debug.Stack())})
+			text := failure + "\n" + string(debug.Stack())
+			if s.conn.log == nil {
+				log.Print("presence: ", text)
+			}
+			s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: text})
 		}
 		s.service.handlers.Add(-1) // first: who hears of the end may ask again
 		if failed {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
 	"net"
 	"runtime"
 	"strings"
@@ -290,6 +291,29 @@ func TestStopIsNoEnd(t *testing.T) {
 				must(t, receive(t, serving.result))
 			})
 		}
+	}
+}
+
+type written chan string
+
+func (w written) Write(text []byte) (int, error) {
+	w <- string(text)
+	return len(text), nil
+}
+
+func TestPanicWithoutLog(t *testing.T) {
+	s := startServer(t)
+	c, err := Connect(s.url)
+	must(t, err)
+	defer closeNow(c)
+	told := make(written, 10)
+	defer log.SetOutput(log.Writer())
+	log.SetOutput(told)
+	go c.Serve(t.Context(), "panic", "", func(context.Context, *Request, *Sender) error { panic("oh") })
+	_, err = read(t, ask(t, &client{Conn: c}, "panic", "", With("retries", "1000"), With("retry_delay_ms", "10")))
+	wantError(t, err, ErrRemote, "oh")
+	if text := receive(t, told); !strings.Contains(text, "presence: the handler panicked: oh\n") || !strings.Contains(text, "TestPanicWithoutLog") {
+		t.Error(text)
 	}
 }
 
