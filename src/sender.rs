@@ -90,7 +90,7 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send(&self.word, credit, data).inspect_err(|why| self.note(*why));
+            return lane.send(&self.word, credit, data).inspect_err(|why| self.heed(*why));
         }
         self.check(data)?;
         self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
@@ -110,7 +110,7 @@ impl Sender {
             return Ok(0);
         }
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.note(*why));
+            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.heed(*why));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -131,7 +131,7 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.note(*why));
+            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.heed(*why));
         }
         self.check(data)?;
         self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
@@ -214,7 +214,7 @@ impl Sender {
     }
 
     /// A call may find the other end gone before we are told: what it said is the stream's end.
-    fn note(&self, why: Status) {
+    fn heed(&self, why: Status) {
         if why == Status::PeerGone {
             self.stop(why);
         }
@@ -245,15 +245,14 @@ impl Sender {
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
         match self.lane.get() {
             Some((lane, credit)) => {
-                lane.finish(&self.word, Status::Closed, credit, error).inspect_err(|why| self.note(*why))?;
+                lane.finish(&self.word, Status::Closed, credit, error).inspect_err(|why| self.heed(*why))?;
             }
             None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
                 None => Note::End(self.reply.clone()),
                 Some(text) => self.error_note(text),
             })?,
         }
-        self.service.forget(self.number);
-        self.leave(ENDED);
+        self.leave_service();
         registry::detach(&self.client, self.number);
         Ok(())
     }
@@ -279,6 +278,12 @@ impl Sender {
         {
             self.event(Kind::Stopped, why);
         }
+    }
+
+    /// It has ended: said once.
+    fn leave_service(&self) {
+        self.service.forget(self.number);
+        self.leave(ENDED);
     }
 
     /// Whichever of both comes second frees its place among the service's streams.
@@ -321,8 +326,7 @@ impl Running for Sender {
             Some((lane, credit)) => lane.stop(credit, text.as_bytes()),
             None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
         }
-        self.service.forget(self.number);
-        self.leave(ENDED);
+        self.leave_service();
         self.make_due(STOPPED);
     }
 
