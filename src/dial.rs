@@ -2,9 +2,9 @@
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
+use crate::sync::Mutex;
 use crate::{random, runtime};
 use async_nats::{Client, ConnectErrorKind, ServerAddr};
-use parking_lot::Mutex;
 use std::fs;
 use std::panic::resume_unwind;
 use std::path::Path;

@@ -4,8 +4,8 @@
 //! mark of one in a million clients. Here an entry is 32 bytes, ids of up to 24 bytes included, and stands where its hash
 //! says, or right behind (linear probing; a removal moves the followers up, so there are no tombstones).
 
+use crate::sync::Mutex;
 use compact_str::CompactString;
-use parking_lot::Mutex;
 use std::mem;
 
 /// Many shards: each is small enough to be moved within the processor's cache when it grows.

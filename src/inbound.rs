@@ -8,8 +8,6 @@ use async_nats::{Client, Message, PublishError, Subject, Subscriber};
 use bytes::Bytes;
 use dashmap::DashMap;
 use futures_util::{FutureExt, StreamExt};
-use parking_lot::ReentrantMutex;
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::mem;
 use std::pin::pin;
@@ -21,6 +19,7 @@ use tokio::task::coop::unconstrained;
 
 use crate::error::Status;
 use crate::lane::driver::{Accepted, Lane};
+use crate::sync::{OwnedMutex, OwnedMutexGuard};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
 pub(crate) trait Receiver: Send + Sync {
@@ -50,10 +49,10 @@ pub(crate) struct Subscription {
 /// The subscriptions of the present NATS client.
 #[derive(Default)]
 pub(crate) struct Inbound {
-    /// Locked while a message is handled. Reentrant: a bell may ring on the very thread that hangs it up, when a message
-    /// comes in that instant.
-    link: ReentrantMutex<RefCell<Link>>,
-    /// One rang so: what it belongs to is to be looked after again.
+    /// Locked while a message is handled. A waker may be called on the very thread that registers it, when a message comes
+    /// in that instant.
+    link: OwnedMutex<Link>,
+    /// A wakeup arrived so, while the link was locked: poll again.
     rang: AtomicBool,
     /// The present client is dead: a subscription ended that we did not end.
     pub(crate) died: Notify,
@@ -82,8 +81,7 @@ impl Inbound {
     /// Forgets the client that was, and all its subscriptions.
     pub(crate) fn reset(&self) {
         let before = {
-            let link = self.link.lock();
-            let mut link = link.borrow_mut();
+            let mut link = self.link();
             link.generation += 1;
             link.is_dead = false;
             link.last_sid = 0;
@@ -97,9 +95,17 @@ impl Inbound {
         drop(self.link.lock());
     }
 
+    /// Locks the link. Not to be called while a message is handled: that thread has locked it.
+    fn link(&self) -> OwnedMutexGuard<'_, Link> {
+        match self.link.lock() {
+            Some(link) => link,
+            None => unreachable!("the link is locked by this thread: it handles a message"),
+        }
+    }
+
     /// Whether the present client has died.
     pub(crate) fn is_dead(&self) -> bool {
-        self.link.lock().borrow().is_dead
+        self.link().is_dead
     }
 
     /// Subscribes on the present client, once for each number.
@@ -113,8 +119,7 @@ impl Inbound {
     fn try_subscribe(self: &Arc<Self>, client: &Client, number: u64, own: &Subscription) -> bool {
         // Locked, so that the client's task, should it have a message for another subscription meanwhile, waits until this
         // one's waker is in place: else what this one has got by then could be overtaken.
-        let link = self.link.lock();
-        let mut link = link.borrow_mut();
+        let mut link = self.link();
         if link.active.contains_key(&number) {
             return true;
         }
@@ -144,7 +149,7 @@ impl Inbound {
     /// like this is never answered, and nobody learns of it. So the server is told behind the client's back, in what looks
     /// to the client like the subject of an empty message to `nowhere`.
     pub(crate) async fn end_at_server(&self, client: &Client, number: u64, nowhere: &str) -> Result<(), PublishError> {
-        let sid = self.link.lock().borrow().active.get(&number).map(|active| active.sid);
+        let sid = self.link().active.get(&number).map(|active| active.sid);
         match sid {
             Some(sid) => client.publish(format!("{nowhere} 0\r\n\r\nUNSUB {sid}\r\nPUB {nowhere}"), Bytes::new()).await,
             None => Ok(()),
@@ -153,7 +158,7 @@ impl Inbound {
 
     /// Ends a subscription at the client.
     pub(crate) fn unsubscribe(&self, number: u64) {
-        let ended = self.link.lock().borrow_mut().active.remove(&number);
+        let ended = self.link().active.remove(&number);
         drop(ended);
     }
 
@@ -195,11 +200,10 @@ impl Wake for Doorbell {
 
     fn wake_by_ref(self: &Arc<Self>) {
         if let Some(inbound) = self.inbound.upgrade() {
-            let link = inbound.link.lock();
-            match link.try_borrow_mut() {
-                Ok(mut link) if link.generation == self.generation => inbound.receive(&mut link, self.number),
-                Ok(_) => {}
-                Err(_) => inbound.rang.store(true, Ordering::Relaxed),
+            match inbound.link.lock() {
+                Some(mut link) if link.generation == self.generation => inbound.receive(&mut link, self.number),
+                Some(_) => {}
+                None => inbound.rang.store(true, Ordering::Relaxed),
             }
         }
     }
@@ -316,8 +320,7 @@ mod tests {
         let inbound: Arc<Inbound> = Arc::default();
         let (sender, receiver) = mpsc::channel();
         thread::spawn(move || {
-            let link = inbound.link.lock();
-            let _handling = link.borrow_mut();
+            let _handling = inbound.link();
             Arc::new(Doorbell { inbound: Arc::downgrade(&inbound), number: 1, generation: 0 }).wake();
             sender.send(inbound.rang.load(Ordering::Relaxed)).unwrap();
         });
@@ -328,7 +331,7 @@ mod tests {
     fn a_message_that_is_handled_is_waited_for() {
         let inbound: Arc<Inbound> = Arc::default();
         let (sender, receiver) = mpsc::channel();
-        let link = inbound.link.lock();
+        let link = inbound.link();
         let other = Arc::clone(&inbound);
         thread::spawn(move || {
             sender.send("begun").unwrap();

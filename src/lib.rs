@@ -46,6 +46,7 @@ mod runtime;
 mod sender;
 mod service;
 mod stream;
+mod sync;
 mod wire;
 
 pub use client::MAX_ID;

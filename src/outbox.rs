@@ -1,10 +1,10 @@
 //! What waits to be given to the NATS client: callers append under a short lock, the connection's task takes it all.
 
 use crate::error::Status;
+use crate::sync::{Condvar, Mutex};
 use crate::wire;
 use async_nats::{HeaderMap, Subject};
 use bytes::{Bytes, BytesMut};
-use parking_lot::{Condvar, Mutex};
 use std::collections::{VecDeque, vec_deque};
 use std::mem;
 use std::sync::Arc;
@@ -183,7 +183,7 @@ impl Outbox {
             weight: AtomicUsize::new(0),
             limit,
             wanted: AtomicUsize::new(0),
-            room: Condvar::new(),
+            room: Condvar::default(),
             arrived: Notify::new(),
         }
     }
@@ -262,8 +262,8 @@ impl Outbox {
                 break;
             }
             match deadline {
-                None => self.room.wait(&mut waiting),
-                Some(deadline) => timed_out = self.room.wait_until(&mut waiting, deadline).timed_out(),
+                None => waiting = self.room.wait(waiting),
+                Some(deadline) => (waiting, timed_out) = self.room.wait_until(waiting, deadline),
             }
         }
         self.wanted.fetch_sub(1, Ordering::SeqCst);

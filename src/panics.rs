@@ -1,8 +1,8 @@
 //! A panic in each task of the runtime: what depends on it is told, and all else goes on.
 
 use crate::queue::{Kind, Queue};
+use crate::sync::Mutex;
 use crate::{Config, Connection, Sender, Status, is_online, mark_online};
-use parking_lot::Mutex;
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
 use std::panic;

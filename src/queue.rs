@@ -3,9 +3,9 @@
 use crate::error::{Error, Result, Status};
 use crate::fork;
 use crate::lane::frame::Run;
+use crate::sync::{Condvar, Mutex};
 use bytes::{Bytes, BytesMut};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use parking_lot::{Condvar, Mutex};
 use std::any::Any;
 use std::collections::VecDeque;
 use std::mem;
@@ -370,7 +370,7 @@ impl Queue {
         Arc::new(Queue {
             number: fork::number(),
             inner: Mutex::default(),
-            arrived: Condvar::new(),
+            arrived: Condvar::default(),
             given: Mutex::default(),
         })
     }
@@ -457,13 +457,14 @@ impl Queue {
             match deadline {
                 Deadline::Never => {
                     inner.sleeps = true;
-                    self.arrived.wait(&mut inner);
+                    inner = self.arrived.wait(inner);
                     inner.sleeps = false;
                 }
                 Deadline::Now => return Ok(false),
                 Deadline::At(deadline) => {
                     inner.sleeps = true;
-                    let timed_out = self.arrived.wait_until(&mut inner, deadline).timed_out();
+                    let timed_out;
+                    (inner, timed_out) = self.arrived.wait_until(inner, deadline);
                     inner.sleeps = false;
                     if timed_out && inner.entries.is_empty() && !inner.woken && !inner.closed {
                         return Ok(false);

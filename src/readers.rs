@@ -1,7 +1,7 @@
 //! Whom to call when messages have come: threads that wait on queues, once for all that comes together.
 
 use crate::queue::{Batch, Queue, Single};
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 use std::mem;
 use std::sync::Arc;
 use tokio::sync::Notify;

@@ -11,7 +11,7 @@ use crate::fork::{self, PerProcess};
 use crate::id_map::IdMap;
 use crate::queue::{Kind, Queue};
 use crate::runtime;
-use parking_lot::RwLock;
+use crate::sync::RwLock;
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -457,7 +457,7 @@ mod model;
 mod tests {
     use super::*;
     use crate::queue::Event;
-    use parking_lot::Mutex;
+    use crate::sync::Mutex;
 
     /// A stream, or a sender if nobody requested it here.
     pub(super) struct Probe {

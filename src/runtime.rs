@@ -2,10 +2,10 @@
 
 use crate::error::{Error, Result, Status};
 use crate::fork::{self, PerProcess};
+use crate::sync::Mutex;
 use futures_util::FutureExt;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use once_cell::sync::OnceCell;
-use parking_lot::Mutex;
 use std::any::Any;
 use std::cell::Cell;
 use std::io;

@@ -13,7 +13,6 @@ use crate::registry::Session;
 use crate::sender::Sender;
 use crate::service::Service;
 use crate::stream::Stream;
-use dashmap::DashMap;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::mem::MaybeUninit;
@@ -27,6 +26,7 @@ use super::connection::{presence_config, presence_conn};
 use super::gateway::presence_stream;
 use super::presence::presence_session;
 use super::queue::presence_queue;
+use super::table::Table;
 use super::worker::{presence_sender, presence_service};
 
 /// Bytes in a presence_error's message, its NUL included.
@@ -124,8 +124,6 @@ pub(super) trait Handle: Sized {
     fn number(core: &Self::Core) -> u64;
 }
 
-pub(super) type Table<T> = DashMap<u64, Arc<T>>;
-
 macro_rules! handle_type {
     ($handle:ty, $core:ty) => {
         impl Handle for $handle {
@@ -206,21 +204,19 @@ pub(super) unsafe fn handle_known<H: Handle>(
     // SAFETY: the caller's promise is write_out's.
     let made = unsafe { write_out(out, || make(&know).map(|core| pointer(H::number(&core)))) };
     if let (Err(_), Some(number)) = (&made, known.get()) {
-        H::table().remove(&number);
+        H::table().remove(number);
     }
     made
 }
 
 /// What a handle stands for.
 pub(super) fn borrow<H: Handle>(handle: *const H) -> Result<Arc<H::Core>> {
-    let found = H::table().get(&number(handle)?).map(|entry| Arc::clone(entry.value()));
-    found.ok_or_else(|| ended::<H>())
+    H::table().get(number(handle)?).ok_or_else(ended::<H>)
 }
 
 /// What a handle stands for, and ends the handle.
 pub(super) fn take<H: Handle>(handle: *mut H) -> Result<Arc<H::Core>> {
-    let (_, core) = H::table().remove(&number(handle)?).ok_or_else(ended::<H>)?;
-    Ok(core)
+    H::table().remove(number(handle)?).ok_or_else(ended::<H>)
 }
 
 /// `take` for functions that free: None where there is nothing to free.
@@ -236,9 +232,9 @@ fn ended<H>() -> Error {
 
 /// The senders and options that this process gave and did not free. A debug build knows better than to follow others.
 #[cfg(any(debug_assertions, test))]
-fn given() -> &'static dashmap::DashSet<usize> {
-    static GIVEN: PerProcess<dashmap::DashSet<usize>> = PerProcess::new();
-    GIVEN.get(Default::default)
+fn given() -> crate::sync::MutexGuard<'static, std::collections::HashSet<usize>> {
+    static GIVEN: PerProcess<crate::sync::Mutex<std::collections::HashSet<usize>>> = PerProcess::new();
+    GIVEN.get(Default::default).lock()
 }
 
 fn note_given<T>(_pointer: *mut T) {
@@ -249,7 +245,7 @@ fn note_given<T>(_pointer: *mut T) {
 /// Whether it was not freed before: from now on it is. Always true in a release build.
 fn note_freed<T>(_pointer: *mut T) -> bool {
     #[cfg(any(debug_assertions, test))]
-    return given().remove(&_pointer.addr()).is_some() || fork::is_child();
+    return given().remove(&_pointer.addr()) || fork::is_child();
     #[cfg(not(any(debug_assertions, test)))]
     true
 }

@@ -13,6 +13,7 @@ mod guard;
 mod panics;
 mod presence;
 mod queue;
+mod table;
 mod worker;
 
 pub use codes::{presence_event_kind, presence_status};

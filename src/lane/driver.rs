@@ -8,10 +8,10 @@ use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
 use crate::outbox::stopped;
 use crate::queue::{Batch, Origin, Queue};
 use crate::readers::Readers;
+use crate::sync::{Condvar, Mutex};
 use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use parking_lot::{Condvar, Mutex};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -76,7 +76,7 @@ impl Lane {
             state: Mutex::new(state),
             changed: Notify::new(),
             waiting: AtomicUsize::new(0),
-            room: Condvar::new(),
+            room: Condvar::default(),
             drained: Notify::new(),
         })
     }
@@ -183,13 +183,11 @@ impl Lane {
             let now = Instant::now();
             let deadline = *deadline.get_or_insert_with(|| timeout.and_then(|timeout| now.checked_add(timeout)));
             self.waiting.fetch_add(1, Ordering::SeqCst);
-            let timed_out = match deadline {
-                Some(deadline) => self.room.wait_until(&mut state, deadline).timed_out(),
-                None => {
-                    self.room.wait(&mut state);
-                    false
-                }
-            };
+            let mut timed_out = false;
+            match deadline {
+                Some(deadline) => (state, timed_out) = self.room.wait_until(state, deadline),
+                None => state = self.room.wait(state),
+            }
             self.waiting.fetch_sub(1, Ordering::SeqCst);
             if timed_out {
                 return Err(Status::Timeout);

@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <dirent.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/socket.h>
 
@@ -176,6 +177,63 @@ static void role_fork_after_connect(void) {
   expect(both.gateway.queue, PRESENCE_EVENT_OFFLINE);
   close_pair(both);
   a_whole_stream("later");
+}
+
+#define WAITERS 40
+
+/* Waits on the queue until it is freed. */
+static void *wait_until_freed(void *queue) {
+  presence_event event;
+  while (presence_queue_wait((presence_queue *)queue, &event, 1, -1) >= 0) continue;
+  return NULL;
+}
+
+/* Locks what threads of one process have in common: the registry, the tables of handles. */
+static void *mark_and_wait(void *waiting) {
+  presence_event event;
+  presence_queue *own;
+  OK(presence_queue_new(&own));
+  OK(presence_watch(own, 0));
+  for (int i = 0; i < 200; i++) {
+    OK(mark_client_online("contended"));
+    presence_queue_wake((presence_queue *)waiting);
+    CHECK(presence_queue_wait(own, &event, 1, 1) >= 0);
+    OK(mark_client_offline("contended"));
+  }
+  presence_queue_free(own);
+  return NULL;
+}
+
+/* One queue for each of the waiting threads, and as many threads that contend for locks with them. */
+static void contend(bool forks) {
+  pthread_t waiters[WAITERS], markers[WAITERS];
+  presence_queue *queues[WAITERS];
+  for (int i = 0; i < WAITERS; i++) {
+    OK(presence_queue_new(&queues[i]));
+    CHECK_EQ(pthread_create(&waiters[i], NULL, wait_until_freed, queues[i]), 0);
+  }
+  for (int i = 0; i < WAITERS; i++) CHECK_EQ(pthread_create(&markers[i], NULL, mark_and_wait, queues[i]), 0);
+  for (int i = 0; forks && i < 4; i++) {
+    pid_t child = fork();
+    if (child == 0) {
+      begin_child("fork_while_threads_wait, child");
+      contend(false);
+      exit(0);
+    }
+    expect_child(child);
+  }
+  for (int i = 0; i < WAITERS; i++) CHECK_EQ(pthread_join(markers[i], NULL), 0);
+  for (int i = 0; i < WAITERS; i++) {
+    presence_queue_free(queues[i]);
+    CHECK_EQ(pthread_join(waiters[i], NULL), 0);
+  }
+}
+
+/* A child inherits nothing of the threads that wait in its parent: with twice as many of its own it waits as well. */
+static void role_fork_while_threads_wait(void) {
+  peer parent = open_peer();
+  contend(true);
+  close_peer(parent);
 }
 
 /* How many connections there are to the server, whoever has them. */
@@ -509,6 +567,7 @@ static void role_connections_break(void) {
 static void fork_first(void) { expect_exit(start("role_fork_first"), 0); }
 static void fork_after_marks(void) { expect_exit(start("role_fork_after_marks"), 0); }
 static void fork_after_connect(void) { expect_exit(start("role_fork_after_connect"), 0); }
+static void fork_while_threads_wait(void) { expect_exit(start("role_fork_while_threads_wait"), 0); }
 
 static void close_with_a_child(void) { expect_exit(start("role_close_with_a_child"), 0); }
 
@@ -535,6 +594,7 @@ int main(int argc, char **argv) {
   ROLE(role_fork_first);
   ROLE(role_fork_after_marks);
   ROLE(role_fork_after_connect);
+  ROLE(role_fork_while_threads_wait);
   ROLE(role_close_with_a_child);
   ROLE(role_return_from_main);
   ROLE(role_exit);
@@ -548,6 +608,7 @@ int main(int argc, char **argv) {
   RUN(fork_first);
   RUN(fork_after_marks);
   RUN(fork_after_connect);
+  RUN(fork_while_threads_wait);
   RUN(close_with_a_child);
   RUN(exits);
   RUN(atexit_handlers);

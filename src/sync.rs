@@ -1,0 +1,168 @@
+//! The standard library's locks, without poisoning: a panic while a lock is held is contained and reported elsewhere.
+//!
+//! They are futexes, each complete in itself. Locks that park threads in one table for the whole process (parking_lot's,
+//! and DashMap's) are not safe to use after fork: the child inherits the table with entries for threads that it does not
+//! have. See *Fork* in `docs/design.md`.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{self, PoisonError, TryLockError};
+use std::time::Instant;
+
+pub(crate) use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+
+/// A mutex that a panic does not poison.
+#[derive(Debug, Default)]
+pub(crate) struct Mutex<T>(sync::Mutex<T>);
+
+impl<T> Mutex<T> {
+    pub(crate) const fn new(value: T) -> Mutex<T> {
+        Mutex(sync::Mutex::new(value))
+    }
+
+    #[inline]
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        match self.0.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+/// A condition variable.
+#[derive(Debug, Default)]
+pub(crate) struct Condvar(sync::Condvar);
+
+impl Condvar {
+    pub(crate) fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+        self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `deadline` at most. Returns true if it has passed.
+    pub(crate) fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, deadline: Instant) -> (MutexGuard<'a, T>, bool) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (guard, result) = self.0.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
+        (guard, result.timed_out())
+    }
+
+    pub(crate) fn notify_one(&self) {
+        self.0.notify_one();
+    }
+
+    pub(crate) fn notify_all(&self) {
+        self.0.notify_all();
+    }
+}
+
+/// A reader-writer lock that a panic does not poison.
+#[derive(Debug, Default)]
+pub(crate) struct RwLock<T>(sync::RwLock<T>);
+
+impl<T> RwLock<T> {
+    #[inline]
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A mutex that the thread that holds it may ask for again: it gets `None` then, instead of a deadlock.
+#[derive(Default)]
+pub(crate) struct OwnedMutex<T> {
+    /// Identifies the thread that holds it; 0: none.
+    owner: AtomicUsize,
+    inner: Mutex<T>,
+}
+
+pub(crate) struct OwnedMutexGuard<'a, T> {
+    owner: &'a AtomicUsize,
+    guard: MutexGuard<'a, T>,
+}
+
+impl<T> OwnedMutex<T> {
+    /// Locks it. None if this thread has locked it already.
+    pub(crate) fn lock(&self) -> Option<OwnedMutexGuard<'_, T>> {
+        thread_local! {
+            static THREAD: u8 = const { 0 };
+        }
+        let this_thread = THREAD.with(|byte| std::ptr::from_ref(byte).addr());
+        // Only this thread writes its own identity, so a relaxed load cannot be wrong about it.
+        if self.owner.load(Ordering::Relaxed) == this_thread {
+            return None;
+        }
+        let guard = self.inner.lock();
+        self.owner.store(this_thread, Ordering::Relaxed);
+        Some(OwnedMutexGuard { owner: &self.owner, guard })
+    }
+}
+
+impl<T> Deref for OwnedMutexGuard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> DerefMut for OwnedMutexGuard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
+
+impl<T> Drop for OwnedMutexGuard<'_, T> {
+    fn drop(&mut self) {
+        // Before the guard is dropped, after which another thread may be the owner.
+        self.owner.store(0, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::thread;
+    use std::time::Duration;
+
+    #[test]
+    fn a_panic_does_not_poison() {
+        let (mutex, lock, owned) = (Mutex::new(1), RwLock::default(), OwnedMutex::<u8>::default());
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _guards = (mutex.lock(), lock.write(), owned.lock());
+            panic!("with all of them locked");
+        }));
+        assert!(panicked.is_err());
+        assert_eq!(mutex.try_lock().map(|value| *value), Some(1));
+        assert_eq!((*mutex.lock(), *lock.write()), (1, 0));
+        assert!(owned.lock().is_some());
+    }
+
+    #[test]
+    fn the_owner_does_not_lock_twice_and_others_wait() {
+        let mutex: OwnedMutex<u8> = OwnedMutex::default();
+        let mut guard = mutex.lock().unwrap();
+        assert!(mutex.lock().is_none());
+        thread::scope(|scope| {
+            let other = scope.spawn(|| *mutex.lock().unwrap());
+            *guard = 7;
+            drop(guard);
+            assert_eq!(other.join().unwrap(), 7);
+        });
+        assert!(mutex.lock().is_some());
+    }
+
+    #[test]
+    fn a_deadline_that_passed_is_reported() {
+        let (mutex, condvar) = (Mutex::new(()), Condvar::default());
+        let (_guard, timed_out) = condvar.wait_until(mutex.lock(), Instant::now() - Duration::from_millis(1));
+        assert!(timed_out);
+    }
+}
