@@ -8,7 +8,8 @@
  *   - None may be called in a signal handler, where it could wait for the very thread that it interrupts; a status word may
  *     be read there. Take signals in a thread of their own (sigwait) or by signalfd.
  *   - Functions that return int32_t return PRESENCE_OK (0) or a negative presence_status. NULL for a handle is
- *     PRESENCE_INVALID; freeing NULL does nothing. A call that fails has changed nothing.
+ *     PRESENCE_INVALID; freeing NULL does nothing. A call that fails has changed nothing, except that presence_close closes
+ *     the connection whatever it returns.
  *   - A presence_error, where one is taken, may be NULL. It is filled when the call fails, and left alone otherwise.
  *   - Handles are opaque and each is ended by exactly one call to its _free or _close. Except for presence_sender and
  *     presence_config, whose use after free is undefined (a debug build of the library refuses it), a handle that has
@@ -60,7 +61,8 @@ enum presence_status
    */
   PRESENCE_INVALID = -1,
   /**
-   * The client is offline: it was marked so in this process, or an announcement of another one said it.
+   * The client is offline: it was marked so in this process, its last session here was closed, or another process announced
+   * or reported it.
    */
   PRESENCE_OFFLINE = -2,
   /**
@@ -80,7 +82,8 @@ enum presence_status
    */
   PRESENCE_TOO_LARGE = -6,
   /**
-   * The payload begins with "__STREAM_END__" or "__STREAM_ERROR__" and would end the stream at the other end.
+   * The stream is on level 0 of the wire, and the other end would take the payload for something else: it begins with
+   * "__STREAM_END__" or "__STREAM_ERROR__", or has the form of a JetStream acknowledgement. On a lane any payload is sent.
    */
   PRESENCE_RESERVED = -7,
   /**
@@ -96,7 +99,8 @@ enum presence_status
    */
   PRESENCE_NO_RESPONDERS = -10,
   /**
-   * In use: a queue has one waiter at a time.
+   * In use: a queue has one waiter at a time. As the status of a PRESENCE_EVENT_ERROR: the worker runs as many streams as it
+   * may, and refused this one.
    */
   PRESENCE_BUSY = -11,
   /**
@@ -167,7 +171,7 @@ enum presence_event_kind
    */
   PRESENCE_EVENT_OFFLINE = 8,
   /**
-   * The connection has reached nats-server. Only on queues given to presence_conn_watch, as the next.
+   * The connection has reached nats-server: `data` is its address, as host:port. Only on queues given to presence_conn_watch, as the next.
    */
   PRESENCE_EVENT_CONNECTED = 9,
   /**
@@ -400,8 +404,9 @@ struct presence_config *presence_config_new(void);
  *   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
  *   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
  *   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
- *   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
- *     were requested here and are not on a lane, whose workers are told directly; never.
+ *   - announce: which mark_client_offline is announced to other processes. always (default): each; streams: only of
+ *     clients with running streams that were requested here and are not on a lane; never. Also whether the ends of level-0
+ *     streams and of sessions with such streams are announced: always and streams: yes; never: no.
  *   - lanes: true (default): where the other end runs this library too, streams are batched, flow-controlled and resumed
  *     after a reconnect; false: all streams of the connection are on level 0 of the wire.
  *   - heartbeat_ms: how often a silent process at the other end of a lane is probed while streams run; after three
@@ -421,6 +426,8 @@ struct presence_config *presence_config_new(void);
  *     held back in time, and it is 4194304 at most; on level 0 the stream ends with PRESENCE_FULL. Default 67108864.
  *   - manual_credit: true: a message waits, for stream_buffer_bytes, until presence_stream_consumed tells that it was
  *     used; false (default): until it has left the queue.
+ *   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. For clients
+ *     that are marked online or have a session: a request that is late then does not bring them back. Default false.
  *   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
  *
  * # Safety
@@ -506,9 +513,12 @@ int32_t presence_conn_stats(const struct presence_conn *conn, struct presence_st
  * PRESENCE_EVENT_END or PRESENCE_EVENT_ERROR. Does not wait for the worker.
  *
  * The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
- * stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
- * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
- * That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
+ * stream belongs to no client, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
+ * Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED;
+ * PRESENCE_OFFLINE with the option only_online.
+ * Later errors are the status of the stream's PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS where no worker serves the
+ * subject, PRESENCE_BUSY where the worker had no capacity, PRESENCE_OFFLINE where this process or the worker's has learned
+ * that the client is offline, PRESENCE_REMOTE with the worker's text.
  *
  * # Safety
  * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated; `data` is readable for `len` bytes and `client_id` for
@@ -538,11 +548,13 @@ int32_t presence_stream_consumed(struct presence_stream *stream,
                                  size_t bytes);
 
 /**
- * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
+ * Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and its worker is notified.
  *
- * On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. Level 0 of the wire can only tell
- * the worker that the client left: the client is announced offline, unless another stream, a session or a mark keeps it
- * online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+ * On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 of the wire can
+ * be stopped only by an announcement that the client is offline, which also stops the client's streams at other
+ * gateways. It is made unless another stream, a session or a mark keeps the client online here; then the worker goes on.
+ * Before the worker's first answer it is not known which it is: the announcement, if there is one, follows that answer, or
+ * 5 seconds without one. Returns PRESENCE_CLOSED when the stream has ended already.
  */
 int32_t presence_stream_cancel(struct presence_stream *stream);
 
@@ -614,9 +626,11 @@ bool presence_is_online(const char *id, size_t len);
 uint64_t presence_online_count(void);
 
 /**
- * Opens a session of a client, who is online as long as one of its sessions is open.
+ * Opens a session of a client: one of its connections to this process. The client is online here as long as one of its
+ * sessions is open. The caller owns the session and must call presence_session_close.
  *
- * The empty id gives a session without effect.
+ * A client may have sessions in several gateway processes, and each knows its own only. The empty id gives a session
+ * without effect.
  *
  * # Safety
  * `id` is readable for `len` bytes; `out` is NULL (PRESENCE_INVALID) or writable.
@@ -624,8 +638,14 @@ uint64_t presence_online_count(void);
 int32_t presence_session_open(const char *id, size_t len, struct presence_session **out);
 
 /**
- * Closes a session and frees it. With a client's last one the client goes offline as by mark_client_offline, after
- * `session_grace_ms` (see presence_config_set; default 0: at once) without a new session, unless it is also marked online.
+ * Closes a session and frees it. With a client's last one in this process, after `session_grace_ms` (see
+ * presence_config_set; default 0: at once) without a new one, the streams that this process requested for the client end
+ * with PRESENCE_OFFLINE, unless it is also marked online. Streams that other processes requested go on, since the client
+ * may be connected to those; mark_client_offline ends them as well.
+ *
+ * **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the streams
+ * that end here is on level 0, the client's streams at all other gateways end, too. Where clients have connections to several
+ * gateways, have all workers use this library, with lanes.
  */
 void presence_session_close(struct presence_session *session);
 

@@ -72,6 +72,7 @@ pub(crate) struct RequestOptions {
     pub(crate) retry_delay: Duration,
     pub(crate) stream_buffer: usize,
     pub(crate) manual_credit: bool,
+    pub(crate) only_online: bool,
     pub(crate) headers: HeaderMap,
 }
 
@@ -89,7 +90,7 @@ pub struct Config {
 const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
      tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
      ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, session_grace_ms, worker_threads, \
-     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, header.NAME";
+     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, only_online, header.NAME";
 
 impl Default for Config {
     fn default() -> Config {
@@ -136,6 +137,7 @@ impl Config {
                 retry_delay: Duration::from_millis(100),
                 stream_buffer: 64 << 20,
                 manual_credit: false,
+                only_online: false,
                 headers: HeaderMap::new(),
             },
             connect_key: None,
@@ -234,6 +236,7 @@ impl Config {
                     "retries" => request.retries = number(key, value, 0, u32::MAX.into())?,
                     "retry_delay_ms" => request.retry_delay = millis(key, value, 0)?,
                     "manual_credit" => request.manual_credit = boolean(key, value)?,
+                    "only_online" => request.only_online = boolean(key, value)?,
                     "stream_buffer_bytes" => request.stream_buffer = number(key, value, 1, 1 << 40)?,
                     _ => match key.strip_prefix("header.") {
                         Some(name) => wire::add_header(&mut request.headers, name, value)?,

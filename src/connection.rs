@@ -76,7 +76,7 @@ pub struct Stats {
 /// What the parts of a connection count.
 #[derive(Default)]
 pub(crate) struct Counters {
-    connects: AtomicU64,
+    pub(crate) connects: AtomicU64,
     pub(crate) streams: AtomicU64,
     pub(crate) senders: AtomicU64,
     pub(crate) requests: AtomicU64,
@@ -332,6 +332,7 @@ impl Connection {
         // What was on its way has come with the first echo, and the refusals are at the server with the second.
         let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let drained = self.echo(left()).and_then(|()| self.drain_lanes(left()));
+        self.inbox.give_up_answers();
         self.lanes.end();
         let drained = self.echo(left()).and(drained);
         self.end.notify_one();
@@ -539,6 +540,7 @@ impl Connection {
         self.closed.store(true, Ordering::Release);
         registry::remove_announcer(self.number);
         self.end_all(Status::Closed);
+        self.inbox.give_up_answers();
         self.lanes.end();
         let text = format!("gave up after {} failed attempts to reconnect", self.options.max_reconnects);
         self.tell(Kind::Disconnected, Status::Closed, &text);

@@ -89,7 +89,7 @@ impl Status {
             Status::Disconnected => c"not connected to nats-server",
             Status::PeerGone => c"the process at the other end is gone",
             Status::NoResponders => c"nobody serves the subject",
-            Status::Busy => c"in use by another thread",
+            Status::Busy => c"busy: in use, or at its limit",
             Status::Timeout => c"timed out",
             Status::Remote => c"the worker ended the stream with an error",
             Status::Forked => c"not usable in a forked process",

@@ -31,6 +31,8 @@ pub(crate) trait Receiver: Send + Sync {
     fn refused(&self, _subject: &str) -> Option<&'static str> {
         None
     }
+    /// Called for what still waits for its first answer when the connection is closed: it will not come.
+    fn no_answer(&self) {}
     /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
     fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
         None
@@ -271,15 +273,22 @@ impl Inbox {
         self.expected.iter().map(|entry| Arc::clone(entry.value())).collect()
     }
 
-    /// Takes back `expect`.
-    pub(crate) fn forget(&self, number: u64) {
-        if self.expected.remove(&number).is_some()
+    /// Reports to all that still wait for a first answer that it will not come.
+    pub(crate) fn give_up_answers(&self) {
+        self.all().iter().for_each(|receiver| receiver.no_answer());
+    }
+
+    /// Takes back `expect`. Returns false if it was taken back before.
+    pub(crate) fn forget(&self, number: u64) -> bool {
+        let was_expected = self.expected.remove(&number).is_some();
+        if was_expected
             && self.count.fetch_sub(1, Ordering::Relaxed) == 1
             && self.peak.swap(0, Ordering::Relaxed) > MANY
         {
             // All who were asked have answered, on lanes: the room is not needed again soon.
             self.expected.shrink_to_fit();
         }
+        was_expected
     }
 }
 

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is made; the only place with `unsafe` |
 //! | `service`, `sender` | the worker's side |
-//! | `stream` | the gateway's side |
+//! | `stream`, `unanswered` | the gateway's side · streams that ended before their worker answered |
 //! | `connection` | nats-server: the NATS client supervised, replaced, drained |
 //! | `dial`, `inbound`, `drive`, `outbox` | how a server is reached · messages in · messages out · what waits for it |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
@@ -47,6 +47,7 @@ mod sender;
 mod service;
 mod stream;
 mod sync;
+mod unanswered;
 mod wire;
 
 pub use client::MAX_ID;

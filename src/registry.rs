@@ -1,7 +1,8 @@
 //! Who is online in this process, and whose streams to stop when they leave.
 //!
-//! A client is online here while it is marked online, or has an open session, or has a running stream; an offline mark
-//! ends all three at once. One map, and no lock held but its shard's: what must agree with the map (a sender's status
+//! A client is online here while it is marked online, or has an open session, or has a running stream. An offline mark ends
+//! all three at once, everywhere. The end of the last session ends what this process requested for the client, and nothing
+//! that other processes requested: the client may be connected to them. One map, and no lock held but its shard's: what must agree with the map (a sender's status
 //! word, the order of announcements and requests, of ONLINE and OFFLINE events) is written under that lock; what takes
 //! longer comes after.
 
@@ -22,14 +23,25 @@ use std::time::Duration;
 pub(crate) trait Running: Send + Sync {
     /// Makes it refuse from now on; false if it had ended already. Called with the client's entry locked: only atomics.
     fn forbid(&self, why: Status) -> bool;
-    /// Tells everybody whom it concerns, after `forbid`.
-    fn stopped(&self, why: Status);
+    /// Notifies the other end and the queue, after `forbid`. `is_announced`: the client is announced offline as well.
+    fn stopped(&self, why: Status, is_announced: bool);
     /// The number of the connection that it was requested on, if this process requested it.
     fn requested_on(&self) -> Option<u64>;
-    /// Whether its worker learns of its end by an announcement only.
-    fn needs_announcement(&self) -> bool;
+    /// How its worker learns that the client has left, if this process requested it.
+    fn notice(&self) -> Notice;
     /// The number of this process's connection whose request it answers, if it is a sender and this process asked itself.
     fn answers_to(&self) -> Option<u64>;
+}
+
+/// How the worker of a stream learns that the client has left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Notice {
+    /// By a message to this worker, or there is no worker to notify.
+    Direct,
+    /// By an announcement, which every process receives.
+    Announcement,
+    /// The worker has not answered yet, so it is not known whether it can be notified directly.
+    Unknown,
 }
 
 /// A connection, as seen from here.
@@ -213,7 +225,7 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
     };
     registry().leave(id, is_over, |_| {});
     for running in late {
-        running.stopped(Status::Offline);
+        running.stopped(Status::Offline, true);
     }
 }
 
@@ -255,6 +267,20 @@ pub(crate) fn attach(id: &str, number: u64, running: Arc<dyn Running>) {
     }
 }
 
+/// As `attach`, but only for a client that is online already: false, and nothing has changed, if it is not.
+pub(crate) fn attach_if_online(id: &str, number: u64, running: Arc<dyn Running>) -> bool {
+    if id.is_empty() {
+        return true;
+    }
+    let mut is_online = true;
+    let attach = |presence: &mut Presence| {
+        presence.life().running.insert(number, running);
+        false
+    };
+    registry().clients.remove_or(id, attach, || is_online = false);
+    is_online
+}
+
 /// Takes back `attach`, for a stream that ended by itself.
 pub(crate) fn detach(id: &str, number: u64) {
     let is_over = |presence: &mut Presence| match presence {
@@ -279,6 +305,15 @@ pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
     if !id.is_empty() {
         registry().leave(id, is_left, |_| connection.announce(id, true));
     }
+}
+
+/// As `give_up`, for a stream that was detached before it was known that its worker needs an announcement.
+pub(crate) fn give_up_detached(id: &str, connection: &dyn Announcer) {
+    let is_left = |presence: &mut Presence| match presence {
+        Presence::Marked => false,
+        Presence::Life(life) => life.is_left(),
+    };
+    registry().leave_or(id, is_left, |_| connection.announce(id, true), || connection.announce(id, true));
 }
 
 /// Adds a connection to those that announce; its inbox's subjects begin with `inbox`.
@@ -343,9 +378,48 @@ impl Registry {
         };
         let left = self.clients.remove_or(id, is_left, absent);
         for running in stopped {
-            running.stopped(Status::Offline);
+            running.stopped(Status::Offline, true);
         }
         left.is_some()
+    }
+
+    /// Ends the streams that this process requested for a client, and their senders in this process, if `is_over` says that
+    /// the client's last session here is over. What other processes requested goes on: the client may be connected to them.
+    ///
+    /// Workers on level 0 learn of it by an announcement only, which all processes receive and apply. So then the client is
+    /// offline here, too, and everything stops.
+    fn end_sessions(&self, id: &str, is_over: impl FnOnce(&mut Life) -> bool) {
+        let mut stopped = Vec::new();
+        let mut is_announced = false;
+        let ends = |presence: &mut Presence| {
+            let Presence::Life(life) = presence else { return false };
+            if !is_over(life) {
+                return false;
+            }
+            is_announced = self.announce_where(id, |here| {
+                life.running.iter().any(|it| it.requested_on() == here && it.notice() == Notice::Announcement)
+            });
+            let is_own =
+                |running: &Arc<dyn Running>| running.requested_on().is_some() || running.answers_to().is_some();
+            stopped = life.running.extract(|running| is_announced || is_own(running));
+            stopped.retain(|running| running.forbid(Status::Offline));
+            let is_left = life.running.is_empty();
+            if is_left {
+                self.tell(Kind::Offline, id);
+            }
+            is_left
+        };
+        self.clients.remove_or(id, ends, || {});
+        for running in stopped {
+            running.stopped(Status::Offline, is_announced);
+        }
+    }
+
+    /// Has each open connection for which `is_needed` is true announce the client offline. Returns whether there was one.
+    fn announce_where(&self, id: &str, is_needed: impl Fn(Option<u64>) -> bool) -> bool {
+        let announcers = self.announcers.read();
+        let needed = announcers.iter().filter(|announcer| is_needed(Some(announcer.number())));
+        needed.map(|announcer| announcer.announce(id, true)).count() > 0
     }
 
     /// Has every open connection announce the client offline.
@@ -357,7 +431,8 @@ impl Registry {
             let here = Some(announcer.number());
             announcer.announce(
                 id,
-                presence.running().any(|running| running.requested_on() == here && running.needs_announcement()),
+                // A worker that has not answered may be on level 0. This is meant for everybody, so it is announced.
+                presence.running().any(|running| running.requested_on() == here && running.notice() != Notice::Direct),
             );
         }
     }
@@ -411,19 +486,18 @@ impl Session {
         let registry = registry();
         let grace = Duration::from_millis(registry.session_grace_ms.load(Ordering::Relaxed));
         let mut begins_grace = false;
-        let is_last = |presence: &mut Presence| match presence {
-            Presence::Life(life) if life.number == self.life => {
-                life.sessions -= 1;
-                if life.sessions > 0 || life.marked {
-                    return false;
-                }
-                begins_grace = !grace.is_zero();
-                life.grace = NonZeroU64::new(self.number).filter(|_| begins_grace);
-                !begins_grace
+        registry.end_sessions(&self.id, |life| {
+            if life.number != self.life {
+                return false;
             }
-            _ => false,
-        };
-        registry.leave(&self.id, is_last, |presence| registry.announce(&self.id, presence));
+            life.sessions -= 1;
+            if life.sessions > 0 || life.marked {
+                return false;
+            }
+            begins_grace = !grace.is_zero();
+            life.grace = NonZeroU64::new(self.number).filter(|_| begins_grace);
+            !begins_grace
+        });
         if begins_grace {
             let (id, life, number) = (self.id.clone(), self.life, self.number);
             runtime::later(grace, move || end_grace(&id, life, number));
@@ -439,15 +513,13 @@ impl Drop for Session {
 
 /// Takes a client offline whose grace is over, unless something happened in the meantime.
 fn end_grace(id: &str, life: u64, session: u64) {
-    let registry = registry();
-    let is_over = |presence: &mut Presence| match presence {
-        Presence::Life(own) if own.number == life && own.grace.is_some_and(|own| own.get() == session) => {
+    registry().end_sessions(id, |own| {
+        let is_over = own.number == life && own.grace.is_some_and(|own| own.get() == session);
+        if is_over {
             own.grace = None;
-            !own.marked
         }
-        _ => false,
-    };
-    registry.leave(id, is_over, |presence| registry.announce(id, presence));
+        is_over && !own.marked
+    });
 }
 
 #[cfg(test)]
@@ -464,20 +536,20 @@ mod tests {
         pub(super) number: u64,
         pub(super) requested_on: Option<u64>,
         pub(super) answers_to: Option<u64>,
-        pub(super) needs_announcement: bool,
+        pub(super) notice: Notice,
         pub(super) forbidden: AtomicBool,
         pub(super) stopped: AtomicBool,
     }
 
     impl Probe {
-        pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, needs_announcement: bool) -> Arc<Probe> {
+        pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, notice: Notice) -> Arc<Probe> {
             let (forbidden, stopped) = (AtomicBool::new(false), AtomicBool::new(false));
             let number = fork::number();
-            Arc::new(Probe { number, requested_on, answers_to, needs_announcement, forbidden, stopped })
+            Arc::new(Probe { number, requested_on, answers_to, notice, forbidden, stopped })
         }
 
         fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
-            let probe = Probe::new(requested_on, answers_to, true);
+            let probe = Probe::new(requested_on, answers_to, Notice::Announcement);
             attach(id, probe.number, Arc::clone(&probe) as _);
             probe
         }
@@ -494,7 +566,7 @@ mod tests {
             !self.forbidden.swap(true, Ordering::Relaxed)
         }
 
-        fn stopped(&self, why: Status) {
+        fn stopped(&self, why: Status, _is_announced: bool) {
             assert_eq!(why, Status::Offline);
             assert!(!self.stopped.swap(true, Ordering::Relaxed), "stopped twice");
         }
@@ -503,8 +575,8 @@ mod tests {
             self.requested_on
         }
 
-        fn needs_announcement(&self) -> bool {
-            self.needs_announcement
+        fn notice(&self) -> Notice {
+            self.notice
         }
 
         fn answers_to(&self) -> Option<u64> {
@@ -588,22 +660,22 @@ mod tests {
         assert!(online("all"));
         next.close();
         assert!(!online("all"));
-        // An unknown client is announced all the same, and an announcement is not announced again.
+        // The end of a session with no streams is not announced; a mark of an unknown client is, and an announcement is not announced again.
         mark_offline(b"all").unwrap();
-        assert_eq!(ear.of("all"), [true, false, false]);
+        assert_eq!(ear.of("all"), [true, false]);
         mark_online(b"all").unwrap();
         apply_offline("all");
         assert!(!online("all"));
-        assert_eq!(ear.of("all").len(), 3);
+        assert_eq!(ear.of("all").len(), 2);
         remove_announcer(ear.number);
         mark_offline(b"all").unwrap();
-        assert_eq!(ear.of("all").len(), 3);
+        assert_eq!(ear.of("all").len(), 2);
     }
 
     #[test]
     fn the_last_session_takes_the_client_offline_unless_it_is_marked() {
         let (first, second) = (Session::open(b"tabs").unwrap(), Session::open(b"tabs").unwrap());
-        let sender = Probe::attach("tabs", None, None);
+        let sender = Probe::attach("tabs", None, Some(1));
         first.close();
         first.close();
         assert!(online("tabs") && !sender.is_stopped());
@@ -618,6 +690,65 @@ mod tests {
         session.close();
         assert!(online("later marked"));
         Session::open(b"").unwrap().close();
+    }
+
+    #[test]
+    fn the_last_session_ends_only_what_this_process_requested() {
+        let ear = Ear::new();
+        let attach = |id: &str, requested_on, answers_to, notice| {
+            let probe = Probe::new(requested_on, answers_to, notice);
+            super::attach(id, probe.number, Arc::clone(&probe) as _);
+            probe
+        };
+        let here = Some(ear.number);
+        // The client is at another gateway as well, whose stream is served here.
+        let session = Session::open(b"elsewhere").unwrap();
+        let elsewhere = attach("elsewhere", None, None, Notice::Direct);
+        let own = [
+            attach("elsewhere", here, None, Notice::Direct),
+            attach("elsewhere", here, None, Notice::Unknown),
+            attach("elsewhere", None, here, Notice::Direct),
+        ];
+        session.close();
+        assert!(own.iter().all(|probe| probe.is_stopped()) && !elsewhere.is_stopped() && online("elsewhere"));
+        assert!(ear.of("elsewhere").is_empty(), "announced, though each worker is notified directly");
+        detach("elsewhere", elsewhere.number);
+        assert!(!online("elsewhere"));
+        // A worker on level 0 cannot be notified otherwise.
+        let session = Session::open(b"level 0").unwrap();
+        let elsewhere = attach("level 0", None, None, Notice::Direct);
+        attach("level 0", here, None, Notice::Announcement);
+        session.close();
+        assert!(elsewhere.is_stopped() && !online("level 0"));
+        assert_eq!(ear.of("level 0"), [true]);
+        remove_announcer(ear.number);
+    }
+
+    #[test]
+    fn a_stream_can_be_attached_to_an_online_client_only() {
+        let probe = Probe::new(Some(1), None, Notice::Direct);
+        let attach = |id: &str| attach_if_online(id, probe.number, Arc::clone(&probe) as _);
+        assert!(!attach("only online") && !online("only online") && attach(""));
+        mark_online(b"only online").unwrap();
+        assert!(attach("only online"));
+        mark_offline(b"only online").unwrap();
+        assert!(probe.is_stopped() && !attach("only online"));
+    }
+
+    #[test]
+    fn a_stream_that_was_detached_is_announced_unless_its_client_is_online() {
+        let ear = Ear::new();
+        give_up_detached("detached", &*ear);
+        assert_eq!(ear.of("detached"), [true]);
+        mark_online(b"detached").unwrap();
+        give_up_detached("detached", &*ear);
+        assert!(online("detached"));
+        mark_offline(b"detached").unwrap();
+        let sender = Probe::attach("detached", None, None);
+        give_up_detached("detached", &*ear);
+        assert!(sender.is_stopped() && !online("detached"));
+        assert_eq!(ear.of("detached"), [true, false, true]);
+        remove_announcer(ear.number);
     }
 
     #[test]

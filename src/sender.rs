@@ -7,7 +7,7 @@ use crate::lane::driver::{Lane, Party};
 use crate::lane::state::Credit;
 use crate::outbox::{LOST, Note, Writer, stopped};
 use crate::queue::{Event, Kind, Origin, Queue, Single};
-use crate::registry::{self, Running};
+use crate::registry::{self, Notice, Running};
 use crate::service::Service;
 use crate::wire::{self, Headers};
 use async_nats::Subject;
@@ -223,7 +223,7 @@ impl Sender {
     fn stop(&self, why: Status) {
         if self.forbid(why) {
             registry::detach(&self.client, self.number);
-            self.stopped(why);
+            self.stopped(why, true);
         }
     }
 
@@ -305,7 +305,7 @@ impl Sender {
 /// What its reader is told of why a sender was stopped.
 fn reason(why: Status) -> &'static str {
     match why {
-        Status::Offline => "the client is offline",
+        Status::Offline => wire::OFFLINE,
         Status::Disconnected => LOST,
         Status::Internal => "the worker's end of the lane has failed",
         _ => "the worker closed its connection",
@@ -317,7 +317,7 @@ impl Running for Sender {
         self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    fn stopped(&self, why: Status) {
+    fn stopped(&self, why: Status, _is_announced: bool) {
         let text = reason(why);
         // After the word was set: see `use_lane`.
         fence(Ordering::SeqCst);
@@ -334,8 +334,8 @@ impl Running for Sender {
         None
     }
 
-    fn needs_announcement(&self) -> bool {
-        false
+    fn notice(&self) -> Notice {
+        Notice::Direct
     }
 
     fn answers_to(&self) -> Option<u64> {

@@ -11,13 +11,14 @@ use crate::lane::state::{Grant, OVERHEAD};
 use crate::outbox::{Request, stopped};
 use crate::queue::{Event, Kind, Origin, Queue, Single, own};
 use crate::random;
-use crate::registry::{self, Running};
+use crate::registry::{self, Notice, Running};
 use crate::sync::Mutex;
+use crate::unanswered::Unanswered;
 use crate::wire::{self, Answer, Use};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
@@ -36,7 +37,12 @@ pub struct Stream {
     /// 0 while it runs; then, for ever, the status that says why not.
     word: AtomicU32,
     is_freed: AtomicBool,
-    has_begun: AtomicBool,
+    /// What of NOT_ASKED, ASKED, LEVEL_0 and LANE is known of its worker.
+    answer: AtomicU8,
+    /// Whether the request offered a lane.
+    offers_lane: bool,
+    /// An acknowledgement of JetStream's has come, of which there is one.
+    was_stored: AtomicBool,
     /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
     waiting: AtomicU64,
     limit: u64,
@@ -51,6 +57,15 @@ pub struct Stream {
     asking: Mutex<Option<Box<Asking>>>,
     timer: Mutex<Option<AbortHandle>>,
 }
+
+/// No worker has the request: it was not sent, or was refused.
+const NOT_ASKED: u8 = 0;
+/// The request was sent, and no worker has answered.
+const ASKED: u8 = 1;
+/// A worker has answered on level 0.
+const LEVEL_0: u8 = 2;
+/// A worker has accepted on a lane.
+const LANE: u8 = 3;
 
 /// Messages in the hands of a reader who tells when they are used.
 #[derive(Default)]
@@ -123,7 +138,9 @@ impl Connection {
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
         let (key, window) = (random::number(), window(options.stream_buffer as u64));
-        if let Some(offer) = self.lanes().and_then(|lanes| lanes.offer(key, window)) {
+        let offer = self.lanes().and_then(|lanes| lanes.offer(key, window));
+        let offers_lane = offer.is_some();
+        if let Some(offer) = offer {
             headers.insert(wire::LANE, offer);
         }
         let headers = Some(headers).filter(|headers| !headers.is_empty());
@@ -146,7 +163,9 @@ impl Connection {
             client: client.into(),
             word: AtomicU32::new(0),
             is_freed: AtomicBool::new(false),
-            has_begun: AtomicBool::new(false),
+            answer: AtomicU8::new(ASKED),
+            offers_lane,
+            was_stored: AtomicBool::new(false),
             waiting: AtomicU64::new(0),
             limit: options.stream_buffer as u64,
             held: options.manual_credit.then(Box::default),
@@ -164,7 +183,14 @@ impl Connection {
         let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
         *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));
         // Before it is sent: an offline mark from now on finds the stream.
-        registry::attach(client, stream.number, Arc::clone(&stream) as _);
+        if options.only_online {
+            if !registry::attach_if_online(client, stream.number, Arc::clone(&stream) as _) && stream.withdraw() {
+                let text = format!("client {client:?} is offline in this process, and only_online is set");
+                return Err(Error::new(Status::Offline, text));
+            }
+        } else {
+            registry::attach(client, stream.number, Arc::clone(&stream) as _);
+        }
         if stopped(&stream.word).is_err() {
             // Ended before it was attached.
             registry::detach(client, stream.number);
@@ -181,6 +207,17 @@ impl Connection {
             stream.end_after(timeout);
         }
         Ok(stream)
+    }
+}
+
+/// The status of a stream that the other end ended with this text.
+fn error_status(text: &[u8]) -> Status {
+    if text == wire::BUSY.as_bytes() {
+        Status::Busy
+    } else if text == wire::OFFLINE.as_bytes() {
+        Status::Offline
+    } else {
+        Status::Remote
     }
 }
 
@@ -222,7 +259,7 @@ impl Stream {
     /// # Errors
     /// `Closed` when it had ended.
     pub fn cancel(&self) -> Result<()> {
-        if !self.finish(Kind::Error, Status::Cancelled, "the stream was cancelled") {
+        if !self.end_here(Status::Cancelled, "the stream was cancelled") {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
         }
         Ok(())
@@ -261,7 +298,7 @@ impl Stream {
     /// Wants no more events of it. One that runs is cancelled.
     pub fn free(&self) {
         self.is_freed.store(true, Ordering::Release);
-        self.finish(Kind::Error, Status::Cancelled, "");
+        self.end_here(Status::Cancelled, "");
     }
 
     /// Takes it all back: nobody has heard of it. False if it was ended meanwhile, and that was told.
@@ -270,7 +307,8 @@ impl Stream {
         if is_first {
             self.is_freed.store(true, Ordering::Release);
             registry::detach(&self.client, self.number);
-            self.tell_worker(Status::Cancelled);
+            self.cancel_on_lane(Status::Cancelled);
+            self.connection.inbox().forget(self.key);
             self.conclude(Kind::Error, Status::Cancelled, "");
         }
         is_first
@@ -281,7 +319,7 @@ impl Stream {
         let task = self.connection.runtime().spawn(async move {
             tokio::time::sleep(timeout).await;
             if let Some(this) = this.upgrade() {
-                this.finish(Kind::Error, Status::Timeout, format!("the stream did not end within {timeout:?}"));
+                this.end_here(Status::Timeout, format!("the stream did not end within {timeout:?}"));
             }
         });
         *self.timer.lock() = Some(task.abort_handle());
@@ -296,38 +334,66 @@ impl Stream {
         }
     }
 
-    /// Ends it, if it runs, and puts the last event into the queue. False if it had ended.
-    fn finish(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
-        let why = if kind == Kind::End { Status::Closed } else { status };
-        if !self.forbid(why) {
+    /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
+    fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
+        if !self.forbid(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
-        match (status, self.tell_worker(status)) {
-            // The worker has ended it, there is none, or it was told.
-            (Status::Ok | Status::Remote | Status::NoResponders, _) | (_, true) => {
-                registry::detach(&self.client, self.number);
-            }
-            _ => registry::give_up(&self.client, self.number, &*self.connection),
-        }
+        self.connection.inbox().forget(self.key);
+        registry::detach(&self.client, self.number);
         self.conclude(kind, status, text);
         true
     }
 
-    /// Cancels it on its lane; false if it has none (now: whoever accepts it from now on is cancelled).
-    fn tell_worker(&self, why: Status) -> bool {
-        // After the word was set: whoever accepts it meanwhile sets the lane, and looks at the word then.
+    /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had ended.
+    fn end_here(&self, why: Status, text: impl Into<Bytes>) -> bool {
+        if !self.forbid(why) {
+            return false;
+        }
+        self.cancel_on_lane(why);
+        if self.notice() == Notice::Announcement {
+            registry::give_up(&self.client, self.number, &*self.connection);
+            self.connection.inbox().forget(self.key);
+        } else {
+            registry::detach(&self.client, self.number);
+            self.leave_inbox();
+        }
+        self.conclude(Kind::Error, why, text);
+        true
+    }
+
+    /// Cancels it on its lane, if it has one. A worker that accepts it from now on is cancelled then.
+    fn cancel_on_lane(&self, why: Status) {
+        // After the word was set: `accepted` sets the lane, and then reads the word.
         fence(Ordering::SeqCst);
-        match self.lane.get() {
-            Some((lane, stream)) => {
-                lane.cancel(*stream, why);
-                true
+        if let Some((lane, stream)) = self.lane.get() {
+            lane.cancel(*stream, why);
+        }
+    }
+
+    /// Expects no more messages, or only the first answer where that decides how the worker can be notified.
+    fn leave_inbox(&self) {
+        if self.notice() == Notice::Direct || self.client.is_empty() {
+            self.connection.inbox().forget(self.key);
+            return;
+        }
+        Unanswered::expect(&self.connection, self.key, &self.client);
+        // An answer that came since then was still given to this stream.
+        fence(Ordering::SeqCst);
+        match self.notice() {
+            Notice::Unknown => {}
+            Notice::Direct => {
+                self.connection.inbox().forget(self.key);
             }
-            None => false,
+            Notice::Announcement => {
+                if self.connection.inbox().forget(self.key) {
+                    registry::give_up_detached(&self.client, &*self.connection);
+                }
+            }
         }
     }
 
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
-        self.connection.inbox().forget(self.key);
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
         *self.asking.lock() = None;
@@ -345,8 +411,8 @@ impl Stream {
                 self.subject(),
                 self.limit
             );
-            if self.finish(Kind::Error, Status::Full, text.clone()) {
-                self.queue.push_news(Kind::Log, Status::Full, self.tag, text);
+            if self.end_here(Status::Full, text.clone()) {
+                self.connection.log(Status::Full, || text);
             }
             return;
         }
@@ -359,16 +425,23 @@ impl Stream {
         });
     }
 
+    /// Whether a worker has answered.
+    fn has_begun(&self) -> bool {
+        self.answer.load(Ordering::Relaxed) >= LEVEL_0
+    }
+
     /// What it asked for, in messages.
     fn subject(&self) -> String {
         self.asking.lock().as_ref().map_or_else(String::new, |asking| asking.subject.to_string())
     }
 
-    /// Asks again later, if it may; false if it may not, or messages have come.
+    /// Asks again later, if it may; false if it may not, or a worker has answered.
     fn ask_again(&self) -> bool {
-        if self.has_begun.load(Ordering::Relaxed) {
+        if self.has_begun() {
             return false;
         }
+        // What was asked has been refused.
+        let _ = self.answer.compare_exchange(ASKED, NOT_ASKED, Ordering::Relaxed, Ordering::Relaxed);
         let mut asking = self.asking.lock();
         let retry = asking.as_mut().and_then(|asking| asking.retry.as_mut()).filter(|retry| retry.left > 0);
         let Some(Retry { request, left, delay }) = retry.map(|retry| &mut **retry) else { return false };
@@ -376,10 +449,12 @@ impl Stream {
         let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
         self.connection.runtime().spawn(async move {
             tokio::time::sleep(delay).await;
-            if let Some(this) = this.upgrade()
-                && this.connection.outbox().request(&this.word, request) == Err(Status::Full)
-            {
-                this.finish(Kind::Error, Status::Full, "there was no room to send the request again");
+            if let Some(this) = this.upgrade() {
+                let _ = this.answer.compare_exchange(NOT_ASKED, ASKED, Ordering::Relaxed, Ordering::Relaxed);
+                if this.connection.outbox().request(&this.word, request) == Err(Status::Full) {
+                    let _ = this.answer.compare_exchange(ASKED, NOT_ASKED, Ordering::Relaxed, Ordering::Relaxed);
+                    this.end_here(Status::Full, "there was no room to send the request again");
+                }
             }
         });
         true
@@ -388,15 +463,16 @@ impl Stream {
 
 impl Receiver for Stream {
     fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
-        if self.has_begun.swap(true, Ordering::Relaxed) {
-            // Another worker has answered on level 0: two of them serve it without a group.
+        // Only a worker knows the key, so an answer on level 0 that came before does not count: somebody else may have sent
+        // it. Another worker's ACCEPT does: two of them serve the subject without a group.
+        if self.answer.swap(LANE, Ordering::Relaxed) == LANE {
             return None;
         }
         let _ = self.lane.set((Arc::clone(lane), stream));
         fence(Ordering::SeqCst);
-        stopped(&self.word).ok()?;
-        // Level 0 has nothing to tell any longer.
+        // Nothing more is expected on level 0: not by this stream, and not by what is left of it if it was ended meanwhile.
         self.connection.inbox().forget(self.key);
+        stopped(&self.word).ok()?;
         *self.asking.lock() = None;
         let window = window(self.limit);
         Some((self, window))
@@ -405,22 +481,25 @@ impl Receiver for Stream {
     fn message(&self, message: Message) {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             // Once messages have come this is not about our request, but somebody's lie.
-            if !self.has_begun.load(Ordering::Relaxed) && !self.ask_again() {
-                self.finish(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));
+            if !self.has_begun() && !self.ask_again() {
+                self.end_by_worker(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));
             }
             return;
         }
         match wire::answer(&message.payload) {
-            Answer::Data => {
-                self.has_begun.store(true, Ordering::Relaxed);
+            Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) => {
+                count(&self.connection.inbox().ignored);
+            }
+            Answer::Data | Answer::JetStreamAck => {
+                self.answer.fetch_max(LEVEL_0, Ordering::Relaxed);
                 self.data(message.payload);
             }
             Answer::End => {
-                self.finish(Kind::End, Status::Ok, "");
+                self.end_by_worker(Kind::End, Status::Ok, "");
             }
             Answer::Error(text) => {
                 if text != wire::BUSY.as_bytes() || !self.ask_again() {
-                    self.finish(Kind::Error, Status::Remote, own(message.payload.slice_ref(text)));
+                    self.end_by_worker(Kind::Error, error_status(text), own(message.payload.slice_ref(text)));
                 }
             }
         }
@@ -428,11 +507,11 @@ impl Receiver for Stream {
 
     fn refused(&self, subject: &str) -> Option<&'static str> {
         let is_asked = self.asking.lock().as_ref().is_some_and(|asking| *asking.subject == *subject);
-        if !is_asked || self.has_begun.load(Ordering::Relaxed) {
+        if !is_asked || self.has_begun() {
             return None;
         }
         let text = format!("nats-server does not allow requests to {subject}");
-        self.finish(Kind::Error, Status::Disconnected, text)
+        self.end_by_worker(Kind::Error, Status::Disconnected, text)
             .then_some("the request was refused; allow to publish to it")
     }
 
@@ -442,7 +521,7 @@ impl Receiver for Stream {
             Status::Internal => "this end of the lane has failed",
             _ => "the connection to nats-server was lost",
         };
-        self.finish(Kind::Error, why, text);
+        self.end_here(why, text);
     }
 }
 
@@ -451,17 +530,26 @@ impl Running for Stream {
         self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
-    fn stopped(&self, why: Status) {
-        self.tell_worker(why);
-        self.conclude(Kind::Error, why, "the client is offline");
+    fn stopped(&self, why: Status, is_announced: bool) {
+        self.cancel_on_lane(why);
+        if is_announced {
+            self.connection.inbox().forget(self.key);
+        } else {
+            self.leave_inbox();
+        }
+        self.conclude(Kind::Error, why, wire::OFFLINE);
     }
 
     fn requested_on(&self) -> Option<u64> {
         Some(self.connection.number())
     }
 
-    fn needs_announcement(&self) -> bool {
-        self.lane.get().is_none()
+    fn notice(&self) -> Notice {
+        match self.answer.load(Ordering::Relaxed) {
+            ASKED if self.offers_lane => Notice::Unknown,
+            ASKED | LEVEL_0 => Notice::Announcement,
+            _ => Notice::Direct,
+        }
     }
 
     fn answers_to(&self) -> Option<u64> {
@@ -475,19 +563,19 @@ impl Party for Stream {
     }
 
     fn ended(&self) {
-        self.finish(Kind::End, Status::Ok, "");
+        self.end_by_worker(Kind::End, Status::Ok, "");
     }
 
     fn failed(&self, text: Bytes) {
-        self.finish(Kind::Error, Status::Remote, Bytes::copy_from_slice(&text));
+        self.end_by_worker(Kind::Error, error_status(&text), Bytes::copy_from_slice(&text));
     }
 
     fn overrun(&self) {
-        self.finish(Kind::Error, Status::Full, "the worker sent more than the stream's window");
+        self.end_here(Status::Full, "the worker sent more than the stream's window");
     }
 
     fn peer_gone(&self, _knew: bool) {
-        self.finish(Kind::Error, Status::PeerGone, "the worker is gone: it does not answer any longer");
+        self.end_here(Status::PeerGone, "the worker is gone: it does not answer any longer");
     }
 
     fn ended_here(&self, why: Status) {

@@ -18,6 +18,8 @@ pub const ERROR: &[u8] = b"__STREAM_ERROR__:";
 const ERROR_STEM: &[u8] = b"__STREAM_ERROR__";
 /// The text of a refusal over the service's limit.
 pub const BUSY: &str = "server busy";
+/// The text of a stream's error when its worker's process has learned that the client is offline.
+pub const OFFLINE: &str = "the client is offline";
 
 /// What a message to a stream's inbox means.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub enum Answer<'a> {
     End,
     /// Its end by an error with this text.
     Error(&'a [u8]),
+    /// A JetStream stream has stored the request, and nats-server acknowledges that.
+    JetStreamAck,
 }
 
 /// Reads a payload that came to a stream's inbox.
@@ -35,7 +39,7 @@ pub enum Answer<'a> {
 pub fn answer(payload: &[u8]) -> Answer<'_> {
     // Every payload that is no marker begins otherwise: one comparison decides for nearly all.
     if !payload.starts_with(b"__STREAM_") {
-        Answer::Data
+        if is_jetstream_ack(payload) { Answer::JetStreamAck } else { Answer::Data }
     } else if payload == END {
         Answer::End
     } else if let Some(text) = payload.strip_prefix(ERROR) {
@@ -45,10 +49,35 @@ pub fn answer(payload: &[u8]) -> Answer<'_> {
     }
 }
 
-/// Whether data may be sent on level 0 without being taken for a marker.
+/// Returns true for data that a reader on level 0 would take for a marker or an acknowledgement of JetStream's.
 #[must_use]
 pub fn is_reserved(data: &[u8]) -> bool {
-    data.starts_with(b"__STREAM_") && (data.starts_with(END) || data.starts_with(ERROR_STEM))
+    (data.starts_with(b"__STREAM_") && (data.starts_with(END) || data.starts_with(ERROR_STEM)))
+        || is_jetstream_ack(data)
+}
+
+/// Returns true for a payload of exactly the form in which nats-server acknowledges to the reply subject of a message that
+/// a JetStream stream has captured, or reports that the stream refused it.
+fn is_jetstream_ack(payload: &[u8]) -> bool {
+    // One comparison decides for nearly all payloads.
+    if !payload.starts_with(b"{\"") {
+        return false;
+    }
+    let Ok(text) = std::str::from_utf8(payload) else { return false };
+    let text = match text.strip_prefix("{\"error\":{\"code\":") {
+        Some(error) => error.split_once("},").map(|(_, rest)| rest),
+        None => text.strip_prefix('{'),
+    };
+    // Names have no quotation marks, so the next one ends the name.
+    let Some(rest) = text.and_then(|text| text.strip_prefix("\"stream\":\"")) else { return false };
+    let Some((_, rest)) = rest.split_once("\",") else { return false };
+    let rest = match rest.strip_prefix("\"domain\":\"") {
+        Some(domain) => domain.split_once("\",").map_or("", |(_, rest)| rest),
+        None => rest,
+    };
+    let Some(rest) = rest.trim_start().strip_prefix("\"seq\":") else { return false };
+    let rest = rest.trim_start_matches(|c: char| c == ' ' || c.is_ascii_digit());
+    matches!(rest, "}" | ",\"duplicate\":true}" | ",\"duplicate\": true}")
 }
 
 /// The payload that ends a stream with an error, cut to `max` bytes.
@@ -204,6 +233,35 @@ mod tests {
         }
         for data in [&b""[..], b"__STREAM_", b"__STREAM_END_", b" __STREAM_END__", b"__STREAM_ERROR_"] {
             assert!(!is_reserved(data), "{data:?}");
+        }
+    }
+
+    #[test]
+    fn acknowledgements_of_jetstream_are_recognized_and_reserved() {
+        for ack in [
+            r#"{"stream":"AUDIT","seq":12}"#,
+            r#"{"stream":"AUDIT", "seq":12}"#,
+            r#"{"stream":"AUDIT","domain":"hub","seq":12}"#,
+            r#"{"stream":"AUDIT","seq":12,"duplicate":true}"#,
+            r#"{"stream":"AUDIT","seq":12,"duplicate": true}"#,
+            r#"{"error":{"code":503,"err_code":10077,"description":"maximum messages exceeded"},"stream":"AUDIT","seq":0}"#,
+        ] {
+            assert_eq!(answer(ack.as_bytes()), Answer::JetStreamAck, "{ack}");
+            assert!(is_reserved(ack.as_bytes()), "{ack}");
+        }
+        for data in [
+            r#"{"#,
+            r#"{""#,
+            r#"{"stream":"AUDIT"}"#,
+            r#"{"stream":"AUDIT","seq":12,"text":"hello"}"#,
+            r#"{"stream":"AUDIT","seq":12} "#,
+            r#"{"stream":"AUDIT","seq":"12"}"#,
+            r#"{"seq":12,"stream":"AUDIT"}"#,
+            r#"{"error":{"code":503}}"#,
+            r#"{"stream":"AUDIT","domain":"hub"}"#,
+        ] {
+            assert_eq!(answer(data.as_bytes()), Answer::Data, "{data}");
+            assert!(!is_reserved(data.as_bytes()), "{data}");
         }
     }
 

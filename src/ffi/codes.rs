@@ -12,7 +12,8 @@ pub enum presence_status {
     PRESENCE_OK = 0,
     /// An argument is wrong: NULL, not UTF-8, empty, too long, or with a character that may not be there.
     PRESENCE_INVALID = -1,
-    /// The client is offline: it was marked so in this process, or an announcement of another one said it.
+    /// The client is offline: it was marked so in this process, its last session here was closed, or another process announced
+    /// or reported it.
     PRESENCE_OFFLINE = -2,
     /// The sender, stream, service, connection or queue has ended already.
     PRESENCE_CLOSED = -3,
@@ -22,7 +23,8 @@ pub enum presence_status {
     PRESENCE_FULL = -5,
     /// The payload is larger than nats-server's max_payload.
     PRESENCE_TOO_LARGE = -6,
-    /// The payload begins with "__STREAM_END__" or "__STREAM_ERROR__" and would end the stream at the other end.
+    /// The stream is on level 0 of the wire, and the other end would take the payload for something else: it begins with
+    /// "__STREAM_END__" or "__STREAM_ERROR__", or has the form of a JetStream acknowledgement. On a lane any payload is sent.
     PRESENCE_RESERVED = -7,
     /// There is no connection to nats-server now, or it was lost while the stream ran.
     PRESENCE_DISCONNECTED = -8,
@@ -30,7 +32,8 @@ pub enum presence_status {
     PRESENCE_PEER_GONE = -9,
     /// Nobody serves the subject.
     PRESENCE_NO_RESPONDERS = -10,
-    /// In use: a queue has one waiter at a time.
+    /// In use: a queue has one waiter at a time. As the status of a PRESENCE_EVENT_ERROR: the worker runs as many streams as it
+    /// may, and refused this one.
     PRESENCE_BUSY = -11,
     /// The time given was over.
     PRESENCE_TIMEOUT = -12,
@@ -64,7 +67,7 @@ pub enum presence_event_kind {
     PRESENCE_EVENT_ONLINE = 7,
     /// A client went offline in this process: `client`. Only on queues given to presence_watch.
     PRESENCE_EVENT_OFFLINE = 8,
-    /// The connection has reached nats-server. Only on queues given to presence_conn_watch, as the next.
+    /// The connection has reached nats-server: `data` is its address, as host:port. Only on queues given to presence_conn_watch, as the next.
     PRESENCE_EVENT_CONNECTED = 9,
     /// The connection to nats-server is lost: `data` is why. Until it was made again, streams and senders end with
     /// PRESENCE_DISCONNECTED. With `status` PRESENCE_CLOSED it will not be made again.

@@ -78,8 +78,9 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - ping_interval_ms: how often the server is probed; it is lost after two unanswered. Default 20000.
 ///   - inbox_prefix: of the subjects that answers come to. Default "_INBOX".
 ///   - offline_subject: where clients are announced offline. Default "client.offline". The same in all processes.
-///   - announce: always (default): an offline mark is announced; streams: only for clients with running streams that
-///     were requested here and are not on a lane, whose workers are told directly; never.
+///   - announce: which mark_client_offline is announced to other processes. always (default): each; streams: only of
+///     clients with running streams that were requested here and are not on a lane; never. Also whether the ends of level-0
+///     streams and of sessions with such streams are announced: always and streams: yes; never: no.
 ///   - lanes: true (default): where the other end runs this library too, streams are batched, flow-controlled and resumed
 ///     after a reconnect; false: all streams of the connection are on level 0 of the wire.
 ///   - heartbeat_ms: how often a silent process at the other end of a lane is probed while streams run; after three
@@ -99,6 +100,8 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///     held back in time, and it is 4194304 at most; on level 0 the stream ends with PRESENCE_FULL. Default 67108864.
 ///   - manual_credit: true: a message waits, for stream_buffer_bytes, until presence_stream_consumed tells that it was
 ///     used; false (default): until it has left the queue.
+///   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. For clients
+///     that are marked online or have a session: a request that is late then does not bring them back. Default false.
 ///   - header.NAME: a header for the worker, as in header.X-Model. Connect-ID, Nats-… and Presence-… are not yours.
 ///
 /// # Safety

@@ -17,9 +17,12 @@ pub struct presence_stream {
 /// PRESENCE_EVENT_END or PRESENCE_EVENT_ERROR. Does not wait for the worker.
 ///
 /// The client, whom the request makes known to the worker, is online here as long as the stream runs; with id_len 0 the
-/// stream is nobody's, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
-/// Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED.
-/// That nobody serves the subject is told by the stream's PRESENCE_EVENT_ERROR with PRESENCE_NO_RESPONDERS.
+/// stream belongs to no client, and cannot be stopped at the worker. A mark_client_offline ends it with PRESENCE_OFFLINE.
+/// Errors: PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (too much waits to be sent), PRESENCE_DISCONNECTED;
+/// PRESENCE_OFFLINE with the option only_online.
+/// Later errors are the status of the stream's PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS where no worker serves the
+/// subject, PRESENCE_BUSY where the worker had no capacity, PRESENCE_OFFLINE where this process or the worker's has learned
+/// that the client is offline, PRESENCE_REMOTE with the worker's text.
 ///
 /// # Safety
 /// `subject` is NULL (PRESENCE_INVALID) or NUL-terminated; `data` is readable for `len` bytes and `client_id` for
@@ -44,7 +47,7 @@ pub unsafe extern "C" fn presence_request(
         guard_error(error, || {
             let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
             let (subject, data, client) =
-                (c_text("subject", subject)?, bytes(data, len)?, bytes(client_id.cast(), id_len)?);
+                (c_text("subject", subject)?, bytes("data", data, len)?, bytes("client_id", client_id.cast(), id_len)?);
             handle_known(out, |known| {
                 borrow(conn)?.request_known(&borrow(queue)?, subject, data, client, config, tag, known)
             })
@@ -62,11 +65,13 @@ pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: 
     guard(|| borrow(stream)?.consumed(bytes as u64))
 }
 
-/// Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and the worker is told.
+/// Cancels a stream that runs: it ends with PRESENCE_EVENT_ERROR and PRESENCE_CANCELLED, and its worker is notified.
 ///
-/// On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. Level 0 of the wire can only tell
-/// the worker that the client left: the client is announced offline, unless another stream, a session or a mark keeps it
-/// online here; then the worker goes on. PRESENCE_CLOSED when it has ended already.
+/// On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 of the wire can
+/// be stopped only by an announcement that the client is offline, which also stops the client's streams at other
+/// gateways. It is made unless another stream, a session or a mark keeps the client online here; then the worker goes on.
+/// Before the worker's first answer it is not known which it is: the announcement, if there is one, follows that answer, or
+/// 5 seconds without one. Returns PRESENCE_CLOSED when the stream has ended already.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_stream_cancel(stream: *mut presence_stream) -> i32 {
     guard(|| borrow(stream)?.cancel())

@@ -340,15 +340,15 @@ pub(super) unsafe fn free_config(config: *mut presence_config) -> Result<()> {
 
 /// # Safety
 /// `data` is readable for `len` bytes.
-pub(super) unsafe fn bytes<'a>(data: *const std::ffi::c_void, len: usize) -> Result<&'a [u8]> {
+pub(super) unsafe fn bytes<'a>(name: &str, data: *const std::ffi::c_void, len: usize) -> Result<&'a [u8]> {
     if len == 0 {
         return Ok(&[]);
     }
     if data.is_null() {
-        return Err(Error::invalid(format!("NULL was given for {len} bytes of data")));
+        return Err(Error::invalid(format!("{name} is NULL, with a length of {len} bytes")));
     }
     if isize::try_from(len).is_err() {
-        return Err(Error::invalid(format!("{len} bytes are more than any memory has")));
+        return Err(Error::invalid(format!("{name} has a length of {len} bytes, more than any memory has")));
     }
     // SAFETY: not NULL, and readable for that many bytes, by the caller's promise.
     Ok(unsafe { std::slice::from_raw_parts(data.cast(), len) })
@@ -369,7 +369,7 @@ pub(super) fn check_aligned<T>(name: &str, pointer: *const T) -> Result<()> {
 /// `lens` is readable for `count` elements.
 pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a [usize]> {
     // SAFETY: as many bytes as the elements have are readable, by the caller's promise.
-    unsafe { bytes(lens.cast(), count.saturating_mul(size_of::<usize>())) }?;
+    unsafe { bytes("lens", lens.cast(), count.saturating_mul(size_of::<usize>())) }?;
     if count == 0 {
         return Ok(&[]);
     }

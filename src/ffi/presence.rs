@@ -55,7 +55,7 @@ pub unsafe extern "C" fn is_client_online(client_id: *const c_char) -> bool {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_mark_online(id: *const c_char, len: usize) -> i32 {
     // SAFETY: the caller's promise is bytes'.
-    guard(|| registry::mark_online(unsafe { bytes(id.cast(), len) }?))
+    guard(|| registry::mark_online(unsafe { bytes("id", id.cast(), len) }?))
 }
 
 /// mark_client_offline for an id of `len` bytes that needs no NUL.
@@ -65,7 +65,7 @@ pub unsafe extern "C" fn presence_mark_online(id: *const c_char, len: usize) -> 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_mark_offline(id: *const c_char, len: usize) -> i32 {
     // SAFETY: the caller's promise is bytes'.
-    guard(|| registry::mark_offline(unsafe { bytes(id.cast(), len) }?))
+    guard(|| registry::mark_offline(unsafe { bytes("id", id.cast(), len) }?))
 }
 
 /// is_client_online for an id of `len` bytes that needs no NUL.
@@ -75,7 +75,7 @@ pub unsafe extern "C" fn presence_mark_offline(id: *const c_char, len: usize) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_is_online(id: *const c_char, len: usize) -> bool {
     // SAFETY: the caller's promise is bytes'.
-    guard_or(false, || Ok(registry::is_online(unsafe { bytes(id.cast(), len) }?)))
+    guard_or(false, || Ok(registry::is_online(unsafe { bytes("id", id.cast(), len) }?)))
 }
 
 /// How many clients are online in this process.
@@ -84,20 +84,28 @@ pub extern "C" fn presence_online_count() -> u64 {
     guard_or(0, || Ok(registry::online_count()))
 }
 
-/// Opens a session of a client, who is online as long as one of its sessions is open.
+/// Opens a session of a client: one of its connections to this process. The client is online here as long as one of its
+/// sessions is open. The caller owns the session and must call presence_session_close.
 ///
-/// The empty id gives a session without effect.
+/// A client may have sessions in several gateway processes, and each knows its own only. The empty id gives a session
+/// without effect.
 ///
 /// # Safety
 /// `id` is readable for `len` bytes; `out` is NULL (PRESENCE_INVALID) or writable.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_session_open(id: *const c_char, len: usize, out: *mut *mut presence_session) -> i32 {
     // SAFETY: the caller's promises are those of handle and bytes.
-    guard(|| unsafe { handle(out, || Session::open(bytes(id.cast(), len)?)) })
+    guard(|| unsafe { handle(out, || Session::open(bytes("id", id.cast(), len)?)) })
 }
 
-/// Closes a session and frees it. With a client's last one the client goes offline as by mark_client_offline, after
-/// `session_grace_ms` (see presence_config_set; default 0: at once) without a new session, unless it is also marked online.
+/// Closes a session and frees it. With a client's last one in this process, after `session_grace_ms` (see
+/// presence_config_set; default 0: at once) without a new one, the streams that this process requested for the client end
+/// with PRESENCE_OFFLINE, unless it is also marked online. Streams that other processes requested go on, since the client
+/// may be connected to those; mark_client_offline ends them as well.
+///
+/// **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the streams
+/// that end here is on level 0, the client's streams at all other gateways end, too. Where clients have connections to several
+/// gateways, have all workers use this library, with lanes.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_session_close(session: *mut presence_session) {
     guard_or((), || {

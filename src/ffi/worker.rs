@@ -81,7 +81,7 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send(sender: *mut presence_sender, data: *const c_void, len: usize) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
-    guard(|| unsafe { sender_ref(sender)?.send(bytes(data, len)?) })
+    guard(|| unsafe { sender_ref(sender)?.send(bytes("data", data, len)?) })
 }
 
 /// Sends several messages of the stream, up to the first that is refused. Never blocks.
@@ -104,7 +104,7 @@ pub unsafe extern "C" fn presence_sender_send_many(
         unsafe {
             let (sender, lengths) = (sender_ref(sender)?, lengths(lens, count)?);
             let sum = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
-            let data = bytes(data, sum.unwrap_or(usize::MAX))?;
+            let data = bytes("data", data, sum.unwrap_or(usize::MAX))?;
             sender.send_many(data, lengths)
         }
     });
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn presence_sender_send_wait(
     timeout_ms: i64,
 ) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
-    guard(|| unsafe { sender_ref(sender)?.send_wait(bytes(data, len)?, limit(timeout_ms)) })
+    guard(|| unsafe { sender_ref(sender)?.send_wait(bytes("data", data, len)?, limit(timeout_ms)) })
 }
 
 /// Ends the stream with an error, whose text the reader gets. NULL with `len` 0 is no text. Any bytes are taken; what
@@ -145,7 +145,7 @@ pub unsafe extern "C" fn presence_sender_error(
     len: usize,
 ) -> i32 {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
-    guard(|| unsafe { sender_ref(sender)?.error(bytes(message.cast(), len)?) })
+    guard(|| unsafe { sender_ref(sender)?.error(bytes("message", message.cast(), len)?) })
 }
 
 /// Ends the stream. Once more is fine, and after presence_sender_error: PRESENCE_OK. Why it was stopped, when it was.

@@ -120,8 +120,34 @@ impl World {
         let running = self.lives[client].iter().flat_map(|life| &life.running);
         let probes: Vec<_> = running.map(|stream| Arc::clone(&self.streams[*stream].probe)).collect();
         for Connected { ear, expected } in &mut self.connected {
-            let is_meant = |probe: &Arc<Probe>| probe.requested_on == Some(ear.number) && probe.needs_announcement;
+            let is_meant =
+                |probe: &Arc<Probe>| probe.requested_on == Some(ear.number) && probe.notice != Notice::Direct;
             expected.push((self.ids[client].clone(), probes.iter().any(is_meant)));
+        }
+    }
+
+    /// The last session of a client ends what this process requested for it, and the senders that answer that.
+    fn end_sessions(&mut self, client: usize) {
+        let Some(life) = &self.lives[client] else { return };
+        let probes = life.running.iter().map(|stream| (*stream, Arc::clone(&self.streams[*stream].probe)));
+        let running: Vec<_> = probes.collect();
+        let mut is_announced = false;
+        for Connected { ear, expected } in &mut self.connected {
+            let is_level_0 =
+                |probe: &Probe| probe.requested_on == Some(ear.number) && probe.notice == Notice::Announcement;
+            if running.iter().any(|(_, probe)| is_level_0(probe)) {
+                expected.push((self.ids[client].clone(), true));
+                is_announced = true;
+            }
+        }
+        for (stream, probe) in &running {
+            if is_announced || probe.requested_on.is_some() || probe.answers_to.is_some() {
+                self.take_out(*stream);
+                self.stop(*stream);
+            }
+        }
+        if !self.runs_something(client) {
+            self.leave(client);
         }
     }
 
@@ -183,8 +209,7 @@ impl World {
                 let Some(life) = self.lives[client].as_mut().filter(|life| life.grace == Some(number)) else { return };
                 life.grace = None;
                 if !life.marked {
-                    self.announce(client);
-                    self.leave(client);
+                    self.end_sessions(client);
                 }
             }
             13..=15 => self.attach(client),
@@ -240,8 +265,7 @@ impl World {
             if has_grace {
                 own.grace = Some(number);
             } else {
-                self.announce(client);
-                self.leave(client);
+                self.end_sessions(client);
             }
         }
     }
@@ -250,8 +274,8 @@ impl World {
         let at = self.below(6);
         let ear = self.connected.get(at % 3).map(|connected| connected.ear.number);
         let (requested_on, answers_to) = if at < 3 { (ear, None) } else { (None, ear) };
-        let needs_announcement = self.below(2) == 0;
-        let probe = Probe::new(requested_on, answers_to, needs_announcement);
+        let notice = [Notice::Direct, Notice::Announcement, Notice::Unknown][self.below(3)];
+        let probe = Probe::new(requested_on, answers_to, notice);
         attach(&self.ids[client], probe.number, Arc::clone(&probe) as _);
         let stream = self.streams.len();
         self.streams.push(Stream { probe, client, is_over: false, is_stopped: false });

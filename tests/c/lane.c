@@ -88,13 +88,14 @@ static void what_looks_like_a_marker(void) {
 }
 
 static void the_text_of_an_error(void) {
-  static const char *const texts[] = {"", "out of \xc3\xb6il", "server busy", "__STREAM_END__"};
-  for (int i = 0; i < 4; i++) {
+  static const char *const texts[] = {"", "out of \xc3\xb6il", "server busy", "the client is offline", "__STREAM_END__"};
+  static const int32_t statuses[] = {PRESENCE_REMOTE, PRESENCE_REMOTE, PRESENCE_BUSY, PRESENCE_OFFLINE, PRESENCE_REMOTE};
+  for (int i = 0; i < 5; i++) {
     pair both = open_pair("c");
     OK(send_text(both.sender, "some"));
     OK(presence_sender_error(both.sender, texts[i], strlen(texts[i])));
     expect_data(both.gateway.queue, "some");
-    presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+    presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, statuses[i]);
     CHECK(is_text(last.data, last.data_len, texts[i]));
     expect_nothing(both.gateway.queue);
     close_pair(both);

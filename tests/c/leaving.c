@@ -194,19 +194,16 @@ static void be_a_gateway(void) {
       OK(presence_stream_cancel(first));
       CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED).tag, 1);
     } else if (is_text(event.data, event.data_len, "the session ends")) {
-      presence_session_close(session); /* the only one here, with a stream: the client has left */
+      presence_session_close(session); /* the last one here: it ends what this process requested */
       CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 2);
       CHECK(!is_client_online("c"));
-    } else { /* it has left, says the other gateway; the worker may be the first to tell */
+    } else if (is_text(event.data, event.data_len, "mark it offline")) {
+      OK(mark_client_offline("c"));
+    }
+    if (!is_text(event.data, event.data_len, "cancel the first") && !is_text(event.data, event.data_len, "the session ends")) {
+      /* It is offline everywhere: by the announcement, or because the worker says so first. */
       uint64_t tags = 0;
-      for (int i = 0; i < 2; i++) {
-        event = expect(self.queue, PRESENCE_EVENT_ERROR);
-        tags += event.tag;
-        if (event.status != PRESENCE_OFFLINE) {
-          CHECK_STATUS(event.status, PRESENCE_REMOTE);
-          CHECK(is_text(event.data, event.data_len, "the client is offline"));
-        }
-      }
+      for (int i = 0; i < 2; i++) tags += expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag;
       CHECK_EQ(tags, 1 + 2);
       while (is_client_online("c")) usleep(1000); /* its session is over, too */
       presence_session_close(session);
@@ -220,7 +217,8 @@ static void be_a_gateway(void) {
   close_peer(self);
 }
 
-/* The client is at both. What one cancels is its own; when it says that the client left, it has left. */
+/* The client is at both. What one cancels is its own, and so is what ends with its session. A mark is meant for everybody;
+ * and on level 0 the end of a session can only be announced to everybody. */
 static void at_two_gateways(void) {
   peer worker = open_peer(), control = beside(worker);
   presence_service *services[] = {serve(worker, "two"), serve(control, "orders")};
@@ -237,9 +235,16 @@ static void at_two_gateways(void) {
   for (int i = on_lanes() ? 1 : 0; i < 4; i++) CHECK(!presence_sender_is_closed(senders[i / 2][i % 2]));
 
   OK(send_text(orders[0], "the session ends"));
-  for (int i = on_lanes() ? 1 : 0; i < 4; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+  if (on_lanes()) {
+    CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == senders[0][1]);
+    for (int i = 2; i < 4; i++) CHECK(!presence_sender_is_closed(senders[i / 2][i % 2]));
+    OK(send_text(orders[1], "mark it offline"));
+    for (int i = 2; i < 4; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+  } else {
+    for (int i = 0; i < 4; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+    OK(send_text(orders[1], "it is marked offline"));
+  }
   for (int i = 0; i < 4; i++) CHECK(presence_sender_is_closed(senders[i / 2][i % 2]));
-  OK(send_text(orders[1], "it has left"));
   for (int i = 0; i < 2; i++) {
     OK(presence_sender_end(orders[i]));
     expect_exit(gateways[i], 0);
@@ -254,12 +259,105 @@ static void at_two_gateways(void) {
   close_peer(worker);
 }
 
+enum { EARLY = 50 };
+
+/* Requests streams and frees them at once: of a service, and of a subject that no worker serves. */
+static void leave_before_the_answer(void) {
+  const char *const announce[] = {"always", "streams"};
+  for (int k = 0; k < 2; k++) {
+    peer self = open_peer_with("announce", announce[k]);
+    for (int i = 0; i < EARLY; i++) {
+      presence_stream_free(request(self, "early", "c", 1));
+      presence_stream_free(request(self, "nobody", "c", 2));
+      presence_session *session;
+      OK(presence_session_open("c", 1, &session));
+      presence_stream *stream = request(self, "early", "c", 3);
+      presence_session_close(session);
+      expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
+      presence_stream_free(stream);
+    }
+    CHECK(!is_client_online("c"));
+    /* The worker ends an anonymous stream at once. On its lane all answers to what was asked before precede that. */
+    presence_stream *last = request(self, "early", "", 4);
+    expect(self.queue, PRESENCE_EVENT_END);
+    presence_stream_free(last);
+    CHECK_EQ(stats_of(self).offline_out, 0);
+    close_peer(self);
+  }
+}
+
+/* The client's stream at one gateway goes on while it opens and closes tabs at another. */
+static void early_ends_elsewhere(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "early");
+  presence_stream *stream = request(gateway, "early", "c", 1);
+  presence_sender *sender = accept_request(worker), *others[4 * EARLY];
+  pid_t other = start("leave_before_the_answer");
+  int requests = 0, stops = 0;
+  for (int ended = 0; ended < 2 || stops < 4 * EARLY;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_REQUEST && event.client_len == 0) {
+      OK(presence_sender_end(event.sender));
+      presence_sender_free(event.sender);
+      ended++;
+    } else if (event.kind == PRESENCE_EVENT_REQUEST) {
+      others[requests++] = event.sender;
+    } else {
+      CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
+      CHECK(event.sender != sender);
+      CHECK_STATUS(event.status, PRESENCE_CANCELLED);
+      stops++;
+    }
+  }
+  expect_exit(other, 0);
+  OK(send_text(sender, "goes on"));
+  expect_data(gateway.queue, "goes on");
+  CHECK(is_client_online("c"));
+  for (int i = 0; i < requests; i++) presence_sender_free(others[i]);
+  presence_sender_free(sender);
+  presence_stream_free(stream);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
+/* A worker on level 0 is stopped as well: after its first message, or after some time if it sends nothing. */
+static void a_worker_on_level_0_that_answers_late(void) {
+  CHECK_EQ(setenv("LANES", "false", 1), 0);
+  peer worker = open_peer();
+  CHECK_EQ(setenv("LANES", "true", 1), 0);
+  peer gateway = open_peer();
+  presence_service *service = serve(worker, "late");
+  presence_sender *senders[2];
+  const char *const clients[] = {"talks", "is silent"};
+  for (int i = 0; i < 2; i++) {
+    presence_stream_free(request(gateway, "late", clients[i], 1));
+    senders[i] = accept_request(worker);
+    CHECK(!presence_sender_is_closed(senders[i]));
+  }
+  OK(send_text(senders[0], "first"));
+  for (int i = 0; i < 2; i++) CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == senders[i]);
+  /* A connection that is closed does not wait so long. */
+  presence_stream_free(request(gateway, "late", "is closed", 1));
+  presence_sender *last = accept_request(worker);
+  close_peer(gateway);
+  CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == last);
+  for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
+  presence_sender_free(last);
+  presence_service_free(service);
+  close_peer(worker);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(come_and_go);
   ROLE(be_a_gateway);
+  ROLE(leave_before_the_answer);
   RUN_ON_BOTH(a_thousand_times_in_one_process);
   RUN_ON_BOTH(a_thousand_times_in_two);
   RUN_ON_BOTH(at_two_gateways);
+  RUN(early_ends_elsewhere);
+  RUN(a_worker_on_level_0_that_answers_late);
   return 0;
 }

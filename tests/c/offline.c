@@ -334,7 +334,7 @@ static void ask_many(void) {
   peer self = open_peer();
   for (int i = 0; i < MARKED; i++) {
     presence_stream *stream = request(self, "marked", "c", 1);
-    presence_event event = expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+    presence_event event = expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
     CHECK(is_text(event.data, event.data_len, "the client is offline"));
     presence_stream_free(stream);
   }

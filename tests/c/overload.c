@@ -66,7 +66,7 @@ static void flood(peer worker, peer gateway, peer running, presence_sender **sen
       CHECK(found > 0);
       for (int64_t i = 0; i < found; i++) {
         CHECK_EQ(events[i].kind, PRESENCE_EVENT_ERROR);
-        CHECK_STATUS(events[i].status, PRESENCE_REMOTE);
+        CHECK_STATUS(events[i].status, PRESENCE_BUSY);
         CHECK(is_text(events[i].data, events[i].data_len, "server busy"));
         refused++;
       }

@@ -332,7 +332,7 @@ static void server_busy(void) {
   presence_stream *streams[5];
   for (uint64_t i = 0; i < 3; i++) streams[i] = request(gateway, "busy", "c", i);
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
-  presence_event refused = expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+  presence_event refused = expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_BUSY);
   CHECK(is_text(refused.data, refused.data_len, "server busy"));
   CHECK_EQ(refused.tag, 2);
   CHECK_EQ(stats_of(worker).requests_busy, 1);
@@ -366,7 +366,7 @@ static void server_busy(void) {
 static void expect_not_served(peer gateway) {
   presence_stream *stream = request(gateway, "pair", "late", 5);
   presence_event last = expect(gateway.queue, PRESENCE_EVENT_ERROR);
-  CHECK(last.tag == 5 && (last.status == PRESENCE_NO_RESPONDERS || last.status == PRESENCE_REMOTE));
+  CHECK(last.tag == 5 && (last.status == PRESENCE_NO_RESPONDERS || last.status == PRESENCE_BUSY));
   presence_stream_free(stream);
 }
 

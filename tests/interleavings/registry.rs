@@ -27,15 +27,15 @@ impl Running for Probe {
     fn forbid(&self, _why: Status) -> bool {
         self.forbidden.swap(1, Ordering::SeqCst) == 0
     }
-    fn stopped(&self, _why: Status) {
+    fn stopped(&self, _why: Status, _is_announced: bool) {
         assert_eq!(self.stopped.fetch_add(1, Ordering::SeqCst), 0, "stopped twice");
         assert!(self.is_forbidden());
     }
     fn requested_on(&self) -> Option<u64> {
         None
     }
-    fn needs_announcement(&self) -> bool {
-        false
+    fn notice(&self) -> Notice {
+        Notice::Direct
     }
     fn answers_to(&self) -> Option<u64> {
         None
