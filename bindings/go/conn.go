@@ -40,7 +40,7 @@ func With(name, value string) Option {
 }
 
 // WithLog has [Connect] call f with what happens to the connection: events of kind Connected, Disconnected, Serving and
-// Log, panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256 events
+// Log, errors and panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256 events
 // wait for it, further ones are dropped. For Connect only.
 func WithLog(f func(Event)) Option { return func(o *options) { o.log = f } }
 

@@ -105,7 +105,7 @@ func TestEmptyErrorsWhileMemoryMoves(t *testing.T) {
 		if req.Header("X-Empty") != "" || len(req.Data) != 0 {
 			t.Error("not empty")
 		}
-		return errors.New("")
+		return s.SendError(errors.New(""))
 	})
 	junk := make([][]byte, 100)
 	for n, end := 0, time.Now().Add(2*time.Second); time.Now().Before(end); {
@@ -151,7 +151,7 @@ func TestStreamEndsWithError(t *testing.T) {
 	serve(t, worker, "error", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send([]byte("one")))
 		if req.ClientID == "failing" {
-			return errors.New("no such model")
+			return s.SendError(errors.New("no such model"))
 		}
 		left <- until(t, ctx)
 		return nil

@@ -50,7 +50,7 @@ func (k EventKind) String() string {
 type Event struct {
 	Kind     EventKind
 	Status   Status // why, for Disconnected and Log; 0 where there is nothing to add
-	ClientID string // for ClientOnline and ClientOffline, and a handler's panic
+	ClientID string // for ClientOnline and ClientOffline, and a handler's error or panic
 	Text     string // for people
 }
 

@@ -30,10 +30,12 @@ import (
 //
 // ctx ends when the client leaves or the stream is stopped otherwise (context.Cause(ctx) is then ErrOffline, ErrCancelled,
 // ErrPeerGone, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
-// stream: nil as by [Sender.End], an error or a panic as by [Sender.SendError], unless it was ended before. One that
-// wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
+// stream, unless it was ended before: nil as by [Sender.End], an error or a panic with the error "the handler failed". What
+// the error or the panic says is not sent, for it may hold what the requester must not see. It is logged, a panic with its
+// stack: by the function of [WithLog], or without one by log.Print. A handler that wants the requester to read the text of
+// an error returns s.SendError(err).
 //
-// A panic is told with its stack: to the function of [WithLog], or without one by log.Print.
+// A handler that wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
 type Handler func(ctx context.Context, req *Request, s *Sender) error
 
 // Request is what a stream was requested with.
@@ -52,6 +54,7 @@ func (r *Request) Header(name string) string { return r.sender.header(name) }
 const (
 	stoppedServing = "the worker stopped serving"
 	serverBusy     = "server busy"
+	handlerFailed  = "the handler failed"
 )
 
 // serveEnded stands among statuses for what C does not know: Serve's context has ended.
@@ -317,7 +320,7 @@ func (s *Sender) state() Status {
 	return C.PRESENCE_OK
 }
 
-// SendError ends the stream with an error, whose text the reader gets. Fails with ErrClosed if it has ended already, with
+// SendError ends the stream with an error, whose text the reader gets as it is: for errors that are meant for it. Fails with ErrClosed if it has ended already, with
 // why it was stopped if it was.
 func (s *Sender) SendError(err error) error {
 	if err == nil {
@@ -410,30 +413,36 @@ func (s *Sender) failed(status Status) error {
 
 // serve runs the handler and ends the stream as it says.
 func (s *Sender) serve(req *Request) {
-	failure, failed := "the handler did not return", true // runtime.Goexit
+	failure, isDefect := "the handler did not return: it called runtime.Goexit", true
 	defer func() {
 		if cause := recover(); cause != nil {
-			failure = fmt.Sprint("the handler panicked: ", cause)
-			text := failure + "\n" + string(debug.Stack())
-			if s.conn.log == nil {
-				log.Print("presence: ", text)
-			}
-			s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: text})
+			failure = fmt.Sprintf("the handler panicked: %v\n%s", cause, debug.Stack())
 		}
 		s.service.handlers.Add(-1) // first: who hears of the end may ask again
-		if failed {
-			s.sendError(failure)
+		if failure != "" {
+			// An error that a handler returns because its stream has ended already is no news.
+			if err := s.sendError(handlerFailed); err == nil || isDefect {
+				s.log(failure)
+			}
 		} else if !s.detached.Load() {
 			s.End()
 		}
 		s.release()
 		s.service.running.Done()
 	}()
-	if err := s.service.handler(s.ctx, req, s); err != nil {
-		failure = err.Error()
-	} else {
-		failed = false
+	err := s.service.handler(s.ctx, req, s)
+	failure, isDefect = "", false
+	if err != nil {
+		failure = fmt.Sprint("the handler returned an error: ", err)
 	}
+}
+
+// log tells people about the stream.
+func (s *Sender) log(text string) {
+	if s.conn.log == nil {
+		log.Print("presence: ", text)
+	}
+	s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: text})
 }
 
 // stopped hears that the stream has ended for another reason than the handler's word.

@@ -63,9 +63,9 @@ func TestWireWorker(t *testing.T) {
 	})
 	for data, end := range map[string]string{
 		"go\r\non": "__STREAM_END__",
-		"fail":     "__STREAM_ERROR__:no such model",
-		"panic":    "__STREAM_ERROR__:the handler panicked: oh",
-		"goexit":   "__STREAM_ERROR__:the handler did not return",
+		"fail":     "__STREAM_ERROR__:the handler failed",
+		"panic":    "__STREAM_ERROR__:the handler failed",
+		"goexit":   "__STREAM_ERROR__:the handler failed",
 		"say":      "__STREAM_ERROR__:said",
 	} {
 		inbox := "_INBOX.wire." + strings.Fields(data)[0]
@@ -84,6 +84,93 @@ func TestWireWorker(t *testing.T) {
 	worker.events.wait(t, Log, "the handler panicked: oh\n") // with its stack
 	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
 	online(t, "wire-worker", false)
+}
+
+type badError struct{ secret *string }
+
+func (b *badError) Error() string { return *b.secret } // panics where there is none
+
+// Nothing that a failing handler says gets to the requester, unless by SendError; all of it is logged.
+func TestFailureTextsStayHere(t *testing.T) {
+	const secret = "password=hunter2"
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		t.Run("lanes "+lanes, func(t *testing.T) {
+			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+			serve(t, worker, "secret", func(ctx context.Context, req *Request, s *Sender) error {
+				switch req.ClientID {
+				case "error":
+					return errors.New(secret)
+				case "wrapped":
+					return fmt.Errorf("%w: %w", ErrRemote, &Error{ErrRemote, secret})
+				case "detached":
+					s.Detach()
+					return errors.New(secret)
+				case "panic":
+					panic(secret)
+				case "panic with an error":
+					panic(errors.New(secret))
+				case "index":
+					_ = []string{secret}[len(req.Data)]
+				case "nil error":
+					return (*badError)(nil)
+				case "goexit":
+					defer func() { _ = recover() }()
+					runtime.Goexit()
+				case "said":
+					return s.SendError(errors.New("no such model"))
+				}
+				return nil
+			})
+			for id, logged := range map[string]string{
+				"error": secret, "wrapped": secret, "detached": secret, "panic": secret, "panic with an error": secret,
+				"index": "index out of range", "nil error": "returned an error", "goexit": "runtime.Goexit",
+			} {
+				_, err := read(t, ask(t, gateway, "secret", id))
+				wantError(t, err, ErrRemote, handlerFailed)
+				if err.Error() != "presence: "+handlerFailed {
+					t.Errorf("%s: the requester reads %q", id, err)
+				}
+				eventually(t, id+" is logged", func() bool {
+					worker.events.mu.Lock()
+					defer worker.events.mu.Unlock()
+					for _, event := range worker.events.all {
+						if event.Kind == Log && event.ClientID == id && strings.Contains(event.Text, logged) {
+							return true
+						}
+					}
+					return false
+				})
+			}
+			_, err := read(t, ask(t, gateway, "secret", "said"))
+			wantError(t, err, ErrRemote, "no such model")
+		})
+	}
+}
+
+// The error that a handler returns because its client has left is no failure, and not logged.
+func TestLeavingIsNotLogged(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
+		if req.ClientID == "last" {
+			return errors.New("logged")
+		}
+		s.Send([]byte("first"))
+		return until(t, ctx)
+	})
+	stream := ask(t, gateway, "leave", "leaver")
+	_, err := stream.Next(t.Context())
+	must(t, err)
+	must(t, stream.Close())
+	eventually(t, "the handler has returned", func() bool { return worker.sendersLeft() == 0 })
+	read(t, ask(t, gateway, "leave", "last"))
+	worker.events.wait(t, Log, "logged")
+	for _, event := range worker.events.all {
+		if event.ClientID == "leaver" {
+			t.Error(event.Text)
+		}
+	}
 }
 
 func TestClientLeaves(t *testing.T) {
@@ -188,7 +275,7 @@ func TestDetach(t *testing.T) {
 	wantError(t, j.End(), ErrOffline, "detacher")
 
 	j, from = begin("fail")
-	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:failed all the same]" {
+	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the handler failed]" {
 		t.Errorf("got %q", got)
 	}
 	until(t, j.ctx)
@@ -234,7 +321,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	serving.stop()
 	must(t, receive(t, serving.result))
 	returned.Wait() // at once, for Serve waited
-	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:presence: cancelled: context canceled" {
+	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:"+handlerFailed {
 		t.Errorf("got %q", got)
 	}
 	// Nobody serves any more.
@@ -311,7 +398,7 @@ func TestPanicWithoutLog(t *testing.T) {
 	log.SetOutput(told)
 	go c.Serve(t.Context(), "panic", "", func(context.Context, *Request, *Sender) error { panic("oh") })
 	_, err = read(t, ask(t, &client{Conn: c}, "panic", "", With("retries", "1000"), With("retry_delay_ms", "10")))
-	wantError(t, err, ErrRemote, "oh")
+	wantError(t, err, ErrRemote, handlerFailed)
 	if text := receive(t, told); !strings.Contains(text, "presence: the handler panicked: oh\n") || !strings.Contains(text, "TestPanicWithoutLog") {
 		t.Error(text)
 	}
