@@ -275,7 +275,7 @@ func TestCloseLeavesNothing(t *testing.T) {
 	online(t, "leaker", false)
 }
 
-// Handlers that do not hurry when Serve's context ends lose their streams with the connection all the same.
+// Handlers that do not hurry when Serve's context ends have lost their streams, and do not hinder Close.
 func TestCloseWhileServeEnds(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
@@ -294,8 +294,8 @@ func TestCloseWhileServeEnds(t *testing.T) {
 		defer worker.mu.Unlock()
 		return len(worker.services) == 0
 	})
-	must(t, closeNow(worker.Conn))
-	wantError(t, sender.Err(), ErrClosed, "ender")
 	_, err := read(t, stream)
-	wantError(t, err, ErrRemote, "")
+	wantError(t, err, ErrRemote, stoppedServing)
+	must(t, closeNow(worker.Conn))
+	wantError(t, sender.Err(), ErrCancelled, "context canceled")
 }

@@ -78,20 +78,24 @@ const defaultMaxStreams = 10_000
 // subject in the same queue; with the empty queue each of them gets every request. At most max_streams streams (see
 // [With]), and as many handlers, run at once; a request beyond is answered with "server busy".
 //
-// When it returns, its handlers have returned (their ctx ends with Serve's, so they should look at it or at Send's error)
-// and all its streams have ended, detached ones too. Readers of those that were cut get an error.
+// When ctx ends, the context of each handler ends too, and all streams end at that moment, detached ones too: their readers
+// get the error "the worker stopped serving", and Send fails with ErrCancelled. Serve does not wait for handlers to do that.
 //
-// With the option drain_ms it ends gracefully: once ctx ends it takes no more requests, but what runs, detached streams too,
-// goes on as if ctx had not ended, until all of it is done or that time is over. Then the rest is cut as without.
+// With the option drain_ms Serve ends gracefully: once ctx ends it takes no more requests, but what runs, detached streams
+// too, goes on as if ctx had not ended, until all of it is done or that time is over. Then the rest ends as without.
 //
-// It returns nil when ctx ended: while it still waits for the server to hear of the subject, when that has answered or
+// Then Serve waits until its handlers have returned, so they should look at their context or at Send's error. It waits for
+// at most stop_timeout_ms, if that is set. If handlers still run then, it returns ErrTimeout with their number; they go on,
+// but cannot send, and whatever they use must stay usable.
+//
+// Otherwise it returns nil when ctx ended: while it still waits for the server to hear of the subject, when that has answered or
 // connect_timeout_ms are over. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up (option
 // max_reconnects), ErrInvalid (subject, queue, options), ErrTimeout when the server did not answer.
 func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...Option) error {
 	if handler == nil {
 		return invalid("handler is nil")
 	}
-	maxStreams, drain, err := serveOptions(opts)
+	o, err := serveOptions(opts)
 	if err != nil {
 		return err
 	}
@@ -104,14 +108,14 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 		return err
 	}
 	parent := ctx
-	if drain > 0 {
+	if o.drain > 0 {
 		parent = context.WithoutCancel(ctx)
 	}
 	serving, stop := context.WithCancelCause(parent)
 	defer stop(nil)
 	defer context.AfterFunc(c.ctx, func() { stop(context.Cause(c.ctx)) })()
 
-	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(maxStreams), defaultMaxStreams), idle: make(chan struct{}, 1)}
+	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(o.maxStreams), defaultMaxStreams), idle: make(chan struct{}, 1)}
 	c.mu.Lock()
 	c.lastTag++
 	tag := c.lastTag
@@ -120,7 +124,7 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 
 	var handle *C.presence_service
 	var report C.presence_error
-	rc := C.presence_serve(c.handle, c.queue.handle, cSubject, cQueue, C.uint32_t(maxStreams), C.uint64_t(tag), &handle, &report)
+	rc := C.presence_serve(c.handle, c.queue.handle, cSubject, cQueue, C.uint32_t(o.maxStreams), C.uint64_t(tag), &handle, &report)
 	err = reported(rc, &report)
 	why := err // it ends what came while the server was waited for, in vain
 	if err == nil {
@@ -130,45 +134,74 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 		case <-serving.Done():
 		}
 		C.presence_service_free(handle)
-		c.drain(v, drain)
+		c.drain(v, o.drain)
 		why = context.Cause(ctx)
 	}
 	c.mu.Lock()
 	delete(c.services, tag)
 	c.mu.Unlock()
 	stop(why)
-	v.running.Wait()
 	for _, s := range c.sendersOf(v) {
-		s.sendError(stoppedServing)
+		s.cut()
 	}
+	late := v.wait(o.stopTimeout)
 	switch {
-	case errors.Is(err, ErrInvalid):
-		return err
+	case errors.Is(err, ErrInvalid): // nothing was served
 	case ctx.Err() != nil:
-		return nil
-	case err != nil:
-		return err
+		err = nil
+	case err == nil:
+		err = context.Cause(serving)
 	}
-	return context.Cause(serving)
+	if late == nil || err == nil {
+		return cmp.Or(late, err)
+	}
+	return fmt.Errorf("%w; %w", err, late)
 }
 
-func serveOptions(opts []Option) (maxStreams uint64, drain time.Duration, err error) {
+// wait waits until all handlers have returned; if limit is not 0, no longer than that.
+func (v *service) wait(limit time.Duration) error {
+	if limit == 0 {
+		v.running.Wait()
+		return nil
+	}
+	returned := make(chan struct{})
+	go func() {
+		v.running.Wait()
+		close(returned)
+	}()
+	select {
+	case <-returned:
+		return nil
+	case <-time.After(limit):
+		return &Error{ErrTimeout, fmt.Sprintf("handlers that still run %v after their context ended: %d", limit, v.handlers.Load())}
+	}
+}
+
+// serveSettings are the options of Serve.
+type serveSettings struct {
+	maxStreams         uint64
+	drain, stopTimeout time.Duration
+}
+
+func serveOptions(opts []Option) (s serveSettings, err error) {
 	o := collect(opts)
 	for _, pair := range o.pairs {
 		n, err := strconv.ParseUint(pair[1], 10, 32)
 		switch pair[0] {
 		case "max_streams":
-			maxStreams = n
+			s.maxStreams = n
 		case "drain_ms":
-			drain = time.Duration(n) * time.Millisecond
+			s.drain = time.Duration(n) * time.Millisecond
+		case "stop_timeout_ms":
+			s.stopTimeout = time.Duration(n) * time.Millisecond
 		default:
-			return 0, 0, invalid("option %q is not one of Serve: max_streams and drain_ms are", pair[0])
+			return s, invalid("option %q is not one of Serve: max_streams, drain_ms and stop_timeout_ms are", pair[0])
 		}
 		if err != nil {
-			return 0, 0, invalid("value %q of option %s is not a number from 0 to 4294967295", pair[1], pair[0])
+			return s, invalid("value %q of option %s is not a number from 0 to 4294967295", pair[1], pair[0])
 		}
 	}
-	return maxStreams, drain, nil
+	return s, nil
 }
 
 // drain waits, at most so long, until nothing of the service runs. What C took before it was stopped still begins meanwhile.
@@ -257,6 +290,7 @@ type Sender struct {
 	holders atomic.Int32
 
 	mu     sync.RWMutex       // held for reading while C is called, and for writing to free
+	wasCut bool               // Serve has ended the stream
 	handle *C.presence_sender // nil once freed; then the last three fields tell
 	word   *uint32            // C's status word: 0 while it may send
 	status Status             // why it may send no more
@@ -308,8 +342,11 @@ func (s *Sender) send(data []byte) Status {
 
 // state tells why it may send no more, 0 while it may. The mutex is held.
 func (s *Sender) state() Status {
-	if s.handle == nil {
+	switch {
+	case s.handle == nil:
 		return s.status
+	case s.wasCut:
+		return serveEnded
 	}
 	if status := Status(atomic.LoadUint32(s.word)); status != C.PRESENCE_OK {
 		return status
@@ -333,7 +370,11 @@ func (s *Sender) sendError(text string) error {
 	text = strings.ToValidUTF8(text, "\uFFFD")
 	s.mu.RLock()
 	status := s.status
-	if s.handle != nil {
+	switch {
+	case s.handle == nil:
+	case s.wasCut:
+		status = serveEnded
+	default:
 		status = Status(C.presence_sender_error(s.handle, cString(text), C.size_t(len(text))))
 	}
 	s.mu.RUnlock()
@@ -344,13 +385,15 @@ func (s *Sender) sendError(text string) error {
 // End ends the stream. Once more is fine. Fails with why the stream was stopped if it was; if that was Serve's context, the
 // reader gets an error, for a stream that was cut short must not look complete.
 func (s *Sender) End() error {
+	if s.ctx.Err() != nil {
+		s.cut() // if it was Serve's context
+	}
 	s.mu.RLock()
 	status := s.ended
 	switch {
 	case s.handle == nil:
-	case s.state() == serveEnded:
+	case s.wasCut:
 		status = serveEnded
-		C.presence_sender_error(s.handle, cString(stoppedServing), C.size_t(len(stoppedServing)))
 	default:
 		status = Status(C.presence_sender_end(s.handle))
 	}
@@ -359,8 +402,18 @@ func (s *Sender) End() error {
 	return s.failed(status)
 }
 
+// cut ends the stream because Serve ends, unless it has ended already.
+func (s *Sender) cut() {
+	s.mu.Lock() // for writing, so that no call sees the stream's end without its reason
+	if s.handle != nil && C.presence_sender_error(s.handle, cString(stoppedServing), C.size_t(len(stoppedServing))) == C.PRESENCE_OK {
+		s.wasCut = true
+	}
+	s.mu.Unlock()
+	s.finish()
+}
+
 // Detach lets the stream go on after its handler has returned nil: whoever has the sender now ends it, with End or
-// SendError. It ends also when the client leaves, and when Serve returns. Its context lives on as long as the stream.
+// SendError. It ends also when the client leaves, and when Serve's context ends. Its context lives on as long as the stream.
 func (s *Sender) Detach() { s.detached.Store(true) }
 
 // IsClosed reports whether the sender may send no more, for whatever reason. It costs a few nanoseconds.
@@ -420,6 +473,9 @@ func (s *Sender) serve(req *Request) {
 		}
 		s.service.handlers.Add(-1) // first: who hears of the end may ask again
 		if failure != "" {
+			if s.ctx.Err() != nil {
+				s.cut() // if it was Serve's context
+			}
 			// An error that a handler returns because its stream has ended already is no news.
 			if err := s.sendError(handlerFailed); err == nil || isDefect {
 				s.log(failure)
@@ -474,6 +530,9 @@ func (s *Sender) release() {
 	s.mu.Lock()
 	s.status = Status(atomic.LoadUint32(s.word))
 	s.ended = Status(C.presence_sender_end(s.handle))
+	if s.wasCut {
+		s.status, s.ended = serveEnded, serveEnded
+	}
 	s.count = uint64(C.presence_sender_send_count(s.handle))
 	C.presence_sender_free(s.handle)
 	s.handle, s.word = nil, nil

@@ -286,7 +286,14 @@ func TestDetach(t *testing.T) {
 	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the worker stopped serving]" {
 		t.Errorf("got %q", got)
 	}
-	wantError(t, j.Send(nil), ErrClosed, "detacher")
+	wantError(t, j.Send(nil), ErrCancelled, "context canceled")
+	wantError(t, j.SendError(nil), ErrCancelled, "context canceled")
+	wantError(t, j.End(), ErrCancelled, "context canceled")
+	until(t, j.ctx)
+	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+	wantError(t, j.Send(nil), ErrCancelled, "context canceled")
+	wantError(t, j.SendError(nil), ErrCancelled, "context canceled")
+	wantError(t, j.End(), ErrCancelled, "context canceled")
 }
 
 // handlersReturned waits until no handler runs.
@@ -321,7 +328,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	serving.stop()
 	must(t, receive(t, serving.result))
 	returned.Wait() // at once, for Serve waited
-	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:"+handlerFailed {
+	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:"+stoppedServing {
 		t.Errorf("got %q", got)
 	}
 	// Nobody serves any more.
@@ -379,6 +386,86 @@ func TestStopIsNoEnd(t *testing.T) {
 			})
 		}
 	}
+}
+
+// A handler that does not look at its context keeps Serve waiting, but not its reader.
+func TestStopDoesNotWaitForHandlers(t *testing.T) {
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		for _, drain := range []string{"0", "50"} {
+			t.Run("lanes "+lanes+", drain "+drain, func(t *testing.T) {
+				worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+				goOn := make(chan struct{})
+				serving := serve(t, worker, "deaf", func(ctx context.Context, req *Request, s *Sender) error {
+					must(t, s.Send([]byte("first")))
+					receive(t, goOn)
+					wantError(t, s.Send(nil), ErrCancelled, "context canceled")
+					wantError(t, s.End(), ErrCancelled, "context canceled")
+					wantError(t, s.End(), ErrCancelled, "context canceled")
+					return nil
+				}, With("drain_ms", drain))
+				stream := ask(t, gateway, "deaf", "reader")
+				_, err := stream.Next(t.Context())
+				must(t, err)
+				serving.stop()
+				_, err = read(t, stream)
+				wantError(t, err, ErrRemote, stoppedServing)
+				if len(serving.result) != 0 {
+					t.Error("Serve has returned before its handler")
+				}
+				close(goOn)
+				must(t, receive(t, serving.result))
+			})
+		}
+	}
+}
+
+// With stop_timeout_ms Serve returns although handlers still run, and says so.
+func TestStopTimeout(t *testing.T) {
+	s := startServer(t)
+	for name, end := range map[string]func(*client, *serving){
+		"context": func(c *client, s *serving) { s.stop() },
+		"Close":   func(c *client, s *serving) { closeNow(c.Conn) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			worker, gateway := connect(t, s), connect(t, s)
+			goOn, returned := make(chan struct{}), make(chan *Sender, 2)
+			serving := serve(t, worker, "deaf", func(ctx context.Context, req *Request, s *Sender) error {
+				must(t, s.Send([]byte("first")))
+				receive(t, goOn)
+				s.Send(nil)
+				s.End()
+				returned <- s
+				return nil
+			}, With("stop_timeout_ms", "50"))
+			for _, id := range []string{"one", "two"} {
+				_, err := ask(t, gateway, "deaf", id).Next(t.Context())
+				must(t, err)
+			}
+			end(worker, serving)
+			err := receive(t, serving.result)
+			if name == "context" {
+				wantError(t, err, ErrTimeout, "50ms after their context ended: 2")
+			} else if !errors.Is(err, ErrTimeout) || !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), ": 2") {
+				t.Error(err)
+			}
+			closeNow(worker.Conn)
+			close(goOn)
+			for range 2 {
+				if sender := receive(t, returned); sender.Err() == nil {
+					t.Error("it may still send")
+				}
+			}
+			eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
+		})
+	}
+	// Handlers that return in time are not late.
+	worker := connect(t, s)
+	serving := serve(t, worker, "quick", func(ctx context.Context, req *Request, s *Sender) error { return nil }, With("stop_timeout_ms", "60000"))
+	_, err := read(t, ask(t, connect(t, s), "quick", ""))
+	must(t, err)
+	serving.stop()
+	must(t, receive(t, serving.result))
 }
 
 type written chan string
@@ -717,10 +804,8 @@ func TestSendWaitsForRoom(t *testing.T) {
 	}
 	j, _, resume, _, results = begin(untilError)
 	serving.stop()
-	for range waiters { // ErrClosed, where Serve has ended the stream first
-		if err := receive(t, results); !errors.Is(err, ErrCancelled) && !errors.Is(err, ErrClosed) {
-			t.Error(err)
-		}
+	for range waiters {
+		wantError(t, receive(t, results), ErrCancelled, "context canceled")
 	}
 	resume()
 	must(t, receive(t, serving.result))
@@ -857,6 +942,7 @@ func TestServeRefusesBadInput(t *testing.T) {
 		{subject: "a", opts: []Option{With("max_streams", "-1")}, named: `"-1"`},
 		{subject: "a", opts: []Option{With("max_streams", "")}, named: `""`},
 		{subject: "a", opts: []Option{With("drain_ms", "1s")}, named: "drain_ms"},
+		{subject: "a", opts: []Option{With("stop_timeout_ms", "1s")}, named: "stop_timeout_ms"},
 		{subject: "a", opts: []Option{With("timeout_ms", "1")}, named: `"timeout_ms"`},
 	} {
 		if err := c.Serve(ctx, bad.subject, bad.queue, none, bad.opts...); err == nil {
