@@ -32,8 +32,8 @@ type options struct {
 // For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (67108864), header.NAME (a
 // header for the worker). manual_credit is this package's own: what a stream's reader has not read yet counts as waiting.
 //
-// For Serve: max_streams (0: 10,000), drain_ms (0: what runs is cut when its context ends), stop_timeout_ms (0: none, Serve
-// waits until its handlers have returned).
+// For Serve: max_streams (0: 10,000), detached (false: a handler's return ends its stream), drain_ms (0: what runs is cut
+// when its context ends), stop_timeout_ms (0: none, Serve waits until its handlers have returned).
 //
 // nats_presence.h describes each.
 func With(name, value string) Option {

@@ -35,7 +35,9 @@ import (
 // stack: by the function of [WithLog], or without one by log.Print. A handler that wants the requester to read the text of
 // an error returns s.SendError(err).
 //
-// A handler that wants to answer later, from another goroutine, calls [Sender.Detach] and returns nil.
+// A handler that answers from another goroutine after its return calls [Sender.Detach] first, or Serve has the option
+// detached. Without either its return ends the stream, which looks complete at the reader. What the goroutine sends then
+// fails with ErrClosed, whose text says "its handler returned without Detach"; the first time that is logged too.
 type Handler func(ctx context.Context, req *Request, s *Sender) error
 
 // Request is what a stream was requested with.
@@ -65,10 +67,12 @@ type service struct {
 	ctx      context.Context
 	handler  Handler
 	limit    int64          // of handlers at once
+	detached bool           // as if each handler called Detach
 	handlers atomic.Int64   // how many have not returned
 	running  sync.WaitGroup // goroutines of handlers; added to with the connection's mutex held, while it is in its services
 	senders  int            // those in the connection's senders, whose mutex it has
 	idle     chan struct{}  // a token: senders may be 0
+	warn     sync.Once      // logs that a handler returned without Detach
 }
 
 // defaultMaxStreams is the C library's, which bounds streams: a handler may run on after its stream's end.
@@ -77,6 +81,9 @@ const defaultMaxStreams = 10_000
 // Serve serves a subject, which may have wildcards, until ctx ends. Requests are spread over all processes that serve the
 // subject in the same queue; with the empty queue each of them gets every request. At most max_streams streams (see
 // [With]), and as many handlers, run at once; a request beyond is answered with "server busy".
+//
+// With the option detached a handler that returns nil leaves its stream open, as if it had called [Sender.Detach]: each
+// stream must be ended with [Sender.End] or [Sender.SendError].
 //
 // When ctx ends, the context of each handler ends too, and all streams end at that moment, detached ones too: their readers
 // get the error "the worker stopped serving", and Send fails with ErrCancelled. Serve does not wait for handlers to do that.
@@ -115,7 +122,10 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	defer stop(nil)
 	defer context.AfterFunc(c.ctx, func() { stop(context.Cause(c.ctx)) })()
 
-	v := &service{ctx: serving, handler: handler, limit: cmp.Or(int64(o.maxStreams), defaultMaxStreams), idle: make(chan struct{}, 1)}
+	v := &service{
+		ctx: serving, handler: handler, detached: o.detached,
+		limit: cmp.Or(int64(o.maxStreams), defaultMaxStreams), idle: make(chan struct{}, 1),
+	}
 	c.mu.Lock()
 	c.lastTag++
 	tag := c.lastTag
@@ -181,11 +191,18 @@ func (v *service) wait(limit time.Duration) error {
 type serveSettings struct {
 	maxStreams         uint64
 	drain, stopTimeout time.Duration
+	detached           bool
 }
 
 func serveOptions(opts []Option) (s serveSettings, err error) {
 	o := collect(opts)
 	for _, pair := range o.pairs {
+		if pair[0] == "detached" {
+			if s.detached = pair[1] == "true"; !s.detached && pair[1] != "false" {
+				return s, invalid("value %q of option detached is neither true nor false", pair[1])
+			}
+			continue
+		}
 		n, err := strconv.ParseUint(pair[1], 10, 32)
 		switch pair[0] {
 		case "max_streams":
@@ -195,7 +212,7 @@ func serveOptions(opts []Option) (s serveSettings, err error) {
 		case "stop_timeout_ms":
 			s.stopTimeout = time.Duration(n) * time.Millisecond
 		default:
-			return s, invalid("option %q is not one of Serve: max_streams, drain_ms and stop_timeout_ms are", pair[0])
+			return s, invalid("option %q is not one of Serve: max_streams, detached, drain_ms and stop_timeout_ms are", pair[0])
 		}
 		if err != nil {
 			return s, invalid("value %q of option %s is not a number from 0 to 4294967295", pair[1], pair[0])
@@ -247,6 +264,7 @@ func (c *Conn) accept(e *C.presence_event) {
 	}
 	s.ctx, s.cancel = context.WithCancelCause(v.ctx)
 	s.holders.Store(2)
+	s.detached.Store(v.detached)
 	c.senders[e.sender] = s
 	v.senders++
 	v.handlers.Add(1)
@@ -286,6 +304,7 @@ type Sender struct {
 	over     chan struct{} // closed when it may send no more
 	end      sync.Once     // closes over
 	detached atomic.Bool
+	returned atomic.Bool // its handler returned nil without Detach, and so ended the stream
 	// The stream, until it is over, and the handler, until it has returned, hold the C sender; the last one frees it.
 	holders atomic.Int32
 
@@ -324,11 +343,21 @@ func (s *Sender) SendContext(ctx context.Context, data []byte) error {
 			signal(s.writable) // for others who wait too
 		}
 	}
-	return s.failed(status)
+	return s.sent(status)
 }
 
 // TrySend is Send, but fails with ErrFull where Send would wait.
-func (s *Sender) TrySend(data []byte) error { return s.failed(s.send(data)) }
+func (s *Sender) TrySend(data []byte) error { return s.sent(s.send(data)) }
+
+// sent is the result of a send. One that comes too late because the handler did not detach is a defect that the reader
+// cannot see: it has a stream that looks complete.
+func (s *Sender) sent(status Status) error {
+	err := s.failed(status)
+	if status == ErrClosed && s.returned.Load() {
+		s.service.warn.Do(func() { s.log(err.Error()) })
+	}
+	return err
+}
 
 func (s *Sender) send(data []byte) Status {
 	s.mu.RLock()
@@ -412,8 +441,9 @@ func (s *Sender) cut() {
 	s.finish()
 }
 
-// Detach lets the stream go on after its handler has returned nil: whoever has the sender now ends it, with End or
-// SendError. It ends also when the client leaves, and when Serve's context ends. Its context lives on as long as the stream.
+// Detach lets the stream go on after its handler has returned nil: whoever has the sender now must end it, with End or
+// SendError. Otherwise it ends only when the client leaves or Serve's context ends: a sender that is forgotten is not
+// collected as garbage. Its context lives on as long as the stream.
 func (s *Sender) Detach() { s.detached.Store(true) }
 
 // IsClosed reports whether the sender may send no more, for whatever reason. It costs a few nanoseconds.
@@ -461,7 +491,11 @@ func (s *Sender) failed(status Status) error {
 	case serveEnded:
 		return cancelled(s.ctx)
 	}
-	return failed(C.int32_t(status), fmt.Sprintf("stream of client %q", s.client))
+	what := fmt.Sprintf("stream of client %q", s.client)
+	if status == ErrClosed && s.returned.Load() {
+		return &Error{ErrClosed, what + ": its handler returned without Detach, which ended the stream"}
+	}
+	return failed(C.int32_t(status), what)
 }
 
 // serve runs the handler and ends the stream as it says.
@@ -481,6 +515,7 @@ func (s *Sender) serve(req *Request) {
 				s.log(failure)
 			}
 		} else if !s.detached.Load() {
+			s.returned.Store(s.Err() == nil)
 			s.End()
 		}
 		s.release()

@@ -296,6 +296,135 @@ func TestDetach(t *testing.T) {
 	wantError(t, j.End(), ErrCancelled, "context canceled")
 }
 
+// Whoever goes on after its handler returned without Detach is told why it cannot; the log is too, once.
+func TestReturnWithoutDetach(t *testing.T) {
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		t.Run("lanes "+lanes, func(t *testing.T) {
+			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+			senders := make(chan *Sender, 1)
+			serve(t, worker, "forgot", func(ctx context.Context, req *Request, s *Sender) error {
+				if req.ClientID == "ended" {
+					must(t, s.End())
+				}
+				senders <- s
+				return nil
+			})
+			const why = "its handler returned without Detach"
+			for range 2 {
+				if got, err := read(t, ask(t, gateway, "forgot", "forgotten")); len(got) > 0 || err != nil {
+					t.Error(got, err)
+				}
+				sender := receive(t, senders)
+				eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+				for _, err := range []error{
+					sender.Send(nil), sender.TrySend(nil), sender.SendContext(t.Context(), nil), sender.Err(), sender.SendError(nil),
+				} {
+					wantError(t, err, ErrClosed, why)
+				}
+				must(t, sender.End())
+			}
+			worker.events.wait(t, Log, why)
+			// One that was ended on purpose is another matter.
+			_, err := read(t, ask(t, gateway, "forgot", "ended"))
+			must(t, err)
+			if err := receive(t, senders).Send(nil); !errors.Is(err, ErrClosed) || strings.Contains(err.Error(), why) {
+				t.Error(err)
+			}
+			logged := 0
+			worker.events.mu.Lock()
+			defer worker.events.mu.Unlock()
+			for _, event := range worker.events.all {
+				if strings.Contains(event.Text, why) {
+					logged++
+				}
+			}
+			if logged != 1 {
+				t.Errorf("logged %d times", logged)
+			}
+		})
+	}
+}
+
+// With the option detached a handler's goroutine goes on after its return, as in the package that this one replaces.
+func TestServeDetached(t *testing.T) {
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		t.Run("lanes "+lanes, func(t *testing.T) {
+			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+			running := make(chan *Sender, 1)
+			serving := serve(t, worker, "later", func(ctx context.Context, req *Request, s *Sender) error {
+				switch req.ClientID {
+				case "error":
+					return errors.New("refused")
+				case "panic":
+					panic("oh")
+				case "said":
+					return s.SendError(errors.New("no such model"))
+				case "forgotten": // by all but the library
+					must(t, s.Send([]byte("first")))
+					return nil
+				}
+				returned := make(chan struct{})
+				defer close(returned)
+				go func() {
+					<-returned
+					if ctx.Err() != nil {
+						t.Error("ended with its handler: ", context.Cause(ctx))
+					}
+					for i := range 3 {
+						must(t, s.Send(fmt.Append(nil, i)))
+					}
+					if req.ClientID == "leaver" || req.ClientID == "cut" {
+						running <- s
+						return
+					}
+					must(t, s.End())
+				}()
+				return nil
+			}, With("detached", "true"))
+
+			if got, err := read(t, ask(t, gateway, "later", "whole")); err != nil || fmt.Sprint(got) != "[0 1 2]" {
+				t.Error(got, err)
+			}
+			for id, text := range map[string]string{"error": handlerFailed, "panic": handlerFailed, "said": "no such model"} {
+				_, err := read(t, ask(t, gateway, "later", id))
+				wantError(t, err, ErrRemote, text)
+			}
+			eventually(t, "all have ended", func() bool { return worker.sendersLeft() == 0 })
+
+			stream := ask(t, gateway, "later", "leaver")
+			sender := receive(t, running)
+			must(t, stream.Close())
+			until(t, sender.ctx)
+			if err := sender.Send(nil); !errors.Is(err, ErrCancelled) && !errors.Is(err, ErrOffline) {
+				t.Error(err)
+			}
+
+			// No finalizer ends what was forgotten.
+			forgotten := ask(t, gateway, "later", "forgotten")
+			_, err := forgotten.Next(t.Context())
+			must(t, err)
+			serving.handlersReturned(t, worker)
+			for range 3 {
+				runtime.GC()
+			}
+			if worker.Stats().Senders != 1 {
+				t.Error("it was ended: ", worker.Stats())
+			}
+
+			stream = ask(t, gateway, "later", "cut")
+			receive(t, running)
+			serving.stop()
+			must(t, receive(t, serving.result))
+			for _, stream := range []*Stream{stream, forgotten} {
+				_, err := read(t, stream)
+				wantError(t, err, ErrRemote, stoppedServing)
+			}
+		})
+	}
+}
+
 // handlersReturned waits until no handler runs.
 func (s *serving) handlersReturned(t *testing.T, c *client) {
 	t.Helper()
@@ -943,6 +1072,7 @@ func TestServeRefusesBadInput(t *testing.T) {
 		{subject: "a", opts: []Option{With("max_streams", "")}, named: `""`},
 		{subject: "a", opts: []Option{With("drain_ms", "1s")}, named: "drain_ms"},
 		{subject: "a", opts: []Option{With("stop_timeout_ms", "1s")}, named: "stop_timeout_ms"},
+		{subject: "a", opts: []Option{With("detached", "yes")}, named: `"yes"`},
 		{subject: "a", opts: []Option{With("timeout_ms", "1")}, named: `"timeout_ms"`},
 	} {
 		if err := c.Serve(ctx, bad.subject, bad.queue, none, bad.opts...); err == nil {
