@@ -19,9 +19,11 @@ import (
 	"encoding/binary"
 	"io"
 	"iter"
+	"os"
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 	"unsafe"
 )
 
@@ -36,7 +38,8 @@ const (
 	prefix = 4
 )
 
-// Stream is a stream that this process requested. It must be read to its end or closed, else it holds what arrives.
+// Stream is a stream that this process requested. It must be read to its end or closed, or the context of [Conn.Request]
+// must end. Otherwise its worker goes on: a stream that is forgotten is not collected as garbage.
 //
 // A reader that does not read holds its own worker back, and no other stream. (A worker without this library, or with
 // lanes=false, cannot be held back: then the stream ends with ErrFull when more than stream_buffer_bytes wait.)
@@ -104,7 +107,8 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 
 // Messages yields the stream's messages, and then, unless the worker ended it, one error as the last: ErrRemote (the
 // worker's own), ErrOffline, ErrCancelled, ErrPeerGone, ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, ….
-// Leaving the loop early closes the stream.
+// Leaving the loop early closes the stream: by break, return, a panic or runtime.Goexit. When the context of [Conn.Request]
+// ends the stream is cancelled at that moment, whatever the loop is doing, and the loop gets ErrCancelled next.
 //
 // Each message is the reader's own. Small ones that came together share memory: clone one that is to be kept for long.
 func (s *Stream) Messages() iter.Seq2[[]byte, error] {
@@ -120,9 +124,17 @@ func (s *Stream) Messages() iter.Seq2[[]byte, error] {
 }
 
 // Next waits for the stream's next message. It returns io.EOF once the worker has ended the stream, and the errors that
-// [Stream.Messages] tells. ctx limits this wait only: when it ends Next returns its cause, and the stream goes on.
+// [Stream.Messages] tells.
+//
+// When ctx ends, by cancellation or its deadline, the stream is cancelled as by [Stream.Close], and Next returns ErrCancelled
+// with ctx's cause: a reader that has left stops its worker. To wait for some time only, use [Stream.NextTimeout].
 func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 	for {
+		select {
+		case <-ctx.Done():
+			s.finish(cancelled(ctx), true)
+		default:
+		}
 		message, err, ok := s.take()
 		if ok {
 			return message, err
@@ -130,7 +142,26 @@ func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 		select {
 		case <-s.ready:
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+		}
+	}
+}
+
+// NextTimeout is Next with a limit of time for this wait. When it is over NextTimeout returns [os.ErrDeadlineExceeded], and
+// the stream goes on.
+func (s *Stream) NextTimeout(limit time.Duration) ([]byte, error) {
+	var over <-chan time.Time
+	for {
+		message, err, ok := s.take()
+		if ok {
+			return message, err
+		}
+		if over == nil {
+			over = time.After(limit)
+		}
+		select {
+		case <-s.ready:
+		case <-over:
+			return nil, os.ErrDeadlineExceeded
 		}
 	}
 }

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
+	"os"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -185,16 +188,215 @@ func TestStreamEndsWithError(t *testing.T) {
 		t.Error("the worker was not told")
 	}
 
-	stream = ask(t, gateway, "error", "")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+}
+
+// However a reader leaves, its worker stops, and no garbage collection is needed for it.
+func TestReaderLeaves(t *testing.T) {
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	s := startServer(t)
+	cause := errors.New("the browser is gone")
+	type reader struct {
+		t      *testing.T
+		stream *Stream
+		ctx    context.Context // the request's
+		cancel context.CancelCauseFunc
+	}
+	inGoroutine := func(f func()) {
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			f()
+		}()
+		<-ended
+	}
+	for name, leave := range map[string]func(r reader){
+		"Next, cancelled while it waits": func(r reader) {
+			ctx, cancel := context.WithCancelCause(r.t.Context())
+			r.stream.Next(ctx) // the first message
+			time.AfterFunc(10*time.Millisecond, func() { cancel(cause) })
+			_, err := r.stream.Next(ctx)
+			wantError(r.t, err, ErrCancelled, cause.Error())
+			if !errors.Is(err, cause) {
+				r.t.Error(err)
+			}
+		},
+		"Next, cancelled before, while messages wait": func(r reader) {
+			eventually(r.t, "a message waits", func() bool { return r.stream.held() > 0 })
+			ctx, cancel := context.WithCancelCause(r.t.Context())
+			cancel(cause)
+			message, err := r.stream.Next(ctx)
+			wantError(r.t, err, ErrCancelled, cause.Error())
+			if message != nil {
+				r.t.Errorf("%q after the reader had left", message)
+			}
+		},
+		"Next, its deadline passes": func(r reader) {
+			ctx, cancel := context.WithTimeout(r.t.Context(), 10*time.Millisecond)
+			defer cancel()
+			r.stream.NextTimeout(time.Minute) // what waits
+			_, err := r.stream.Next(ctx)
+			wantError(r.t, err, ErrCancelled, "deadline")
+			if !errors.Is(err, context.DeadlineExceeded) {
+				r.t.Error(err)
+			}
+		},
+		"the request's context, in Next": func(r reader) {
+			time.AfterFunc(10*time.Millisecond, func() { r.cancel(cause) })
+			for {
+				if _, err := r.stream.Next(r.t.Context()); err != nil {
+					wantError(r.t, err, ErrCancelled, cause.Error())
+					break
+				}
+			}
+		},
+		"the request's context, in NextTimeout": func(r reader) {
+			time.AfterFunc(10*time.Millisecond, func() { r.cancel(cause) })
+			for {
+				if _, err := r.stream.NextTimeout(time.Minute); err != nil {
+					wantError(r.t, err, ErrCancelled, cause.Error())
+					break
+				}
+			}
+		},
+		"the request's context, while nobody reads": func(r reader) { r.cancel(cause) },
+		"the request's context, in range": func(r reader) {
+			var last error
+			for _, err := range r.stream.Messages() {
+				last = err
+				r.cancel(cause)
+			}
+			wantError(r.t, last, ErrCancelled, cause.Error())
+		},
+		"break": func(r reader) {
+			for range r.stream.Messages() {
+				break
+			}
+		},
+		"a panic in the loop": func(r reader) {
+			defer func() { _ = recover() }()
+			for range r.stream.Messages() {
+				panic("oh")
+			}
+		},
+		"Goexit in the loop": func(r reader) {
+			inGoroutine(func() {
+				for range r.stream.Messages() {
+					runtime.Goexit()
+				}
+			})
+		},
+		"iter.Pull2": func(r reader) {
+			next, stop := iter.Pull2(r.stream.Messages())
+			next()
+			stop()
+		},
+		"Close": func(r reader) { r.stream.Close() },
+	} {
+		for _, lanes := range []string{"true", "false"} {
+			t.Run(name+", lanes "+lanes, func(t *testing.T) {
+				worker, gateway := connect(t, s), connect(t, s, With("lanes", lanes))
+				left := make(chan error, 1)
+				serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
+					must(t, s.Send([]byte("first")))
+					left <- until(t, ctx)
+					return nil
+				})
+				ctx, cancel := context.WithCancelCause(t.Context())
+				defer cancel(nil)
+				stream, err := gateway.Request(ctx, "leave", nil, "leaver "+t.Name())
+				must(t, err)
+				eventually(t, "it runs", func() bool { return stream.held() > 0 })
+				leave(reader{t, stream, ctx, cancel})
+				if err := receive(t, left); !errors.Is(err, map[string]Status{"true": ErrCancelled, "false": ErrOffline}[lanes]) {
+					t.Error(err)
+				}
+				// It stays left.
+				if _, err := stream.Next(t.Context()); !errors.Is(err, ErrCancelled) {
+					t.Error(err)
+				}
+				for message, err := range stream.Messages() {
+					if message != nil || !errors.Is(err, ErrCancelled) {
+						t.Error(message, err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// A reader whose loop is busy when its context ends stops the worker, too.
+func TestContextEndsWhileTheLoopIsBusy(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	left := make(chan error, 1)
+	serve(t, worker, "busy", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send([]byte("first")))
+		left <- until(t, ctx)
+		return nil
+	})
+	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	stream.Next(t.Context())
-	if _, err := stream.Next(ctx); err != context.DeadlineExceeded {
-		t.Error("Next whose context ended: ", err)
+	stream, err := gateway.Request(ctx, "busy", nil, "busy reader")
+	must(t, err)
+	for message, err := range stream.Messages() {
+		if message == nil {
+			wantError(t, err, ErrCancelled, "context canceled")
+			break
+		}
+		cancel()
+		wantError(t, receive(t, left), ErrCancelled, "busy reader")
 	}
-	if err := ctx.Err(); stream.err != nil {
-		t.Error("ended the stream: ", err)
+}
+
+func TestNextTimeout(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	goOn := make(chan struct{})
+	serve(t, worker, "late", func(ctx context.Context, req *Request, s *Sender) error {
+		receive(t, goOn)
+		return s.Send([]byte("late"))
+	})
+	stream := ask(t, gateway, "late", "patient")
+	for _, limit := range []time.Duration{-1, 0, time.Millisecond, 10 * time.Millisecond} {
+		if message, err := stream.NextTimeout(limit); message != nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error(limit, message, err)
+		}
 	}
+	close(goOn)
+	message, err := stream.NextTimeout(patience)
+	must(t, err)
+	if string(message) != "late" {
+		t.Error(string(message))
+	}
+	for range 2 {
+		if _, err := stream.NextTimeout(patience); err != io.EOF {
+			t.Error(err)
+		}
+	}
+}
+
+// A stream that is forgotten goes on until its context ends: no finalizer ends it.
+func TestForgottenStream(t *testing.T) {
+	s := startServer(t)
+	worker, gateway := connect(t, s), connect(t, s)
+	left := make(chan error, 1)
+	serve(t, worker, "forgotten", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send([]byte("first")))
+		left <- until(t, ctx)
+		return nil
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := gateway.Request(ctx, "forgotten", nil, "forgetful")
+	must(t, err)
+	eventually(t, "it runs", func() bool { return worker.Stats().Senders == 1 })
+	for range 3 {
+		runtime.GC()
+	}
+	if gateway.streamsLeft() != 1 || gateway.Stats().Streams != 1 || len(left) != 0 {
+		t.Error("it was ended")
+	}
+	cancel()
+	wantError(t, receive(t, left), ErrCancelled, "forgetful")
 }
 
 func TestRetries(t *testing.T) {
