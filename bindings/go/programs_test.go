@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -71,37 +72,121 @@ func (p *program) says(t testing.TB, expression string) string {
 
 // browser reads server-sent events until it leaves.
 type browser struct {
-	events *bufio.Scanner
-	leave  context.CancelFunc
+	body     *bufio.Reader
+	afterCR  bool // the last line ended with CR, so that a LF now belongs to it
+	comments int
+	leave    context.CancelFunc
+	conn     net.Conn
 }
 
 func browse(t *testing.T, url string) *browser {
 	t.Helper()
 	ctx, leave := context.WithCancel(t.Context())
 	t.Cleanup(leave)
+	b := &browser{leave: leave}
+	transport := &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		b.conn = conn
+		return conn, err
+	}}
+	t.Cleanup(transport.CloseIdleConnections)
 	req, err := http.NewRequestWithContext(ctx, "GET", url, nil)
 	must(t, err)
 	var response *http.Response
 	eventually(t, "the gateway answers", func() bool {
-		response, err = http.DefaultClient.Do(req)
+		response, err = transport.RoundTrip(req)
 		return err == nil
 	})
 	if response.StatusCode != 200 || response.Header.Get("Content-Type") != "text/event-stream" {
 		t.Fatal(response.Status, response.Header)
 	}
-	return &browser{bufio.NewScanner(response.Body), leave}
+	b.body = bufio.NewReader(response.Body)
+	return b
+}
+
+// line returns the next line, which ends with CR LF, LF or CR as the standard of server-sent events says.
+func (b *browser) line() (string, error) {
+	var line []byte
+	for {
+		c, err := b.body.ReadByte()
+		if err != nil {
+			return "", err
+		}
+		if b.afterCR && c == '\n' {
+			b.afterCR = false
+			continue
+		}
+		b.afterCR = c == '\r'
+		if c == '\r' || c == '\n' {
+			return string(line), nil
+		}
+		line = append(line, c)
+	}
+}
+
+// event returns the next event's type and data.
+func (b *browser) event(t *testing.T) (kind, data string) {
+	t.Helper()
+	kind = "message"
+	var lines []string
+	for {
+		line, err := b.line()
+		if err != nil {
+			t.Fatal("no more events: ", err)
+		}
+		field, value, _ := strings.Cut(line, ":")
+		value = strings.TrimPrefix(value, " ")
+		switch {
+		case line == "" && lines != nil:
+			return kind, strings.Join(lines, "\n")
+		case line == "":
+			kind = "message"
+		case field == "":
+			b.comments++
+		case field == "event":
+			kind = value
+		case field == "data":
+			lines = append(lines, value)
+		default:
+			t.Errorf("a line that no gateway sends: %q", line)
+		}
+	}
 }
 
 // data returns the data of the next event.
 func (b *browser) data(t *testing.T) string {
 	t.Helper()
-	for b.events.Scan() {
-		if data, ok := strings.CutPrefix(b.events.Text(), "data: "); ok {
-			return data
+	_, data := b.event(t)
+	return data
+}
+
+// forged are messages that would add events and fields where their line ends reach the browser as they are.
+var forged = []string{
+	"a\n\nevent: evil\ndata: x\n\n", "b\r\revent: evil\rdata: x\r\r", "c\r\n\r\nevent: evil\r\ndata: x\r\n\r\n",
+	"d\n\r\n\revent: evil\n\rdata: x\n\r", "\nid: 7\n", "\rretry: 1\r", "\r\nid: 7", ":comment", "", "event: evil", "  spaces ",
+	"\n", "\r", "\r\n", "\r\r\n\n", "last\r",
+}
+
+// forge serves a subject with these messages.
+func forge(t *testing.T, s *server, subject string) *serving {
+	t.Helper()
+	return serve(t, connect(t, s), subject, func(ctx context.Context, req *Request, s *Sender) error {
+		for _, message := range forged {
+			must(t, s.Send([]byte(message)))
+		}
+		return nil
+	})
+}
+
+// seesNoForgery reads the events of forged messages: one for each, with the message's lines.
+func (b *browser) seesNoForgery(t *testing.T) {
+	t.Helper()
+	for _, message := range forged {
+		want := strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(message)
+		if kind, data := b.event(t); kind != "message" || data != want {
+			t.Fatalf("%q came as an event %q with %q", message, kind, data)
 		}
 	}
-	t.Fatal("no more events: ", b.events.Err())
-	return ""
 }
 
 func TestExamples(t *testing.T) {
@@ -159,6 +244,80 @@ func TestExamples(t *testing.T) {
 	receive(t, answered)
 }
 
+func buildGateway(t *testing.T) (path string) {
+	t.Helper()
+	path = t.TempDir() + "/gateway"
+	run(t, ".", "go", "build", "-o", path, "./examples/gateway")
+	return path
+}
+
+// askFor requests a stream for the browser with this id; what it is answered is of no interest.
+func askFor(t *testing.T, url, id string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", nil)
+	must(t, err)
+	req.Header.Set("X-Connect-ID", id)
+	go func() {
+		if response, err := http.DefaultClient.Do(req); err == nil {
+			response.Body.Close()
+		}
+	}()
+}
+
+func TestNoMessageForgesEvents(t *testing.T) {
+	s := startServer(t)
+	forge(t, s, "forge")
+	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=forge", "LISTEN=127.0.0.1:0")
+	url := "http://" + gateway.says(t, "listening on (.*)")
+	b := browse(t, url+"/events")
+	kind, id := b.event(t)
+	if kind != "id" {
+		t.Error(kind, id)
+	}
+	askFor(t, url, id)
+	b.seesNoForgery(t)
+	b.leave()
+}
+
+// A browser whose machine answers nothing any more, not even with a reset, has left.
+func TestBrowserVanishes(t *testing.T) {
+	s := startServer(t)
+	worker := connect(t, s)
+	left := make(chan error, 1)
+	serve(t, worker, "vanish", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send([]byte("first")))
+		left <- until(t, ctx) // and sends nothing that would be acknowledged
+		return nil
+	})
+	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=vanish", "LISTEN=127.0.0.1:0",
+		"KEEP_ALIVE=100ms", "USER_TIMEOUT=500ms")
+	url := "http://" + gateway.says(t, "listening on (.*)")
+	b := browse(t, url+"/events")
+	id := b.data(t)
+	askFor(t, url, id)
+	if data := b.data(t); data != "first" {
+		t.Error(data)
+	}
+	for b.comments < 2 {
+		if line, err := b.line(); err != nil {
+			t.Fatal(err)
+		} else if strings.HasPrefix(line, ":") {
+			b.comments++
+		}
+	}
+	if len(left) != 0 {
+		t.Error("it left early")
+	}
+	raw, err := b.conn.(*net.TCPConn).SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) {
+		dropAll := []syscall.SockFilter{{Code: syscall.BPF_RET | syscall.BPF_K}}
+		must(t, syscall.AttachLsf(int(fd), dropAll))
+	}))
+	wantError(t, receive(t, left), ErrOffline, id)
+	gateway.says(t, "stream client="+id+" received=1 why=.*offline")
+}
+
 // The README's programs, as they are but for the addresses.
 func TestReadme(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
@@ -179,7 +338,7 @@ func TestReadme(t *testing.T) {
 	for i, name := range []string{"worker", "gateway"} {
 		text := programs[i][1]
 		code := regexp.MustCompile(`(?s)import \(.*?\)\n`).ReplaceAll(text, nil)
-		if lines := len(regexp.MustCompile(`(?m)^.*\S`).FindAll(code, -1)); lines > 23 {
+		if lines := len(regexp.MustCompile(`(?m)^.*\S`).FindAll(code, -1)); lines > 25 {
 			t.Errorf("%s has %d lines without its imports", name, lines)
 		}
 		text = bytes.ReplaceAll(text, []byte("nats://127.0.0.1:4222"), []byte(s.url))
@@ -192,8 +351,14 @@ func TestReadme(t *testing.T) {
 	}
 	run(t, dir, "go", "vet", "./...")
 	run(t, dir, "go", "build", "-o", dir+"/bin/", "./...")
-	worker := start(t, dir+"/bin/worker")
 	start(t, dir+"/bin/gateway")
+	forging := forge(t, s, "count")
+	forgery := browse(t, "http://"+free.Addr().String()+"/count")
+	forgery.seesNoForgery(t)
+	forgery.leave()
+	forging.stop()
+	must(t, receive(t, forging.result))
+	worker := start(t, dir+"/bin/worker")
 	probe := connect(t, s)
 	_, err = ask(t, probe, "count", "probe", With("retries", "1000"), With("retry_delay_ms", "10")).Next(t.Context())
 	must(t, err)

@@ -4,12 +4,17 @@
 //	POST /ask     requests a stream with the body, for the client in the header X-Connect-ID, to be forwarded to that
 //	              client's /events; answers when the stream has ended.
 //
-// Settings come from the environment: NATS_URL, SUBJECT, LISTEN.
+// A browser that vanishes without closing its connection (no network, no power) is noticed after KEEP_ALIVE and USER_TIMEOUT
+// at the latest: the gateway sends a comment every KEEP_ALIVE, and the kernel closes a connection whose data was not
+// acknowledged for USER_TIMEOUT. A browser that takes no data for that time loses its connection, too.
+//
+// Settings come from the environment: NATS_URL, SUBJECT, LISTEN, KEEP_ALIVE (10s), USER_TIMEOUT (20s).
 package main
 
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -20,6 +25,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
 )
@@ -35,10 +41,14 @@ func main() {
 	// Clients that other gateways see leave.
 	check(conn.ListenOffline())
 
-	g := &gateway{conn: conn, subject: setting("SUBJECT", "pieces")}
+	keepAlive, err := time.ParseDuration(setting("KEEP_ALIVE", "10s"))
+	check(err)
+	userTimeout, err := time.ParseDuration(setting("USER_TIMEOUT", "20s"))
+	check(err)
+	g := &gateway{conn: conn, subject: setting("SUBJECT", "pieces"), keepAlive: keepAlive}
 	http.HandleFunc("GET /events", g.events)
 	http.HandleFunc("POST /ask", g.ask)
-	listener, err := net.Listen("tcp", setting("LISTEN", "127.0.0.1:8080"))
+	listener, err := listen(setting("LISTEN", "127.0.0.1:8080"), userTimeout)
 	check(err)
 	log.Print("listening on ", listener.Addr())
 	// Requests end with ctx, so that Close need not wait for browsers.
@@ -52,10 +62,24 @@ func main() {
 	check(conn.Close(context.Background()))
 }
 
+// listen returns a listener whose connections end when what was sent is not acknowledged for so long.
+func listen(address string, userTimeout time.Duration) (net.Listener, error) {
+	const tcpUserTimeout = 18 // TCP_USER_TIMEOUT in linux/tcp.h, which package syscall does not have
+	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var failed error
+		err := c.Control(func(fd uintptr) { // accepted connections inherit it
+			failed = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout, int(userTimeout.Milliseconds()))
+		})
+		return errors.Join(err, failed)
+	}}
+	return config.Listen(context.Background(), "tcp", address)
+}
+
 type gateway struct {
-	conn    *presence.Conn
-	subject string
-	clients sync.Map // by id: *client
+	conn      *presence.Conn
+	subject   string
+	keepAlive time.Duration
+	clients   sync.Map // by id: *client
 }
 
 // client is a browser with an open /events.
@@ -63,6 +87,10 @@ type client struct {
 	messages chan []byte
 	left     <-chan struct{}
 }
+
+// lineEnds begins a new data line after each line end that server-sent events know. Otherwise a message that has line ends
+// could add events of its own.
+var lineEnds = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
 
 func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
 	id := rand.Text()
@@ -73,12 +101,17 @@ func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
 	defer presence.MarkClientOffline(id) // stops the client's streams, here and at the workers
 
 	w.Header().Set("Content-Type", "text/event-stream")
+	w.Header().Set("Cache-Control", "no-cache")
 	fmt.Fprintf(w, "event: id\ndata: %s\n\n", id)
+	keepAlive := time.NewTicker(g.keepAlive)
+	defer keepAlive.Stop()
 	out := http.NewResponseController(w)
 	for out.Flush() == nil {
 		select {
 		case message := <-c.messages:
-			fmt.Fprintf(w, "data: %s\n\n", strings.ReplaceAll(string(message), "\n", "\ndata: "))
+			fmt.Fprintf(w, "data: %s\n\n", lineEnds.Replace(string(message)))
+		case <-keepAlive.C:
+			fmt.Fprint(w, ": keep-alive\n\n")
 		case <-c.left:
 			return
 		}
