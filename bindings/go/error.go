@@ -16,7 +16,7 @@ type Status int32
 
 const (
 	ErrInvalid      Status = C.PRESENCE_INVALID       // an argument is wrong; the error's message names it
-	ErrOffline      Status = C.PRESENCE_OFFLINE       // the client was marked offline, here or by another process
+	ErrOffline      Status = C.PRESENCE_OFFLINE       // the client is offline: it was marked so here, or another process says so
 	ErrClosed       Status = C.PRESENCE_CLOSED        // the sender, stream or connection has ended already
 	ErrCancelled    Status = C.PRESENCE_CANCELLED     // the stream was cancelled by its reader; at a worker also: the client left before it began; or the context ended
 	ErrFull         Status = C.PRESENCE_FULL          // no room to send now; or too much waited for a stream's reader
@@ -25,7 +25,7 @@ const (
 	ErrDisconnected Status = C.PRESENCE_DISCONNECTED  // no connection to nats-server, or lost before the stream had a lane
 	ErrPeerGone     Status = C.PRESENCE_PEER_GONE     // the process at the other end is gone
 	ErrNoResponders Status = C.PRESENCE_NO_RESPONDERS // nobody serves the subject
-	ErrBusy         Status = C.PRESENCE_BUSY          // in use by another thread
+	ErrBusy         Status = C.PRESENCE_BUSY          // the worker runs as many streams as it may ("server busy"); or in use by another thread
 	ErrTimeout      Status = C.PRESENCE_TIMEOUT       // the time given was over
 	ErrRemote       Status = C.PRESENCE_REMOTE        // the worker ended the stream with an error: the message
 	ErrForked       Status = C.PRESENCE_FORKED        // not usable in a forked process

@@ -67,7 +67,7 @@ type Stream struct {
 // Its options timeout_ms, retries, stream_buffer_bytes, … are told at [With].
 //
 // Fails with ErrInvalid, ErrTooLarge, ErrFull (too much waits to be sent), ErrDisconnected, ErrClosed (the connection),
-// ErrCancelled (ctx). That nobody serves the subject is an error of the stream: ErrNoResponders.
+// ErrCancelled (ctx), ErrOffline (the client is not online here, and the option only_online is set). That nobody serves the subject is an error of the stream: ErrNoResponders.
 func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientID string, opts ...Option) (*Stream, error) {
 	if ctx.Err() != nil {
 		return nil, cancelled(ctx)
@@ -106,7 +106,8 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 }
 
 // Messages yields the stream's messages, and then, unless the worker ended it, one error as the last: ErrRemote (the
-// worker's own), ErrOffline, ErrCancelled, ErrPeerGone, ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, ….
+// worker's own), ErrOffline, ErrBusy (the worker has no capacity), ErrCancelled, ErrPeerGone, ErrNoResponders,
+// ErrDisconnected, ErrTimeout, ErrFull, ….
 // Leaving the loop early closes the stream: by break, return, a panic or runtime.Goexit. When the context of [Conn.Request]
 // ends the stream is cancelled at that moment, whatever the loop is doing, and the loop gets ErrCancelled next.
 //

@@ -399,6 +399,76 @@ func TestForgottenStream(t *testing.T) {
 	wantError(t, receive(t, left), ErrCancelled, "forgetful")
 }
 
+// What the other end says of the client and of itself has its own status; all else is the worker's own error.
+func TestStatusesOfTheOtherEnd(t *testing.T) {
+	s := startServer(t)
+	gateway, worker := connect(t, s), rawClient(t, s)
+	requests := worker.subscribe("statuses")
+	for text, status := range map[string]Status{
+		"the client is offline": ErrOffline, "server busy": ErrBusy,
+		"the client is offline now": ErrRemote, "Server busy": ErrRemote, "": ErrRemote,
+	} {
+		stream := ask(t, gateway, "statuses", "someone")
+		worker.publish(receive(t, requests).reply, "", "", "__STREAM_ERROR__:"+text)
+		_, err := read(t, stream)
+		wantError(t, err, status, "")
+		for _, other := range []Status{ErrOffline, ErrBusy, ErrRemote} {
+			if errors.Is(err, other) != (status == other) {
+				t.Errorf("%q: errors.Is(%v, %v)", text, err, other)
+			}
+		}
+	}
+	// On a lane, too.
+	busy := connect(t, s)
+	serve(t, busy, "busy", func(ctx context.Context, req *Request, s *Sender) error {
+		must(t, s.Send(nil))
+		return until(t, ctx)
+	}, With("max_streams", "1"))
+	first := ask(t, gateway, "busy", "first")
+	_, err := first.Next(t.Context())
+	must(t, err)
+	_, err = read(t, ask(t, gateway, "busy", "second"))
+	wantError(t, err, ErrBusy, "")
+	first.Close()
+}
+
+// A request that comes when its client has left must not bring the client back.
+func TestOnlyOnline(t *testing.T) {
+	s := startServer(t)
+	gateway := connect(t, s)
+	serve(t, connect(t, s), "echo", echo)
+	const id = "only online"
+	request := func(value string) (*Stream, error) {
+		return gateway.Request(t.Context(), "echo", nil, id, With("only_online", value))
+	}
+	for range 2 {
+		stream, err := request("true")
+		if stream != nil || err == nil {
+			t.Fatal("requested for a client that is offline")
+		}
+		wantError(t, err, ErrOffline, id)
+		online(t, id, false)
+		if gateway.streamsLeft() != 0 {
+			t.Error("a stream is left")
+		}
+
+		must(t, MarkClientOnline(id))
+		stream, err = request("true")
+		must(t, err)
+		if got, err := read(t, stream); len(got) != 3 || err != nil {
+			t.Error(got, err)
+		}
+		must(t, MarkClientOffline(id))
+	}
+	stream, err := request("false")
+	must(t, err)
+	if got, err := read(t, stream); len(got) != 3 || err != nil {
+		t.Error(got, err)
+	}
+	_, err = request("perhaps")
+	wantError(t, err, ErrInvalid, "only_online")
+}
+
 func TestRetries(t *testing.T) {
 	s := startServer(t)
 	gateway := connect(t, s)

@@ -821,7 +821,7 @@ func TestServerBusyWithHandlers(t *testing.T) {
 		if i == 0 {
 			must(t, err)
 		} else {
-			wantError(t, err, ErrRemote, "server busy")
+			wantError(t, err, ErrBusy, "server busy")
 		}
 		stream.Close()
 		eventually(t, "the stream has ended", func() bool { return worker.Stats().Senders == 0 })
