@@ -22,10 +22,7 @@ package presence
 // #cgo nocallback presence_is_online
 import "C"
 
-import (
-	"fmt"
-	"runtime"
-)
+import "fmt"
 
 // MarkClientOnline marks a client online in this process, until [MarkClientOffline] or an announcement of another process
 // says otherwise. Once more is fine. Fails with ErrInvalid, for a bad id only.
@@ -54,20 +51,16 @@ func OnlineCount() uint64 { return uint64(C.presence_online_count()) }
 func Version() string { return C.GoString(C.presence_version()) }
 
 // Session is one of several connections of the same client, such as two tabs of a browser.
-type Session struct {
-	handle  *C.presence_session
-	cleanup runtime.Cleanup
-}
+type Session struct{ handle *C.presence_session }
 
-// OpenSession opens a session of a client, who is online as long as one of its sessions is open. Keep the session until
-// its Close: one that is garbage-collected is closed. The empty id gives a session without effect. Fails with
-// ErrInvalid, for a bad id only.
+// OpenSession opens a session of a client, who is online as long as one of its sessions is open. Close ends it, and so does
+// [MarkClientOffline]; a session that is forgotten stays open, for the garbage collector must not decide when a client's
+// streams end. The empty id gives a session without effect. Fails with ErrInvalid, for a bad id only.
 func OpenSession(id string) (*Session, error) {
 	s := new(Session)
 	if err := idError(C.presence_session_open(cString(id), C.size_t(len(id)), &s.handle), id); err != nil {
 		return nil, err
 	}
-	s.cleanup = runtime.AddCleanup(s, func(handle *C.presence_session) { C.presence_session_close(handle) }, s.handle)
 	return s, nil
 }
 
@@ -75,9 +68,7 @@ func OpenSession(id string) (*Session, error) {
 // marked online; after the option "session_grace_ms" if [Connect] set it, and without a new session in that time. Once
 // more has no effect. It returns nil.
 func (s *Session) Close() error {
-	s.cleanup.Stop()
 	C.presence_session_close(s.handle)
-	runtime.KeepAlive(s)
 	return nil
 }
 
