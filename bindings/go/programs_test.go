@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -251,6 +252,30 @@ func buildGateway(t *testing.T) (path string) {
 	return path
 }
 
+// The text of a worker's error is for the gateway's log.
+func TestBrowserReadsNoErrorText(t *testing.T) {
+	s := startServer(t)
+	serve(t, connect(t, s), "fail", func(ctx context.Context, req *Request, s *Sender) error {
+		return s.SendError(errors.New("password=hunter2"))
+	})
+	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=fail", "LISTEN=127.0.0.1:0")
+	url := "http://" + gateway.says(t, "listening on (.*)")
+	b := browse(t, url+"/events")
+	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", nil)
+	must(t, err)
+	req.Header.Set("X-Connect-ID", b.data(t))
+	response, err := http.DefaultClient.Do(req)
+	must(t, err)
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	must(t, err)
+	if response.StatusCode != 502 || strings.Contains(string(text), "hunter2") {
+		t.Error(response.Status, string(text))
+	}
+	gateway.says(t, "why=.*hunter2")
+	b.leave()
+}
+
 // askFor requests a stream for the browser with this id; what it is answered is of no interest.
 func askFor(t *testing.T, url, id string) {
 	t.Helper()
@@ -338,7 +363,7 @@ func TestReadme(t *testing.T) {
 	for i, name := range []string{"worker", "gateway"} {
 		text := programs[i][1]
 		code := regexp.MustCompile(`(?s)import \(.*?\)\n`).ReplaceAll(text, nil)
-		if lines := len(regexp.MustCompile(`(?m)^.*\S`).FindAll(code, -1)); lines > 25 {
+		if lines := len(regexp.MustCompile(`(?m)^.*\S`).FindAll(code, -1)); lines > 26 {
 			t.Errorf("%s has %d lines without its imports", name, lines)
 		}
 		text = bytes.ReplaceAll(text, []byte("nats://127.0.0.1:4222"), []byte(s.url))

@@ -127,13 +127,13 @@ func (g *gateway) ask(w http.ResponseWriter, r *http.Request) {
 	}
 	question, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
 	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
+		http.Error(w, "the question cannot be read, or has more than 1 MiB", http.StatusBadRequest)
 		return
 	}
 	received, err := g.forward(r.Context(), found.(*client), id, question)
 	log.Printf("stream client=%s received=%d why=%v", id, received, err)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadGateway)
+	if err != nil { // the log has it: it may be a worker's own text, which is not for the browser
+		http.Error(w, "the stream ended early", http.StatusBadGateway)
 		return
 	}
 	fmt.Fprintln(w, received)
