@@ -92,15 +92,22 @@ func TestListenOffline(t *testing.T) {
 
 func TestMarkIsAnnounced(t *testing.T) {
 	s := startServer(t)
-	connect(t, s)
-	offline := rawClient(t, s).subscribe("client.offline")
+	c, worker := connect(t, s), rawClient(t, s)
+	offline, requests := worker.subscribe("client.offline"), worker.subscribe("level0")
 	must(t, MarkClientOffline("announced"))
 	if told := receive(t, offline); told.data != "announced" {
 		t.Error(told)
 	}
+	// The end of a session is, if it cannot be said to the worker alone.
 	session, err := OpenSession("announced")
 	must(t, err)
+	stream := ask(t, c, "level0", "announced")
+	worker.publish(receive(t, requests).reply, "", "", "first")
+	_, err = stream.Next(t.Context())
+	must(t, err)
 	must(t, session.Close())
+	_, err = stream.Next(t.Context())
+	wantError(t, err, ErrOffline, "")
 	if told := receive(t, offline); told.data != "announced" {
 		t.Error(told)
 	}

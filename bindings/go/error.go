@@ -21,7 +21,7 @@ const (
 	ErrCancelled    Status = C.PRESENCE_CANCELLED     // the stream was cancelled by its reader; at a worker also: the client left before it began; or the context ended
 	ErrFull         Status = C.PRESENCE_FULL          // no room to send now; or too much waited for a stream's reader
 	ErrTooLarge     Status = C.PRESENCE_TOO_LARGE     // the payload is larger than nats-server's max_payload
-	ErrReserved     Status = C.PRESENCE_RESERVED      // the payload begins with __STREAM_END__ or __STREAM_ERROR__
+	ErrReserved     Status = C.PRESENCE_RESERVED      // the payload would be taken for something else: it begins with __STREAM_END__ or __STREAM_ERROR__
 	ErrDisconnected Status = C.PRESENCE_DISCONNECTED  // no connection to nats-server, or lost before the stream had a lane
 	ErrPeerGone     Status = C.PRESENCE_PEER_GONE     // the process at the other end is gone
 	ErrNoResponders Status = C.PRESENCE_NO_RESPONDERS // nobody serves the subject

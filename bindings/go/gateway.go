@@ -170,9 +170,10 @@ func (s *Stream) NextTimeout(limit time.Duration) ([]byte, error) {
 // Close cancels the stream if it still runs, and drops what was not read; Next returns ErrCancelled then. It returns nil.
 // Once more has no effect.
 //
-// This stops the stream's sender, with ErrCancelled, and nothing else. A worker that has not answered yet, or has no lanes
-// (it is without this library, or has lanes=false), can only be told that the client left: it is, unless another stream, a
-// session or a mark keeps the client online here.
+// This stops the stream's sender, with ErrCancelled, and nothing else. A worker on level 0 (without this library, or with
+// lanes=false) can be stopped only by announcing the client offline, which also stops the client's streams at other gateways.
+// That is done unless another stream, a session or a mark keeps the client online here. Where the worker has not answered
+// yet, it is done after its first answer, or 5 seconds without one.
 func (s *Stream) Close() error {
 	s.finish(failed(C.PRESENCE_CANCELLED, "stream"), true)
 	return nil

@@ -50,10 +50,11 @@ func OnlineCount() uint64 { return uint64(C.presence_online_count()) }
 // Version returns the version of the C library, as in "1.2.3".
 func Version() string { return C.GoString(C.presence_version()) }
 
-// Session is one of several connections of the same client, such as two tabs of a browser.
+// Session is one of a client's connections to this process, such as one of two tabs of a browser. A client may have sessions
+// in several gateway processes; each process knows its own only.
 type Session struct{ handle *C.presence_session }
 
-// OpenSession opens a session of a client, who is online as long as one of its sessions is open. Close ends it, and so does
+// OpenSession opens a session of a client, who is online here as long as one of its sessions is open. Close ends it, and so does
 // [MarkClientOffline]; a session that is forgotten stays open, for the garbage collector must not decide when a client's
 // streams end. The empty id gives a session without effect. Fails with ErrInvalid, for a bad id only.
 func OpenSession(id string) (*Session, error) {
@@ -64,9 +65,13 @@ func OpenSession(id string) (*Session, error) {
 	return s, nil
 }
 
-// Close closes the session. With a client's last one the client goes offline as by [MarkClientOffline], unless it is also
-// marked online; after the option "session_grace_ms" if [Connect] set it, and without a new session in that time. Once
+// Close closes the session. With a client's last one in this process, the streams that this process requested for the client
+// end with ErrOffline, unless the client is also marked online; after the option "session_grace_ms" if [Connect] set it, and
+// without a new session in that time. The client's streams at other gateways go on: [MarkClientOffline] ends them too. Once
 // more has no effect. It returns nil.
+//
+// A worker on level 0 (without this library, or with lanes=false) can be stopped only by announcing the client offline to
+// all processes. If one of the streams that end here is on level 0, the client's streams at other gateways end, too.
 func (s *Session) Close() error {
 	C.presence_session_close(s.handle)
 	return nil
