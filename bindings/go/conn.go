@@ -5,6 +5,7 @@ import "C"
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"strconv"
 	"sync"
@@ -41,8 +42,8 @@ func With(name, value string) Option {
 }
 
 // WithLog has [Connect] call f with what happens to the connection: events of kind Connected, Disconnected, Serving and
-// Log, errors and panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256 events
-// wait for it, further ones are dropped. For Connect only.
+// Log, errors and panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256
+// events wait for it, further ones are dropped, and an event of kind Log with ErrFull says how many. For Connect only.
 func WithLog(f func(Event)) Option { return func(o *options) { o.log = f } }
 
 func collect(opts []Option) (o options) {
@@ -103,6 +104,7 @@ type Conn struct {
 	busy    atomic.Uint64 // requests that were refused here, not by C
 	drained chan struct{} // closed when the last event was dealt with
 	log     chan Event    // nil if nobody wants to know
+	unsaid  atomic.Uint64 // events for which log had no room
 
 	mu       sync.Mutex
 	lastTag  uint64
@@ -288,6 +290,9 @@ func (c *Conn) report(log func(Event)) {
 		select {
 		case event := <-c.log:
 			log(event)
+			if n := c.unsaid.Swap(0); n > 0 {
+				log(Event{Kind: Log, Status: ErrFull, Text: fmt.Sprintf("%d events were dropped: %d waited already", n, cap(c.log))})
+			}
 		case <-c.drained:
 			for len(c.log) > 0 {
 				log(<-c.log)
@@ -303,6 +308,7 @@ func (c *Conn) tell(event Event) {
 		select {
 		case c.log <- event:
 		default:
+			c.unsaid.Add(1)
 		}
 	}
 }

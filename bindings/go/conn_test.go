@@ -3,6 +3,7 @@ package presence
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"runtime"
@@ -52,6 +53,29 @@ func TestConnectRefusesBadInput(t *testing.T) {
 	c, err := Connect("nats://me:secret@127.0.0.1:" + s.port + ",nats://" + closed.Addr().String())
 	must(t, err)
 	must(t, closeNow(c))
+}
+
+// A log that is slow loses events, and says how many.
+func TestSlowLog(t *testing.T) {
+	s := startServer(t)
+	begun, goOn, events := make(chan struct{}, 1), make(chan bool), &events{changed: make(chan struct{}, 1)}
+	c, err := Connect(s.url, WithLog(func(e Event) {
+		signal(begun)
+		<-goOn
+		events.add(e)
+	}))
+	must(t, err)
+	defer closeNow(c)
+	const lost = 10
+	c.tell(Event{Kind: Log, Text: "first"})
+	receive(t, begun)
+	for range cap(c.log) + lost {
+		c.tell(Event{Kind: Log, Text: "more"})
+	}
+	close(goOn)
+	if event := events.wait(t, Log, fmt.Sprint(lost, " events were dropped")); event.Status != ErrFull {
+		t.Error(event)
+	}
 }
 
 func TestUseAfterClose(t *testing.T) {
