@@ -166,6 +166,8 @@ func TestLeavingIsNotLogged(t *testing.T) {
 	eventually(t, "the handler has returned", func() bool { return worker.sendersLeft() == 0 })
 	read(t, ask(t, gateway, "leave", "last"))
 	worker.events.wait(t, Log, "logged")
+	worker.events.mu.Lock()
+	defer worker.events.mu.Unlock()
 	for _, event := range worker.events.all {
 		if event.ClientID == "leaver" {
 			t.Error(event.Text)
