@@ -105,13 +105,16 @@ def test_streams_do_not_mix(gateway: Shell, raw: RawPeer, requests: Subscription
         assert received == [f"{tag} {i}" for i in range(20)]
 
 
-@pytest.mark.parametrize("text", ["no such model", "", "server busy", "__STREAM_END__", ": x"])
+STATUSES = {"server busy": "BUSY", "the client is offline": "OFFLINE"}
+
+
+@pytest.mark.parametrize("text", ["no such model", "", *STATUSES, "__STREAM_END__", ": x"])
 def test_an_error(gateway: Shell, raw: RawPeer, requests: Subscription, text: str) -> None:
     inbox = begin(gateway, requests, 1, "alice")
     raw.send(pub(inbox, b"one") + pub(inbox, b"__STREAM_ERROR__:" + text.encode()))
     assert gateway.wait(event="DATA")["data"] == "one"
     error = gateway.wait(event="ERROR")
-    assert (error["status"], error["data"]) == ("REMOTE", text)
+    assert (error["status"], error["data"]) == (STATUSES.get(text, "REMOTE"), text)
 
 
 @pytest.mark.parametrize(

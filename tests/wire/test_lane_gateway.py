@@ -156,7 +156,7 @@ def test_an_error(gateway: Shell, worker: WorkerByHand, text: str) -> None:
     lane.send(data(1, b"one"), error(1, text.encode()), data(1, b"late"), end(1))
     assert gateway.wait(event="DATA")["data"] == "one"
     failed = gateway.wait(event="ERROR")
-    assert (failed["status"], failed["data"]) == ("REMOTE", text)
+    assert (failed["status"], failed["data"]) == ({"server busy": "BUSY"}.get(text, "REMOTE"), text)
     lane.ask()
     assert not [event for event in gateway.events if event["event"] in ("DATA", "END")]
 
@@ -257,16 +257,55 @@ def test_a_request_is_accepted_once(gateway: Shell, worker: WorkerByHand) -> Non
     assert_goes_on(gateway, first, 1)
 
 
-def test_who_answered_on_level_0_has_it(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_an_accept_counts_after_an_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    """The answer may be anybody's who can read the request."""
     asked = ask(gateway, worker, 1)
     raw.send(pub(asked.reply, b"one"))
     gateway.wait(event="DATA")
     lane = worker.lane(asked)
-    lane.send(accept(1, asked.key), data(1, b"two"))
-    assert lane.take() == cancel(1, UNKNOWN)
+    lane.send(accept(1, asked.key))
+    lane.ask()
+    raw.send(pub(asked.reply, b"late") + pub(asked.reply, b"__STREAM_END__"))
+    assert_goes_on(gateway, lane, 1)
+    assert ignored(gateway) == 2
+
+
+STORED = b'{"stream":"AUDIT","seq":1}'
+
+
+def test_the_acknowledgement_of_an_audit_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+    """A JetStream stream that captures the requests acknowledges each at its reply subject."""
+    asked = ask(gateway, worker, 1)
+    raw.send(pub(asked.reply, STORED))
+    lane = worker.lane(asked)
+    lane.send(accept(1, asked.key))
+    lane.ask()
+    assert_goes_on(gateway, lane, 1)
+    assert ignored(gateway) == 1
+
+
+def test_one_acknowledgement_of_an_audit_is_ignored_on_level_0(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer
+) -> None:
+    asked = ask(gateway, worker, 1)
+    raw.send(pub(asked.reply, STORED) + pub(asked.reply, b"one") + pub(asked.reply, STORED))
+    assert gateway.wait(event="DATA")["data"] == "one"
+    assert gateway.wait(event="DATA")["data"] == STORED.decode()
+    assert ignored(gateway) == 1
     raw.send(pub(asked.reply, b"__STREAM_END__"))
     gateway.wait(event="END")
-    assert gateway.take(event="DATA") is None
+
+
+def test_an_early_end_is_announced_after_an_answer_on_level_0(
+    gateway: Shell, worker: WorkerByHand, raw: RawPeer
+) -> None:
+    announcements = raw.subscribe("client.offline")
+    for tag, answer in enumerate([b"__STREAM_END__", b"__STREAM_ERROR__:no", STORED, b"one"]):
+        asked = ask(gateway, worker, tag, f"client-{tag}")
+        gateway.do(f"drop {tag}")
+        raw.send(pub(asked.reply, answer))
+    # Only the last one is a message of a worker that runs. What the others led to would come before it.
+    assert announcements.payload() == b"client-3"
 
 
 def test_what_comes_on_level_0_after_the_accept_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
