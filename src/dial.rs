@@ -1,29 +1,88 @@
-//! How nats-server is reached: which servers, with which options, and a NATS client that does not outlive its connection.
+//! How nats-server is reached: which servers, in which order, with which options, and a NATS client that does not outlive
+//! its connection.
+//!
+//! Servers, and the addresses of a server's name, are tried as in Happy Eyeballs (RFC 8305): the next one while the one
+//! before has not answered, and the first that answers is taken.
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
 use crate::sync::Mutex;
+use crate::tls::{self, Files};
 use crate::{random, runtime};
+use async_nats::rustls::ClientConfig;
 use async_nats::{Client, ConnectErrorKind, ServerAddr};
-use std::fs;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use crate::sync::Mutex;
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::panic::resume_unwind;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::net::lookup_host;
+use tokio::time::{Instant, sleep_until, timeout};
 
 /// How many messages the NATS client buffers.
 const CLIENT_CAPACITY: usize = 2048;
+/// The next server, or address, is tried when the one before has not answered for so long.
+pub(crate) const STAGGER: Duration = Duration::from_millis(250);
+/// One that was lost or failed is tried after the others for so long.
+const AVOIDED_FOR: Duration = Duration::from_secs(60);
+
+/// How a name becomes addresses. Tests have a way of their own.
+type Lookup = fn(String, u16) -> BoxFuture<'static, io::Result<Vec<SocketAddr>>>;
 
 /// The servers that may be connected to.
 pub(crate) struct Dialer {
     options: ConnectOptions,
-    servers: Vec<ServerAddr>,
+    servers: Vec<Target>,
     /// The others of their cluster, as the last one that took us named them.
-    learned: Mutex<Vec<ServerAddr>>,
+    learned: Mutex<Vec<Target>>,
+    /// The servers and addresses that were lost or failed a moment ago.
+    avoided: Mutex<HashMap<String, Avoided>>,
+    /// The server that took us last.
+    current: Mutex<Option<Current>>,
+    lookup: Lookup,
     /// Is told what a server complains of.
     on_complaint: Arc<dyn Fn(String) + Send + Sync>,
+}
+
+/// Why a server is tried after the others, in the order of preference. One that answered before may do so again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Avoided {
+    Lost(Instant),
+    Failed(Instant),
+}
+
+/// A server to try.
+#[derive(Clone)]
+struct Target {
+    server: ServerAddr,
+    /// For an address that another server named: the host name in the URL that led there, which may be all that the
+    /// certificates of the cluster are for.
+    tls_name: Option<String>,
+}
+
+impl Target {
+    fn key(&self) -> String {
+        format!("{}:{}", self.server.host(), self.server.port())
+    }
+
+    /// The name that its certificate may be for, though it is reached by an address.
+    fn name(&self) -> Option<&str> {
+        match self.server.host().parse::<IpAddr>() {
+            Ok(_) => self.tls_name.as_deref(),
+            Err(_) => Some(self.server.host()),
+        }
+    }
+}
+
+struct Current {
+    target: Target,
+    address: Option<String>,
 }
 
 impl Dialer {
@@ -32,58 +91,163 @@ impl Dialer {
         options: ConnectOptions,
         on_complaint: Arc<dyn Fn(String) + Send + Sync>,
     ) -> Dialer {
-        Dialer { options, servers, learned: Mutex::default(), on_complaint }
+        let servers = servers.into_iter().map(|server| Target { server, tls_name: None }).collect();
+        Dialer {
+            options,
+            servers,
+            learned: Mutex::default(),
+            avoided: Mutex::default(),
+            current: Mutex::default(),
+            lookup: |host, port| Box::pin(async move { Ok(lookup_host((host, port)).await?.collect()) }),
+            on_complaint,
+        }
     }
 
-    /// Tries each server once, beginning with a random one.
+    /// Tries each server once, in random order, those that were lost or failed a moment ago after the others.
     pub(crate) async fn dial(&self) -> Result<Client> {
-        let mut servers = self.servers.clone();
-        servers.extend_from_slice(&self.learned.lock());
-        let start = random::number() % servers.len().max(1) as u64;
-        servers.rotate_left(start as usize);
-        let mut failures = Vec::new();
-        let mut status = Status::Timeout;
-        for server in servers {
-            let name = format!("{}:{}", server.host(), server.port());
-            let options = self.client_options(&server).await?;
-            // The client limits each of its steps, but not the lookup of the name.
-            let attempt = runtime::contain("the NATS client", options.connect(server));
-            match timeout(self.options.connect_timeout * 2, attempt).await {
-                Ok(Ok(Ok(client))) => return Ok(client),
-                // It does not survive everything that a server may say.
-                Ok(Err(panic)) => {
-                    status = Status::Disconnected;
-                    failures.push(format!("{name}: {panic}"));
-                }
-                Ok(Ok(Err(error))) => {
-                    if error.kind() != ConnectErrorKind::TimedOut {
-                        status = Status::Disconnected;
-                    }
-                    failures.push(format!("{name}: {}", explain(&error.to_string(), &self.options)));
-                }
-                Err(_) => failures.push(format!("{name}: timed out")),
+        let files = Files::read(&self.options)?;
+        let now = Instant::now();
+        let last = self.current.lock().take();
+        {
+            let mut avoided = self.avoided.lock();
+            avoided.retain(|_, (Avoided::Lost(at) | Avoided::Failed(at))| now.duration_since(*at) < AVOIDED_FOR);
+            // The connection to it is lost: that is why we are here.
+            if let Some(Current { target, address }) = last {
+                let keys = [Some(target.key()), address].into_iter().flatten();
+                avoided.extend(keys.map(|key| (key, Avoided::Lost(now))));
             }
         }
-        Err(Error::new(status, failures.join("; ")))
+        let mut targets = self.servers.clone();
+        targets.extend_from_slice(&self.learned.lock());
+        self.arrange(&mut targets, Target::key);
+        let attempts = targets.into_iter().map(|target| self.dial_server(target, &files));
+        race(attempts).await.map_err(|failures| {
+            let failures: Vec<Error> = failures.into_iter().flatten().collect();
+            if let Some(invalid) = failures.iter().find(|error| error.status == Status::Invalid) {
+                return invalid.clone();
+            }
+            let is_late = failures.iter().all(|error| error.status == Status::Timeout);
+            let texts: Vec<_> = failures.iter().map(|error| &*error.message).collect();
+            Error::new(if is_late { Status::Timeout } else { Status::Disconnected }, texts.join("; "))
+        })
+    }
+
+    /// Shuffles, and puts those to avoid behind the others, the one that failed last at the end.
+    fn arrange<T>(&self, list: &mut [T], key: impl Fn(&T) -> String) {
+        let avoided = self.avoided.lock();
+        list.sort_by_cached_key(|one| (avoided.get(&key(one)).copied(), random::number()));
+    }
+
+    /// Tries the addresses of a server's name, or its only one.
+    async fn dial_server(&self, target: Target, files: &Files) -> Result<Client, Vec<Error>> {
+        let trial = Trial::begin(self, target.key());
+        let addresses = self.addresses(&target).await.map_err(|error| vec![error])?;
+        let by_address = target.name().filter(|_| addresses.len() > 1 || target.tls_name.is_some());
+        let mut failures = match by_address {
+            Some(name) => {
+                let attempts = addresses.into_iter().map(|address| self.dial_address(&target, address, name, files));
+                match race(attempts).await {
+                    Ok((client, address)) => {
+                        trial.succeed();
+                        *self.current.lock() = Some(Current { target, address: Some(address) });
+                        return Ok(client);
+                    }
+                    Err(failures) => failures,
+                }
+            }
+            None => Vec::new(),
+        };
+        // By its name, or where that did not work by its addresses: a server with a certificate for each of its names, or
+        // what stands before it, may want to hear the name first (SNI), which TLS does not say to an address.
+        if failures.iter().any(|error| error.status == Status::Timeout) {
+            return Err(failures);
+        }
+        match self.connect(target.server.clone(), &target.key(), None).await {
+            Ok(client) => {
+                trial.succeed();
+                *self.current.lock() = Some(Current { target, address: None });
+                Ok(client)
+            }
+            Err(error) => {
+                failures.push(error);
+                Err(failures)
+            }
+        }
+    }
+
+    /// The addresses of a server, in the order in which to try them.
+    async fn addresses(&self, target: &Target) -> Result<Vec<SocketAddr>> {
+        let (host, port) = (target.server.host(), target.server.port());
+        if let Ok(address) = host.parse::<IpAddr>() {
+            return Ok(vec![SocketAddr::new(address, port)]);
+        }
+        let late = || Error::new(Status::Timeout, format!("{}: the name was not resolved in time", target.key()));
+        let found = timeout(self.options.connect_timeout, (self.lookup)(host.to_owned(), port)).await;
+        let found = found.map_err(|_| late())?;
+        let mut addresses = found.map_err(|error| {
+            Error::new(Status::Disconnected, format!("{}: the name cannot be resolved: {error}", target.key()))
+        })?;
+        self.arrange(&mut addresses, ToString::to_string);
+        Ok(addresses)
+    }
+
+    async fn dial_address(
+        &self,
+        target: &Target,
+        address: SocketAddr,
+        name: &str,
+        files: &Files,
+    ) -> Result<(Client, String), Error> {
+        let trial = Trial::begin(self, address.to_string());
+        let shown = format!("{} for {name}", address);
+        let server = with_address(&target.server, address)
+            .ok_or_else(|| Error::new(Status::Disconnected, format!("{shown}: the address cannot be used")))?;
+        let client = self.connect(server, &shown, files.config_for(name)).await?;
+        trial.succeed();
+        Ok((client, address.to_string()))
+    }
+
+    /// Tries one server, or address. `tls`: how its certificate is checked, if not against the host in `server`.
+    async fn connect(&self, server: ServerAddr, shown: &str, tls: Option<ClientConfig>) -> Result<Client> {
+        let mut options = self.client_options(&server).await?;
+        if let Some(tls) = tls {
+            options = options.tls_client_config(tls);
+        }
+        // The client limits each of its steps, but not the lookup of the name.
+        let attempt = runtime::contain("the NATS client", options.connect(server));
+        match timeout(self.options.connect_timeout * 2, attempt).await {
+            Ok(Ok(Ok(client))) => Ok(client),
+            // It does not survive everything that a server may say.
+            Ok(Err(panic)) => Err(Error::new(Status::Disconnected, format!("{shown}: {panic}"))),
+            Ok(Ok(Err(error))) => {
+                let is_late = error.kind() == ConnectErrorKind::TimedOut;
+                let status = if is_late { Status::Timeout } else { Status::Disconnected };
+                Err(Error::new(status, format!("{shown}: {}", tls::explain(&error.to_string(), &self.options))))
+            }
+            Err(_) => Err(Error::new(Status::Timeout, format!("{shown}: timed out"))),
+        }
     }
 
     /// The servers of a cluster, as the one we are connected to names them, in place of those that were named before: some
     /// of these may be gone for good. One that names none may not know the others yet.
     pub(crate) fn learn(&self, hosts: &[String]) {
-        let Some(first) = self.servers.first().filter(|_| !hosts.is_empty()) else { return };
-        let first = first.clone().into_inner();
-        let mut learned: Vec<ServerAddr> = Vec::new();
+        let current = self.current.lock();
+        let from = current.as_ref().map(|current| &current.target).or(self.servers.first());
+        let Some(from) = from.filter(|_| !hosts.is_empty()) else { return };
+        let mut learned: Vec<Target> = Vec::new();
         for host in hosts {
-            // With the first one's scheme and credentials.
-            let mut url = first.clone();
+            // With the scheme and the credentials of the one that names it.
+            let mut url = from.server.clone().into_inner();
             let Ok(other) = host.parse::<ServerAddr>() else { continue };
             let name = if other.host().contains(':') { format!("[{}]", other.host()) } else { other.host().into() };
             if url.set_host(Some(&name)).is_ok()
                 && url.set_port(Some(other.port())).is_ok()
                 && let Ok(server) = ServerAddr::from_url(url)
-                && !self.servers.iter().chain(&learned).any(|known| is_same(known, &server))
+                && !self.servers.iter().chain(&learned).any(|known| is_same(&known.server, &server))
             {
-                learned.push(server);
+                let is_address = server.host().parse::<IpAddr>().is_ok();
+                let tls_name = from.name().filter(|_| is_address).map(str::to_owned);
+                learned.push(Target { server, tls_name });
             }
         }
         *self.learned.lock() = learned;
@@ -125,12 +289,9 @@ impl Dialer {
             options = options.tls_first();
         }
         if let Some(file) = &own.tls_ca_file {
-            check_pem("tls_ca_file", file, "CERTIFICATE")?;
             options = options.add_root_certificates(file.clone());
         }
         if let (Some(cert), Some(key)) = (&own.tls_cert_file, &own.tls_key_file) {
-            check_pem("tls_cert_file", cert, "CERTIFICATE")?;
-            check_pem("tls_key_file", key, "PRIVATE KEY")?;
             options = options.add_client_certificate(cert.clone(), key.clone());
         }
         if let Some(seed) = &own.nkey_seed {
@@ -162,37 +323,71 @@ fn is_same(one: &ServerAddr, other: &ServerAddr) -> bool {
     (one.host(), one.port()) == (other.host(), other.port())
 }
 
-/// Fails for a file that cannot be read or has nothing of this kind in it, which the client would not tell clearly.
-fn check_pem(option: &str, file: &Path, kind: &str) -> Result<()> {
-    let wrong = |why: String| Error::invalid(format!("{option} {}: {why}", file.display()));
-    let text = fs::read_to_string(file).map_err(|error| wrong(error.to_string()))?;
-    let is_begin = |line: &str| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{kind}-----"));
-    if !text.lines().any(is_begin) {
-        return Err(wrong(format!("there is no {} in it, as PEM", kind.to_lowercase())));
-    }
-    Ok(())
+/// The same server at one of its addresses.
+fn with_address(server: &ServerAddr, address: SocketAddr) -> Option<ServerAddr> {
+    let mut url = server.clone().into_inner();
+    let host = match address.ip() {
+        IpAddr::V4(ip) => ip.to_string(),
+        IpAddr::V6(ip) => format!("[{ip}]"),
+    };
+    url.set_host(Some(&host)).ok()?;
+    url.set_port(Some(address.port())).ok()?;
+    ServerAddr::from_url(url).ok()
 }
 
-/// Adds to an error of TLS what people make of it.
-fn explain(error: &str, options: &ConnectOptions) -> String {
-    let hint = if error.contains("InvalidContentType") {
-        if options.tls_first {
-            "the server does not speak TLS, or not from the beginning (tls_first)"
-        } else {
-            "the server does not speak TLS"
+/// A server or address that is being tried. Unless it succeeds, it counts as one that failed: also where it has not
+/// answered when another one did.
+struct Trial<'a> {
+    dialer: &'a Dialer,
+    key: String,
+}
+
+impl<'a> Trial<'a> {
+    fn begin(dialer: &'a Dialer, key: String) -> Trial<'a> {
+        Trial { dialer, key }
+    }
+
+    fn succeed(mut self) {
+        let key = std::mem::take(&mut self.key);
+        self.dialer.avoided.lock().remove(&key);
+    }
+}
+
+impl Drop for Trial<'_> {
+    fn drop(&mut self) {
+        if !self.key.is_empty() {
+            let key = std::mem::take(&mut self.key);
+            self.dialer.avoided.lock().insert(key, Avoided::Failed(Instant::now()));
         }
-    } else if error.contains("could not add certificate or key") {
-        "tls_cert_file and tls_key_file do not belong together"
-    } else if error.contains("failed signing nonce") {
-        "nkey_seed or creds_file has no seed of a user"
-    } else if error.contains("received fatal alert") {
-        "the server refuses our certificate, or that we have none (tls_cert_file, tls_key_file)"
-    } else if error.contains("timed out") && options.wants_tls() && !options.tls_first {
-        "a server with handshake_first needs tls_first"
-    } else {
-        return error.to_owned();
-    };
-    format!("{error}: {hint}")
+    }
+}
+
+/// Begins one attempt after the other, each when the one before has failed or has not answered for `STAGGER`. The first
+/// that succeeds ends all others.
+async fn race<T, E>(attempts: impl IntoIterator<Item = impl Future<Output = Result<T, E>>>) -> Result<T, Vec<E>> {
+    let mut attempts = attempts.into_iter();
+    let mut next = attempts.next();
+    let mut running = FuturesUnordered::new();
+    let mut failures = Vec::new();
+    let mut due = Instant::now();
+    loop {
+        tokio::select! {
+            biased;
+            Some(done) = running.next() => match done {
+                Ok(done) => return Ok(done),
+                Err(error) => {
+                    failures.push(error);
+                    due = Instant::now();
+                }
+            },
+            () = sleep_until(due), if next.is_some() => {
+                running.extend(next.take());
+                next = attempts.next();
+                due = Instant::now() + STAGGER;
+            }
+            else => return Err(failures),
+        }
+    }
 }
 
 /// Reads one URL, or several with commas between.
@@ -235,6 +430,11 @@ fn parse_server(url: &str, has_secrets: bool) -> Result<ServerAddr> {
 mod tests {
     use super::*;
     use crate::Config;
+    use std::collections::HashSet;
+    use std::io::Write;
+    use std::net::TcpListener;
+    use std::sync::atomic::AtomicUsize;
+    use std::thread;
 
     #[test]
     fn server_urls() {
@@ -261,6 +461,105 @@ mod tests {
         }
     }
 
+    /// A server that answers as nats-server does, as often as it is asked, or one that never answers; its address, and how
+    /// many connections it has had.
+    fn server(address: &str, answers: bool) -> (SocketAddr, Arc<AtomicUsize>) {
+        let listener = TcpListener::bind((address, 0)).unwrap();
+        let (own, count) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));
+        let counted = Arc::clone(&count);
+        thread::spawn(move || {
+            let mut kept = Vec::new();
+            for connection in listener.incoming() {
+                let mut connection = connection.unwrap();
+                counted.fetch_add(1, Ordering::SeqCst);
+                if answers {
+                    let info = r#"{"server_id":"x","version":"2.10.0","max_payload":1048576,"headers":true}"#;
+                    let _ = connection.write_all(format!("INFO {info}\r\nPONG\r\n").as_bytes());
+                }
+                kept.push(connection);
+            }
+        });
+        (own, count)
+    }
+
+    fn dialer(url: &str, lookup: Option<Lookup>) -> Dialer {
+        let mut dialer =
+            Dialer::new(parse_servers(url).unwrap(), Config::new().for_connect().unwrap().clone(), Arc::new(|_| {}));
+        dialer.lookup = lookup.unwrap_or(dialer.lookup);
+        dialer
+    }
+
+    fn run<T>(work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let done = runtime.block_on(work);
+        runtime.shutdown_background();
+        done
+    }
+
+    /// Less than `connect_timeout_ms` of one that does not answer.
+    const SOON: Duration = Duration::from_secs(3);
+
+    #[test]
+    fn a_server_that_does_not_answer_holds_no_other_up_and_is_tried_last() {
+        let ((dead, tried), (live, _)) = (server("127.0.0.1", false), server("127.0.0.1", true));
+        let (dead_too, tried_too) = server("127.0.0.1", false);
+        let dialer = dialer(&format!("{dead},{live},{dead_too}"), None);
+        run(async {
+            for _ in 0..20 {
+                let begun = Instant::now();
+                dialer.dial().await.unwrap();
+                assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            }
+        });
+        // About once: from then on the one that answered before is asked first, which a busy machine may hold up.
+        assert!(tried.load(Ordering::SeqCst) + tried_too.load(Ordering::SeqCst) < 8);
+    }
+
+    #[test]
+    fn each_address_of_a_name_is_tried() {
+        static ADDRESSES: Mutex<Vec<SocketAddr>> = Mutex::new(Vec::new());
+        let others: Vec<_> = (0..3).map(|_| server("127.0.0.1", false)).collect();
+        let (live, count) = server("127.0.0.1", true);
+        *ADDRESSES.lock() = others.iter().map(|(address, _)| *address).chain([live]).collect();
+        let dialer = dialer("many:1", Some(|_, _| Box::pin(async { Ok(ADDRESSES.lock().clone()) })));
+        run(async {
+            let begun = Instant::now();
+            dialer.dial().await.unwrap();
+            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            // In another order each time: others come first, too, when none is to be avoided.
+            dialer.avoided.lock().clear();
+            let target = dialer.servers[0].clone();
+            let mut firsts = HashSet::new();
+            while firsts.len() < ADDRESSES.lock().len() {
+                firsts.insert(dialer.addresses(&target).await.unwrap()[0]);
+            }
+        });
+        assert_eq!(count.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn what_failed_is_named_for_each_server_and_address() {
+        let refuses = |address: &str| TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
+        let one = refuses("127.0.0.1");
+        let lookup: Lookup = |_, port| {
+            Box::pin(async move {
+                Ok(["127.0.0.2", "127.0.0.3"].map(|ip| SocketAddr::new(ip.parse().unwrap(), port)).into())
+            })
+        };
+        let error = run(dialer(&format!("{one},many:{}", one.port()), Some(lookup)).dial()).unwrap_err();
+        assert_eq!(error.status, Status::Disconnected);
+        for address in
+            [one.to_string(), format!("127.0.0.2:{} for many", one.port()), format!("127.0.0.3:{}", one.port())]
+        {
+            assert!(error.message.contains(&address), "{error}");
+        }
+        let error =
+            run(dialer("many:1", Some(|_, _| Box::pin(async { Err(io::Error::other("no such name")) }))).dial());
+        assert!(error.unwrap_err().message.contains("many:1: the name cannot be resolved: no such name"));
+        let error = run(dialer("many:1", Some(|_, _| Box::pin(async { Ok(Vec::new()) }))).dial()).unwrap_err();
+        assert!(error.message.contains("many:1"), "{error}");
+    }
+
     #[test]
     fn servers_of_a_cluster_are_learned_once_with_the_credentials_of_the_first() {
         let options = Config::new().for_connect().unwrap().clone();
@@ -268,8 +567,9 @@ mod tests {
         dialer.learn(&["a:1".into(), "b:2".into(), "[::1]:3".into(), "".into(), "b:2".into()]);
         let learned = || {
             let servers = dialer.learned.lock();
-            let shown =
-                servers.iter().map(|server| (server.host().to_owned(), server.port(), server.password().is_some()));
+            let shown = servers
+                .iter()
+                .map(|Target { server, .. }| (server.host().to_owned(), server.port(), server.password().is_some()));
             shown.collect::<Vec<_>>()
         };
         assert_eq!(learned(), [("b".into(), 2, true), ("::1".into(), 3, true)]);
@@ -280,5 +580,21 @@ mod tests {
         assert_eq!(learned().len(), 1);
         dialer.learn(&["a:1".into()]);
         assert_eq!(learned(), []);
+    }
+
+    #[test]
+    fn learned_addresses_keep_the_name_that_led_to_them() {
+        let dialer = dialer("tls://u:p@a:1,tls://b:1", None);
+        let second = dialer.servers[1].clone();
+        *dialer.current.lock() = Some(Current { target: second, address: None });
+        dialer.learn(&["10.0.0.1:4222".into(), "[::1]:4222".into(), "c:4222".into()]);
+        let learned = dialer.learned.lock().clone();
+        let names: Vec<_> = learned.iter().map(|target| (target.tls_name.as_deref(), target.name())).collect();
+        assert_eq!(names, [(Some("b"), Some("b")), (Some("b"), Some("b")), (None, Some("c"))]);
+        assert!(learned.iter().all(|target| target.server.username().is_none()), "not those of another server");
+        // And so do those that one of these names.
+        *dialer.current.lock() = Some(Current { target: learned[0].clone(), address: None });
+        dialer.learn(&["10.0.0.2:4222".into()]);
+        assert_eq!(dialer.learned.lock()[0].tls_name.as_deref(), Some("b"));
     }
 }

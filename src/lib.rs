@@ -11,7 +11,7 @@
 //! | `service`, `sender` | the worker's side |
 //! | `stream`, `unanswered` | the gateway's side · streams that ended before their worker answered |
 //! | `connection` | nats-server: the NATS client supervised, replaced, drained |
-//! | `dial`, `inbound`, `drive`, `outbox` | how a server is reached · messages in · messages out · what waits for it |
+//! | `dial`, `tls`, `inbound`, `drive`, `outbox` | how a server is reached · certificates and keys · messages in · messages out · what waits for it |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
 //! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
 //! | `queue`, `readers` | events out of the library · whom to call when they come |
@@ -48,6 +48,7 @@ mod service;
 mod stream;
 mod sync;
 mod unanswered;
+mod tls;
 mod wire;
 
 pub use client::MAX_ID;

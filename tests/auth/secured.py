@@ -20,9 +20,21 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bindings" / "python"), str(ROOT / "tests" / "e2e")]
 
 import nats_presence  # noqa: E402
-from harness import PATIENCE, server_binary  # noqa: E402
+from harness import BUILD, PATIENCE, environment, run, server_binary, steady_port  # noqa: E402
 
-__all__ = ["PATIENCE", "ROOT", "Stranger", "nats_presence", "nats_server", "refused", "works"]
+__all__ = [
+    "BUILD",
+    "PATIENCE",
+    "ROOT",
+    "Stranger",
+    "environment",
+    "nats_presence",
+    "nats_server",
+    "refused",
+    "run",
+    "steady_port",
+    "works",
+]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,16 @@ from typing import Any, Callable
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from cryptography.x509.oid import NameOID
 from secured import PATIENCE, nats_presence, nats_server, refused, works
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
@@ -120,6 +130,104 @@ def test_files_that_are_not_what_they_should_be(
         assert "tls_cert_file" in message
         assert "tls_key_file" in message
         assert "tls_key_file" in refused(url, **ca, tls_cert_file=str(own.certificate))
+
+
+def key_pem(key: Any, password: bytes = b"", form: Any = PrivateFormat.PKCS8) -> bytes:
+    how = BestAvailableEncryption(password) if password else NoEncryption()
+    return key.private_bytes(Encoding.PEM, form, how)  # type: ignore[no-any-return]
+
+
+def self_signed(key: Any, *, is_authority: bool = False, alternative: bool = True) -> bytes:
+    """As `openssl req -x509` makes one."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self-signed.test")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), *OF_NOW)
+    builder = builder.add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
+    if alternative:
+        builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+    return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+
+
+def test_keys_that_cannot_be_used(tmp_path: Path, issue: Issue) -> None:
+    """Nothing has to listen: files are read first."""
+    own = issue("client", "client@example.org")
+
+    def told(**options: Any) -> str:
+        files = {**own.client, **{name: str(path) for name, path in options.items()}}
+        return refused("tls://localhost:1", **files)
+
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    p521 = ec.generate_private_key(ec.SECP521R1())
+    message = told(
+        tls_cert_file=file("p521.pem", self_signed(p521)),
+        tls_key_file=file("p521.key", key_pem(p521)),
+    )
+    assert "p521.key" in message
+    assert "P-521, which is not supported" in message
+    assert "P-256" in message
+    old = file("old.key", key_pem(p521, form=PrivateFormat.TraditionalOpenSSL))
+    assert "P-521" in told(tls_key_file=old)
+    small = file("small.key", key_pem(rsa.generate_private_key(65537, 1024)))
+    assert "RSA of 2048" in told(tls_key_file=small)
+    # Two ways to encrypt one.
+    for form in [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL]:
+        message = told(tls_key_file=file("secret.key", key_pem(p521, b"hunter2", form)))
+        assert "encrypted" in message
+        assert "openssl pkey" in message
+    assert "do not belong together" in told(tls_key_file=issue("other", "client@example.org").key)
+    # The right one, and what it is not.
+    assert "its first section is CERTIFICATE" in told(tls_key_file=own.certificate)
+    assert "PRIVATE KEY" in told(tls_cert_file=own.key)
+    assert "PRIVATE KEY" in told(tls_ca_file=own.key)
+    assert "directory" in told(tls_key_file=tmp_path)
+    assert "directory" in told(tls_ca_file=tmp_path)
+    assert "empty" in told(tls_cert_file=file("empty.pem", b"\n"))
+    assert "DER" in told(tls_cert_file=file("client.der", x509.load_pem_x509_certificate(
+        own.certificate.read_bytes()).public_bytes(Encoding.DER)))  # fmt: skip
+    assert "cannot be read" in told(tls_key_file=file("cut.key", own.key.read_bytes()[:-40]))
+    broken = own.certificate.read_bytes().replace(b"MII", b"!!!", 1)
+    assert "cannot be read" in told(tls_cert_file=file("broken.pem", broken))
+    order = file("order.pem", (tmp_path / "ca.pem").read_bytes() + own.certificate.read_bytes())
+    assert "number 2 in it" in told(tls_cert_file=order)
+
+
+@pytest.mark.parametrize(
+    ("is_authority", "alternative", "curve", "told"),
+    [
+        (True, True, ec.SECP256R1(), "CA:FALSE"),
+        (False, False, ec.SECP256R1(), 'not valid for name "localhost"'),
+        (False, True, ec.SECP521R1(), "P-384"),
+        (False, True, ec.SECP256R1(), ""),
+    ],
+    ids=["authority", "only a common name", "P-521", "right"],
+)
+def test_self_signed_certificates(tmp_path: Path, is_authority: bool, alternative: bool, curve: Any, told: str) -> None:
+    key = ec.generate_private_key(curve)
+    (tmp_path / "self.pem").write_bytes(self_signed(key, is_authority=is_authority, alternative=alternative))
+    (tmp_path / "self.key").write_bytes(key_pem(key))
+    with nats_server(f"tls {{ {Files(tmp_path, 'self').server} }}", tmp_path) as port:
+        own = {"tls_ca_file": str(tmp_path / "self.pem")}
+        if told:
+            assert told in refused(f"tls://localhost:{port}", **own)
+        else:
+            works(f"tls://localhost:{port}", **own)
+            assert "set tls_ca_file" in refused(f"tls://localhost:{port}")
+
+
+def test_an_authority_of_the_same_name(tmp_path: Path, issue: Issue, server: Files) -> None:
+    """As after an authority has been made anew, and the old file is still named."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    known = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
+    builder = x509.CertificateBuilder(
+        known.subject, known.subject, key.public_key(), x509.random_serial_number(), *OF_NOW
+    )
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    (tmp_path / "former.pem").write_bytes(builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    with nats_server(f"tls {{ {server.server} }}", tmp_path) as port:
+        message = refused(f"tls://localhost:{port}", tls_ca_file=str(tmp_path / "former.pem"))
+        assert "tls_ca_file" in message
 
 
 def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:

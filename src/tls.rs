@@ -1,0 +1,277 @@
+//! Certificates and keys: checked before they are used, so that an error says what is wrong with which file, and a
+//! verifier for servers that are reached by an address instead of their name.
+
+use crate::config::ConnectOptions;
+use crate::error::{Error, Result};
+use async_nats::rustls::client::WebPkiServerVerifier;
+use async_nats::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use async_nats::rustls::crypto::{self, CryptoProvider, ring};
+use async_nats::rustls::pki_types::pem::PemObject;
+use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use async_nats::rustls::sign::CertifiedKey;
+use async_nats::rustls::{self, ClientConfig, DigitallySignedStruct, InconsistentKeys, RootCertStore, SignatureScheme};
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The object identifier of the curve P-521, as it stands in keys and certificates.
+const P_521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
+
+/// The certificates and keys that the options name.
+pub(crate) struct Files {
+    roots: Option<Arc<RootCertStore>>,
+    client: Option<Arc<CertifiedKey>>,
+}
+
+impl Files {
+    /// Reads and checks them.
+    pub(crate) fn read(options: &ConnectOptions) -> Result<Files> {
+        let roots = match &options.tls_ca_file {
+            Some(file) => Some(Arc::new(read_roots(file)?)),
+            None => None,
+        };
+        let client = match (&options.tls_cert_file, &options.tls_key_file) {
+            (Some(certificate), Some(key)) => Some(Arc::new(read_client(certificate, key)?)),
+            _ => None,
+        };
+        Ok(Files { roots, client })
+    }
+
+    /// For a server that is reached by its address: its certificate must be for `name`. None where that cannot be
+    /// checked: the authorities are the system's, or this is not a host's name.
+    pub(crate) fn config_for(&self, name: &str) -> Option<ClientConfig> {
+        let provider = Arc::new(ring::default_provider());
+        let name = ServerName::try_from(name.to_owned()).ok()?;
+        let roots =
+            WebPkiServerVerifier::builder_with_provider(Arc::clone(self.roots.as_ref()?), Arc::clone(&provider));
+        let verifier = Arc::new(NameVerifier { name, roots: roots.build().ok()?, provider: Arc::clone(&provider) });
+        let builder = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .ok()?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier);
+        Some(match &self.client {
+            Some(client) => builder
+                .with_client_cert_resolver(Arc::new(rustls::sign::SingleCertAndKey::from(CertifiedKey::clone(client)))),
+            None => builder.with_no_client_auth(),
+        })
+    }
+}
+
+/// Checks a server's certificate as ever, but against the name that led to the server, not against its address.
+#[derive(Debug)]
+struct NameVerifier {
+    name: ServerName<'static>,
+    roots: Arc<WebPkiServerVerifier>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for NameVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _address: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.roots.verify_server_cert(end_entity, intermediates, &self.name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        crypto::verify_tls12_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signature,
+            &self.provider.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// The error for a file that an option names.
+fn wrong(option: &str, file: &Path, why: &str) -> Error {
+    Error::invalid(format!("{option} {}: {why}", file.display()))
+}
+
+fn read(option: &str, file: &Path) -> Result<Vec<u8>> {
+    let text = fs::read(file).map_err(|error| wrong(option, file, &error.to_string()))?;
+    if text.trim_ascii().is_empty() {
+        return Err(wrong(option, file, "the file is empty"));
+    }
+    Ok(text)
+}
+
+/// What the sections of a PEM file are called, as in "-----BEGIN CERTIFICATE-----".
+fn sections(text: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(text);
+    let labels = text.lines().filter_map(|line| line.trim().strip_prefix("-----BEGIN ")?.strip_suffix("-----"));
+    labels.map(str::to_owned).collect()
+}
+
+/// Says what is in a file instead of what was looked for.
+fn missing(option: &str, file: &Path, text: &[u8], what: &str) -> Error {
+    let found = sections(text);
+    let instead = match found.first() {
+        Some(label) => format!("its first section is {label}"),
+        None if text.starts_with(&[0x30]) => {
+            "it looks like DER: `openssl x509 -inform der` or `openssl pkey -inform der` makes PEM of it".into()
+        }
+        None => "it has no PEM section at all".into(),
+    };
+    wrong(option, file, &format!("there is no {what} in it, as PEM; {instead}"))
+}
+
+fn read_certificates(option: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let text = read(option, file)?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    let certificates =
+        certificates.map_err(|error| wrong(option, file, &format!("a certificate in it cannot be read: {error}")))?;
+    if certificates.is_empty() {
+        return Err(missing(option, file, &text, "certificate"));
+    }
+    Ok(certificates)
+}
+
+fn read_roots(file: &Path) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    for (index, certificate) in read_certificates("tls_ca_file", file)?.into_iter().enumerate() {
+        roots.add(certificate).map_err(|error| {
+            wrong("tls_ca_file", file, &format!("certificate {} in it cannot be used: {error}", index + 1))
+        })?;
+    }
+    Ok(roots)
+}
+
+fn read_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
+    let option = "tls_key_file";
+    let text = read(option, file)?;
+    let is_encrypted = sections(&text).iter().any(|label| label == "ENCRYPTED PRIVATE KEY")
+        || String::from_utf8_lossy(&text)
+            .lines()
+            .any(|line| line.starts_with("Proc-Type:") && line.contains("ENCRYPTED"));
+    if is_encrypted {
+        return Err(wrong(
+            option,
+            file,
+            "the key is encrypted by a passphrase, which cannot be given; `openssl pkey -in FILE -out NEW` makes a plain \
+             one, to be protected by the file's permissions",
+        ));
+    }
+    if !sections(&text).iter().any(|label| label.ends_with("PRIVATE KEY")) {
+        return Err(missing(option, file, &text, "private key"));
+    }
+    PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
+        wrong(option, file, &format!("the key cannot be read: {error}; right is PKCS#8, PKCS#1 or SEC1, as PEM"))
+    })
+}
+
+/// A certificate, those that vouch for it, and its key.
+fn read_client(certificate_file: &Path, key_file: &Path) -> Result<CertifiedKey> {
+    const USABLE: &str = "right are ECDSA on P-256 or P-384, Ed25519, and RSA of 2048 to 8192 bits";
+    let certificates = read_certificates("tls_cert_file", certificate_file)?;
+    let key = read_key(key_file)?;
+    let signing_key = ring::sign::any_supported_type(&key).map_err(|_| {
+        let is_p_521 = contains(key.secret_der(), P_521) || contains(&certificates[0], P_521);
+        let what = if is_p_521 { "the key is on the curve P-521" } else { "the key is of a kind" };
+        wrong("tls_key_file", key_file, &format!("{what}, which is not supported; {USABLE}"))
+    })?;
+    let client = CertifiedKey::new(certificates, signing_key);
+    match client.keys_match() {
+        Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(client),
+        Err(rustls::Error::InconsistentKeys(_)) => {
+            // Of a chain the first is used.
+            let fits = |certificate: &CertificateDer<'static>| {
+                CertifiedKey::new(vec![certificate.clone()], Arc::clone(&client.key)).keys_match().is_ok()
+            };
+            match client.cert.iter().position(fits) {
+                Some(index) => Err(wrong(
+                    "tls_cert_file",
+                    certificate_file,
+                    &format!(
+                        "the certificate of the key in tls_key_file is number {} in it; it must be the first, before \
+                         those that vouch for it",
+                        index + 1
+                    ),
+                )),
+                None => Err(Error::invalid(format!(
+                    "tls_cert_file {} and tls_key_file {} do not belong together: the key is another certificate's",
+                    certificate_file.display(),
+                    key_file.display()
+                ))),
+            }
+        }
+        Err(error) => Err(wrong(
+            "tls_cert_file",
+            certificate_file,
+            &format!("the first certificate in it cannot be used: {error}"),
+        )),
+    }
+}
+
+fn contains(text: &[u8], part: &[u8]) -> bool {
+    text.windows(part.len()).any(|window| window == part)
+}
+
+/// Adds to an error of a TLS handshake what people can do about it.
+pub(crate) fn explain(error: &str, options: &ConnectOptions) -> String {
+    let ca = if options.tls_ca_file.is_some() { "tls_ca_file" } else { "the system's authorities (set tls_ca_file)" };
+    let hint = if error.contains("InvalidContentType") {
+        if options.tls_first {
+            "the server does not speak TLS, or not from the beginning (tls_first)".to_owned()
+        } else {
+            "the server does not speak TLS".to_owned()
+        }
+    } else if error.contains("CaUsedAsEndEntity") {
+        "the server shows an authority's certificate as its own, such as `openssl req -x509` makes; give it one that the \
+         authority has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and named in tls_ca_file"
+            .to_owned()
+    } else if error.contains("UnknownIssuer") {
+        format!(
+            "who issued the server's certificate is not in {ca}, or the server does not send the certificates between"
+        )
+    } else if error.contains("BadSignature") {
+        format!("the server's certificate was signed by another key than that of the authority of this name in {ca}")
+    } else if error.contains("UnsupportedSignatureAlgorithm") || error.contains("UnsupportedCertVersion") {
+        "the server's certificate has a key or a signature of a kind that is not supported (P-521, SHA-1, RSA below 2048 \
+         bits, X.509 before version 3)"
+            .to_owned()
+    } else if error.contains("HandshakeFailure") || error.contains("ProtocolVersion") {
+        "the server has no version or kind of key in common with us: it needs TLS 1.3, and ECDSA on P-256 or P-384, \
+         Ed25519 or RSA from 2048 bits"
+            .to_owned()
+    } else if error.contains("certificate expired") || error.contains("not valid yet") {
+        "compare the server's certificate and this machine's clock".to_owned()
+    } else if error.contains("failed signing nonce") {
+        "nkey_seed or creds_file has no seed of a user".to_owned()
+    } else if error.contains("received fatal alert") {
+        "the server refuses our certificate, or that we have none (tls_cert_file, tls_key_file)".to_owned()
+    } else if error.contains("timed out") && options.wants_tls() && !options.tls_first {
+        "a server with handshake_first needs tls_first".to_owned()
+    } else {
+        return error.to_owned();
+    };
+    format!("{error}: {hint}")
+}
