@@ -123,12 +123,12 @@ impl Dialer {
         let attempts = targets.into_iter().map(|target| self.dial_server(target, &files));
         race(attempts).await.map_err(|failures| {
             let failures: Vec<Error> = failures.into_iter().flatten().collect();
-            if let Some(invalid) = failures.iter().find(|error| error.status == Status::Invalid) {
-                return invalid.clone();
-            }
-            let is_late = failures.iter().all(|error| error.status == Status::Timeout);
+            // What is wrong here comes before what is wrong elsewhere.
+            let is_any = |status| failures.iter().any(|error| error.status == status);
+            let status =
+                [Status::Invalid, Status::Full, Status::Disconnected].into_iter().find(|status| is_any(*status));
             let texts: Vec<_> = failures.iter().map(|error| &*error.message).collect();
-            Error::new(if is_late { Status::Timeout } else { Status::Disconnected }, texts.join("; "))
+            Error::new(status.unwrap_or(Status::Timeout), texts.join("; "))
         })
     }
 
@@ -185,7 +185,8 @@ impl Dialer {
         let found = timeout(self.options.connect_timeout, (self.lookup)(host.to_owned(), port)).await;
         let found = found.map_err(|_| late())?;
         let mut addresses = found.map_err(|error| {
-            Error::new(Status::Disconnected, format!("{}: the name cannot be resolved: {error}", target.key()))
+            let status = if is_out_of_files(&error) { Status::Full } else { Status::Disconnected };
+            Error::new(status, format!("{}: the name cannot be resolved: {error}", target.key()))
         })?;
         self.arrange(&mut addresses, ToString::to_string);
         Ok(addresses)
@@ -220,8 +221,11 @@ impl Dialer {
             // It does not survive everything that a server may say.
             Ok(Err(panic)) => Err(Error::new(Status::Disconnected, format!("{shown}: {panic}"))),
             Ok(Ok(Err(error))) => {
-                let is_late = error.kind() == ConnectErrorKind::TimedOut;
-                let status = if is_late { Status::Timeout } else { Status::Disconnected };
+                let status = match error.kind() {
+                    ConnectErrorKind::TimedOut => Status::Timeout,
+                    _ if is_out_of_files(&error) => Status::Full,
+                    _ => Status::Disconnected,
+                };
                 Err(Error::new(status, format!("{shown}: {}", tls::explain(&error.to_string(), &self.options))))
             }
             Err(_) => Err(Error::new(Status::Timeout, format!("{shown}: timed out"))),
@@ -321,6 +325,12 @@ impl Dialer {
 
 fn is_same(one: &ServerAddr, other: &ServerAddr) -> bool {
     (one.host(), one.port()) == (other.host(), other.port())
+}
+
+/// Whether the process, or the machine, may open no more files, and so no sockets.
+fn is_out_of_files(error: &(dyn std::error::Error + 'static)) -> bool {
+    let code = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+    matches!(code, Some(libc::EMFILE | libc::ENFILE)) || error.source().is_some_and(is_out_of_files)
 }
 
 /// The same server at one of its addresses.
