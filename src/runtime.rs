@@ -1,6 +1,7 @@
 //! The process's one tokio runtime: made by the first connection, never ended.
 
 use crate::error::{Error, Result, Status};
+use crate::ffi;
 use crate::fork::{self, PerProcess};
 use crate::sync::Mutex;
 use futures_util::FutureExt;
@@ -11,19 +12,22 @@ use std::cell::Cell;
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
-use std::thread;
 use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 
 /// The name of the runtime's threads.
 const THREAD: &str = "presence";
 
+/// The stack of the runtime's threads: what Rust gives by default. RUST_MIN_STACK in the host's environment would change
+/// that, to too little for TLS and `getaddrinfo`.
+const STACK: usize = 2 << 20;
+
 thread_local! {
-    /// Whether a panic on this thread of the host's is one of ours, and caught.
+    /// Whether a panic on this thread is ours, and caught: it is one of the runtime's, or of the host's in our code.
     static IS_OURS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What the last panic on one of the runtime's threads said.
+/// What the last panic on one of the runtime's threads said, where `keep_panics` was called.
 static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 static RUNTIME: PerProcess<OnceCell<Runtime>> = PerProcess::new();
@@ -51,10 +55,19 @@ fn build(threads: usize) -> Result<Runtime> {
     ] {
         blocked.remove(fault);
     }
-    static LISTENS: Once = Once::new();
-    LISTENS.call_once(listen_to_panics);
     let before = blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK);
-    let build = || Builder::new_multi_thread().worker_threads(threads).thread_name(THREAD).enable_all().build();
+    let build = || {
+        Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name(THREAD)
+            .thread_stack_size(STACK)
+            .on_thread_start(|| {
+                IS_OURS.set(true);
+                ffi::reset_scheduling();
+            })
+            .enable_all()
+            .build()
+    };
     // It panics where the system gives no thread.
     IS_OURS.set(true);
     let built = panic::catch_unwind(build).unwrap_or_else(|panic| Err(io::Error::other(text_of(&*panic).to_owned())));
@@ -66,17 +79,23 @@ fn build(threads: usize) -> Result<Runtime> {
     built.map_err(|error| Error::new(Status::Full, format!("no threads to be had for the runtime: {error}")))
 }
 
-/// A NATS client can panic at what a peer sends. That ends its task only, and is told by DISCONNECTED; on the host's standard
-/// error, where a panic is printed, nobody expects it. Panics of other threads are printed as ever.
-fn listen_to_panics() {
-    let before = panic::take_hook();
-    panic::set_hook(Box::new(move |info| {
-        if thread::current().name() == Some(THREAD) || IS_OURS.get() {
-            *LAST_PANIC.lock() = Some(text_of(info.payload()).to_owned());
-        } else {
-            before(info);
-        }
-    }));
+/// Keeps what a panic on the runtime's threads says for the DISCONNECTED event, instead of printing it: the NATS client can
+/// panic at what a peer sends, which ends its task only. Panics of other threads are printed as before.
+///
+/// To be called by the C ABI only. There the hook belongs to this library's own copy of Rust's standard library. A Rust
+/// host's hook is the host's, and sees these panics like all others.
+pub(crate) fn keep_panics() {
+    static KEPT: Once = Once::new();
+    KEPT.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if IS_OURS.get() {
+                *LAST_PANIC.lock() = Some(text_of(info.payload()).to_owned());
+            } else {
+                before(info);
+            }
+        }));
+    });
 }
 
 fn text_of(panic: &(dyn Any + Send)) -> &str {

@@ -7,6 +7,7 @@ use super::guard::{
 use super::queue::presence_queue;
 use crate::config::Config;
 use crate::connection::{Connection, Stats};
+use crate::runtime;
 use std::ffi::c_char;
 
 /// A set of options. Not for use by several threads at once. Made by presence_config_new.
@@ -164,6 +165,7 @@ pub unsafe extern "C" fn presence_connect(
     // SAFETY: the caller's promises are those of the guard's functions.
     unsafe {
         guard_error(error, || {
+            runtime::keep_panics();
             let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
             handle(out, || Connection::connect(c_text("url", url)?, config))
         })

@@ -9,6 +9,7 @@ mod connection;
 pub(crate) mod fuzz;
 mod gateway;
 mod guard;
+mod host;
 #[cfg(test)]
 mod panics;
 mod presence;
@@ -20,6 +21,7 @@ pub use codes::{presence_event_kind, presence_status};
 pub use connection::*;
 pub use gateway::*;
 pub use guard::{PRESENCE_ERROR_MESSAGE, presence_error};
+pub(crate) use host::reset_scheduling;
 pub use presence::*;
 pub use queue::*;
 pub use worker::*;

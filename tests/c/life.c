@@ -564,6 +564,61 @@ static void role_connections_break(void) {
   (void)presence_close(conn, 0);
 }
 
+/* What threads take over ---------------------------------------------------------------------------------------------- */
+
+/* With an environment that asks for small stacks; a name is resolved, which needs some. */
+static void role_small_stacks(void) {
+  CHECK(getenv("RUST_MIN_STACK"));
+  char by_name[64];
+  snprintf(by_name, sizeof by_name, "nats://localhost:%s", strrchr(url, ':') + 1);
+  url = by_name;
+  a_whole_stream("own");
+}
+
+/* How many of the library's threads there are, all of which may run on this many CPUs and have this policy. */
+static int count_threads(int cpus, int policy) {
+  int count = 0;
+  DIR *tasks = opendir("/proc/self/task");
+  CHECK(tasks);
+  for (struct dirent *task; (task = readdir(tasks));) {
+    char path[300], name[20] = "";
+    snprintf(path, sizeof path, "/proc/self/task/%s/comm", task->d_name);
+    FILE *comm = fopen(path, "r");
+    if (!comm) continue;
+    bool is_ours = fgets(name, sizeof name, comm) && strncmp(name, "presence", 8) == 0;
+    fclose(comm);
+    if (!is_ours) continue;
+    cpu_set_t allowed;
+    CHECK_EQ(sched_getaffinity(atoi(task->d_name), sizeof allowed, &allowed), 0);
+    CHECK_EQ(CPU_COUNT(&allowed), cpus);
+    CHECK_EQ(sched_getscheduler(atoi(task->d_name)), policy);
+    count++;
+  }
+  closedir(tasks);
+  return count;
+}
+
+/* The thread that connects is pinned to a CPU, and of a real-time priority where that is allowed. It stays so; the
+ * library's threads are not. */
+static void role_pinned(void) {
+  cpu_set_t all, one;
+  CHECK_EQ(sched_getaffinity(0, sizeof all, &all), 0);
+  CPU_ZERO(&one);
+  for (int cpu = 0; cpu < CPU_SETSIZE && CPU_COUNT(&one) == 0; cpu++)
+    if (CPU_ISSET(cpu, &all)) CPU_SET(cpu, &one);
+  CHECK_EQ(sched_setaffinity(0, sizeof one, &one), 0);
+  struct sched_param priority;
+  memset(&priority, 0, sizeof priority);
+  priority.sched_priority = 10;
+  int policy = sched_setscheduler(0, SCHED_FIFO, &priority) == 0 ? SCHED_FIFO : SCHED_OTHER;
+  a_whole_stream("own");
+  CHECK(count_threads(CPU_COUNT(&all), SCHED_OTHER) > 0);
+  cpu_set_t still;
+  CHECK_EQ(sched_getaffinity(0, sizeof still, &still), 0);
+  CHECK(CPU_EQUAL(&still, &one));
+  CHECK_EQ(sched_getscheduler(0), policy);
+}
+
 static void fork_first(void) { expect_exit(start("role_fork_first"), 0); }
 static void fork_after_marks(void) { expect_exit(start("role_fork_after_marks"), 0); }
 static void fork_after_connect(void) { expect_exit(start("role_fork_after_connect"), 0); }
@@ -587,6 +642,12 @@ static void atexit_handlers(void) {
 static void signals(void) { expect_exit(start("role_signals"), 0); }
 static void interrupted_waits(void) { expect_exit(start("role_interrupted_waits"), 0); }
 static void connections_break(void) { expect_exit(start("role_connections_break"), 0); }
+static void pinned(void) { expect_exit(start("role_pinned"), 0); }
+static void small_stacks(void) {
+  CHECK_EQ(setenv("RUST_MIN_STACK", "16384", 1), 0);
+  expect_exit(start("role_small_stacks"), 0);
+  CHECK_EQ(unsetenv("RUST_MIN_STACK"), 0);
+}
 static void the_server_dies(void) { expect_exit(start("role_the_server_dies"), 0); }
 
 int main(int argc, char **argv) {
@@ -605,6 +666,8 @@ int main(int argc, char **argv) {
   ROLE(role_interrupted_waits);
   ROLE(role_connections_break);
   ROLE(role_the_server_dies);
+  ROLE(role_small_stacks);
+  ROLE(role_pinned);
   RUN(fork_first);
   RUN(fork_after_marks);
   RUN(fork_after_connect);
@@ -615,6 +678,8 @@ int main(int argc, char **argv) {
   RUN(signals);
   RUN(interrupted_waits);
   RUN(connections_break);
+  RUN(small_stacks);
+  RUN(pinned);
   RUN_ON_LEVEL_0(the_server_dies); /* last: there is no server afterwards */
   return 0;
 }
