@@ -172,11 +172,16 @@ enum presence_event_kind
   PRESENCE_EVENT_OFFLINE = 8,
   /**
    * The connection has reached nats-server: `data` is its address, as host:port. Only on queues given to presence_conn_watch, as the next.
+   *
+   * With a `subject`, on a service's queue and with its `tag`: nats-server has the service's subscription again.
    */
   PRESENCE_EVENT_CONNECTED = 9,
   /**
    * The connection to nats-server is lost: `data` is why. Until it was made again, streams and senders end with
    * PRESENCE_DISCONNECTED. With `status` PRESENCE_CLOSED it will not be made again.
+   *
+   * With a `subject`, on a service's queue and with its `tag`: nats-server refuses the service's subscription or has
+   * taken it back, and no requests come; `data` is why. See presence_serve.
    */
   PRESENCE_EVENT_DISCONNECTED = 10,
   /**
@@ -346,7 +351,7 @@ typedef struct presence_event {
    */
   size_t client_len;
   /**
-   * REQUEST: the subject it came on.
+   * REQUEST: the subject it came on. CONNECTED, DISCONNECTED: the service's subject; NULL where the connection is meant.
    */
   const char *subject;
   /**
@@ -475,7 +480,8 @@ int32_t presence_connect(const char *url,
 /**
  * Applies the offline announcements of other processes in this one. presence_serve does it too; a second call is fine.
  *
- * Waits until the server has the subscription. Without a connection now it returns at once, and it is done later.
+ * Waits until the server has the subscription. Without a connection now it returns at once, and it is done later. Where
+ * nats-server refuses it: PRESENCE_DISCONNECTED (permissions) or PRESENCE_FULL (max_subscriptions); it is tried again.
  */
 int32_t presence_listen_offline(struct presence_conn *conn);
 
@@ -706,6 +712,12 @@ int32_t presence_watch(struct presence_queue *queue, uint64_t tag);
  * them gets every request. The subject may have wildcards. At most `max_streams` streams (0: 10,000) run at once; a
  * request beyond is answered with "server busy". It waits until the server has the subscription; without a connection
  * now it returns at once, and it is done later. Offline announcements are listened to from now on.
+ *
+ * Where nats-server refuses the subscription, this fails with the server's words: PRESENCE_DISCONNECTED (permissions) or
+ * PRESENCE_FULL (max_subscriptions). Where it refuses later, or takes the subscription back when its configuration
+ * changes, PRESENCE_EVENT_DISCONNECTED with `tag` comes on `queue`, once; it is tried again with the delays of a
+ * reconnect, and PRESENCE_EVENT_CONNECTED with `tag` comes when the server has the subscription again. Streams that run
+ * are not touched.
  *
  * # Safety
  * `subject` is NULL (PRESENCE_INVALID) or NUL-terminated, `group` is NULL or NUL-terminated; `out` is NULL

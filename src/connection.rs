@@ -9,7 +9,7 @@
 
 use crate::config::{Announce, Config, ConnectOptions};
 use crate::dial::{self, Dialer};
-use crate::drive::Drive;
+use crate::drive::{Confirmation, Drive};
 use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
 use crate::lane::lanes::Lanes;
@@ -23,14 +23,15 @@ use crate::sync::{Mutex, RwLock};
 use crate::{client, fork, runtime, wire};
 use async_nats::{Client, HeaderMap, Message, Subject};
 use bytes::Bytes;
-use std::collections::BTreeMap;
+use once_cell::sync::OnceCell;
+use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
 const SHORT_LIVED: Duration = Duration::from_millis(100);
@@ -110,7 +111,10 @@ pub struct Connection {
     subscriptions: Mutex<BTreeMap<u64, Subscription>>,
     /// Who was ever subscribed and still exists: a service that takes no more requests may have senders that run.
     receivers: Mutex<Vec<Weak<dyn Receiver>>>,
-    listens: AtomicBool,
+    /// The subscription to announcements, if there is one.
+    listens: OnceCell<u64>,
+    /// Subscriptions that nats-server refuses, and why. Each is tried again by a task of its own.
+    refusals: Mutex<HashMap<u64, Error>>,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     /// What there was to log before anybody watched.
     early_logs: Mutex<Vec<(Status, String)>>,
@@ -161,7 +165,8 @@ impl Connection {
             options,
             subscriptions: Mutex::default(),
             receivers: Mutex::default(),
-            listens: AtomicBool::new(false),
+            listens: OnceCell::new(),
+            refusals: Mutex::default(),
             watchers: RwLock::default(),
             early_logs: Mutex::default(),
             log_limit: LogLimit::new(),
@@ -268,14 +273,64 @@ impl Connection {
     /// Applies the offline announcements of other processes in this one. A second call has no effect.
     ///
     /// # Errors
-    /// `Closed`, `Timeout`.
+    /// `Closed`, `Timeout`; `Disconnected` (or `Full`, when there are too many) where nats-server refuses the subscription.
+    /// It is then tried again while the connection lives.
     pub fn listen_offline(&self) -> Result<()> {
+        let number = self.subscribe_offline()?;
+        self.settle_subscription(number)
+    }
+
+    /// Subscribes to announcements; the number of the subscription.
+    pub(crate) fn subscribe_offline(&self) -> Result<u64> {
         self.check_open()?;
-        if !self.listens.swap(true, Ordering::AcqRel) {
+        let number = *self.listens.get_or_init(|| {
             let listener = Listener { connection: self.this.clone() };
-            self.subscribe(fork::number(), self.offline_subject.clone(), "", Arc::new(listener));
+            let number = fork::number();
+            self.subscribe(number, self.offline_subject.clone(), "", Arc::new(listener));
+            number
+        });
+        self.settle()?;
+        Ok(number)
+    }
+
+    /// Waits until the server has a subscription, or refuses it; without a connection now it is done later.
+    pub(crate) fn settle_subscription(&self, number: u64) -> Result<()> {
+        self.settle()?;
+        // A refusal comes before the echo, but is told by another task. It has had its turn when the second echo comes.
+        self.settle()?;
+        self.refusal(number).map_or(Ok(()), Err)
+    }
+
+    /// Why nats-server refuses a subscription, if it does.
+    pub(crate) fn refusal(&self, number: u64) -> Option<Error> {
+        self.refusals.lock().get(&number).cloned()
+    }
+
+    /// nats-server refuses a subscription: tells whose it is, and tries again as long as it is wanted.
+    fn subscription_refused(&self, number: u64, said: &str) {
+        let Some(subscription) = self.subscription(number) else { return };
+        let (status, hint) = match said.contains("maximum subscriptions") {
+            true => (Status::Full, "raise max_subscriptions of nats-server"),
+            false => (Status::Disconnected, "allow this user to subscribe to it"),
+        };
+        let text = format!("nats-server refuses the subscription of {}: {said}; {hint}", subscription.subject);
+        let why = Error::new(status, text);
+        if self.refusals.lock().insert(number, why.clone()).is_none() {
+            subscription.receiver.subscription_refused(&why);
+            let ConnectOptions { reconnect_min, reconnect_max, .. } = self.options;
+            self.runtime.spawn(subscribe_again(self.this.clone(), number, reconnect_min, reconnect_max));
         }
-        self.settle()
+    }
+
+    /// Whether the server answers: it has all that was sent so far.
+    async fn is_answered(&self) -> bool {
+        let answered = Arc::new(Notify::new());
+        let number = random::number();
+        let subject = self.inbox.expect(number, Arc::new(Confirmation(Arc::clone(&answered))));
+        self.outbox.push(Item::Echo(subject));
+        let is_answered = timeout(self.options.connect_timeout, answered.notified()).await.is_ok();
+        self.inbox.forget(number);
+        is_answered
     }
 
     /// Has the queue tell when this connection is made and lost, and what else people should know.
@@ -372,6 +427,13 @@ impl Connection {
         self.check_open()?;
         if !self.is_connected() {
             return Err(Error::new(Status::Disconnected, "there is no connection to nats-server now"));
+        }
+        // Without the inbox no answer would come. It has the lowest number.
+        let refusals = self.refusals.lock();
+        if !refusals.is_empty()
+            && let Some(why) = self.subscriptions.lock().keys().next().and_then(|inbox| refusals.get(inbox))
+        {
+            return Err(Error::new(Status::Disconnected, why.message.clone()));
         }
         Ok(())
     }
@@ -596,10 +658,17 @@ fn log_to(connection: Weak<Connection>) -> impl Fn(String) + Send + Sync {
 fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
     Arc::new(move |text| {
         if let Some(connection) = connection.upgrade() {
-            let subject = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
             let prefix = &connection.options.inbox_prefix;
+            let subscription = connection.inbound.note_refusal(&text);
+            let subscribed = subscription.and_then(|number| connection.subscription(number)).map(|own| own.subject);
+            let quoted = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
+            let subject = subscribed.as_deref().or(quoted);
             let is_of_lanes = subject.is_some_and(|subject| connection.lanes.refused(subject));
-            let refused = subject.filter(|_| !is_of_lanes).and_then(|subject| connection.refused(subject));
+            if let Some(number) = subscription {
+                connection.subscription_refused(number, &text);
+            }
+            let published = subject.filter(|_| !is_of_lanes && text.contains("Violation for Publish"));
+            let refused = published.and_then(|subject| connection.refused(subject));
             connection.log(Status::Disconnected, || match (is_of_lanes, refused) {
                 (true, _) if connection.lanes.is_forbidden() => format!(
                     "nats-server says: {text}: no lanes from now on, level 0 only; allow {prefix}.> for both directions, or \
@@ -614,6 +683,34 @@ fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync
             });
         }
     })
+}
+
+/// Subscribes again what nats-server refuses, with the delays of a reconnect, until it is accepted or wanted no longer.
+async fn subscribe_again(connection: Weak<Connection>, number: u64, least: Duration, most: Duration) {
+    let mut delay = least.min(most);
+    loop {
+        sleep(delay / 2 + jitter(delay / 2)).await;
+        delay = (delay * 2).min(most);
+        let Some(connection) = connection.upgrade() else { return };
+        let Some(subscription) = connection.subscription(number).filter(|_| connection.check_open().is_ok()) else {
+            connection.refusals.lock().remove(&number);
+            return;
+        };
+        // After a reconnect it was subscribed by that.
+        if connection.inbound.is_refused(number) == Some(true) {
+            connection.outbox.push(Item::Unsubscribe(number));
+            connection.outbox.push(Item::Subscribe(number));
+        }
+        // Twice: see `settle_subscription`.
+        if connection.is_answered().await
+            && connection.is_answered().await
+            && connection.inbound.is_refused(number) == Some(false)
+        {
+            connection.refusals.lock().remove(&number);
+            subscription.receiver.subscription_accepted();
+            return;
+        }
+    }
 }
 
 impl Announcer for Connection {

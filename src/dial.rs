@@ -14,7 +14,6 @@ use async_nats::{Client, ConnectErrorKind, ServerAddr};
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use crate::sync::Mutex;
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};

@@ -150,7 +150,7 @@ impl<'a> Drive<'a> {
 }
 
 /// The server has the notes that were sent before this came back.
-struct Confirmation(Arc<Notify>);
+pub(crate) struct Confirmation(pub(crate) Arc<Notify>);
 
 impl Receiver for Confirmation {
     fn message(&self, _message: Message) {

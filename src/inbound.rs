@@ -17,7 +17,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 
-use crate::error::Status;
+use crate::error::{Error, Status};
 use crate::lane::driver::{Accepted, Lane};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 
@@ -33,6 +33,10 @@ pub(crate) trait Receiver: Send + Sync {
     }
     /// Called for what still waits for its first answer when the connection is closed: it will not come.
     fn no_answer(&self) {}
+    /// nats-server refuses the subscription, or has taken it back. It is tried again.
+    fn subscription_refused(&self, _why: &Error) {}
+    /// nats-server has the subscription after it had refused it.
+    fn subscription_accepted(&self) {}
     /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
     fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
         None
@@ -72,6 +76,10 @@ struct Link {
 }
 
 struct Active {
+    subject: Subject,
+    group: String,
+    /// nats-server does not have it, though the client believes that it does.
+    is_refused: bool,
     subscriber: Subscriber,
     waker: Waker,
     receiver: Arc<dyn Receiver>,
@@ -138,7 +146,9 @@ impl Inbound {
                 let doorbell = Doorbell { inbound: Arc::downgrade(self), number, generation: link.generation };
                 let waker = Waker::from(Arc::new(doorbell));
                 let (receiver, sid) = (Arc::clone(&own.receiver), link.last_sid);
-                link.active.insert(number, Active { subscriber, waker, receiver, sid });
+                let (subject, group) = (own.subject.clone(), own.group.clone());
+                let active = Active { subject, group, is_refused: false, subscriber, waker, receiver, sid };
+                link.active.insert(number, active);
                 self.receive(&mut link, number);
             }
         }
@@ -156,6 +166,28 @@ impl Inbound {
             Some(sid) => client.publish(format!("{nowhere} 0\r\n\r\nUNSUB {sid}\r\nPUB {nowhere}"), Bytes::new()).await,
             None => Ok(()),
         }
+    }
+
+    /// Notes that nats-server refuses a subscription, if that is what it says; the number of the subscription.
+    pub(crate) fn note_refusal(&self, said: &str) -> Option<u64> {
+        let refusal = Refusal::read(said)?;
+        let mut link = self.link();
+        let candidates = link.active.iter_mut().filter(|(_, active)| !active.is_refused);
+        let (number, active) = match refusal {
+            Refusal::Number(sid) => candidates.into_iter().find(|(_, active)| active.sid == sid),
+            Refusal::Named { subject, group } => {
+                candidates.into_iter().find(|(_, active)| *active.subject == *subject && active.group == group)
+            }
+            // The server takes them in our order: what is above its limit are the last ones.
+            Refusal::TooMany => candidates.max_by_key(|(_, active)| active.sid),
+        }?;
+        active.is_refused = true;
+        Some(*number)
+    }
+
+    /// Whether nats-server refuses a subscription; None: it is not subscribed now.
+    pub(crate) fn is_refused(&self, number: u64) -> Option<bool> {
+        self.link().active.get(&number).map(|active| active.is_refused)
     }
 
     /// Ends a subscription at the client.
@@ -185,6 +217,31 @@ impl Inbound {
     fn note_death(&self, link: &mut Link) {
         link.is_dead = true;
         self.died.notify_one();
+    }
+}
+
+/// What nats-server says about a subscription that it refuses.
+#[derive(Debug, PartialEq)]
+enum Refusal<'a> {
+    /// The one with this number, which it had until its configuration changed.
+    Number(u64),
+    /// One with this subject and group.
+    Named { subject: &'a str, group: &'a str },
+    /// `max_subscriptions` is reached.
+    TooMany,
+}
+
+impl<'a> Refusal<'a> {
+    fn read(said: &'a str) -> Option<Refusal<'a>> {
+        if said.contains("maximum subscriptions exceeded") {
+            return Some(Refusal::TooMany);
+        }
+        let quoted = |after: &str| said.split_once(after)?.1.split_once('"').map(|(quoted, _)| quoted);
+        let subject = quoted("Permissions Violation for Subscription to \"")?;
+        Some(match quoted("(sid \"").and_then(|sid| sid.parse().ok()) {
+            Some(sid) => Refusal::Number(sid),
+            None => Refusal::Named { subject, group: quoted("using queue \"").unwrap_or_default() },
+        })
     }
 }
 
@@ -313,6 +370,11 @@ impl Receiver for Inbox {
     fn refused(&self, subject: &str) -> Option<&'static str> {
         self.all().iter().fold(None, |so, receiver| receiver.refused(subject).or(so))
     }
+
+    fn subscription_refused(&self, _why: &Error) {
+        // No answer comes any longer.
+        self.ended(Status::Disconnected);
+    }
 }
 
 #[cfg(test)]
@@ -334,6 +396,25 @@ mod tests {
             sender.send(inbound.rang.load(Ordering::Relaxed)).unwrap();
         });
         assert_eq!(receiver.recv_timeout(PATIENCE), Ok(true));
+    }
+
+    #[test]
+    fn refusals_of_nats_server_are_read() {
+        let read = |said| Refusal::read(said);
+        assert_eq!(
+            read(r#"nats: Permissions Violation for Subscription to "a.b""#),
+            Some(Refusal::Named { subject: "a.b", group: "" })
+        );
+        assert_eq!(
+            read(r#"nats: Permissions Violation for Subscription to "a.b" using queue "q""#),
+            Some(Refusal::Named { subject: "a.b", group: "q" })
+        );
+        assert_eq!(
+            read(r#"nats: Permissions Violation for Subscription to "a.b" using queue "q" (sid "17")"#),
+            Some(Refusal::Number(17))
+        );
+        assert_eq!(read("nats: maximum subscriptions exceeded"), Some(Refusal::TooMany));
+        assert_eq!(read(r#"nats: Permissions Violation for Publish to "a.b""#), None);
     }
 
     #[test]

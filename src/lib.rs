@@ -47,8 +47,8 @@ mod sender;
 mod service;
 mod stream;
 mod sync;
-mod unanswered;
 mod tls;
+mod unanswered;
 mod wire;
 
 pub use client::MAX_ID;

@@ -625,10 +625,16 @@ impl Queue {
 
     /// Adds a CONNECTED, DISCONNECTED or LOG event. Over the limit it is dropped: nobody reads them.
     pub(crate) fn push_news(&self, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
+        self.push_news_about("", kind, status, tag, text);
+    }
+
+    /// The same about a service's subject.
+    pub(crate) fn push_news_about(&self, subject: &str, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
         let mut inner = self.inner.lock();
         if inner.news < MAX_NEWS && !inner.closed {
             inner.news += 1;
-            self.put(&mut inner, Single::new(kind, status, tag, text));
+            let subject = Bytes::copy_from_slice(subject.as_bytes());
+            self.put(&mut inner, Single { subject, ..Single::new(kind, status, tag, text) });
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::lane::driver::Party;
 use crate::queue::{Kind, Origin, Queue, Single, own};
 use crate::registry;
 use crate::sender::Sender;
+use crate::sync::Mutex;
 use crate::wire::{self, Use};
 use async_nats::{Message, Subject};
 use dashmap::DashMap;
@@ -25,11 +26,21 @@ pub struct Service {
     connection: Arc<Connection>,
     queue: Arc<Queue>,
     tag: u64,
+    subject: Box<str>,
     max_streams: usize,
     /// Senders on level 0, which end with the connection. (Lanes know theirs.)
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
     stopped: AtomicBool,
+    subscription: Mutex<SubscriptionState>,
+}
+
+/// What is known of a service's subscription at nats-server.
+#[derive(Default)]
+struct SubscriptionState {
+    /// `serve` has returned: from now on events tell.
+    is_served: bool,
+    is_refused: bool,
 }
 
 impl Connection {
@@ -38,7 +49,8 @@ impl Connection {
     /// `group`: requests are spread over all that serve in it; empty: each gets all. `max_streams`: run at once; 0: 10,000.
     ///
     /// # Errors
-    /// `Invalid`, `Closed`, `Timeout`.
+    /// `Invalid`, `Closed`, `Timeout`; where nats-server refuses the subscription, `Disconnected`, or `Full` when
+    /// there are too many.
     pub fn serve(
         &self,
         queue: &Arc<Queue>,
@@ -54,8 +66,9 @@ impl Connection {
                 "group {group:?} has white space or a control character: it may have none"
             )));
         }
-        // First, so that no announcement about a request's client is missed.
-        self.listen_offline()?;
+        // First, so that no announcement about a request's client is missed. Without the right to it a worker may do its
+        // work: a LOG event tells.
+        self.subscribe_offline()?;
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
         let service = Arc::new_cyclic(|this| Service {
@@ -68,9 +81,20 @@ impl Connection {
             running: DashMap::new(),
             running_count: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
+            subject: subject.into(),
+            subscription: Mutex::default(),
         });
         self.subscribe(service.number, subject.into(), group, Arc::clone(&service) as Arc<dyn Receiver>);
-        match self.settle() {
+        let settled = self.settle_subscription(service.number).and_then(|()| {
+            let mut state = service.subscription.lock();
+            // It may have come just now.
+            if state.is_refused {
+                return Err(self.refusal(service.number).unwrap_or(Status::Disconnected.into()));
+            }
+            state.is_served = true;
+            Ok(())
+        });
+        match settled {
             Ok(()) => Ok(service),
             Err(error) => {
                 service.close();
@@ -220,6 +244,24 @@ impl Receiver for Service {
         // Not while iterating: each forgets itself.
         let running: Vec<_> = self.running.iter().map(|entry| Arc::clone(entry.value())).collect();
         running.iter().for_each(|sender| sender.connection_ended(why));
+    }
+
+    fn subscription_refused(&self, why: &Error) {
+        let mut state = self.subscription.lock();
+        state.is_refused = true;
+        if state.is_served {
+            let text = why.message.clone().into_owned();
+            self.queue.push_news_about(&self.subject, Kind::Disconnected, why.status, self.tag, text);
+        }
+    }
+
+    fn subscription_accepted(&self) {
+        let mut state = self.subscription.lock();
+        state.is_refused = false;
+        if state.is_served {
+            let text = "nats-server has the subscription again";
+            self.queue.push_news_about(&self.subject, Kind::Connected, Status::Ok, self.tag, text);
+        }
     }
 
     fn refused(&self, subject: &str) -> Option<&'static str> {

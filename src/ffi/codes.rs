@@ -68,9 +68,14 @@ pub enum presence_event_kind {
     /// A client went offline in this process: `client`. Only on queues given to presence_watch.
     PRESENCE_EVENT_OFFLINE = 8,
     /// The connection has reached nats-server: `data` is its address, as host:port. Only on queues given to presence_conn_watch, as the next.
+    ///
+    /// With a `subject`, on a service's queue and with its `tag`: nats-server has the service's subscription again.
     PRESENCE_EVENT_CONNECTED = 9,
     /// The connection to nats-server is lost: `data` is why. Until it was made again, streams and senders end with
     /// PRESENCE_DISCONNECTED. With `status` PRESENCE_CLOSED it will not be made again.
+    ///
+    /// With a `subject`, on a service's queue and with its `tag`: nats-server refuses the service's subscription or has
+    /// taken it back, and no requests come; `data` is why. See presence_serve.
     PRESENCE_EVENT_DISCONNECTED = 10,
     /// Something that people should know: `data` is a text; `status` and `tag` say what it is about.
     PRESENCE_EVENT_LOG = 11,

@@ -174,7 +174,8 @@ pub unsafe extern "C" fn presence_connect(
 
 /// Applies the offline announcements of other processes in this one. presence_serve does it too; a second call is fine.
 ///
-/// Waits until the server has the subscription. Without a connection now it returns at once, and it is done later.
+/// Waits until the server has the subscription. Without a connection now it returns at once, and it is done later. Where
+/// nats-server refuses it: PRESENCE_DISCONNECTED (permissions) or PRESENCE_FULL (max_subscriptions); it is tried again.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> i32 {
     guard(|| borrow(conn)?.listen_offline())

@@ -38,7 +38,7 @@ pub struct presence_event {
     pub client: *const c_char,
     /// Bytes in `client`.
     pub client_len: usize,
-    /// REQUEST: the subject it came on.
+    /// REQUEST: the subject it came on. CONNECTED, DISCONNECTED: the service's subject; NULL where the connection is meant.
     pub subject: *const c_char,
     /// Bytes in `subject`.
     pub subject_len: usize,

@@ -29,6 +29,12 @@ pub struct presence_sender {
 /// request beyond is answered with "server busy". It waits until the server has the subscription; without a connection
 /// now it returns at once, and it is done later. Offline announcements are listened to from now on.
 ///
+/// Where nats-server refuses the subscription, this fails with the server's words: PRESENCE_DISCONNECTED (permissions) or
+/// PRESENCE_FULL (max_subscriptions). Where it refuses later, or takes the subscription back when its configuration
+/// changes, PRESENCE_EVENT_DISCONNECTED with `tag` comes on `queue`, once; it is tried again with the delays of a
+/// reconnect, and PRESENCE_EVENT_CONNECTED with `tag` comes when the server has the subscription again. Streams that run
+/// are not touched.
+///
 /// # Safety
 /// `subject` is NULL (PRESENCE_INVALID) or NUL-terminated, `group` is NULL or NUL-terminated; `out` is NULL
 /// (PRESENCE_INVALID) or writable; `error` is NULL or writable.

@@ -295,6 +295,10 @@ fn find(lanes: &DashMap<String, Arc<Lane>>, key: &str) -> Option<Arc<Lane>> {
 }
 
 impl Receiver for Lanes {
+    fn subscription_accepted(&self) {
+        self.forbidden.store(false, Ordering::Relaxed);
+    }
+
     fn message(&self, message: Message) {
         let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
         if message.status == Some(StatusCode::NO_RESPONDERS) {

@@ -157,10 +157,11 @@ def test_a_gateway_cannot_serve() -> None:
         for subject in ["llm.count", "llm.count spies", "llm.>", ">"]:
             assert "Permissions Violation for Subscription" in worker.subscribe(subject)
 
-        @both.gateway.service("llm.more", queue="workers")
         def more(request: Any, sender: Any) -> None:
             raise AssertionError("it was requested")
 
+        with pytest.raises(nats_presence.Disconnected, match=r'Permissions Violation for Subscription to "llm\.more"'):
+            both.gateway.service("llm.more", queue="workers")(more)
         both.told.wait("Permissions Violation for Subscription", "llm.more")
         with pytest.raises(nats_presence.NoResponders):
             next(both.gateway.stream("llm.more"))

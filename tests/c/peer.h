@@ -90,7 +90,8 @@ static inline presence_event expect_at(presence_queue *queue, int32_t kind, cons
     end_of_line();
   }
   /* What an event of its kind has not is NULL, and what it has is not: Go does not bear an address that is none. */
-  CHECK(!event.subject == (kind != PRESENCE_EVENT_REQUEST));
+  bool may_be_of_a_service = kind == PRESENCE_EVENT_CONNECTED || kind == PRESENCE_EVENT_DISCONNECTED;
+  CHECK(may_be_of_a_service || !event.subject == (kind != PRESENCE_EVENT_REQUEST));
   CHECK(kind != PRESENCE_EVENT_DATA || (event.data && !event.client));
   CHECK(kind != PRESENCE_EVENT_REQUEST || (event.data && event.client));
   CHECK(kind != PRESENCE_EVENT_END || !event.data_len);
