@@ -14,7 +14,7 @@ use crate::error::{Error, Result, Status};
 use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
 use crate::lane::lanes::Lanes;
 use crate::lane::state::Patience;
-use crate::outbox::{Item, Note, Notes, Outbox};
+use crate::outbox::{Item, Note, Notes, Outbox, Recent};
 use crate::queue::{Kind, Queue};
 use crate::random::{self, jitter};
 use crate::readers::Readers;
@@ -36,6 +36,10 @@ use tokio::time::{Instant, sleep, timeout};
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
 const SHORT_LIVED: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
+/// Announcements are repeated so much later than `reconnect_max_ms` after a reconnect: others need time to connect, too.
+const REPEAT_LATER: Duration = Duration::from_secs(1);
+/// Of how many connections a process remembers what it has heard.
+const MAX_ORIGINS: usize = 4096;
 /// How many LOG events may come at once.
 const LOGS_AT_ONCE: u64 = 16;
 /// How many LOG events are kept for who watches first.
@@ -113,6 +117,10 @@ pub struct Connection {
     receivers: Mutex<Vec<Weak<dyn Receiver>>>,
     /// The subscription to announcements, if there is one.
     listens: OnceCell<u64>,
+    /// How many announcements it has made, and those that others may have missed.
+    announcements: AtomicU64,
+    pub(crate) recent: Mutex<Recent>,
+    heard: Mutex<Heard>,
     /// Subscriptions that nats-server refuses, and why. Each is tried again by a task of its own.
     refusals: Mutex<HashMap<u64, Error>>,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
@@ -166,6 +174,9 @@ impl Connection {
             subscriptions: Mutex::default(),
             receivers: Mutex::default(),
             listens: OnceCell::new(),
+            announcements: AtomicU64::new(0),
+            recent: Mutex::default(),
+            heard: Mutex::default(),
             refusals: Mutex::default(),
             watchers: RwLock::default(),
             early_logs: Mutex::default(),
@@ -264,6 +275,11 @@ impl Connection {
     /// The largest payload that the server takes, in bytes.
     pub(crate) fn max_payload(&self) -> usize {
         self.max_payload.load(Ordering::Relaxed)
+    }
+
+    /// The number of the announcement that is made now.
+    pub(crate) fn next_announcement(&self) -> u64 {
+        self.announcements.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn offline_subject(&self) -> &str {
@@ -614,6 +630,10 @@ impl Connection {
         self.max_payload.store(client.max_payload(), Ordering::Relaxed);
         self.dialer.learn(&info.connect_urls);
         self.inbound.reset();
+        *self.heard.lock() = Heard { since: fork::number(), first: HashMap::new() };
+        if self.counters.connects.load(Ordering::Relaxed) > 0 {
+            self.recent.lock().repeat((Instant::now() + self.options.reconnect_max + REPEAT_LATER).into());
+        }
         // In this order: announcements are listened to before the services that need them.
         let subscriptions = self.subscriptions.lock().clone();
         for (number, subscription) in subscriptions {
@@ -722,7 +742,7 @@ impl Announcer for Connection {
         };
         if announces {
             let id = Bytes::copy_from_slice(id.as_bytes());
-            self.outbox.push(Item::Note(Note::Offline(self.offline_subject.clone(), id)));
+            self.outbox.push(Item::Note(Note::Offline(self.offline_subject.clone(), id, 0)));
         }
     }
 
@@ -739,14 +759,22 @@ struct Listener {
 impl Receiver for Listener {
     fn message(&self, message: Message) {
         let Some(connection) = self.connection.upgrade() else { return };
-        let origin = wire::header(message.headers.as_ref(), wire::ORIGIN).and_then(own_connection);
+        let origin = wire::header(message.headers.as_ref(), wire::ORIGIN).and_then(AnnouncedBy::read);
         match client::id(&message.payload) {
             Ok("") => count(&connection.counters.offline_ignored),
             Ok(id) => match origin {
-                Some(own) => registry::apply_own_offline(id, own),
-                None => {
+                Some(own) if own.process == process_token() => {
+                    if !own.is_repeated {
+                        registry::apply_own_offline(id, own.connection);
+                    }
+                }
+                origin => {
                     count(&connection.counters.offline_in);
-                    registry::apply_offline(id);
+                    match origin.map_or(Hearing::First, |origin| connection.heard.lock().hear(&origin)) {
+                        Hearing::First => registry::apply_offline(id),
+                        Hearing::Missed { since } => registry::apply_missed_offline(id, since),
+                        Hearing::Repeated => {}
+                    }
                 }
             },
             Err(error) => {
@@ -843,14 +871,64 @@ fn process_token() -> &'static str {
     TOKEN.get(random::token)
 }
 
-/// Names this process and its connection.
-pub(crate) fn origin_header(connection: u64) -> HeaderMap {
+/// Names this process, its connection, and the announcement.
+pub(crate) fn origin_header(connection: u64, number: u64, is_repeated: bool) -> HeaderMap {
     let mut headers = HeaderMap::new();
-    headers.insert(wire::ORIGIN, format!("{} {connection}", process_token()));
+    let again = if is_repeated { " again" } else { "" };
+    headers.insert(wire::ORIGIN, format!("{} {connection} {number}{again}", process_token()));
     headers
 }
 
-/// The number of the connection that an origin names, if it is of this process.
-fn own_connection(origin: &str) -> Option<u64> {
-    origin.strip_prefix(process_token())?.trim().parse().ok()
+/// What an announcement's header names.
+struct AnnouncedBy<'a> {
+    process: &'a str,
+    connection: u64,
+    /// From 1 on, one more each time; 0: not told.
+    number: u64,
+    is_repeated: bool,
+}
+
+impl<'a> AnnouncedBy<'a> {
+    fn read(header: &'a str) -> Option<AnnouncedBy<'a>> {
+        let mut words = header.split(' ');
+        let (process, connection) = (words.next()?, words.next()?.parse().ok()?);
+        let number = words.next().and_then(|number| number.parse().ok()).unwrap_or(0);
+        Some(AnnouncedBy { process, connection, number, is_repeated: words.next() == Some("again") })
+    }
+}
+
+/// The announcements that came since the connection was made.
+#[derive(Default)]
+struct Heard {
+    /// Numbers of this process that are lower were given before.
+    since: u64,
+    /// Of each process and connection, the number of the first. All that followed came, too: the server keeps their order.
+    first: HashMap<(Box<str>, u64), u64>,
+}
+
+/// What an announcement is to this process.
+enum Hearing {
+    First,
+    /// It came before.
+    Repeated,
+    /// It is a repetition of one that was missed; what began here since then is not meant by it.
+    Missed {
+        since: u64,
+    },
+}
+
+impl Heard {
+    fn hear(&mut self, origin: &AnnouncedBy<'_>) -> Hearing {
+        let key = (origin.process.into(), origin.connection);
+        if origin.is_repeated {
+            return match self.first.get(&key) {
+                Some(first) if *first <= origin.number => Hearing::Repeated,
+                _ => Hearing::Missed { since: self.since },
+            };
+        }
+        if origin.number > 0 && self.first.len() < MAX_ORIGINS {
+            self.first.entry(key).or_insert(origin.number);
+        }
+        Hearing::First
+    }
 }

@@ -3,8 +3,8 @@
 use crate::connection::{Connection, count, origin_header};
 use crate::error::Status;
 use crate::inbound::Receiver;
-use crate::outbox::{Batch, Item, Note, Notes, Request};
-use crate::{random, wire};
+use crate::outbox::{Announcement, Batch, Item, Note, Notes, Request};
+use crate::{random, registry, wire};
 use async_nats::{Client, Message, PublishError, PublishErrorKind};
 use bytes::Bytes;
 use std::mem;
@@ -50,6 +50,7 @@ impl<'a> Drive<'a> {
         let echo = connection.inbox().expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
         let mut next_echo = Instant::now();
         while !connection.inbound().is_dead() {
+            let repeat_at = connection.recent.lock().repeat_at();
             let is_echo_due = self.asked.is_none() && self.notes.len() > 0;
             let is_alive = tokio::select! {
                 biased;
@@ -63,6 +64,7 @@ impl<'a> Drive<'a> {
                     next_echo = Instant::now() + ECHO_INTERVAL;
                     self.client.publish(echo.clone(), Bytes::new()).await.is_ok()
                 }
+                () = sleep_until(repeat_at.unwrap_or(next_echo.into()).into()), if repeat_at.is_some() => self.repeat().await,
                 batch = connection.outbox().take() => self.hand_over(batch).await,
             };
             if !is_alive {
@@ -70,6 +72,20 @@ impl<'a> Drive<'a> {
             }
         }
         connection.inbox().forget(number);
+    }
+
+    /// Announces once more what others may have missed, unless the client is back here; false when the client is dead.
+    async fn repeat(&mut self) -> bool {
+        let connection = self.connection;
+        let missed = connection.recent.lock().take();
+        for Announcement { id, number, .. } in missed.into_iter().filter(|own| !registry::is_online(&own.id)) {
+            let headers = origin_header(connection.number(), number, true);
+            let subject = connection.offline_subject().to_owned();
+            if self.client.publish_with_headers(subject, headers, id).await.is_err() {
+                return false;
+            }
+        }
+        true
     }
 
     /// Gives the client a batch; false when it is dead.
@@ -109,7 +125,7 @@ impl<'a> Drive<'a> {
     }
 
     async fn give(&mut self, item: Item, batch: &mut Batch) -> Result<(), PublishError> {
-        let client = self.client;
+        let (client, connection) = (self.client, self.connection);
         match item {
             Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
             Item::Request(request) => {
@@ -119,14 +135,20 @@ impl<'a> Drive<'a> {
                     Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
                 }
             }
-            Item::Note(note) => {
+            Item::Note(mut note) => {
+                if let Note::Offline(_, id, number) = &mut note {
+                    if *number == 0 {
+                        *number = connection.next_announcement();
+                    }
+                    connection.recent.lock().note(id.clone(), *number, Instant::now().into());
+                }
                 self.keep(note.clone());
                 match note {
                     Note::End(to) => client.publish(to, Bytes::from_static(wire::END)).await,
                     Note::Error(to, payload) => client.publish(to, payload).await,
-                    Note::Offline(to, id) => {
-                        count(&self.connection.counters.offline_out);
-                        client.publish_with_headers(to, origin_header(self.connection.number()), id).await
+                    Note::Offline(to, id, number) => {
+                        count(&connection.counters.offline_out);
+                        client.publish_with_headers(to, origin_header(connection.number(), number, false), id).await
                     }
                 }
             }

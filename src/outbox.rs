@@ -5,7 +5,7 @@ use crate::sync::{Condvar, Mutex};
 use crate::wire;
 use async_nats::{HeaderMap, Subject};
 use bytes::{Bytes, BytesMut};
-use std::collections::{VecDeque, vec_deque};
+use std::collections::{HashSet, VecDeque, vec_deque};
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -40,8 +40,8 @@ pub(crate) enum Note {
     End(Subject),
     /// It ended with an error: the payload.
     Error(Subject, Bytes),
-    /// The client is offline: the subject and the id.
-    Offline(Subject, Bytes),
+    /// The client is offline: the subject, the id, and the announcement's number, 0 until it is sent.
+    Offline(Subject, Bytes, u64),
 }
 
 impl From<Note> for Item {
@@ -55,7 +55,7 @@ impl Note {
         OVERHEAD
             + match self {
                 Note::End(_) => 0,
-                Note::Error(_, payload) | Note::Offline(_, payload) => payload.len(),
+                Note::Error(_, payload) | Note::Offline(_, payload, _) => payload.len(),
             }
     }
 
@@ -103,6 +103,59 @@ impl IntoIterator for Notes {
 
     fn into_iter(self) -> Self::IntoIter {
         self.notes.into_iter()
+    }
+}
+
+/// Announcements that processes may have missed which were about a reconnect when they were made, the last ones of them.
+/// They are repeated once.
+#[derive(Default)]
+pub(crate) struct Recent {
+    announcements: VecDeque<Announcement>,
+    weight: usize,
+    /// When they are to be repeated, if they are.
+    repeat_at: Option<Instant>,
+}
+
+pub(crate) struct Announcement {
+    pub(crate) id: Bytes,
+    pub(crate) number: u64,
+    at: Instant,
+}
+
+impl Recent {
+    /// How long they are kept while there is a connection: those that the server has may not have reached others when it
+    /// dies.
+    const KEPT: Duration = Duration::from_secs(1);
+
+    /// An announcement is made.
+    pub(crate) fn note(&mut self, id: Bytes, number: u64, now: Instant) {
+        self.weight += OVERHEAD + id.len();
+        self.announcements.push_back(Announcement { id, number, at: now });
+        while let Some(oldest) = self.announcements.front()
+            && (self.weight > MAX_NOTES
+                || self.repeat_at.is_none() && now.saturating_duration_since(oldest.at) > Recent::KEPT)
+        {
+            self.weight -= OVERHEAD + oldest.id.len();
+            self.announcements.pop_front();
+        }
+    }
+
+    /// There is a connection again: what was announced, and what will be until then, is repeated at this time.
+    pub(crate) fn repeat(&mut self, at: Instant) {
+        self.repeat_at = Some(at);
+    }
+
+    pub(crate) fn repeat_at(&self) -> Option<Instant> {
+        self.repeat_at
+    }
+
+    /// What is to be repeated now: of each client the last.
+    pub(crate) fn take(&mut self) -> Vec<Announcement> {
+        let taken = mem::take(self).announcements;
+        let mut seen = HashSet::new();
+        let mut last: Vec<_> = taken.into_iter().rev().filter(|own| seen.insert(own.id.clone())).collect();
+        last.reverse();
+        last
     }
 }
 
@@ -406,6 +459,29 @@ mod tests {
     }
 
     #[test]
+    fn announcements_are_repeated_once_for_each_client() {
+        let (mut recent, begin) = (Recent::default(), Instant::now());
+        let note = |recent: &mut Recent, id: &'static str, number, ms| {
+            recent.note(id.into(), number, begin + Duration::from_millis(ms));
+        };
+        note(&mut recent, "long ago", 1, 0);
+        note(&mut recent, "before", 2, 2000);
+        recent.repeat(begin + Duration::from_secs(9));
+        note(&mut recent, "twice", 3, 3000);
+        note(&mut recent, "after", 4, 4000);
+        note(&mut recent, "twice", 5, 8000);
+        let taken: Vec<_> = recent.take().into_iter().map(|own| (own.id, own.number)).collect();
+        assert_eq!(taken, [("before".into(), 2), ("after".into(), 4), ("twice".into(), 5)]);
+        assert!(recent.repeat_at().is_none() && recent.take().is_empty());
+        // And no more than fit.
+        recent.repeat(begin);
+        for number in 0..1 << 19 {
+            note(&mut recent, "a", number, 0);
+        }
+        assert!(recent.weight <= MAX_NOTES && recent.announcements.len() > 1 << 16);
+    }
+
+    #[test]
     fn messages_come_out_in_order_and_none_follows_the_end() {
         let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
         assert!(take(&outbox).is_none());
@@ -471,7 +547,7 @@ mod tests {
     #[test]
     fn a_loss_keeps_notes_in_order_and_never_an_end() {
         let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
-        let offline = |id: &'static str| Note::Offline("client.offline".into(), id.into());
+        let offline = |id: &'static str| Note::Offline("client.offline".into(), id.into(), 0);
         outbox.send(&word, &to, b"lost", nobody).unwrap();
         outbox.push(Item::Note(offline("second")));
         outbox.push(Item::Note(Note::End("waited".into())));
@@ -482,7 +558,7 @@ mod tests {
             .items
             .into_iter()
             .map(|item| match item {
-                Item::Note(Note::Offline(_, id)) => id,
+                Item::Note(Note::Offline(_, id, _)) => id,
                 Item::Note(Note::Error(to, payload)) => {
                     assert!(payload.starts_with(wire::ERROR));
                     to.into_string().into()
@@ -499,7 +575,7 @@ mod tests {
     #[test]
     fn announcements_have_a_limit_and_the_last_are_kept() {
         let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
-        let offline = |id: String| Item::Note(Note::Offline("client.offline".into(), id.into()));
+        let offline = |id: String| Item::Note(Note::Offline("client.offline".into(), id.into(), 0));
         outbox.send(&word, &to, b"before", nobody).unwrap();
         for round in 0..2 {
             for i in 0..300_000 {
@@ -514,7 +590,7 @@ mod tests {
         let batch = take(&outbox).unwrap();
         assert_eq!(outbox.weight(), batch.items.iter().map(Item::weight).sum::<usize>());
         let last = batch.items.into_iter().next_back().and_then(Item::into_note);
-        assert!(matches!(last, Some(Note::Offline(_, id)) if id == "0000299999"));
+        assert!(matches!(last, Some(Note::Offline(_, id, _)) if id == "0000299999"));
         outbox.push(offline("after".into()));
         assert_eq!(take(&outbox).unwrap().items.len(), 1);
     }

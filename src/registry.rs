@@ -211,6 +211,16 @@ pub(crate) fn apply_offline(id: &str) {
     registry().leave(id, |_| true, |_| {});
 }
 
+/// Applies an announcement of another process that was missed at its time. A life that began later, with a number from
+/// `since` on, is not meant.
+pub(crate) fn apply_missed_offline(id: &str, since: u64) {
+    let is_meant = |presence: &mut Presence| match presence {
+        Presence::Marked => true,
+        Presence::Life(life) => life.number < since,
+    };
+    registry().leave(id, is_meant, |_| {});
+}
+
 /// Applies an announcement that this process made on `connection`, when it comes back. What was to be done here was done
 /// when it was made, and the client may be back; but a request sent before it may have arrived after that.
 pub(crate) fn apply_own_offline(id: &str, connection: u64) {
