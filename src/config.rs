@@ -58,11 +58,21 @@ pub(crate) struct ConnectOptions {
 }
 
 impl ConnectOptions {
+    /// How long the other end of a lane may take for its reconnect once we had ours: an attempt that was begun too early
+    /// and fails by its time, the delay after it, and one that succeeds at one of several servers. It has the same options,
+    /// as far as we know.
+    pub(crate) fn peer_reconnect(&self) -> Duration {
+        self.connect_timeout + self.reconnect_max + SUCCESSFUL_ATTEMPT
+    }
+
     /// Whoever says whom to trust, or who it is, by a certificate does not go on without.
     pub(crate) fn wants_tls(&self) -> bool {
         self.tls_required || self.tls_first || self.tls_ca_file.is_some() || self.tls_cert_file.is_some()
     }
 }
+
+/// How long an attempt to connect may take that succeeds, while other servers do not answer.
+pub(crate) const SUCCESSFUL_ATTEMPT: Duration = Duration::from_secs(2);
 
 /// For a request.
 #[derive(Clone, Debug)]
@@ -286,6 +296,7 @@ fn subject(key: &str, value: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dial::STAGGER;
 
     #[test]
     fn wrong_values_are_named_and_change_nothing() {
@@ -327,6 +338,35 @@ mod tests {
             let values = ["x", "1", "20", "true", "always"];
             assert!(values.iter().any(|value| Config::new().set(&key, value).is_ok()), "{key}");
         }
+    }
+
+    /// docs/times.md says why.
+    #[test]
+    fn default_times_fit_together() {
+        let config = Config::new();
+        let ConnectOptions {
+            connect_timeout,
+            reconnect_min,
+            reconnect_max,
+            ping_interval,
+            heartbeat,
+            peer_grace,
+            session_grace,
+            ..
+        } = config.connect;
+        let patience = config.connect.peer_reconnect();
+        // The servers of a cluster, all but the last of which do not answer, are tried within one attempt.
+        let servers = 8;
+        let dialing = STAGGER * (servers - 1);
+        assert!(dialing < SUCCESSFUL_ATTEMPT && dialing < connect_timeout);
+        assert!(STAGGER < connect_timeout && reconnect_min <= reconnect_max);
+        assert!(patience >= connect_timeout + reconnect_max + dialing, "a peer that reconnects is waited for");
+        assert!(reconnect_max < patience && peer_grace < patience);
+        // A silent peer is found before a silent server is, or the answer would be another end's.
+        assert!(3 * heartbeat < 2 * ping_interval);
+        assert!(peer_grace < 3 * heartbeat, "a peer that nats-server does not know is found before one that is silent");
+        assert!(session_grace.is_none() && config.request.timeout.is_none(), "neither cuts a reconnect short");
+        assert!(config.request.retry_delay < connect_timeout);
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! Messages come in on the client's own task, through the wakers of its subscriptions: each is handled while the client
 //! hands it over, so that messages of different subscriptions keep the order in which they arrived.
 
-use crate::config::{Announce, Config, ConnectOptions};
+use crate::config::{Announce, Config, ConnectOptions, SUCCESSFUL_ATTEMPT};
 use crate::dial::{self, Dialer};
 use crate::drive::{Confirmation, Drive};
 use crate::error::{Error, Result, Status};
@@ -36,8 +36,6 @@ use tokio::time::{Instant, sleep, timeout};
 /// A connection that is lost before this is a reason to pause before the next, each time for longer, up to a limit.
 const SHORT_LIVED: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
-/// Announcements are repeated so much later than `reconnect_max_ms` after a reconnect: others need time to connect, too.
-const REPEAT_LATER: Duration = Duration::from_secs(1);
 /// Of how many connections a process remembers what it has heard.
 const MAX_ORIGINS: usize = 4096;
 /// How many LOG events may come at once.
@@ -145,12 +143,8 @@ impl Connection {
         let runtime = runtime::start(options.worker_threads)?;
         let readers: Arc<Readers> = Arc::default();
         let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
-        let patience = Patience {
-            heartbeat: options.heartbeat,
-            grace: options.peer_grace,
-            // Two attempts that come as late as they may.
-            reconnect: 2 * options.reconnect_max + Duration::from_secs(1),
-        };
+        let patience =
+            Patience { heartbeat: options.heartbeat, grace: options.peer_grace, reconnect: options.peer_reconnect() };
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),
@@ -632,7 +626,8 @@ impl Connection {
         self.inbound.reset();
         *self.heard.lock() = Heard { since: fork::number(), first: HashMap::new() };
         if self.counters.connects.load(Ordering::Relaxed) > 0 {
-            self.recent.lock().repeat((Instant::now() + self.options.reconnect_max + REPEAT_LATER).into());
+            // By then others have reconnected, too.
+            self.recent.lock().repeat((Instant::now() + self.options.reconnect_max + SUCCESSFUL_ATTEMPT).into());
         }
         // In this order: announcements are listened to before the services that need them.
         let subscriptions = self.subscriptions.lock().clone();

@@ -70,7 +70,7 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - user, password · token · nkey_seed · creds_file: how to authenticate; also possible in the URL.
 ///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each but
 ///     tls_required implies that.
-///   - connect_timeout_ms: for each server, and for serve and listen to reach it. Default 5000.
+///   - connect_timeout_ms: for each address of each server, and for serve and listen to reach it. Default 5000.
 ///   - retry_on_initial_connect: true: presence_connect returns at once and goes on trying. Default false.
 ///   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles between them, each time with a random
 ///     half of it as jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was
@@ -148,7 +148,10 @@ pub unsafe extern "C" fn presence_config_free(config: *mut presence_config) {
 /// Connects to nats-server, waiting until it is reached or cannot be.
 ///
 /// `url` is one URL or several with commas between, as in "nats://a:4222,tls://b:4222"; user and password, or a token,
-/// may stand in it. Servers are tried in random order. The connection is made anew whenever it is lost.
+/// may stand in it. Servers, and the addresses of a server's name, are tried in random order, those that failed in the
+/// last minute after the others; the next one when the one before has not answered for 250 ms. The others of a cluster,
+/// as the server that took us names them, are tried as well; the certificate of one that is named by its address may be
+/// for the host name in the URL. The connection is made anew whenever it is lost.
 /// Errors: PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (cannot be reached, or refuses us), PRESENCE_TIMEOUT,
 /// PRESENCE_FULL (the system gives no thread or file descriptor), PRESENCE_FORKED.
 ///

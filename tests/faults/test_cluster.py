@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -82,6 +83,20 @@ def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -
     dies.kill()
     gateway.all_go_on(late, *CLIENTS, count=100)
     finish(gateway, worker, late, *CLIENTS)
+
+
+def test_the_connected_server_dies_and_others_do_not_answer(cluster: Cluster) -> None:
+    """With defaults: neither end gives the other up while it looks for a server that does."""
+    dies, stays = cluster.servers
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        urls = [dies.url, *(f"nats://127.0.0.1:{listener.getsockname()[1]}" for listener in silent), stays.url]
+        scene = stack.enter_context(Scene(",".join(urls)))
+        worker, gateway = scene.worker("c"), scene.gateway("python")
+        client = begin(gateway)
+        dies.kill()
+        gateway.all_go_on(client, count=100)
+        finish(gateway, worker, client)
 
 
 @pytest.mark.parametrize("whose", ["gateway", "worker"])
