@@ -37,6 +37,11 @@ impl Files {
         Ok(Files { roots, client })
     }
 
+    /// Whether `config_for` can give something.
+    pub(crate) fn can_check_names(&self) -> bool {
+        self.roots.is_some()
+    }
+
     /// For a server that is reached by its address: its certificate must be for `name`. None where that cannot be
     /// checked: the authorities are the system's, or this is not a host's name.
     pub(crate) fn config_for(&self, name: &str) -> Option<ClientConfig> {
