@@ -141,11 +141,7 @@ impl Dialer {
     async fn dial_server(&self, target: Target, files: &Files) -> Result<Client, Vec<Error>> {
         let trial = Trial::begin(self, target.key());
         let addresses = self.addresses(&target).await.map_err(|error| vec![error])?;
-        let wants_tls = self.options.wants_tls() || target.server.tls_required();
-        let by_address = target
-            .name()
-            .filter(|_| addresses.len() > 1 || target.tls_name.is_some())
-            .filter(|_| files.can_check_names() || !wants_tls);
+        let by_address = target.name().filter(|_| addresses.len() > 1 || target.tls_name.is_some());
         let mut failures = match by_address {
             Some(name) => {
                 let attempts = addresses.into_iter().map(|address| self.dial_address(&target, address, name, files));

@@ -10,6 +10,7 @@ use async_nats::rustls::pki_types::pem::PemObject;
 use async_nats::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use async_nats::rustls::sign::CertifiedKey;
 use async_nats::rustls::{self, ClientConfig, DigitallySignedStruct, InconsistentKeys, RootCertStore, SignatureScheme};
+use once_cell::sync::OnceCell;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -37,19 +38,14 @@ impl Files {
         Ok(Files { roots, client })
     }
 
-    /// Whether `config_for` can give something.
-    pub(crate) fn can_check_names(&self) -> bool {
-        self.roots.is_some()
-    }
-
-    /// For a server that is reached by its address: its certificate must be for `name`. None where that cannot be
-    /// checked: the authorities are the system's, or this is not a host's name.
+    /// For a server that is reached by its address: its certificate must be for `name`. None where that is not a host's
+    /// name.
     pub(crate) fn config_for(&self, name: &str) -> Option<ClientConfig> {
         let provider = Arc::new(ring::default_provider());
         let name = ServerName::try_from(name.to_owned()).ok()?;
-        let roots =
-            WebPkiServerVerifier::builder_with_provider(Arc::clone(self.roots.as_ref()?), Arc::clone(&provider));
-        let verifier = Arc::new(NameVerifier { name, roots: roots.build().ok()?, provider: Arc::clone(&provider) });
+        let roots = self.roots.clone();
+        let verifier =
+            Arc::new(NameVerifier { name, roots, verifier: OnceCell::new(), provider: Arc::clone(&provider) });
         let builder = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .ok()?
@@ -67,8 +63,28 @@ impl Files {
 #[derive(Debug)]
 struct NameVerifier {
     name: ServerName<'static>,
-    roots: Arc<WebPkiServerVerifier>,
+    /// None: the system's.
+    roots: Option<Arc<RootCertStore>>,
+    /// Made when there is a certificate: a server in the clear needs none, and the system's authorities take some time.
+    verifier: OnceCell<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
+}
+
+impl NameVerifier {
+    fn verifier(&self) -> Result<&Arc<WebPkiServerVerifier>, rustls::Error> {
+        self.verifier.get_or_try_init(|| {
+            let roots = self.roots.clone().unwrap_or_else(|| Arc::new(system_roots()));
+            let builder = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&self.provider));
+            builder.build().map_err(|error| rustls::Error::General(error.to_string()))
+        })
+    }
+}
+
+/// The system's authorities, as the NATS client finds them.
+fn system_roots() -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots
 }
 
 impl ServerCertVerifier for NameVerifier {
@@ -80,7 +96,7 @@ impl ServerCertVerifier for NameVerifier {
         ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        self.roots.verify_server_cert(end_entity, intermediates, &self.name, ocsp_response, now)
+        self.verifier()?.verify_server_cert(end_entity, intermediates, &self.name, ocsp_response, now)
     }
 
     fn verify_tls12_signature(

@@ -43,9 +43,11 @@ def preload() -> str:
     return str(library)
 
 
-def connect(preload: str, addresses: list[str], url: str, **options: Any) -> str:
+def connect(
+    preload: str, addresses: list[str], url: str, system: dict[str, str] | None = None, /, **options: Any
+) -> str:
     """What became of connecting in a process where NAME has these addresses."""
-    names = {"LD_PRELOAD": preload, "NAME": NAME, "NAME_ADDRESSES": " ".join(addresses)}
+    names = {"LD_PRELOAD": preload, "NAME": NAME, "NAME_ADDRESSES": " ".join(addresses), **(system or {})}
     command = [sys.executable, "-c", CONNECT, url, json.dumps(options)]
     done = subprocess.run(
         command, env={**os.environ, **environment(), **names}, text=True, capture_output=True, timeout=60, check=False
@@ -105,6 +107,15 @@ def test_a_server_with_a_certificate_for_each_name_hears_the_name(
         ca = str(tmp_path / "ca.pem")
         said = connect(preload, [LIVE, "127.0.0.2"], f"tls://{NAME}:{port}", tls_ca_file=ca)
         assert said == "connected\n"
+
+
+def test_the_authorities_may_be_the_system_s(tmp_path: Path, preload: str, authority: trustme.CA) -> None:
+    with nats_server(f"tls {{ {certificate(tmp_path, authority, NAME)} }}", tmp_path) as port, silent(DEAD, port):
+        system = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
+        url = f"tls://{NAME}:{port}"
+        said = connect(preload, [*DEAD, LIVE], url, system, connect_timeout_ms=2000)
+        assert said == "connected\n"
+        assert "UnknownIssuer" in connect(preload, [LIVE, "127.0.0.7"], url)
 
 
 @contextlib.contextmanager
