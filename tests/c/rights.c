@@ -198,6 +198,24 @@ static void refuse_the_inbox(void) {
   kill_server(&server);
 }
 
+/* Without their inbox there are no lanes; there are again as soon as it is allowed. */
+static void refuse_lanes(void) {
+  own_server server = server_that_allows("\"_INBOX.*.*\", \"client.offline\", \"work\"", "");
+  peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = beside(gateway);
+  presence_service *service = serve(worker, "work");
+  CHECK(expect(gateway.queue, PRESENCE_EVENT_LOG).data_len > 0);
+  peer quiet = beside(gateway); /* not told of the attempts */
+  expect_served(worker, quiet, "work");
+  CHECK_EQ(stats_of(gateway).lanes, 0);
+  reload(server, ALL);
+  while (stats_of(gateway).lanes == 0) expect_served(worker, quiet, "work");
+  presence_service_free(service);
+  presence_queue_free(quiet.queue);
+  presence_queue_free(worker.queue);
+  close_peer(gateway);
+  kill_server(&server);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   int fd = mkstemp(file);
@@ -208,6 +226,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(refuse_announcements);
   RUN_ON_BOTH(refuse_later);
   RUN_ON_BOTH(refuse_what_was_served_before);
+  RUN(refuse_lanes);
   RUN_ON_LEVEL_0(refuse_the_inbox);
   unlink(file);
   return 0;
