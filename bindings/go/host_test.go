@@ -18,13 +18,17 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
+
+	"github.com/nats-presence/nats-presence/bindings/go/internal/forking"
 )
 
-// What Go programs do around the library: leave at any moment, start programs, profile themselves, end threads.
+// What Go programs do around the library: leave at any moment, start programs, fork in C, profile themselves, end threads.
 
 func init() {
 	roles["leaving"] = leaving
 	roles["starting a program"] = startingAProgram
+	roles["forking"] = forks
 }
 
 // leaving sends on 50 streams to itself when it leaves, in the way that is said.
@@ -136,6 +140,47 @@ func TestProgramsInheritNothing(t *testing.T) {
 	must(t, cmd.Wait())
 	if shown < 4 {
 		t.Error("only ", shown, " lines")
+	}
+}
+
+// forks sends a stream to itself while C code forks the process, with goroutines that wait in the library all the time.
+func forks(conn *Conn, said *bufio.Scanner) error {
+	ctx := context.Background()
+	go conn.Serve(ctx, "fork", "workers", tick)
+	said.Scan() // that it serves
+	stream, err := conn.Request(ctx, "fork", nil, "forking")
+	if err != nil {
+		return err
+	}
+	for range 5 {
+		if _, err := stream.Next(ctx); err != nil {
+			return fmt.Errorf("before the fork: %w", err)
+		}
+		if err := forking.Fork(os.Getenv("PRESENCE_TEST_URL"), unsafe.Pointer(conn.handle)); err != nil {
+			return err
+		}
+		if !IsClientOnline("forking") {
+			return errors.New("what the child marks changes the parent")
+		}
+	}
+	if _, err := stream.Next(ctx); err != nil {
+		return fmt.Errorf("after the forks: %w", err)
+	}
+	fmt.Println("forked")
+	return nil
+}
+
+func TestForkInC(t *testing.T) {
+	cmd, in, lines := command(t, startServer(t), "forking")
+	said := ""
+	for lines.Scan() {
+		said += lines.Text() + "\n"
+		if strings.HasPrefix(lines.Text(), "serving") {
+			fmt.Fprintln(in, "go on")
+		}
+	}
+	if err := cmd.Wait(); err != nil || !strings.Contains(said, "forked\n") {
+		t.Error(err, said)
 	}
 }
 
