@@ -76,6 +76,7 @@ lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the g
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
+	CARGO=$(CARGO) tools/targets
 	git diff --exit-code --stat include
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(VENV)/bin/ruff check

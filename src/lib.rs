@@ -21,6 +21,9 @@
 //! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
 //! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
 
+#[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
+compile_error!("nats-presence supports 64-bit little-endian targets only");
+
 mod client;
 mod config;
 mod connection;

@@ -89,7 +89,7 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
         let end = whole.take_while(|end| *end < PRESENCE_ERROR_MESSAGE).last().unwrap_or_default();
         for (slot, byte) in message.iter_mut().zip(failed.message.bytes().take(end)) {
             // A NUL within would cut the message for C.
-            *slot = if byte == 0 { b'?' } else { byte }.cast_signed();
+            *slot = c_char::from_ne_bytes([if byte == 0 { b'?' } else { byte }]);
         }
         // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
         unsafe { error.write(presence_error { status: failed.status.code(), message }) };
