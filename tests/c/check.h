@@ -78,10 +78,11 @@ static inline void end_of_line(void) {
     }                                                                              \
   } while (0)
 
-/* To be called first in main. A program that hangs ends by SIGALRM. */
+/* To be called first in main. A program that hangs ends by SIGALRM; CHECK_SECONDS: after so many. */
 static inline void begin(int argc, char **argv) {
+  const char *seconds = getenv("CHECK_SECONDS");
   is_long = getenv("LONG") != NULL;
-  alarm(is_long ? 280 : 100);
+  alarm(seconds ? (unsigned)atoi(seconds) : is_long ? 280 : 100);
   url = argc > 1 ? argv[1] : "nats://127.0.0.1:4222";
   asked_for = argc > 2 ? argv[2] : NULL;
   running = asked_for ? asked_for : "main";
