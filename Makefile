@@ -21,13 +21,14 @@ build: ## Build the library, optimised
 	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target
 
 .PHONY: install
-install: build ## Install header, libraries and pkg-config files below PREFIX (default /usr/local)
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+install: build ## Install header, libraries, pkg-config and suppression files below PREFIX (default /usr/local)
+	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/share/nats-presence
 	install -m 644 include/nats_presence.h $(DESTDIR)$(PREFIX)/include/
 	install -m 755 target/release/libnats_presence.so $(DESTDIR)$(PREFIX)/lib/libnats_presence.so.$(VERSION)
 	ln -sf libnats_presence.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libnats_presence.so.$(ABI)
 	ln -sf libnats_presence.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libnats_presence.so
 	install -m 644 target/release/libnats_presence.a $(DESTDIR)$(PREFIX)/lib/
+	install -m 644 packaging/nats-presence.supp packaging/nats-presence.tsan $(DESTDIR)$(PREFIX)/share/nats-presence/
 	for name in nats-presence nats-presence-static; do \
 	  sed 's/@VERSION@/$(VERSION)/' packaging/$$name.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$name.pc || exit 1; done
 
