@@ -52,6 +52,8 @@ pub(crate) struct ConnectOptions {
     pub(crate) lanes: bool,
     pub(crate) heartbeat: Duration,
     pub(crate) peer_grace: Duration,
+    /// For a peer on another nats-server; the option sets both.
+    pub(crate) remote_peer_grace: Duration,
     pub(crate) send_buffer: usize,
     pub(crate) session_grace: Option<Duration>,
     pub(crate) worker_threads: usize,
@@ -137,6 +139,7 @@ impl Config {
                 lanes: true,
                 heartbeat: Duration::from_secs(5),
                 peer_grace: Duration::from_secs(1),
+                remote_peer_grace: Duration::from_secs(3),
                 send_buffer: 4 << 20,
                 session_grace: None,
                 worker_threads: 1,
@@ -235,7 +238,10 @@ impl Config {
             }
             "lanes" => connect.lanes = boolean(key, value)?,
             "heartbeat_ms" => connect.heartbeat = millis(key, value, 10)?,
-            "peer_grace_ms" => connect.peer_grace = millis(key, value, 0)?,
+            "peer_grace_ms" => {
+                connect.peer_grace = millis(key, value, 0)?;
+                connect.remote_peer_grace = connect.peer_grace;
+            }
             "send_buffer_bytes" => connect.send_buffer = number(key, value, 1, 1 << 40)?,
             "session_grace_ms" => connect.session_grace = Some(millis(key, value, 0)?),
             "worker_threads" => connect.worker_threads = number(key, value, 1, 64)?,

@@ -143,8 +143,12 @@ impl Connection {
         let runtime = runtime::start(options.worker_threads)?;
         let readers: Arc<Readers> = Arc::default();
         let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
-        let patience =
-            Patience { heartbeat: options.heartbeat, grace: options.peer_grace, reconnect: options.peer_reconnect() };
+        let patience = Patience {
+            heartbeat: options.heartbeat,
+            grace: options.peer_grace,
+            remote_grace: options.remote_peer_grace,
+            reconnect: options.peer_reconnect(),
+        };
         let connection = Arc::new_cyclic(|this| Connection {
             number: fork::number(),
             this: this.clone(),

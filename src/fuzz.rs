@@ -64,7 +64,7 @@ pub fn lane(data: &[u8]) {
     let mut choices = Choices(data);
     let serves = choices.below(2) == 0;
     let ms = Duration::from_millis;
-    let patience = Patience { heartbeat: ms(100), grace: ms(100), reconnect: ms(1000) };
+    let patience = Patience { heartbeat: ms(100), grace: ms(100), remote_grace: ms(200), reconnect: ms(1000) };
     let mut now = Instant::now();
     let limit = 1 << (4 + choices.below(12));
     let mut state = State::new(serves, limit, patience, now);
@@ -83,7 +83,11 @@ pub fn lane(data: &[u8]) {
             1..=5 => {
                 let (flags, ahead) = (choices.byte(), choices.below(4));
                 let sequence = (received + u64::from(ahead)).saturating_sub(1);
-                let header = Header { flags, sequence, ack: sent.saturating_sub(choices.below(3).into()) };
+                let ack = sent.saturating_sub(choices.below(3).into());
+                // Numbers of PINGs are small: some of them were sent.
+                let (ping, pong) = (choices.below(4).into(), choices.below(16).into());
+                let server = choices.below(3).into();
+                let header = Header { ping, pong, server, ..Header::of(flags, sequence, ack) };
                 let mut message = BytesMut::from(&header.bytes()[..]);
                 for _ in 0..choices.below(4) {
                     let kind = choices.below(8);
@@ -129,9 +133,9 @@ pub fn lane(data: &[u8]) {
             11 => state.cancel(choices.below(8).into(), choices.byte()),
             12 => now += ms(u64::from(choices.byte()) * 8),
             13 => match choices.below(4) {
-                0 => state.begin(),
+                0 => state.begin(1),
                 1 => state.link_down(),
-                2 => state.link_up(now),
+                2 => state.link_up(choices.below(3).into(), now),
                 _ => state.set_max_payload(usize::from(choices.byte()) << 8),
             },
             14 => match choices.below(8) {

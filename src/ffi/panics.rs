@@ -151,6 +151,7 @@ fn the_error_says_so() {
     // SAFETY: NULL is allowed; the error is writable.
     unsafe { force(|| presence_connect(null(), null(), null_mut(), &raw mut error)) };
     assert_eq!(error.status, Status::Internal.code());
-    let message: Vec<u8> = error.message.iter().flat_map(|c: &c_char| c.to_ne_bytes()).take_while(|c| *c != 0).collect();
+    let message: Vec<u8> =
+        error.message.iter().flat_map(|c: &c_char| c.to_ne_bytes()).take_while(|c| *c != 0).collect();
     assert_eq!(message, Status::Internal.to_string().as_bytes());
 }

@@ -3,7 +3,7 @@
 //! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
 
 use crate::error::Status;
-use crate::lane::frame::Malformed;
+use crate::lane::frame::{self, Malformed};
 use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
 use crate::outbox::stopped;
 use crate::queue::{Batch, Origin, Queue};
@@ -355,7 +355,7 @@ impl Lane {
         if let Some(client) = &client {
             let mut state = self.state.lock();
             state.set_max_payload(client.max_payload());
-            state.begin();
+            state.begin(frame::server(&client.server_info().server_id));
         }
         loop {
             // Before there is something to send: what is sealed for a dead client is sent again.
@@ -420,7 +420,7 @@ impl Lane {
         state.link_down();
         if let Some(client) = &client {
             state.set_max_payload(client.max_payload());
-            state.link_up(Instant::now());
+            state.link_up(frame::server(&client.server_info().server_id), Instant::now());
         }
         client
     }

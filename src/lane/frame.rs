@@ -6,14 +6,15 @@ use bytes::BytesMut;
 
 /// The version of lanes that is spoken here; a message's first byte.
 pub(crate) const VERSION: u8 = 1;
-/// Bytes in a message's header: version, flags, sequence and acknowledgement (both little-endian).
-pub(crate) const HEADER: usize = 18;
+/// Bytes in a message's header: version, flags, sequence, acknowledgement, numbers of a PING and a PONG, and the server (all
+/// little-endian).
+pub(crate) const HEADER: usize = 30;
 /// The most that a frame adds to its body.
 pub(crate) const MAX_FRAME_HEADER: usize = 11;
 
-/// Answer this at once.
+/// Answer this at once, with the PING's number.
 pub(crate) const PING: u8 = 1;
-/// This answers a PING.
+/// This answers the PING with this number.
 pub(crate) const PONG: u8 = 2;
 /// Something is missing: send again all that follows the acknowledged.
 pub(crate) const GAP: u8 = 4;
@@ -47,9 +48,25 @@ pub(crate) struct Header {
     pub(crate) sequence: u64,
     /// The last number up to which all has come.
     pub(crate) ack: u64,
+    /// With PING: its number, one more for each.
+    pub(crate) ping: u32,
+    /// With PONG: the number of the PING that it answers.
+    pub(crate) pong: u32,
+    /// Where the sender is connected: see [`server`]. 0: not known.
+    pub(crate) server: u32,
+}
+
+/// A nats-server by its id, for the header: FNV-1a. The ends of a lane compare it to know whether they share a server.
+pub(crate) fn server(id: &str) -> u32 {
+    id.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 impl Header {
+    /// A message of flags only.
+    pub(crate) fn of(flags: u8, sequence: u64, ack: u64) -> Header {
+        Header { flags, sequence, ack, ping: 0, pong: 0, server: 0 }
+    }
+
     pub(crate) fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
@@ -60,16 +77,29 @@ impl Header {
         if *version != VERSION {
             return Err(Malformed);
         }
-        let (sequence, ack) = numbers.split_first_chunk().ok_or(Malformed)?;
-        let ack = ack.first_chunk().ok_or(Malformed)?;
-        Ok(Header { flags: *flags, sequence: u64::from_le_bytes(*sequence), ack: u64::from_le_bytes(*ack) })
+        let (sequence, rest) = numbers.split_first_chunk().ok_or(Malformed)?;
+        let (ack, rest) = rest.split_first_chunk().ok_or(Malformed)?;
+        let (ping, rest) = rest.split_first_chunk().ok_or(Malformed)?;
+        let (pong, rest) = rest.split_first_chunk().ok_or(Malformed)?;
+        let server = rest.first_chunk().ok_or(Malformed)?;
+        Ok(Header {
+            flags: *flags,
+            sequence: u64::from_le_bytes(*sequence),
+            ack: u64::from_le_bytes(*ack),
+            ping: u32::from_le_bytes(*ping),
+            pong: u32::from_le_bytes(*pong),
+            server: u32::from_le_bytes(*server),
+        })
     }
 
     pub(crate) fn bytes(&self) -> [u8; HEADER] {
         let mut bytes = [VERSION; HEADER];
         bytes[1] = self.flags;
         bytes[2..10].copy_from_slice(&self.sequence.to_le_bytes());
-        bytes[10..].copy_from_slice(&self.ack.to_le_bytes());
+        bytes[10..18].copy_from_slice(&self.ack.to_le_bytes());
+        bytes[18..22].copy_from_slice(&self.ping.to_le_bytes());
+        bytes[22..26].copy_from_slice(&self.pong.to_le_bytes());
+        bytes[26..].copy_from_slice(&self.server.to_le_bytes());
         bytes
     }
 }
@@ -200,12 +230,25 @@ mod tests {
 
     #[test]
     fn headers_are_read_as_written() {
-        let header = Header { flags: PING | NEW, sequence: 0x0102_0304_0506_0708, ack: u64::MAX };
+        let header = Header {
+            flags: PING | NEW,
+            sequence: 0x0102_0304_0506_0708,
+            ack: u64::MAX,
+            ping: 0x0102_0304,
+            pong: 5,
+            server: 0x0607_0809,
+        };
         let bytes = header.bytes();
         assert_eq!(bytes[..10], [1, 17, 8, 7, 6, 5, 4, 3, 2, 1]);
+        assert_eq!(bytes[18..], [4, 3, 2, 1, 5, 0, 0, 0, 9, 8, 7, 6]);
         assert_eq!(Header::read(&bytes), Ok(header));
-        assert_eq!(Header::read(&bytes[..17]), Err(Malformed));
-        assert_eq!(Header::read(&[2; 18]), Err(Malformed), "another version");
+        assert_eq!(Header::read(&bytes[..29]), Err(Malformed));
+        assert_eq!(Header::read(&[2; 30]), Err(Malformed), "another version");
+    }
+
+    #[test]
+    fn servers_are_hashed_as_in_the_document() {
+        assert_eq!((server(""), server("a"), server("foobar")), (0x811c_9dc5, 0xe40c_292c, 0xbf9c_f968));
     }
 
     #[test]

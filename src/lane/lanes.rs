@@ -236,7 +236,7 @@ impl Lanes {
                 match driven {
                     Ok(()) if serves && !task.was_heard() => lanes.nobody_answers(task.peer()),
                     Ok(()) => {}
-                    Err(_) => lanes.say(task.own().clone(), task.peer().clone(), frame::RESET),
+                    Err(_) => lanes.say(task.own().clone(), task.peer().clone(), &Header::of(frame::RESET, 0, 0)),
                 }
             }
             if driven.is_err() {
@@ -271,13 +271,12 @@ impl Lanes {
         // Only at the offer its first message may begin it after all: from elsewhere it would be asked for it for ever.
         let is_offer = own.strip_prefix(&*self.prefix).is_some_and(|token| token == self.offer);
         let may_begin = is_offer && header.has(frame::NEW) && self.has_room();
-        let flags = if may_begin { frame::GAP | frame::PONG } else { frame::RESET };
-        self.say(own, peer.clone(), flags);
+        self.say(own, peer.clone(), &unknown(&header, may_begin));
     }
 
-    /// Sends a message of flags only, in the place of a lane that is not there.
-    fn say(&self, own: Subject, peer: Subject, flags: u8) {
-        let message = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
+    /// Sends a message without frames, in the place of a lane that is not there.
+    fn say(&self, own: Subject, peer: Subject, header: &Header) {
+        let message = header.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
             // At once or not at all: whoever sends faster than the server takes the answers would have us keep them all.
             let _ = unconstrained(client.publish_with_reply(peer, own, message)).now_or_never();
@@ -287,6 +286,16 @@ impl Lanes {
     fn ignore(&self) {
         self.ignored.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// The answer to a message of a lane that is not known: that it is over, or, if it may begin, that nothing has come. A PING
+/// is answered with it: else the worker would not send again.
+pub(crate) fn unknown(message: &Header, may_begin: bool) -> Header {
+    if !may_begin {
+        return Header::of(frame::RESET, 0, 0);
+    }
+    let pong = if message.has(frame::PING) { frame::PONG } else { 0 };
+    Header { pong: message.ping, ..Header::of(frame::GAP | pong, 0, 0) }
 }
 
 /// The entry is not held: what is done with the lane may change the map.

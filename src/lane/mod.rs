@@ -4,6 +4,7 @@
 pub(crate) mod driver;
 pub(crate) mod frame;
 pub(crate) mod lanes;
+pub(crate) mod path;
 #[cfg(test)]
 mod simulation;
 pub(crate) mod state;

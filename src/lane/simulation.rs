@@ -75,6 +75,8 @@ fn simpler_steps(step: Step) -> Vec<Step> {
             Step::Weather(Weather { drop: 0, ..weather }),
             Step::Weather(Weather { double: 0, ..weather }),
             Step::Weather(Weather { reorder: false, ..weather }),
+            Step::Weather(Weather { rate: 0, ..weather }),
+            Step::Weather(Weather { delay: 1000, ..weather }),
         ],
         _ => vec![],
     }
@@ -89,6 +91,7 @@ fn simpler_setups(setup: Setup) -> Vec<Setup> {
         Setup { waits: false, ..setup },
         Setup { many: false, ..setup },
         Setup { blocked: false, ..setup },
+        Setup { is_one_server: true, ..setup },
         Setup { limit: 4 << 20, ..setup },
         Setup { max_payload: 1 << 20, ..setup },
     ]

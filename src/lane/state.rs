@@ -2,10 +2,12 @@
 //! to tell. Both ends are the same but for who may open streams.
 //!
 //! Messages with frames are numbered, and kept until the other end has acknowledged them. What is missing is found out by
-//! the other end (a number too high: GAP) or by asking (PING; the PONG acknowledges all that came before it), and sent
-//! again from the first missing on. After a reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
+//! the other end (a number too high: GAP) or by asking (PING; the PONG with its number acknowledges all that came before
+//! it), and sent again from the first missing on. How much is in flight at once follows the round trip (`path`). After a
+//! reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
 
 use crate::lane::frame::{self, Frames, Header, Malformed, Run};
+use crate::lane::path::{self, Path};
 use crate::wire;
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -20,6 +22,8 @@ pub(crate) const OVERHEAD: u64 = 64;
 const MAX_PAYLOAD: usize = 1 << 20;
 /// How large messages with several frames get.
 const CHUNK: usize = 64 << 10;
+/// And how large they may get at least, while the window is small.
+const MIN_CHUNK: usize = 4 << 10;
 /// How many of their buffers are kept when nothing is in them.
 const MAX_SPARES: usize = 64;
 /// An acknowledgement is sent after so many bytes, or so much later when nothing is sent that could carry it.
@@ -27,10 +31,12 @@ const ACK_AFTER: usize = 2 * CHUNK;
 const ACK_DELAY: Duration = Duration::from_millis(25);
 /// The last acknowledgement before a pause is said again after ACK_DELAY, and then after twice as long …, up to this.
 const CONFIRM_UNTIL: Duration = Duration::from_millis(200);
-/// How long what was sent may stay unacknowledged before we ask.
-const ASK_AFTER: Duration = Duration::from_millis(500);
 /// While we must know whether the other end is there, the first PING is repeated after this, then after twice as long …
 const PING_AGAIN: Duration = Duration::from_millis(20);
+/// … up to this.
+const PING_AGAIN_UNTIL: Duration = Duration::from_millis(500);
+/// How many PINGs without an answer are remembered.
+const MAX_QUESTIONS: usize = 64;
 /// A timer that is so late was not the only one: this process, or its machine, stood still.
 const LATE: Duration = Duration::from_millis(250);
 /// How long an error's text is where there is no room for more, in bytes.
@@ -51,8 +57,10 @@ const IDLE_FACTOR: u32 = 12;
 pub(crate) struct Patience {
     /// A silent peer is probed this often, and gone after three.
     pub(crate) heartbeat: Duration,
-    /// How long a peer that nats-server does not know may be away.
+    /// How long a peer on our nats-server may be away when the server says that it is not there.
     pub(crate) grace: Duration,
+    /// The same for a peer on another server: the link between the servers may be down.
+    pub(crate) remote_grace: Duration,
     /// How long the other end may take for its reconnect after we had ours.
     pub(crate) reconnect: Duration,
 }
@@ -160,6 +168,18 @@ struct In<S> {
     unconsumed: u64,
 }
 
+/// A PING that was not answered yet.
+struct Question {
+    number: u32,
+    sent_at: Instant,
+    /// The last message with frames that was sent before it.
+    covers: u64,
+    /// Whether its answer shows what is missing: not if messages were sent again after it.
+    counts: bool,
+    /// Whether more than half of the window was in flight.
+    fills: bool,
+}
+
 /// One end of a lane.
 pub(crate) struct State<S> {
     patience: Patience,
@@ -182,6 +202,9 @@ pub(crate) struct State<S> {
     /// Which of them is to be sent again next.
     resend: Option<usize>,
     backlog: usize,
+    /// Bytes of messages in `unacked` that were sent, and not found missing.
+    in_flight: usize,
+    path: Path,
 
     /// Whether the other end ever said anything.
     was_heard: bool,
@@ -206,17 +229,26 @@ pub(crate) struct State<S> {
     is_held: bool,
     ping_at: Instant,
     ping_interval: Duration,
-    /// The last number that had been sent before the first PING that is unanswered.
-    asked_for: Option<u64>,
-    /// Answers in a row that did not cover it, and acknowledged nothing.
+    /// The number of the last PING, and those without an answer.
+    last_ping: u32,
+    questions: VecDeque<Question>,
+    /// The PING to be answered.
+    pong: u32,
+    /// Answers in a row that showed messages to be missing, and acknowledged nothing.
     vain: u32,
     progress_at: Instant,
+    /// How often unacknowledged messages were asked for since.
+    asked: u32,
+    /// The servers of both ends; 0: not known.
+    server: u32,
+    peer_server: u32,
     /// nats-server says that nobody is there.
     suspect_since: Option<Instant>,
     /// Until when the other end may be about its own reconnect.
     reconnecting: Option<Instant>,
     beat_at: Instant,
     missed: u32,
+    heard_at: Instant,
     was_late: bool,
 
     last_stream: u32,
@@ -255,6 +287,8 @@ impl<S: Clone> State<S> {
             acked: 0,
             resend: None,
             backlog: 0,
+            in_flight: 0,
+            path: Path::new(limit),
             was_heard: false,
             received: 0,
             unacknowledged: 0,
@@ -270,13 +304,19 @@ impl<S: Clone> State<S> {
             is_held: false,
             ping_at: now,
             ping_interval: PING_AGAIN,
-            asked_for: None,
+            last_ping: 0,
+            questions: VecDeque::new(),
+            pong: 0,
             vain: 0,
             progress_at: now,
+            asked: 0,
+            server: 0,
+            peer_server: 0,
             suspect_since: None,
             reconnecting: None,
             beat_at: now + patience.heartbeat,
             missed: 0,
+            heard_at: now,
             was_late: false,
             last_stream: 0,
             outs: HashMap::default(),
@@ -316,6 +356,11 @@ impl<S: Clone> State<S> {
 
     fn last_sent(&self) -> u64 {
         self.acked + self.unacked.len() as u64
+    }
+
+    /// The number up to which all was sent, or sent again.
+    fn sent_so_far(&self) -> u64 {
+        self.resend.map_or_else(|| self.last_sent(), |index| self.acked + index as u64)
     }
 
     // The worker's calls ----------------------------------------------------------------------------------------------
@@ -419,37 +464,41 @@ impl<S: Clone> State<S> {
         self.max_message = max_message(max_payload);
     }
 
-    /// There is a connection to nats-server, and was since the lane was made.
-    pub(crate) fn begin(&mut self) {
+    /// There is a connection to this nats-server (`frame::server`), and was since the lane was made.
+    pub(crate) fn begin(&mut self, server: u32) {
         self.is_linked = true;
+        self.server = server;
     }
 
-    /// There is a connection to nats-server again.
-    pub(crate) fn link_up(&mut self, now: Instant) {
+    /// There is a connection to a nats-server again.
+    pub(crate) fn link_up(&mut self, server: u32, now: Instant) {
         self.is_linked = true;
+        self.server = server;
+        self.path.reset();
         self.reconnecting = Some(now + self.patience.reconnect);
         self.hold(now);
         self.flags |= frame::GAP;
         self.beat_at = now + self.patience.heartbeat;
         self.missed = 0;
+        self.heard_at = now;
     }
 
     /// The connection is lost: no time passes for the other end.
     pub(crate) fn link_down(&mut self) {
         self.is_linked = false;
         self.suspect_since = None;
-        self.asked_for = None;
+        self.questions.clear();
         self.flags = 0;
         self.ack_now = false;
         self.confirm_at = None;
         self.resend = None;
+        self.in_flight = self.unacked.iter().map(Bytes::len).sum();
     }
 
     /// nats-server says that nobody is there.
     pub(crate) fn nobody_there(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
         if self.is_linked && self.suspect_since.is_none() && !self.is_over() {
             self.suspect_since = Some(now);
-            self.asked_for = Some(self.last_sent());
             if !self.is_held {
                 self.hold(now);
             }
@@ -471,6 +520,7 @@ impl<S: Clone> State<S> {
         self.chunks.clear();
         self.unacked.clear();
         self.backlog = 0;
+        self.in_flight = 0;
     }
 
     #[cfg(test)]
@@ -519,15 +569,15 @@ impl<S: Clone> State<S> {
         }
         self.reconnecting = None;
         self.missed = 0;
+        self.heard_at = now;
         self.confirm_at = None;
         self.beat_at = now + self.beat();
+        if header.server != 0 {
+            self.peer_server = header.server;
+        }
         self.acknowledged(header.ack, now, tells);
         if header.has(frame::PONG) {
-            self.is_held = false;
-            if self.asked_for.take().is_some_and(|asked_for| header.ack < asked_for) {
-                self.vain += 1;
-                self.send_again(now);
-            }
+            self.answered(header, now);
         }
         if header.has(frame::GAP) && (header.has(frame::PING) || self.gap_heard != Some(header.ack)) {
             // Heard is what was heeded: a question after nothing is none.
@@ -536,6 +586,7 @@ impl<S: Clone> State<S> {
         }
         if header.has(frame::PING) {
             self.flags |= frame::PONG;
+            self.pong = header.ping;
         }
         let frames = message.len() > frame::HEADER;
         if frames && header.sequence <= self.received {
@@ -583,7 +634,7 @@ impl<S: Clone> State<S> {
         if !self.is_linked || self.is_over() {
             return None;
         }
-        let asks_at = (!self.unacked.is_empty() && !self.is_held).then(|| self.progress_at + ASK_AFTER);
+        let asks_at = (!self.unacked.is_empty() && !self.is_held).then(|| self.asks_at());
         let ping_at = self.is_held.then_some(self.ping_at);
         [Some(self.beat_at), asks_at, ping_at, self.ack_at, self.confirm_at, self.gone_at()].into_iter().flatten().min()
     }
@@ -592,8 +643,7 @@ impl<S: Clone> State<S> {
     #[inline]
     pub(crate) fn must_wake(&mut self) -> bool {
         let Some(until) = self.asleep else { return false };
-        let is_due =
-            (!self.is_held && (!self.chunks.is_empty() || self.resend.is_some())) || self.flags != 0 || self.ack_now;
+        let is_due = self.is_sendable() || self.flags != 0 || self.ack_now;
         let wakes = self.is_over()
             || (is_due && self.is_linked)
             || self.deadline().is_some_and(|at| until.is_none_or(|until| at < until));
@@ -615,7 +665,49 @@ impl<S: Clone> State<S> {
         self.beat_at = self.beat_at.min(now + self.patience.heartbeat);
     }
 
+    /// When what was sent and not acknowledged is asked for.
+    fn asks_at(&self) -> Instant {
+        self.progress_at + self.path.ask_after(self.asked)
+    }
+
+    /// Whether there is a message with frames, and the window lets it go. One may always be in flight.
+    #[inline]
+    fn is_sendable(&self) -> bool {
+        if self.is_held {
+            return false;
+        }
+        let next = match self.resend {
+            Some(index) => self.unacked.get(index).map(Bytes::len),
+            None => self.chunks.front().map(BytesMut::len),
+        };
+        next.is_some_and(|size| self.in_flight == 0 || self.in_flight + size <= self.path.window())
+    }
+
+    /// The answer to a PING came: only one that was sent after a message can show that the message is missing.
+    fn answered(&mut self, header: Header, now: Instant) {
+        let Some(index) = self.questions.iter().position(|question| question.number == header.pong) else { return };
+        // NATS keeps the order: those before it are lost, or so are their answers.
+        let Some(question) = self.questions.drain(..=index).next_back() else { return };
+        self.path.answered(question.sent_at, now, question.fills);
+        self.asked = 0;
+        if question.counts {
+            self.is_held = false;
+            if header.ack < question.covers {
+                self.vain += 1;
+                self.send_again(now);
+            }
+        }
+    }
+
+    /// Answers to PINGs from before are not about what is sent from now on.
+    fn forget_questions(&mut self) {
+        self.questions.iter_mut().for_each(|question| question.counts = false);
+    }
+
     fn hold(&mut self, now: Instant) {
+        if !self.is_held {
+            self.forget_questions();
+        }
         self.is_held = true;
         self.confirm_at = None;
         self.ping_at = now;
@@ -624,13 +716,31 @@ impl<S: Clone> State<S> {
 
     fn send_again(&mut self, now: Instant) {
         self.resend = (!self.unacked.is_empty()).then_some(0);
+        self.in_flight = 0;
         self.progress_at = now;
+        if !self.is_held {
+            self.forget_questions();
+        }
     }
 
     /// When a suspect is gone.
     fn gone_at(&self) -> Option<Instant> {
-        let at = self.suspect_since? + self.patience.grace;
+        let at = self.suspect_since? + self.grace();
         Some(self.reconnecting.map_or(at, |until| at.max(until)))
+    }
+
+    /// How long a suspect may be away: until an answer can have come, unless there is no grace at all.
+    fn grace(&self) -> Duration {
+        let is_near = !self.was_heard || (self.server != 0 && self.server == self.peer_server);
+        let grace = if is_near { self.patience.grace } else { self.patience.remote_grace };
+        if grace.is_zero() { grace } else { grace.max(self.path.silence().unwrap_or_default()) }
+    }
+
+    /// Whether the other end has been silent for too long: for so many beats, and longer than an answer takes.
+    fn is_silent(&self, now: Instant) -> bool {
+        self.missed >= MAX_MISSED
+            && now >= self.heard_at + self.path.silence().unwrap_or(path::FIRST_ANSWER)
+            && self.reconnecting.is_none_or(|until| now >= until)
     }
 
     /// Whether we stood still ourselves until now: what came meanwhile is still to be read. Twice in a row is overload, and
@@ -661,21 +771,21 @@ impl<S: Clone> State<S> {
             self.beat_at = now + self.beat();
             self.flags |= frame::PING;
         }
-        let is_silent = self.missed >= MAX_MISSED && self.reconnecting.is_none_or(|until| now >= until);
         match self.gone_at() {
             Some(at) if now >= at && stood_still => self.reconnecting = Some(now + LATE),
             Some(at) if now >= at => return self.end(tells),
-            _ if is_silent || self.is_abused() => return self.end(tells),
+            _ if self.is_silent(now) || self.is_abused() => return self.end(tells),
             _ => {}
         }
         if self.is_held && now >= self.ping_at {
             self.flags |= frame::PING;
             self.ping_at = now + self.ping_interval;
-            self.ping_interval = (self.ping_interval * 2).min(ASK_AFTER);
+            self.ping_interval = (self.ping_interval * 2).min(PING_AGAIN_UNTIL);
         }
-        if !self.is_held && !self.unacked.is_empty() && now >= self.progress_at + ASK_AFTER {
+        if !self.is_held && !self.unacked.is_empty() && now >= self.asks_at() {
             self.flags |= frame::PING;
             self.progress_at = now;
+            self.asked = self.asked.saturating_add(1);
         }
         if self.ack_at.is_some_and(|at| now >= at) {
             self.ack_now = true;
@@ -688,25 +798,26 @@ impl<S: Clone> State<S> {
     }
 
     fn next_message(&mut self, now: Instant) -> Option<Bytes> {
-        if !self.is_held {
+        if self.is_sendable() {
             if let Some(index) = self.resend.take()
                 && let Some(sent) = self.unacked.get(index)
             {
                 self.resend = (index + 1 < self.unacked.len()).then_some(index + 1);
                 let mut again = BytesMut::from(&sent[..]);
                 let sequence = self.acked + 1 + index as u64;
+                self.in_flight += again.len();
+                self.ask_with_frames();
                 self.seal(&mut again, sequence, now);
                 return Some(again.freeze());
             }
             if let Some(mut chunk) = self.chunks.pop_front() {
                 if self.unacked.is_empty() {
                     self.progress_at = now;
+                    self.asked = 0;
                 }
                 self.chunk_size = chunk.len();
-                if self.limit <= 2 * ACK_AFTER && self.backlog > self.limit / 2 {
-                    // So little may wait that it would all wait for the acknowledgement.
-                    self.flags |= frame::PING;
-                }
+                self.in_flight += chunk.len();
+                self.ask_with_frames();
                 self.unacked.push_back(Bytes::new());
                 let sequence = self.last_sent();
                 self.seal(&mut chunk, sequence, now);
@@ -720,10 +831,26 @@ impl<S: Clone> State<S> {
         (self.flags != 0 || self.ack_now).then(|| self.header_only(0, now))
     }
 
+    /// Sends a PING with the next message where its answer opens the window, or shows how large that should be.
+    fn ask_with_frames(&mut self) {
+        let fills = self.fills();
+        // Where so little may wait, all of it would wait for an acknowledgement that comes by itself.
+        let waits = (self.limit <= 2 * ACK_AFTER && self.backlog > self.limit / 2)
+            || (self.path.window() <= 2 * ACK_AFTER && fills);
+        if waits || (fills && self.questions.is_empty()) {
+            self.flags |= frame::PING;
+        }
+    }
+
+    /// Whether more than half of the window is in flight.
+    fn fills(&self) -> bool {
+        self.in_flight > self.path.window() / 2
+    }
+
     fn header_only(&mut self, flags: u8, now: Instant) -> Bytes {
         let mut message = BytesMut::zeroed(frame::HEADER);
         self.flags |= flags;
-        let sequence = self.last_sent();
+        let sequence = self.sent_so_far();
         self.seal(&mut message, sequence, now);
         message.freeze()
     }
@@ -731,14 +858,23 @@ impl<S: Clone> State<S> {
     /// Writes the header of a message that is sent now.
     fn seal(&mut self, message: &mut BytesMut, sequence: u64, now: Instant) {
         let mut flags = mem::take(&mut self.flags);
+        let (mut ping, mut pong) = (0, 0);
         if flags & frame::PING != 0 {
-            // What the answer must cover is what was sent before this.
-            self.asked_for.get_or_insert(sequence);
+            self.last_ping = self.last_ping.wrapping_add(1);
+            ping = self.last_ping;
+            if self.questions.len() == MAX_QUESTIONS {
+                self.questions.pop_front();
+            }
+            let fills = self.fills();
+            self.questions.push_back(Question { number: ping, sent_at: now, covers: sequence, counts: true, fills });
+        }
+        if flags & frame::PONG != 0 {
+            pong = self.pong;
         }
         if self.serves && self.acked == 0 {
             flags |= frame::NEW;
         }
-        let header = Header { flags, sequence, ack: self.received };
+        let header = Header { flags, sequence, ack: self.received, ping, pong, server: self.server };
         message[..frame::HEADER].copy_from_slice(&header.bytes());
         self.ack_now = false;
         self.ack_at = None;
@@ -757,7 +893,9 @@ impl<S: Clone> State<S> {
     #[inline]
     fn append(&mut self, kind: u8, stream: u32, body: &[u8]) {
         let size = body.len() + frame::MAX_FRAME_HEADER;
-        let most = CHUNK.min(frame::HEADER + frame::MAX_FRAME_HEADER + self.max_message);
+        // Two messages fit into the window, so that one is on its way while the other is acknowledged.
+        let chunk = (self.path.window() / 2).clamp(MIN_CHUNK, CHUNK);
+        let most = chunk.min(frame::HEADER + frame::MAX_FRAME_HEADER + self.max_message);
         let has_room = self.chunks.back().is_some_and(|chunk| chunk.len() + size <= most);
         if !has_room {
             // As much as the last one took, so that neither a busy lane copies nor an idle one wastes.
@@ -780,8 +918,12 @@ impl<S: Clone> State<S> {
         }
         self.vain = 0;
         let count = usize::try_from(ack - self.acked).unwrap_or(usize::MAX).min(self.unacked.len());
-        for message in self.unacked.drain(..count) {
+        let sent = self.resend.unwrap_or(usize::MAX);
+        for (index, message) in self.unacked.drain(..count).enumerate() {
             self.backlog -= message.len() - frame::HEADER;
+            if index < sent {
+                self.in_flight -= message.len();
+            }
             if self.spares.len() < MAX_SPARES
                 && let Ok(mut buffer) = message.try_into_mut()
                 && buffer.capacity() == CHUNK
@@ -798,6 +940,7 @@ impl<S: Clone> State<S> {
         self.unheard.retain(|(accepted_in, _)| *accepted_in > ack);
         self.resend = self.resend.map(|index| index.saturating_sub(count)).filter(|index| *index < self.unacked.len());
         self.progress_at = now;
+        self.asked = 0;
         if !self.wanting.is_empty() && self.backlog <= self.limit / 2 {
             let outs = &self.outs;
             self.wanting.retain(|stream| match outs.get(stream) {

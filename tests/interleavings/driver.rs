@@ -127,13 +127,14 @@ impl World {
         let patience = Patience {
             heartbeat: Duration::from_secs(3600),
             grace: Duration::from_secs(3600),
+            remote_grace: Duration::from_secs(3600),
             reconnect: Duration::from_secs(3600),
         };
         let lane =
             |own: &str, peer: &str, serves| Lane::new(own.into(), peer.into(), serves, 1 << 20, patience, 1 << 20);
         let (worker, gateway) = (lane("w", "g", true), lane("g", "w", false));
-        worker.state.lock().begin();
-        gateway.state.lock().begin();
+        worker.state.lock().begin(1);
+        gateway.state.lock().begin(1);
         let (sender, stream) = (Probe::new(), Probe::new());
         let credit = worker.open(7, window, Arc::clone(&sender) as _).unwrap();
         World { worker, gateway, credit, sender, stream, over: Arc::default() }

@@ -8,6 +8,7 @@ from typing import NamedTuple
 VERSION = 1
 PING, PONG, GAP, RESET, NEW = 1, 2, 4, 8, 16
 ACCEPT, DATA, END, ERROR, CANCEL, CREDIT = range(1, 7)
+HEADER = 30
 OVERHEAD = 64
 """What each message counts in its stream's window in addition to its bytes."""
 
@@ -23,11 +24,26 @@ class LaneMessage(NamedTuple):
     sequence: int
     ack: int
     frames: tuple[Frame, ...] = ()
+    ping: int = 0
+    pong: int = 0
+    server: int = 0
+
+    def plain(self) -> LaneMessage:
+        """Without the numbers of PING and PONG, and without the server."""
+        return self._replace(ping=0, pong=0, server=0)
 
 
 def encode(message: LaneMessage) -> bytes:
-    header = struct.pack("<BBQQ", VERSION, *message[:3])
+    header = struct.pack("<BBQQIII", VERSION, *message[:3], *message[4:])
     return header + b"".join(encode_frame(frame) for frame in message.frames)
+
+
+def server_number(server_id: str) -> int:
+    """A nats-server in the header: FNV-1a of its id."""
+    number = 0x811C9DC5
+    for byte in server_id.encode():
+        number = (number ^ byte) * 0x01000193 % 2**32
+    return number
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -45,13 +61,13 @@ def encode_number(number: int) -> bytes:
 
 def decode(payload: bytes) -> LaneMessage:
     """Strict: whatever the document does not allow is a ValueError."""
-    if len(payload) < 18:
+    if len(payload) < HEADER:
         raise ValueError(f"{len(payload)} bytes are no header")
-    version, flags, sequence, ack = struct.unpack_from("<BBQQ", payload)
-    if version != VERSION or flags >= 32:
-        raise ValueError(f"version {version}, flags {flags}")
+    version, flags, sequence, ack, ping, pong, server = struct.unpack_from("<BBQQIII", payload)
+    if version != VERSION or flags >= 32 or bool(flags & PING) != bool(ping) or bool(flags & PONG) != bool(pong):
+        raise ValueError(f"version {version}, flags {flags}, PING {ping}, PONG {pong}")
     frames = []
-    at = 18
+    at = HEADER
     while at < len(payload):
         kind = payload[at]
         stream, at = decode_number(payload, at + 1)
@@ -60,7 +76,7 @@ def decode(payload: bytes) -> LaneMessage:
             raise ValueError(f"kind {kind}, stream {stream}, {length} bytes of {len(payload) - at}")
         frames.append(Frame(kind, stream, payload[at : at + length]))
         at += length
-    return LaneMessage(flags, sequence, ack, tuple(frames))
+    return LaneMessage(flags, sequence, ack, tuple(frames), ping, pong, server)
 
 
 def decode_number(payload: bytes, at: int) -> tuple[int, int]:

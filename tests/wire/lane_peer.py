@@ -36,6 +36,11 @@ class LaneEnd:
         """Came, and were not taken yet."""
         self.answers_pings = True
         self.acknowledges = True
+        self.pings = 0
+        """The number of our last PING, and of theirs."""
+        self.asked = 1
+        self.server = 0
+        """Where we say that we are."""
 
     def send(self, *frames: Frame, flags: int = 0) -> LaneMessage:
         """The next message."""
@@ -49,11 +54,17 @@ class LaneEnd:
     def post(self, message: LaneMessage, *, reply: str | None = None) -> LaneMessage:
         if self.serves and not self.acked:
             message = message._replace(flags=message.flags | NEW)
+        if message.flags & PING:
+            self.pings += 1
+            message = message._replace(ping=self.pings)
+        if message.flags & PONG:
+            message = message._replace(pong=self.asked)
+        message = message._replace(server=self.server)
         self.raw.send(pub(self.peer, encode(message), reply=self.own if reply is None else reply))
         return message
 
     def receive(self) -> LaneMessage:
-        """The next message, as it came."""
+        """The next message; what is in its header for PINGs and about servers is noted and taken out."""
         message = self.inbox.next()
         while message.header.startswith(b"NATS/1.0 503"):
             # It is not there at the moment.
@@ -67,7 +78,11 @@ class LaneEnd:
             self.peer = message.reply.decode()
         else:
             assert message.reply.decode() == self.peer
-        return decode(message.payload)
+        decoded = decode(message.payload)
+        self.asked = decoded.ping or self.asked
+        self.answered = decoded.pong
+        self.peer_server = decoded.server
+        return decoded.plain()
 
     def hear(self) -> LaneMessage:
         """The next message that says more than what came: acknowledgements are repeated while streams run."""
@@ -104,7 +119,7 @@ class LaneEnd:
         while True:
             message = self.receive()
             self.apply(message)
-            if message.flags & PONG:
+            if message.flags & PONG and self.answered == self.pings:
                 return message
 
     def wait_for(self, flag: int) -> LaneMessage:

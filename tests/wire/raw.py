@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import queue
 import re
 import socket
@@ -110,6 +111,8 @@ class RawPeer:
     def _handle(self, words: list[bytes], lines: BinaryIO) -> None:
         if words[0] == b"PING":
             self.send(b"PONG\r\n")
+        elif words[0] == b"INFO":
+            self.server_id = json.loads(b" ".join(words[1:]))["server_id"]
         elif words[0] in (b"PONG", b"-ERR"):
             self._pongs.put(b" ".join(words))
         elif words[0] in (b"MSG", b"HMSG"):

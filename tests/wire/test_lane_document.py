@@ -20,17 +20,25 @@ def from_hex(text: str) -> bytes:
     return bytes.fromhex("".join(line.partition("#")[0] for line in text.splitlines()))
 
 
+def plain(payload: bytes) -> LaneMessage:
+    """A message without what stands in its header about PINGs and servers."""
+    return decode(payload).plain()
+
+
 EXAMPLES = {name: from_hex(text) for name, text in re.findall(r"```hex (\w+)\n(.*?)```", DOCUMENT, re.DOTALL)}
 
 
-def next_of(lane: LaneEnd, example: str) -> bytes:
+def next_of(lane: LaneEnd, example: str) -> LaneMessage:
     """The lane's next message, as it came; acknowledgements that go alone, and PINGs, come whenever they do."""
     wanted = decode(EXAMPLES[example])
     while True:
         message = lane.receive()
         lane.apply(message)
-        if message.frames or (message.flags & ~lane_codec.NEW) not in (0, lane_codec.PING) or message == wanted:
-            return encode(message)
+        if message.frames or (message.flags & ~lane_codec.NEW) not in (0, lane_codec.PING) or message == wanted.plain():
+            if wanted.ping:
+                assert lane.asked == wanted.ping
+            assert lane.answered == wanted.pong
+            return message
 
 
 def test_the_examples_are_all_there() -> None:
@@ -39,6 +47,11 @@ def test_the_examples_are_all_there() -> None:
     assert {frame.kind for message in messages.values() for frame in message.frames} == set(range(1, 7))
     flags = [flag for flag in (1, 2, 4, 8, 16) if any(message.flags & flag for message in messages.values())]
     assert len(flags) == 5
+
+
+def test_the_hash_of_a_server() -> None:
+    assert "FNV-1a" in DOCUMENT
+    assert [lane_codec.server_number(text) for text in ("", "a", "foobar")] == [0x811C9DC5, 0xE40C292C, 0xBF9CF968]
 
 
 def test_the_tables() -> None:
@@ -61,27 +74,28 @@ def test_what_our_worker_sends(connect: Connect, raw: RawPeer) -> None:
     lane = gateway.lane()
     gateway.request("llm.generate", "alice", key=KEY, window=65536)
     worker.wait(event="REQUEST")
-    assert next_of(lane, "accept") == EXAMPLES["accept"]
+    assert next_of(lane, "accept") == plain(EXAMPLES["accept"])
+    assert lane.peer_server == lane_codec.server_number(raw.server_id)
     lane.ask()  # It has our acknowledgement.
     worker.do("send 1 hello")
-    assert next_of(lane, "data") == EXAMPLES["data"]
+    assert next_of(lane, "data") == plain(EXAMPLES["data"])
     worker.do("send 1 " + "x" * 40_000)
-    assert decode(next_of(lane, "data")).sequence == 3
+    assert next_of(lane, "data").sequence == 3
     assert raw_send(lane, "credit") == 1
     raw_send(lane, "ping")
-    assert next_of(lane, "pong") == EXAMPLES["pong"]
+    assert next_of(lane, "pong") == plain(EXAMPLES["pong"])
     worker.do("end 1")
-    assert next_of(lane, "end") == EXAMPLES["end"]
+    assert next_of(lane, "end") == plain(EXAMPLES["end"])
     for n, key in [(2, 2), (3, 3)]:
         gateway.request("llm.generate", "alice", key=key)
         worker.wait(event="REQUEST")
-        assert decode(next_of(lane, "accept")).frames == (accept(n, key),)
+        assert next_of(lane, "accept").frames == (accept(n, key),)
         if n == 2:
             worker.do("error 2 no such model")
-            assert next_of(lane, "error") == EXAMPLES["error"]
+            assert next_of(lane, "error") == plain(EXAMPLES["error"])
     # Its number 2 is lost.
     lane.post(LaneMessage(0, 3, 7, (credit(3, 1),)))
-    assert next_of(lane, "gap") == EXAMPLES["gap"]
+    assert next_of(lane, "gap") == plain(EXAMPLES["gap"])
     raw_send(lane, "cancel")
     assert worker.wait(event="STOPPED", n=3)["status"] == "CANCELLED"
     raw.send(pub(lane.peer[:-1], EXAMPLES["ping"], reply=lane.own))
@@ -99,14 +113,14 @@ def test_what_our_gateway_sends(connect: Connect, raw: RawPeer) -> None:
     gateway = connect()
     worker = WorkerByHand(raw, "llm.generate")
     lane = begin(gateway, worker)
-    assert lane.receive() == decode(EXAMPLES["ack"])
+    assert lane.receive() == plain(EXAMPLES["ack"])
     lane.acked = 1  # It is not new any longer.
     raw_send(lane, "data")
     assert gateway.wait(event="DATA")["data"] == "hello"
     lane.answers_pings = lane.acknowledges = False
     lane.send(data(1, b"x" * 40_000))
-    assert next_of(lane, "credit") == EXAMPLES["credit"]
-    assert next_of(lane, "ping") == EXAMPLES["ping"]
+    assert next_of(lane, "credit") == plain(EXAMPLES["credit"])
+    assert next_of(lane, "ping") == plain(EXAMPLES["ping"])
     raw_send(lane, "pong")
     raw_send(lane, "end")
     gateway.wait(event="END", tag=1)
@@ -119,9 +133,9 @@ def test_what_our_gateway_sends(connect: Connect, raw: RawPeer) -> None:
             assert gateway.wait(event="ERROR", tag=2)["data"] == "no such model"
     lane.ask()
     gateway.do("cancel 3")
-    assert next_of(lane, "cancel") == EXAMPLES["cancel"]
+    assert next_of(lane, "cancel") == plain(EXAMPLES["cancel"])
     raw_send(lane, "gap")
-    assert next_of(lane, "cancel") == EXAMPLES["cancel"]
+    assert next_of(lane, "cancel") == plain(EXAMPLES["cancel"])
 
 
 def begin(gateway: Shell, worker: WorkerByHand) -> LaneEnd:
@@ -135,15 +149,17 @@ def begin(gateway: Shell, worker: WorkerByHand) -> LaneEnd:
     return lane
 
 
-@pytest.mark.parametrize(("flags", "example"), [(0, "reset"), (lane_codec.NEW, "unknown")])
+@pytest.mark.parametrize(("message", "example"), [
+    (LaneMessage(0, 7, 3), "reset"), (LaneMessage(lane_codec.NEW | lane_codec.PING, 7, 3, ping=2), "unknown"),
+])  # fmt: skip
 def test_what_our_gateway_says_of_a_lane_that_it_does_not_know(
-    connect: Connect, raw: RawPeer, flags: int, example: str
+    connect: Connect, raw: RawPeer, message: LaneMessage, example: str
 ) -> None:
     gateway = connect()
     worker = WorkerByHand(raw, "llm.generate")
     gateway.do("request 1 llm.generate alice hello")
     lane = worker.lane(worker.next())
-    raw.send(pub(lane.peer, encode(LaneMessage(flags, 7, 3)), reply=lane.own))
+    raw.send(pub(lane.peer, encode(message), reply=lane.own))
     assert lane.inbox.payload() == EXAMPLES[example]
 
 
@@ -160,6 +176,6 @@ def test_a_worker_that_hears_that_its_first_message_is_missing(connect: Connect,
     gateway = GatewayByHand(raw)
     lane = gateway.lane()
     gateway.request("llm.generate", "alice", key=KEY)
-    assert encode(lane.receive()) == EXAMPLES["accept"]
+    assert lane.receive() == plain(EXAMPLES["accept"])
     raw_send(lane, "unknown")
-    assert encode(lane.receive()) == EXAMPLES["accept"]
+    assert lane.receive() == plain(EXAMPLES["accept"])

@@ -27,11 +27,12 @@ impl Victim {
         let patience = Patience {
             heartbeat: Duration::from_millis(100),
             grace: Duration::from_millis(100),
+            remote_grace: Duration::from_millis(200),
             reconnect: Duration::from_secs(1),
         };
         let now = Instant::now();
         let mut state = State::new(serves, 10_000, patience, now);
-        state.begin();
+        state.begin(1);
         let mut victim = Victim { state, now, sent: 0, taken: 0, begun: 0, ended: HashSet::new() };
         for _ in 0..random.below(if serves { 4 } else { 1 }) {
             let Some(credit) = victim.state.open(random.next(), 1000, victim.begun, now) else { break };
@@ -113,7 +114,9 @@ fn lie(random: &mut Random, victim: &Victim, serves: bool) -> Bytes {
     let sequence =
         if random.chance(90) { victim.taken + 1 } else { random.pick(&[0, victim.taken, victim.taken + 2, u64::MAX]) };
     let ack = if random.chance(98) { random.below(victim.sent + 1) } else { random.next() };
-    message.extend_from_slice(&Header { flags, sequence, ack }.bytes());
+    let (ping, pong) = (random.next() as u32, random.below(20) as u32);
+    let header = Header { ping, pong, server: random.below(3) as u32, ..Header::of(flags, sequence, ack) };
+    message.extend_from_slice(&header.bytes());
     for _ in 0..random.below(6) {
         let usual: &[u8] = match serves {
             true => &[frame::CANCEL, frame::CREDIT],

@@ -58,10 +58,12 @@ pub(super) struct Weather {
     pub(super) reorder: bool,
     /// How long they take at most, to the server and from there, in microseconds.
     pub(super) delay: u64,
+    /// How many bytes pass each of the four ways in a second; 0: any number.
+    pub(super) rate: u64,
 }
 
 impl Weather {
-    pub(super) const CALM: Weather = Weather { drop: 0, double: 0, reorder: false, delay: 1000 };
+    pub(super) const CALM: Weather = Weather { drop: 0, double: 0, reorder: false, delay: 1000, rate: 0 };
 }
 
 /// How a stream is read.
@@ -96,6 +98,9 @@ pub(super) struct Setup {
     pub(super) luck: u64,
     pub(super) heartbeat_ms: u64,
     pub(super) grace_ms: u64,
+    pub(super) remote_grace_ms: u64,
+    /// Both processes are on the same server; else a route connects their servers.
+    pub(super) is_one_server: bool,
     pub(super) reconnect_ms: u64,
     /// How much may wait on a lane.
     pub(super) limit: usize,
@@ -108,6 +113,13 @@ pub(super) struct Setup {
     pub(super) many: bool,
     /// Readers that stand still do so until all other streams have ended.
     pub(super) blocked: bool,
+}
+
+impl Setup {
+    /// Which server a process is on, as the header has it.
+    pub(super) fn server(&self, side: Side) -> u32 {
+        if self.is_one_server || side == Side::Worker { 1 } else { 2 }
+    }
 }
 
 /// One thing that happens. Numbers of streams are taken modulo how many there are.
@@ -143,6 +155,8 @@ pub(super) enum Step {
     /// nats-server restarts.
     CutBoth,
     LinkBoth,
+    /// The route between the servers is there, or not.
+    Route(bool),
     /// The process, or its machine, stands still for so many milliseconds.
     Suspend(Side, u64),
     /// The process is killed, and another one begins.
@@ -167,6 +181,8 @@ impl Schedule {
             luck: random.next(),
             heartbeat_ms: random.pick(&[100, 500, 5000, 5000]),
             grace_ms: random.pick(&[0, 50, 300, 1000, 1000]),
+            remote_grace_ms: random.pick(&[0, 300, 3000, 3000]),
+            is_one_server: random.chance(60),
             reconnect_ms: random.pick(&[200, 1200, 3000, 9000]),
             limit: random.pick(&[1, 100, 1000, 10_000, 4 << 20, 4 << 20]),
             max_payload: random.pick(&[300, 4096, 1 << 20, 1 << 20, 1 << 20]),
@@ -191,7 +207,7 @@ impl Schedule {
 }
 
 /// How many kinds of trouble there are.
-const TROUBLES: u64 = 9;
+const TROUBLES: u64 = 10;
 
 fn step(random: &mut Random, setup: &Setup, trouble: u64) -> Step {
     let stream = random.below(16) as usize;
@@ -206,6 +222,7 @@ fn step(random: &mut Random, setup: &Setup, trouble: u64) -> Step {
         6 => Step::End(side),
         7 => Step::Cancel { stream },
         8 => Step::Read { stream, reader: reader(random) },
+        9 => random.pick(&[Step::Route(false), Step::Route(true), Step::Route(true)]),
         _ => match random.below(20) {
             0..=4 => Step::Request(spec(random)),
             5..=14 => Step::Send { stream, count: random.pick(&[1, 1, 2, 5, 20]) },
@@ -238,7 +255,8 @@ fn weather(random: &mut Random) -> Weather {
         drop: random.pick(&[0, 0, 0, 5, 30, 60, 100]),
         double: random.pick(&[0, 0, 10, 50]),
         reorder: random.chance(40),
-        delay: random.pick(&[100, 1000, 10_000, 100_000]),
+        delay: random.pick(&[100, 1000, 10_000, 100_000, 1_000_000]),
+        rate: random.pick(&[0, 0, 0, 0, 20_000, 400_000]),
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! It follows `driver.rs` and `lanes.rs`: when a lane is polled, what wakes its driver, how ends are found and disowned.
 
+mod ends;
 mod healing;
-mod lanes;
 mod network;
 mod owners;
 mod promises;
@@ -12,6 +12,7 @@ mod steps;
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Grant, OVERHEAD, Patience, Refusal, State, Tell};
+use crate::lane::{lanes, path};
 use bytes::Bytes;
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
@@ -27,7 +28,6 @@ const MILLI: Time = 1000;
 const SECOND: Time = 1_000_000;
 /// As `state.rs` has them.
 const LATE: Time = 250 * MILLI;
-const ASK_AFTER: Time = 500 * MILLI;
 const ACK_DELAY: Time = 25 * MILLI;
 /// What no honest schedule needs: more is a storm of messages.
 const MAX_EVENTS: u32 = 100_000;
@@ -106,9 +106,11 @@ struct Process {
     asked: HashMap<u64, usize>,
     lanes: u32,
     disowned: u64,
-    /// Until when what was sent before is on its way, to the server and from there.
+    /// Until when what was sent before is on its way, to the server and from there; and is being sent.
     up_at: Time,
     down_at: Time,
+    up_busy: Time,
+    down_busy: Time,
 }
 
 impl Process {
@@ -127,8 +129,17 @@ impl Process {
             disowned: 0,
             up_at: 0,
             down_at: 0,
+            up_busy: 0,
+            down_busy: 0,
         }
     }
+}
+
+/// To nats-server, or from there.
+#[derive(Clone, Copy)]
+enum Way {
+    Up,
+    Down,
 }
 
 /// What the task of a lane does.
@@ -164,6 +175,10 @@ struct Lane {
     /// The other end gave reason to send again, and asked for it: with a GAP behind this number.
     may_repeat: bool,
     must_repeat: bool,
+    /// PINGs that it sent: their numbers, what their answers must acknowledge, and whether these count.
+    asked: Vec<(u32, u64, bool)>,
+    /// One of them was answered on this connection.
+    knows_trip: bool,
     gap_heard: Option<u64>,
     gap_told: Option<u64>,
     gaps_told: u32,
@@ -308,6 +323,12 @@ pub(super) struct World {
     weather: Weather,
     max_delay: Time,
     has_lost: bool,
+    /// Messages may have been lost, or come in another order.
+    has_trouble: bool,
+    /// The servers of the two processes are connected.
+    is_route_up: bool,
+    /// For how long a process stood still at most.
+    max_pause: Time,
     has_restarted: bool,
     /// When something last happened that may be taken for a death.
     disturbed_at: Time,
@@ -354,6 +375,9 @@ impl World {
             weather: Weather::CALM,
             max_delay: Weather::CALM.delay,
             has_lost: false,
+            has_trouble: false,
+            is_route_up: true,
+            max_pause: 0,
             has_restarted: false,
             disturbed_at: 0,
             processes: [Process::new(1, 0), Process::new(1, 0)],
@@ -395,8 +419,21 @@ impl World {
         self.setup.heartbeat_ms * MILLI
     }
 
-    fn grace(&self) -> Time {
-        self.setup.grace_ms * MILLI
+    /// How long this end waits for a suspect: for one that is, or may be, on the same server less than for another.
+    fn grace(&self, lane: &Lane) -> Time {
+        let is_near = self.setup.is_one_server || !lane.state.was_heard();
+        MILLI * if is_near { self.setup.grace_ms } else { self.setup.remote_grace_ms }
+    }
+
+    fn max_grace(&self) -> Time {
+        MILLI * self.setup.grace_ms.max(self.setup.remote_grace_ms)
+    }
+
+    /// An end that has measured the round trip takes no silence for death that is shorter than this at most.
+    fn max_silence(&self) -> Time {
+        // A smoothed round trip and four deviations, twice.
+        let trip = 4 * self.max_delay + 2 * self.max_pause + 4 * self.setup.lag;
+        (6 * trip).min(path::MAX_ASK.as_micros() as Time)
     }
 
     fn reconnect(&self) -> Time {

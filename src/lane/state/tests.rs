@@ -2,17 +2,30 @@
 
 use super::*;
 
-const PATIENCE: Patience =
-    Patience { heartbeat: Duration::from_secs(5), grace: Duration::from_secs(1), reconnect: Duration::from_secs(10) };
+const PATIENCE: Patience = Patience {
+    heartbeat: Duration::from_secs(5),
+    grace: Duration::from_secs(1),
+    remote_grace: Duration::from_secs(3),
+    reconnect: Duration::from_secs(10),
+};
 
 fn end(serves: bool, now: Instant) -> State<u64> {
     let mut end = State::new(serves, 4 << 20, PATIENCE, now);
-    end.begin();
+    end.begin(1);
     end
 }
 
+/// Opens the window, as answers in no time do while it is used.
+fn widen(end: &mut State<u64>, now: Instant) {
+    for millis in 0..10 {
+        let at = now + Duration::from_millis(millis);
+        end.path.answered(at, at, true);
+    }
+    assert_eq!(end.path.window(), 4 << 20);
+}
+
 fn message(sequence: u64, frames: &[(u8, u32, &[u8])]) -> Bytes {
-    let mut message = BytesMut::from(&Header { flags: 0, sequence, ack: 0 }.bytes()[..]);
+    let mut message = BytesMut::from(&Header::of(0, sequence, 0).bytes()[..]);
     frames.iter().for_each(|(kind, stream, body)| frame::write(&mut message, *kind, *stream, body));
     message.freeze()
 }
@@ -37,6 +50,7 @@ fn a_message_is_as_large_as_nats_server_takes_it() {
 fn small_messages_gather_up_to_a_chunk() {
     let now = Instant::now();
     let mut worker = end(true, now);
+    widen(&mut worker, now);
     let credit = worker.open(1, 8 << 20, 0, now).unwrap();
     for _ in 0..200 {
         worker.send(&credit, &[0; 1000]).unwrap();
@@ -136,7 +150,9 @@ fn said(end: &mut State<u64>, now: Instant) -> Option<Header> {
 
 fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> Vec<Tell<u64>> {
     let mut tells = vec![];
-    let message = Bytes::copy_from_slice(&Header { flags, sequence: 0, ack }.bytes());
+    // A PONG answers the last PING.
+    let header = Header { pong: end.last_ping, ..Header::of(flags, 0, ack) };
+    let message = Bytes::copy_from_slice(&header.bytes());
     end.receive(&message, now, &mut tells, |_, _| None).unwrap();
     tells
 }
@@ -171,7 +187,7 @@ fn who_is_connected_again_asks_for_what_is_missing() {
     let now = Instant::now();
     let mut worker = end(true, now);
     worker.link_down();
-    worker.link_up(now);
+    worker.link_up(1, now);
     let first = said(&mut worker, now).unwrap();
     assert!(first.has(frame::PING) && first.has(frame::GAP));
     // It was heard, but not answered: the next question has its time.
@@ -224,7 +240,10 @@ fn a_small_limit_asks_for_acknowledgements() {
         (1000, 500, false),
     ] {
         let mut worker = State::new(true, limit, PATIENCE, now);
-        worker.begin();
+        worker.begin(1);
+        // The window is no reason to ask.
+        worker.path = Path::new(4 << 20);
+        widen(&mut worker, now);
         let credit = worker.open(1, 8 << 20, 0, now).unwrap();
         while said(&mut worker, now).is_some() {}
         hear(&mut worker, now, 0, 1);
@@ -250,6 +269,121 @@ fn an_answer_that_does_not_cover_the_question_has_the_rest_sent_again() {
     hear(&mut worker, now, frame::PONG, 1);
     assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
     assert!(said(&mut worker, now).is_none());
+}
+
+/// The round trip is longer than it takes to ask again: the answer to an earlier question says nothing of what was sent later.
+#[test]
+fn a_late_answer_has_nothing_sent_again() {
+    let mut now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 1 << 20, 0, now).unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 1);
+    now = worker.deadline().unwrap();
+    let first = said(&mut worker, now).unwrap();
+    worker.send(&credit, b"later").unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
+    now = worker.deadline().unwrap();
+    let second = said(&mut worker, now).unwrap();
+    assert!(first.has(frame::PING) && second.has(frame::PING) && first.ping != second.ping);
+    let answer = |worker: &mut State<u64>, now, pong, ack| {
+        let header = Header { pong, ..Header::of(frame::PONG, 0, ack) };
+        worker.receive(&Bytes::copy_from_slice(&header.bytes()), now, &mut vec![], |_, _| None).unwrap();
+    };
+    now += Duration::from_millis(100);
+    answer(&mut worker, now, first.ping, 1);
+    assert!(said(&mut worker, now).is_none());
+    // Neither does an answer that came twice, nor one to a PING that was never sent.
+    answer(&mut worker, now, first.ping, 1);
+    answer(&mut worker, now, second.ping + 1, 1);
+    assert!(said(&mut worker, now).is_none());
+    answer(&mut worker, now, second.ping, 1);
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2, "that one was lost");
+    // What was asked before it was sent again says nothing of the repeat.
+    worker.ask(now);
+    let third = said(&mut worker, now).unwrap();
+    let gap = Header { pong: third.ping, ..Header::of(frame::PONG | frame::GAP, 0, 1) };
+    worker.receive(&Bytes::copy_from_slice(&gap.bytes()), now, &mut vec![], |_, _| None).unwrap();
+    assert_eq!(said(&mut worker, now).unwrap().sequence, 2);
+    answer(&mut worker, now, third.ping, 1);
+    assert!(said(&mut worker, now).is_none());
+}
+
+/// What is not in flight yet is sent when the window has space for it.
+#[test]
+fn window_bounds_what_is_in_flight() {
+    let now = Instant::now();
+    let mut worker = end(true, now);
+    let credit = worker.open(1, 8 << 20, 0, now).unwrap();
+    (0..1000).for_each(|_| worker.send(&credit, &[0; 100]).unwrap());
+    let window = worker.path.window();
+    let mut sent: Vec<usize> = Vec::new();
+    let mut last = None;
+    while let Some(message) = worker.poll(now, &mut vec![]) {
+        sent.push(message.len());
+        last = Header::read(&message).ok();
+    }
+    assert!(sent.len() > 1 && sent.iter().sum::<usize>() <= window, "{sent:?}");
+    assert!(last.unwrap().has(frame::PING), "the answer opens the window");
+    assert!(!worker.must_wake());
+    hear(&mut worker, now, frame::PONG, last.unwrap().sequence);
+    assert!(worker.must_wake() && worker.path.window() > window);
+    assert!(said(&mut worker, now).is_some());
+    // Messages that were lost are sent again within the window, too.
+    worker.link_down();
+    worker.link_up(1, now);
+    assert!(said(&mut worker, now).unwrap().has(frame::PING) && said(&mut worker, now).is_none());
+    let acked = worker.acked;
+    hear(&mut worker, now, frame::PONG, acked);
+    let again = std::iter::from_fn(|| worker.poll(now, &mut vec![])).map(|message| message.len()).sum::<usize>();
+    assert!((1..=worker.path.window()).contains(&again), "{again}");
+}
+
+/// A peer on another server is given the time that a link between servers takes; one on ours is not.
+#[test]
+fn grace_depends_on_the_peers_server() {
+    let now = Instant::now();
+    let silence = |server, is_heard: bool, patience: Patience| {
+        let mut worker = State::<u64>::new(true, 4 << 20, patience, now);
+        worker.begin(1);
+        if is_heard {
+            let header = Header { server, ..Header::of(0, 0, 0) };
+            worker.receive(&Bytes::copy_from_slice(&header.bytes()), now, &mut vec![], |_, _| None).unwrap();
+        }
+        worker.nobody_there(now, &mut vec![]);
+        worker.gone_at().unwrap() - now
+    };
+    assert_eq!(silence(1, true, PATIENCE), PATIENCE.grace);
+    assert_eq!(silence(2, true, PATIENCE), PATIENCE.remote_grace);
+    assert_eq!(silence(0, true, PATIENCE), PATIENCE.remote_grace, "it may be on another one");
+    assert_eq!(silence(0, false, PATIENCE), PATIENCE.grace, "there may never have been anybody");
+}
+
+/// On a long path, silence is judged by the round trip and not by beats alone.
+#[test]
+fn silence_is_longer_than_an_answer_takes() {
+    let mut now = Instant::now();
+    let patience = Patience { heartbeat: Duration::from_millis(100), ..PATIENCE };
+    let mut worker = State::<u64>::new(true, 4 << 20, patience, now);
+    worker.begin(1);
+    let _credit = worker.open(1, 1000, 0, now).unwrap();
+    let begun = now;
+    let until_over = |worker: &mut State<u64>, mut now: Instant, most: Instant| {
+        while !worker.is_over() && now < most {
+            while said(worker, now).is_some() {}
+            now = worker.deadline().map_or(now, |at| at.max(now));
+        }
+        now
+    };
+    // Not known yet.
+    now = until_over(&mut worker, now, begun + Duration::from_millis(2500));
+    assert!(!worker.is_over());
+    hear(&mut worker, now, frame::PONG, 1);
+    let heard = now;
+    now = until_over(&mut worker, now, heard + Duration::from_secs(20));
+    // The PING that was answered was the last one: the round trip is short.
+    let silence = worker.path.silence().unwrap();
+    assert!(worker.is_over() && now - heard >= silence.max(3 * patience.heartbeat), "{:?}", now - heard);
+    assert!(now - heard < silence + 2 * patience.heartbeat, "{:?}, {silence:?}", now - heard);
 }
 
 #[test]
@@ -303,7 +437,7 @@ fn is_room_for(tells: &[Tell<u64>], who: u64) -> bool {
 }
 
 fn give_credit(worker: &mut State<u64>, now: Instant, sequence: u64, ack: u64, stream: u32, weight: u64) -> bool {
-    let mut bytes = BytesMut::from(&Header { flags: 0, sequence, ack }.bytes()[..]);
+    let mut bytes = BytesMut::from(&Header::of(0, sequence, ack).bytes()[..]);
     frame::write(&mut bytes, frame::CREDIT, stream, &weight.to_le_bytes());
     let mut tells = vec![];
     worker.receive(&bytes.freeze(), now, &mut tells, |_, _| None).unwrap();
@@ -313,7 +447,7 @@ fn give_credit(worker: &mut State<u64>, now: Instant, sequence: u64, ack: u64, s
 /// A lane with little room, a stream with a small window (1), and one with a large one (2).
 fn crowded(now: Instant) -> (State<u64>, Arc<Credit>, Arc<Credit>) {
     let mut worker = State::new(true, 1000, PATIENCE, now);
-    worker.begin();
+    worker.begin(1);
     let small = worker.open(1, 200, 1, now).unwrap();
     let large = worker.open(2, 8 << 20, 2, now).unwrap();
     assert!(said(&mut worker, now).is_some());
@@ -402,6 +536,8 @@ fn thousands_that_end_with_long_errors_do_not_end_their_lane() {
     while let Some(message) = worker.poll(now, &mut tells) {
         let frames = Frames::new(&message[frame::HEADER..]).map(Result::unwrap);
         texts.extend(frames.filter(|frame| frame.kind == frame::ERROR).map(|frame| frame.body.len()));
+        let ack = worker.last_sent();
+        hear(&mut worker, now, 0, ack);
     }
     assert!(!worker.is_over() && tells.is_empty());
     assert_eq!((texts.len(), texts[0], texts[2999]), (3000, 30_000, 255));

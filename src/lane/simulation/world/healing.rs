@@ -12,6 +12,7 @@ impl World {
         }
         Side::BOTH.into_iter().for_each(|side| self.link(side));
         self.weather = Weather::CALM;
+        self.is_route_up = true;
         self.disturbed_at = self.now;
         for number in 0..self.senders.len() {
             self.senders[number].finish.get_or_insert(false);
@@ -63,7 +64,8 @@ impl World {
     pub(super) fn patience(&self) -> Time {
         let pending = self.senders.iter().map(|sender| u64::from(sender.pending) + 2).sum::<u64>();
         let judges = self.has_restarted || self.seen.lanes_gone > 0;
-        let judgement = if judges { self.heartbeat() + self.grace().max(self.reconnect()) } else { 0 };
+        let longest = self.max_grace().max(self.reconnect()).max(self.max_silence());
+        let judgement = if judges { self.heartbeat() + longest } else { 0 };
         3 * SECOND + judgement + 60 * MILLI * pending + 4 * self.max_delay
     }
 

@@ -12,12 +12,8 @@ impl World {
         }
         let copies = 1 + u32::from(is_lane && random.chance(weather.double));
         for _ in 0..copies {
-            let mut at = self.now + 1 + random.below(weather.delay);
-            if !weather.reorder {
-                let process = self.process(packet.from.side);
-                process.up_at = process.up_at.max(at);
-                at = process.up_at;
-            }
+            let delay = 1 + random.below(weather.delay);
+            let at = self.way(packet.from.side, Way::Up, delay, &packet.cargo);
             self.at(at, Event::AtServer(Packet { luck: random.next(), ..packet.clone() }, link));
         }
     }
@@ -32,7 +28,8 @@ impl World {
         }
         let to = &self.processes[packet.to.side as usize];
         let is_request = matches!(packet.cargo, Cargo::Request(_));
-        let there = to.link.filter(|_| is_request || to.generation == packet.to.generation);
+        let is_linked = self.setup.is_one_server || self.is_route_up;
+        let there = to.link.filter(|_| is_linked && (is_request || to.generation == packet.to.generation));
         packet.luck = random.next();
         let (packet, link) = match (there, &packet.cargo) {
             (Some(there), _) => (Packet { to: Address { generation: to.generation, ..packet.to }, ..packet }, there),
@@ -44,13 +41,30 @@ impl World {
             }
             _ => return self.note(|| format!("{} is not there", packet.to)),
         };
-        let mut at = self.now + 1 + random.below(self.weather.delay);
-        if !self.weather.reorder {
-            let process = self.process(packet.to.side);
-            process.down_at = process.down_at.max(at);
-            at = process.down_at;
-        }
+        let delay = 1 + random.below(self.weather.delay);
+        let at = self.way(packet.to.side, Way::Down, delay, &packet.cargo);
         self.at(at, Event::AtEnd(packet, link));
+    }
+
+    /// When a message that takes this way now is at its end: it waits for those before it.
+    fn way(&mut self, side: Side, way: Way, delay: Time, cargo: &Cargo) -> Time {
+        let (now, weather) = (self.now, self.weather);
+        let size = if let Cargo::Lane(message) = cargo { message.len() as u64 + 100 } else { 100 };
+        let process = self.process(side);
+        let (busy_until, last_at) = match way {
+            Way::Up => (&mut process.up_busy, &mut process.up_at),
+            Way::Down => (&mut process.down_busy, &mut process.down_at),
+        };
+        if let Some(takes) = (size * SECOND).checked_div(weather.rate) {
+            *busy_until = now.max(*busy_until) + takes;
+        }
+        let mut at = now.max(*busy_until) + delay;
+        if !weather.reorder {
+            *last_at = at.max(*last_at);
+            at = *last_at;
+        }
+        self.max_delay = self.max_delay.max(at - now);
+        at
     }
 
     /// A message has come to a process: as `Lanes::message`.
@@ -106,9 +120,9 @@ impl World {
         if !is_new && !self.over.contains(&(own.side, own.generation, worker)) {
             return self.fail("only what is over is disowned", format!("{own} does not know {peer}"));
         }
-        let flags = if is_new { frame::GAP | frame::PONG } else { frame::RESET };
-        self.note(|| format!("{own} disowns {peer}: {}", names(flags)));
-        let answer = Header { flags, sequence: 0, ack: 0 }.bytes().to_vec().into();
+        let answer = lanes::unknown(&header, is_new);
+        self.note(|| format!("{own} disowns {peer}: {}", names(answer.flags)));
+        let answer = answer.bytes().to_vec().into();
         let process = self.process(own.side);
         if let Some(link) = process.link {
             process.disowned += 1;

@@ -14,6 +14,12 @@ impl World {
         lane.is_reset |= header.has(frame::RESET);
         lane.must_answer_by = None;
         lane.must_tell &= !header.has(frame::GAP);
+        if header.has(frame::PING) {
+            if lane.asked.last().is_some_and(|(number, ..)| header.ping <= *number) {
+                return self.fail("each PING has its number", format!("{own}: {}", described(message)));
+            }
+            lane.asked.push((header.ping, header.sequence, true));
+        }
         if header.has(frame::GAP) && !header.has(frame::PING) {
             // Once; and once more if what was missing came while it was about to be told.
             lane.gaps_told = if lane.gap_told == Some(header.ack) { lane.gaps_told + 1 } else { 1 };
@@ -48,6 +54,9 @@ impl World {
         }
         if repeats && !lane.may_repeat {
             return self.fail("nothing is sent again without reason", format!("{own}: {}", described(message)));
+        }
+        if header.sequence <= lane.sent.len() as u64 && !self.has_trouble {
+            return self.fail("nothing is sent twice that was not lost", format!("{own}: {}", described(message)));
         }
         lane.sent_last = header.sequence;
         lane.may_repeat &= !repeats;
@@ -99,16 +108,24 @@ impl World {
         if !header.has(frame::RESET) {
             (lane.heard_at, lane.is_relinked, lane.suspect_since) = (self.now, false, None);
             lane.suspensions = self.processes[lane.own.side as usize].suspensions;
-            lane.is_held &= !header.has(frame::PONG);
             lane.acked = lane.acked.max(header.ack);
             let is_missing = lane.sent.len() as u64 > lane.acked;
+            let answered = lane.asked.iter().position(|(number, ..)| header.has(frame::PONG) && *number == header.pong);
+            let answered = answered.and_then(|index| lane.asked.drain(..=index).next_back());
+            lane.knows_trip |= answered.is_some();
+            let answered = answered.filter(|(_, _, counts)| *counts);
+            lane.is_held &= answered.is_none();
+            let shows_loss = answered.is_some_and(|(_, covers, _)| header.ack < covers);
             let asks = header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
             if asks {
                 lane.gap_heard = is_missing.then_some(header.ack);
             }
             let is_gap = asks && is_missing;
-            lane.may_repeat |= is_gap || header.has(frame::PONG);
-            lane.must_repeat = is_missing && (is_gap || lane.must_repeat);
+            lane.may_repeat |= is_gap || shows_loss;
+            lane.must_repeat = is_missing && (is_gap || shows_loss || lane.must_repeat);
+            if (asks || shows_loss) && !lane.is_held {
+                lane.asked.iter_mut().for_each(|(_, _, counts)| *counts = false);
+            }
         }
         lane.is_reset |= header.has(frame::RESET);
         let has_frames = message.len() > frame::HEADER;
@@ -206,7 +223,7 @@ impl World {
         let (own, peer) = (lane.own, lane.peer);
         let process = &self.processes[own.side as usize];
         let until = if lane.is_relinked { lane.linked_at + self.reconnect() } else { 0 };
-        let suspect = lane.suspect_since.map(|since| (since + self.grace()).max(until));
+        let suspect = lane.suspect_since.map(|since| (since + self.grace(lane)).max(until));
         let silent = (lane.heard_at.max(lane.linked_at) + 3 * self.heartbeat()).max(until);
         let is_due = suspect.is_some_and(|at| at <= now) || silent <= now;
         if !is_due {
@@ -232,13 +249,14 @@ impl World {
             && self.lanes.iter().any(is_there)
             && self.processes.iter().all(|process| process.link.is_some() && process.suspended_until.is_none())
             && self.weather.drop == 0
+            && (self.setup.is_one_server || self.is_route_up)
             // An answer takes less time than the beats that wait for it.
             && 2 * self.heartbeat() > 4 * self.max_delay + 4 * self.setup.lag + 10 * MILLI;
         let worker = if own.side == Side::Worker { own } else { peer };
         let is_known = !self.over.contains(&(peer.side, peer.generation, worker));
         let mut slack = 8 * self.max_delay + 4 * self.setup.lag + LATE + 10 * MILLI;
         if self.has_lost {
-            slack += 13 * self.heartbeat() + ASK_AFTER;
+            slack += 13 * self.heartbeat() + path::FIRST_ASK.as_micros() as Time;
         }
         if is_alive && is_known && now > self.disturbed_at + slack {
             let text = format!("{own} gives up {peer}; nothing has happened since {}", self.disturbed_at);
@@ -266,11 +284,17 @@ impl World {
                 && !lane.state.is_over()
                 && self.now >= process.resumed_at + slack;
             let until = if lane.is_relinked { lane.linked_at + self.reconnect() } else { 0 };
+            let first = path::FIRST_ANSWER.as_micros() as Time;
+            let silence = if lane.knows_trip { self.max_silence() } else { first };
             let silent = since.map(|since| {
                 let since = since.max(lane.heard_at).max(lane.linked_at).max(process.resumed_at);
-                since.max(until).max(since + 3 * self.heartbeat()) + self.heartbeat()
+                since.max(until).max(since + silence.max(3 * self.heartbeat())) + self.heartbeat()
             });
-            let suspect = lane.suspect_since.map(|since| (since + self.grace()).max(until).max(process.resumed_at));
+            let suspect = lane.suspect_since.map(|since| {
+                let grace = self.grace(lane);
+                let longest = if grace > 0 && lane.knows_trip { grace.max(silence) } else { grace };
+                (since + longest).max(until).max(process.resumed_at)
+            });
             let is_late = [silent, suspect].into_iter().flatten().any(|at| self.now > at + slack);
             self.lanes[index].busy_since = since;
             if is_running && is_late {

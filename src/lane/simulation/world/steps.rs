@@ -11,6 +11,7 @@ impl World {
                 self.weather = weather;
                 self.max_delay = self.max_delay.max(weather.delay);
                 self.has_lost |= weather.drop > 0;
+                self.has_trouble |= weather.drop > 0 || weather.reorder;
             }
             Step::Request(spec) => self.request(spec),
             Step::Send { stream, count } => {
@@ -51,8 +52,16 @@ impl World {
             }
             Step::CutBoth => Side::BOTH.into_iter().for_each(|side| self.cut(side)),
             Step::LinkBoth => Side::BOTH.into_iter().for_each(|side| self.link(side)),
+            Step::Route(is_up) => {
+                if !self.setup.is_one_server {
+                    self.disturbed_at = self.now;
+                    self.has_trouble = true;
+                    self.is_route_up = is_up;
+                }
+            }
             Step::Suspend(side, time) => {
                 if self.is_awake(side) {
+                    self.max_pause = self.max_pause.max(time * MILLI);
                     self.disturbed_at = self.now;
                     let (now, until) = (self.now, self.now + time * MILLI);
                     let process = self.process(side);
@@ -67,6 +76,7 @@ impl World {
                 if let Some(index) = self.lanes.iter().rposition(open)
                     && self.is_awake(side)
                 {
+                    self.has_trouble = true;
                     self.end(index);
                 }
             }
@@ -136,7 +146,7 @@ impl World {
         if process.link.take().is_none() {
             return;
         }
-        self.disturbed_at = self.now;
+        (self.disturbed_at, self.has_trouble) = (self.now, true);
         process.socket.clear();
         // On level 0 they have ended.
         for (_, stream) in process.asked.drain() {
@@ -166,10 +176,12 @@ impl World {
             }
             lane.seen = link;
             lane.state.link_down();
+            lane.asked.clear();
+            lane.knows_trip = false;
             lane.suspect_since = None;
             (lane.must_repeat, lane.must_tell, lane.must_answer_by) = (false, false, None);
             if link.is_some() {
-                lane.state.link_up(now);
+                lane.state.link_up(self.setup.server(side), now);
                 (lane.linked_at, lane.is_relinked, lane.is_held) = (self.now, true, true);
             }
             lane.driver = Driver::Ready(self.now);
@@ -178,7 +190,7 @@ impl World {
 
     pub(super) fn restart(&mut self, side: Side) {
         self.disturbed_at = self.now;
-        self.has_restarted = true;
+        (self.has_restarted, self.has_trouble) = (true, true);
         self.lanes.retain(|lane| lane.own.side != side);
         let resumed_at = self.now;
         let process = self.process(side);

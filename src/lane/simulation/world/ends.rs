@@ -8,6 +8,7 @@ impl World {
         let patience = Patience {
             heartbeat: Duration::from_millis(self.setup.heartbeat_ms),
             grace: Duration::from_millis(self.setup.grace_ms),
+            remote_grace: Duration::from_millis(self.setup.remote_grace_ms),
             reconnect: Duration::from_millis(self.setup.reconnect_ms),
         };
         let process = self.process(side);
@@ -29,6 +30,8 @@ impl World {
             sent_last: 0,
             may_repeat: false,
             must_repeat: false,
+            asked: Vec::new(),
+            knows_trip: false,
             gap_heard: None,
             gap_told: None,
             gaps_told: 0,
@@ -114,7 +117,7 @@ impl World {
         if matches!(lane.driver, Driver::New(_)) {
             lane.seen = self.processes[lane.own.side as usize].link;
             if lane.seen.is_some() {
-                lane.state.begin();
+                lane.state.begin(self.setup.server(lane.own.side));
             }
         }
         let mut tells = Vec::new();
@@ -133,7 +136,8 @@ impl World {
             (Some(_), Some(_)) => Driver::Stuck,
             (Some(_), None) => Driver::Ready(self.now),
             (None, _) => Driver::Asleep(deadline.map(|at| {
-                let at = at.saturating_duration_since(self.base).as_micros() as Time;
+                // Rounded up: a timer is never early.
+                let at = at.saturating_duration_since(self.base).as_nanos().div_ceil(1000) as Time;
                 at.max(self.now) + late.min(MILLI)
             })),
         };
@@ -222,6 +226,9 @@ impl World {
         self.seen.nobody_there += 1;
         if lane.seen.is_some() && !was_over && lane.suspect_since.is_none() {
             lane.suspect_since = Some(self.now);
+            if !lane.is_held {
+                lane.asked.iter_mut().for_each(|(_, _, counts)| *counts = false);
+            }
             lane.is_held = true;
         }
         let mut tells = Vec::new();

@@ -1,0 +1,238 @@
+//! What a lane's end knows about the network to the other end: the round trip, and how many bytes may be in flight.
+//!
+//! The round trip is measured by PINGs and their PONGs, smoothed as in RFC 6298. The window is a congestion window that
+//! follows the delay, as in TCP Vegas and LEDBAT: nothing is lost on the way to a slow reader, so a queue shows only as a
+//! longer round trip. The window grows while the round trip stays within `QUEUE` of the shortest one, and shrinks when it
+//! does not. So the queue in front of a slow link stays short, however many lanes share the link.
+
+use std::time::{Duration, Instant};
+
+/// A new lane, and one whose connection is new, may have this much in flight; no lane gets less.
+const MIN_WINDOW: usize = 16 << 10;
+/// What the window grows by in each round trip, once it has stopped doubling; and a sixteenth of itself.
+const STEP: usize = 4 << 10;
+/// How much longer than the shortest round trip one may be before the window shrinks.
+const QUEUE: Duration = Duration::from_millis(100);
+/// After so many round trips with the smallest window and a long delay, the delay is not made by this lane.
+const MAX_PINNED: u32 = 8;
+/// How long what was sent may stay unacknowledged before it is asked for: before the round trip is known, and at least and at
+/// most. Asking early costs one small message: what is sent again depends on the answer only.
+pub(crate) const FIRST_ASK: Duration = Duration::from_millis(500);
+const MIN_ASK: Duration = Duration::from_millis(200);
+pub(crate) const MAX_ASK: Duration = Duration::from_secs(10);
+/// How long an answer may take before the round trip is known.
+pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(3);
+
+/// The path to the other end, as seen from this one.
+#[derive(Debug)]
+pub(crate) struct Path {
+    /// How large the window gets.
+    most: usize,
+    window: usize,
+    /// The smoothed round trip, and its mean deviation.
+    smoothed: Option<(Duration, Duration)>,
+    shortest: Option<Duration>,
+    /// The window doubles in each round trip, until the first one that is too long.
+    is_doubling: bool,
+    /// When the window last changed: a PING that was sent before does not show the effect.
+    changed_at: Option<Instant>,
+    /// Round trips that were too long though the window was the smallest, and the shortest of them.
+    pinned: u32,
+    pinned_shortest: Duration,
+}
+
+impl Path {
+    /// `limit`: how many bytes the lane may have unacknowledged at all.
+    pub(crate) fn new(limit: usize) -> Path {
+        Path {
+            most: limit.max(MIN_WINDOW),
+            window: MIN_WINDOW,
+            smoothed: None,
+            shortest: None,
+            is_doubling: true,
+            changed_at: None,
+            pinned: 0,
+            pinned_shortest: Duration::MAX,
+        }
+    }
+
+    /// The connection is another one: nothing is known about its path.
+    pub(crate) fn reset(&mut self) {
+        *self = Path::new(self.most);
+    }
+
+    /// How many bytes may be in flight.
+    pub(crate) fn window(&self) -> usize {
+        self.window
+    }
+
+    /// A PING was answered. `fills`: more than half of the window was in flight when it was sent.
+    pub(crate) fn answered(&mut self, sent_at: Instant, now: Instant, fills: bool) {
+        let trip = now.saturating_duration_since(sent_at);
+        self.smoothed = Some(match self.smoothed {
+            None => (trip, trip / 2),
+            Some((smoothed, deviation)) => ((smoothed * 7 + trip) / 8, (deviation * 3 + smoothed.abs_diff(trip)) / 4),
+        });
+        let shortest = self.shortest.map_or(trip, |shortest| shortest.min(trip));
+        self.shortest = Some(shortest);
+        if self.changed_at.is_some_and(|at| sent_at < at) {
+            return;
+        }
+        let longest = shortest + QUEUE;
+        if trip > longest {
+            // What is in flight in `longest` at the present rate, but never less than half.
+            let share = (longest.as_secs_f64() / trip.as_secs_f64()).max(0.5);
+            self.is_doubling = false;
+            self.set_window((self.window as f64 * share) as usize, now);
+            self.note_pinned(trip);
+        } else {
+            self.pinned = 0;
+            if fills {
+                let more = if self.is_doubling { self.window } else { STEP + self.window / 16 };
+                self.set_window(self.window + more, now);
+            }
+        }
+    }
+
+    fn set_window(&mut self, window: usize, now: Instant) {
+        self.window = window.clamp(MIN_WINDOW, self.most);
+        self.changed_at = Some(now);
+    }
+
+    /// If the round trip stays long with the smallest window, this is what the path takes now: it has changed, or other
+    /// traffic fills it. Without this a lane would keep the smallest window until the next reconnect.
+    fn note_pinned(&mut self, trip: Duration) {
+        if self.window > MIN_WINDOW {
+            self.pinned = 0;
+            return;
+        }
+        self.pinned_shortest = if self.pinned == 0 { trip } else { self.pinned_shortest.min(trip) };
+        self.pinned += 1;
+        if self.pinned == MAX_PINNED {
+            self.pinned = 0;
+            self.shortest = Some(self.pinned_shortest);
+        }
+    }
+
+    /// The longest that an answer should take, if the round trip is known (the timeout of RFC 6298, without bounds).
+    fn timeout(&self) -> Option<Duration> {
+        self.smoothed.map(|(smoothed, deviation)| smoothed + 4 * deviation)
+    }
+
+    /// How long what was sent may stay unacknowledged before it is asked for, after so many questions without an answer.
+    pub(crate) fn ask_after(&self, asked: u32) -> Duration {
+        let first = self.timeout().map_or(FIRST_ASK, |timeout| timeout.max(MIN_ASK));
+        first.saturating_mul(1 << asked.min(10)).min(MAX_ASK)
+    }
+
+    /// How long a living peer may stay silent on this path; None before the round trip is known.
+    pub(crate) fn silence(&self) -> Option<Duration> {
+        self.timeout().map(|timeout| (2 * timeout).min(MAX_ASK))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(count: u64) -> Duration {
+        Duration::from_millis(count)
+    }
+
+    /// Answers one PING after another, each sent when the one before was answered.
+    fn answer(path: &mut Path, now: &mut Instant, trips: impl IntoIterator<Item = Duration>) {
+        for trip in trips {
+            let sent_at = *now;
+            *now += trip;
+            path.answered(sent_at, *now, true);
+        }
+    }
+
+    #[test]
+    fn window_doubles_on_a_short_path_up_to_the_limit() {
+        let (mut path, mut now) = (Path::new(4 << 20), Instant::now());
+        assert_eq!(path.window(), MIN_WINDOW);
+        answer(&mut path, &mut now, [ms(1)]);
+        assert_eq!(path.window(), 2 * MIN_WINDOW);
+        answer(&mut path, &mut now, [ms(1); 10]);
+        assert_eq!(path.window(), 4 << 20);
+        path.reset();
+        assert_eq!((path.window(), path.ask_after(0)), (MIN_WINDOW, FIRST_ASK));
+    }
+
+    #[test]
+    fn window_grows_only_while_it_is_used() {
+        let (mut path, now) = (Path::new(4 << 20), Instant::now());
+        for n in 0..10 {
+            path.answered(now + ms(n), now + ms(n + 1), false);
+        }
+        assert_eq!(path.window(), MIN_WINDOW);
+    }
+
+    #[test]
+    fn window_grows_on_a_long_path_too() {
+        let (mut path, mut now) = (Path::new(4 << 20), Instant::now());
+        answer(&mut path, &mut now, [ms(2500); 8]);
+        assert_eq!(path.window(), 4 << 20);
+    }
+
+    #[test]
+    fn one_queue_shrinks_the_window_once() {
+        let (mut path, mut now) = (Path::new(4 << 20), Instant::now());
+        answer(&mut path, &mut now, [ms(10); 4]);
+        let before = path.window();
+        let early = now;
+        answer(&mut path, &mut now, [ms(1000)]);
+        assert_eq!(path.window(), before / 2);
+        // This PING was sent before the window shrank.
+        path.answered(early + ms(1), now + ms(100), true);
+        assert_eq!(path.window(), before / 2);
+    }
+
+    /// Lanes that share a slow link: the queue stays short, each lane goes on, and the link is used.
+    #[test]
+    fn lanes_share_a_slow_link() {
+        for (lanes, rate, base) in
+            [(1, 400_000, ms(1)), (6, 400_000, ms(1)), (10, 12_500_000, ms(20)), (6, 400_000, ms(600))]
+        {
+            let mut now = Instant::now();
+            let mut paths: Vec<Path> = (0..lanes).map(|_| Path::new(4 << 20)).collect();
+            let mut longest = Duration::ZERO;
+            for round in 0..400 {
+                let in_flight: usize = paths.iter().map(Path::window).sum();
+                let trip = base.max(Duration::from_secs_f64(in_flight as f64 / f64::from(rate)));
+                if round >= 200 {
+                    longest = longest.max(trip);
+                }
+                paths.iter_mut().for_each(|path| path.answered(now, now + trip, true));
+                now += trip + ms(1);
+            }
+            // All lanes together may add the smallest windows to what one lane adds.
+            let bound = base + 2 * QUEUE + Duration::from_secs_f64(2.0 * (lanes * MIN_WINDOW) as f64 / f64::from(rate));
+            assert!(longest < bound, "{lanes} lanes: {longest:?}, {bound:?}");
+            let in_flight: usize = paths.iter().map(Path::window).sum();
+            assert!(in_flight as f64 > 0.9 * f64::from(rate) * base.as_secs_f64(), "{lanes} lanes: {in_flight}");
+        }
+    }
+
+    #[test]
+    fn a_path_that_becomes_longer_is_used_again() {
+        let (mut path, mut now) = (Path::new(4 << 20), Instant::now());
+        answer(&mut path, &mut now, [ms(10); 10]);
+        answer(&mut path, &mut now, [ms(400); 40]);
+        assert!(path.window() > 100_000, "{}", path.window());
+    }
+
+    #[test]
+    fn questions_follow_the_round_trip() {
+        let (mut path, mut now) = (Path::new(1), Instant::now());
+        assert_eq!((path.ask_after(0), path.ask_after(1), path.silence()), (FIRST_ASK, 2 * FIRST_ASK, None));
+        assert_eq!(path.ask_after(99), MAX_ASK);
+        answer(&mut path, &mut now, [ms(1); 20]);
+        assert_eq!(path.ask_after(0), MIN_ASK);
+        assert!(path.silence().unwrap() < ms(10));
+        answer(&mut path, &mut now, [ms(2500); 40]);
+        assert!((ms(2500)..ms(3500)).contains(&path.ask_after(0)), "{:?}", path.ask_after(0));
+        assert!(path.silence().unwrap() >= ms(5000));
+    }
+}
