@@ -731,7 +731,7 @@ impl<S: Clone> State<S> {
 
     /// How long a suspect may be away: until an answer can have come, unless there is no grace at all.
     fn grace(&self) -> Duration {
-        let is_near = !self.was_heard || (self.server != 0 && self.server == self.peer_server);
+        let is_near = self.server != 0 && self.server == self.peer_server;
         let grace = if is_near { self.patience.grace } else { self.patience.remote_grace };
         if grace.is_zero() { grace } else { grace.max(self.path.silence().unwrap_or_default()) }
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import socket
 import struct
 import threading
@@ -151,3 +152,101 @@ def up_to(mark: bytes, before: bytes, data: bytes) -> int | None:
     """How much of `data` comes up to the end of `mark`, which may have begun in what came before; None: all."""
     found = (before + data).find(mark) if mark else -1
     return None if found < 0 else found + len(mark) - len(before)
+
+
+class Link:
+    """A TCP proxy that is a long or a slow link: all that passes is delayed, and no more than a rate passes."""
+
+    def __init__(self, server_port: int, delay: float = 0.0, rate: float = 0.0) -> None:
+        self._server_port = server_port
+        self.delay = delay
+        """Seconds, in each direction."""
+        self.rate = rate
+        """Bytes a second in each direction; 0: any number."""
+        self.to_client = 0
+        self.to_server = 0
+        """How many bytes have passed."""
+        self._sockets: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"nats://127.0.0.1:{self.port}"
+        self._ways = {True: _Way(), False: _Way()}
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def connections(self) -> int:
+        """How many there were."""
+        return len(self._sockets)
+
+    def reset(self) -> None:
+        """Resets (RST) all connections; others can be made at once."""
+        for pair in self._sockets:
+            for end in pair:
+                with suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    end.shutdown(socket.SHUT_RD)
+                    end.close()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._listener.accept()
+            server = socket.socket()
+            for end in [client, server]:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self.rate:
+                    # The queue is to be in nats-server, and not in the kernel.
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+            server.connect(("127.0.0.1", self._server_port))
+            self._sockets.append((client, server))
+            for source, target, is_to_server in [(client, server, True), (server, client, False)]:
+                waiting: queue.Queue[tuple[float, bytes]] = queue.Queue()
+                space = threading.Semaphore(8 if self.rate else 65536)
+                threading.Thread(target=self._take, args=(source, waiting, space), daemon=True).start()
+                threading.Thread(target=self._give, args=(target, waiting, space, is_to_server), daemon=True).start()
+
+    def _take(self, source: socket.socket, waiting: queue.Queue[tuple[float, bytes]], space: threading.Semaphore) -> None:
+        with suppress(OSError):
+            while data := source.recv(16384):
+                waiting.put((time.monotonic() + self.delay, data))
+                space.acquire()
+        waiting.put((0.0, b""))
+
+    def _give(
+        self,
+        target: socket.socket,
+        waiting: queue.Queue[tuple[float, bytes]],
+        space: threading.Semaphore,
+        is_to_server: bool,
+    ) -> None:
+        way = self._ways[is_to_server]
+        with suppress(OSError):
+            while True:
+                due, data = waiting.get()
+                if not data:
+                    break
+                if self.rate:
+                    due = max(due, way.pass_after(len(data) / self.rate))
+                time.sleep(max(0.0, due - time.monotonic()))
+                if is_to_server:
+                    self.to_server += len(data)
+                else:
+                    self.to_client += len(data)
+                target.sendall(data)
+                space.release()
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_RDWR)
+
+
+class _Way:
+    """One direction of a link, which all its connections share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def pass_after(self, seconds: float) -> float:
+        """When something that takes so long has passed."""
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + seconds
+            return self._free_at

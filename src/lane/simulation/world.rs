@@ -177,6 +177,8 @@ struct Lane {
     must_repeat: bool,
     /// PINGs that it sent: their numbers, what their answers must acknowledge, and whether these count.
     asked: Vec<(u32, u64, bool)>,
+    /// Where the other end is, as it has said.
+    peer_server: u32,
     /// One of them was answered on this connection.
     knows_trip: bool,
     gap_heard: Option<u64>,
@@ -421,7 +423,7 @@ impl World {
 
     /// How long this end waits for a suspect: for one that is, or may be, on the same server less than for another.
     fn grace(&self, lane: &Lane) -> Time {
-        let is_near = self.setup.is_one_server || !lane.state.was_heard();
+        let is_near = lane.peer_server == self.setup.server(lane.own.side);
         MILLI * if is_near { self.setup.grace_ms } else { self.setup.remote_grace_ms }
     }
 

@@ -31,6 +31,7 @@ impl World {
             may_repeat: false,
             must_repeat: false,
             asked: Vec::new(),
+            peer_server: 0,
             knows_trip: false,
             gap_heard: None,
             gap_told: None,

@@ -108,6 +108,9 @@ impl World {
         if !header.has(frame::RESET) {
             (lane.heard_at, lane.is_relinked, lane.suspect_since) = (self.now, false, None);
             lane.suspensions = self.processes[lane.own.side as usize].suspensions;
+            if header.server != 0 {
+                lane.peer_server = header.server;
+            }
             lane.acked = lane.acked.max(header.ack);
             let is_missing = lane.sent.len() as u64 > lane.acked;
             let answered = lane.asked.iter().position(|(number, ..)| header.has(frame::PONG) && *number == header.pong);
