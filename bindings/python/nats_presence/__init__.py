@@ -1,12 +1,13 @@
 """Stop work for clients who have left: presence and streams over NATS.
 
 A *worker* serves requests for streams, a *gateway* requests them for its *clients*. Once a client has left its gateway,
-the worker's *sender* refuses to send: `Offline`, at once.
+the worker's *sender* refuses to send, at once: it raises `StreamStopped`.
 
 - Presence, in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
 - With threads: connect() gives a Connection, whose service() is the worker's side and stream() the gateway's.
 - With asyncio: the same below nats_presence.aio.
-- Errors: one exception for each status, all below PresenceError.
+- Errors: one exception for each status, all below PresenceError. Those that mean that nobody reads a stream any
+  longer are below StreamStopped.
 
 Times are seconds; only the names of options that end with _ms say milliseconds.
 """
@@ -29,6 +30,7 @@ from .errors import (
     PresenceError,
     Remote,
     Reserved,
+    StreamStopped,
     Timeout,
     TooLarge,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "Sender",
     "Session",
     "Stream",
+    "StreamStopped",
     "Timeout",
     "TooLarge",
     "Watch",

@@ -61,11 +61,16 @@ def integer(name: str, value: int, least: int, most: int) -> int:
     return value
 
 
-def milliseconds(name: str, seconds: float) -> int:
-    """A time, rounded up; one that is longer than the library takes is cut to that."""
-    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-        raise Invalid(f"{name} {seconds!r:.80}: must be a number of seconds, 0 or more")
-    return math.ceil(min(seconds, LONGEST) * 1000)
+def seconds(name: str, value: float) -> float:
+    """A time; one that is longer than the library takes is cut to that."""
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise Invalid(f"{name} {value!r:.80}: must be a number of seconds, 0 or more")
+    return min(value, LONGEST)
+
+
+def milliseconds(name: str, value: float) -> int:
+    """A time, rounded up."""
+    return math.ceil(seconds(name, value) * 1000)
 
 
 @contextmanager

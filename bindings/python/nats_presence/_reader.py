@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from typing import Generic, NoReturn, TypeVar
@@ -10,7 +13,7 @@ from typing import Generic, NoReturn, TypeVar
 from . import _ffi
 from ._events import Events, new_queue
 from ._ffi import lib
-from .errors import Busy, check
+from .errors import Busy, Timeout, check
 
 T = TypeVar("T")
 
@@ -19,11 +22,19 @@ SLICE_MS = 100
 BATCH = 256
 
 
+def slice_ms(until: float | None) -> int:
+    """How long one wait may take, rounded up: at most SLICE_MS."""
+    return SLICE_MS if until is None else max(0, min(SLICE_MS, math.ceil((until - time.monotonic()) * 1000)))
+
+
 class QueueReader(Generic[T]):
     """One thread at a time may wait.
 
     A signal's handler may raise anywhere. So what a wait took is made ready in one step, which can be done again from
     its beginning; only the item that is being handed over can be lost.
+
+    An exception's traceback keeps the variables of the frames it passed. Ours are emptied before an exception leaves
+    them: a stream that has no other reference is freed at once, however long the caller keeps the exception.
     """
 
     _queue: int | None = None
@@ -43,39 +54,55 @@ class QueueReader(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         # For a loop: to resume a generator costs half of a call of __next__.
-        while True:
-            try:
-                item: T | None = self._ready.popleft()
-            except IndexError:
-                item = None
-            if item is None:
+        try:
+            while True:
                 try:
-                    item = self._wait()
-                except StopIteration:
-                    return
-            yield item
+                    item: T | None = self._ready.popleft()
+                except IndexError:
+                    item = None
+                if item is None:
+                    try:
+                        item = self._wait()
+                    except StopIteration:
+                        return
+                yield item
+        finally:
+            del self
 
     def __next__(self) -> T:
         try:
-            return self._ready.popleft()
-        except IndexError:
-            pass
-        return self._wait()
-
-    def _wait(self) -> T:
-        if not self._waiting.acquire(blocking=False):
-            self._refuse()
-        try:
-            while not self._ready:
-                if not self._taken:
-                    self._before_wait()
-                    self._events.forget()
-                    self._taken = True
-                    check(min(self._events.wait(self._queue or 0, SLICE_MS), 0), type(self).__name__.lower())
-                self._ready, self._taken = self._read(self._events), False
-            return self._ready.popleft()
+            try:
+                return self._ready.popleft()
+            except IndexError:
+                pass
+            return self._wait()
         finally:
-            self._waiting.release()
+            del self
+
+    def _wait(self, until: float | None = None) -> T:
+        """The next item, or StopIteration. `until`: when to raise Timeout, in the clock of time.monotonic()."""
+        try:
+            if not self._waiting.acquire(blocking=False):
+                self._refuse()
+            try:
+                while not self._ready:
+                    if not self._taken:
+                        self._before_wait()
+                        self._events.forget()
+                        self._taken = True
+                        check(min(self._events.wait(self._queue or 0, slice_ms(until)), 0), type(self).__name__.lower())
+                    self._ready, self._taken = self._read(self._events), False
+                    if not self._ready and until is not None and time.monotonic() >= until:
+                        self._before_wait()  # The end may have come at last.
+                        raise Timeout("no message came in time; the stream goes on")
+                return self._ready.popleft()
+            finally:
+                self._waiting.release()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            del self
 
     def _refuse(self) -> NoReturn:
         # Without room for an event it only looks whether this is a child.

@@ -18,7 +18,7 @@ from ctypes import c_void_p
 from typing import Callable, TypeVar, cast
 
 from . import _ffi
-from ._arguments import Option, Payload, payload
+from ._arguments import Option, Payload, payload, seconds
 from ._blocks import Blocks
 from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import SIZES, SMALL, lib, send_now, stream_consumed
@@ -34,7 +34,7 @@ from ._shared import (
     presence_event,
     request_options,
 )
-from .errors import PresenceError, check, error, status_text
+from .errors import Busy, PresenceError, Timeout, check, error, status_text
 
 T = TypeVar("T")
 
@@ -46,8 +46,9 @@ MAX_WINDOW = 4 << 20
 class Sender(BaseSender):
     __doc__ = BaseSender.__doc__
 
-    def __init__(self, handle: int, client_id: str) -> None:
+    def __init__(self, conn: Connection, handle: int, client_id: str) -> None:
         super().__init__(handle, client_id)
+        self._conn = conn
         self._changed = asyncio.Event()
         self._burst = 0
         self._task: asyncio.Task[None] | None = None
@@ -85,6 +86,7 @@ class Sender(BaseSender):
 
     async def _send(self, raw: bytes) -> None:
         while (status := lib.presence_sender_send(self._handle, raw, len(raw))) == _ffi.FULL:
+            self._conn._check_loop()
             # What changes is told by events, which this thread takes from the queue: none is missed in between.
             self._changed.clear()
             await self._changed.wait()
@@ -111,9 +113,10 @@ class Stream:
     """The messages of one stream, as an asynchronous iterator of bytes.
 
     It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
-    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled, Busy.
     A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
-    Leaving the `async with`, or dropping it, cancels it.
+    Leaving the `async with`, aclose(), or dropping it, cancels it. So does cancelling the task that waits for a
+    message: to go on after a timeout use next(), not asyncio.wait_for(). One task at a time may wait: Busy.
     """
 
     _handle: c_void_p | None = None
@@ -126,7 +129,8 @@ class Stream:
         self._tell_at = 0
         self._must_tell = False
         self._arrived = asyncio.Event()
-        self._ended = False
+        self._waiting = False
+        self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
 
     def __del__(self) -> None:
@@ -138,19 +142,67 @@ class Stream:
 
     async def __anext__(self) -> bytes:
         while not self._messages:
+            if self._waiting:
+                raise Busy("another task waits for the next message of this stream")
             if self._ended:
                 failure, self._failure = self._failure, None
+                self._has_failed |= failure is not None
                 raise failure or StopAsyncIteration
-            if self._must_tell:
-                self._must_tell = False
-                self._tell()
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._wait()
         data = self._messages.popleft()
         self._used += len(data)
         if self._used > self._tell_at:
             self._tell()
         return data
+
+    async def next(self, timeout: float | None = None) -> bytes | None:
+        """The next message; None at the stream's end.
+
+        Raises Timeout when none came for `timeout` seconds (the stream goes on), else what the stream ends with,
+        and Closed if that was raised before.
+        """
+        if timeout is not None and not self._messages:
+            await self._wait_for(seconds("timeout", timeout))
+        try:
+            return await self.__anext__()
+        except StopAsyncIteration:
+            if self._has_failed:
+                raise error(_ffi.CLOSED, "the stream has failed before") from None
+            return None
+
+    async def _wait_for(self, timeout: float) -> None:
+        expired = False
+
+        def expire() -> None:
+            nonlocal expired
+            expired = True
+            self._arrived.set()
+
+        timer = self._conn._loop.call_later(timeout, expire)
+        try:
+            while not (self._messages or self._ended or self._waiting):
+                if expired:
+                    raise Timeout(f"no message came for {timeout} s; the stream goes on")
+                await self._wait()
+        finally:
+            timer.cancel()
+
+    async def _wait(self) -> None:
+        """Waits until something arrives."""
+        self._conn._check_loop()
+        if self._must_tell:
+            self._must_tell = False
+            self._tell()
+        self._arrived.clear()
+        self._waiting = True
+        try:
+            await self._arrived.wait()
+        except BaseException:  # CancelledError, GeneratorExit
+            # The exception's traceback may keep this stream alive for as long as the caller's framework likes.
+            self._leave()
+            raise
+        finally:
+            self._waiting = False
 
     def cancel(self) -> None:
         """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
@@ -159,11 +211,19 @@ class Stream:
         """
         lib.presence_stream_cancel(self._handle)
 
+    async def aclose(self) -> None:
+        """As cancel(), for `contextlib.aclosing`; messages that were not read are dropped. It does not wait."""
+        self._leave()
+
     async def __aenter__(self) -> Stream:
         return self
 
     async def __aexit__(self, *error: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
         self.cancel()
+        self._messages.clear()
 
     def _tell(self) -> None:
         """Gives the worker room for what was read."""
@@ -225,6 +285,7 @@ class Connection(BaseConnection):
 
     def _start(self, on_event: OnEvent | None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._on_event = on_event
         self._tags = itertools.count(1)
         self._handlers: dict[int, Handler] = {}
@@ -242,6 +303,7 @@ class Connection(BaseConnection):
 
     async def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
+        self._check_loop()
         self.stats()
         await _in_thread(self._listen_offline)
 
@@ -299,11 +361,13 @@ class Connection(BaseConnection):
     def stop(self) -> None:
         """Takes no more requests. Streams that run go on; run() returns when their handlers have."""
         self._stop_services()
+        self._check_loop()
         self._stopped.set()
 
     async def run(self) -> None:
         """Waits until close(), or until stop() and the return of all handlers."""
         self._is_closed()  # Raises Forked.
+        self._check_loop()
         await self._stopped.wait()
         while self._drain():
             pass
@@ -320,6 +384,7 @@ class Connection(BaseConnection):
         """
         limit = drain_ms(drain)
         self._is_closed()  # Raises Forked.
+        self._check_loop()
         deadline = time.monotonic() + limit / 1000
         if self._ending is None:
             self._ending = _in_thread(self._close_now, limit)
@@ -332,7 +397,20 @@ class Connection(BaseConnection):
         if status != _ffi.CLOSED and not ended_before:
             check(status, "closing the connection")
 
+    def _check_loop(self) -> None:
+        """Raises RuntimeError in another loop than the connection's: what it waits for would never come."""
+        try:
+            running: object = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not self._loop and not (running is None and threading.get_ident() == self._thread):
+            where = "a thread without a loop" if running is None else repr(running)
+            raise RuntimeError(
+                f"a connection belongs to the loop in which it was made, {self._loop!r}; it is used from {where}"
+            )
+
     def _live_queue(self) -> int:
+        self._check_loop()
         if self._queue is None:
             raise error(_ffi.CLOSED, "connection: already ended")
         return self._queue
@@ -368,7 +446,7 @@ class Connection(BaseConnection):
             if (stream := self._stream(event.tag)) is not None:
                 stream._end(error(event.status, event.text))
         elif kind == _ffi.EVENT_REQUEST:
-            sender = Sender(event.sender, event.client)
+            sender = Sender(self, event.sender, event.client)
             handler = self._handlers.get(event.tag)
             if handler is None:
                 return  # Serving failed after all: the sender, dropped, ends its stream.

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Callable
 
 from . import _ffi
-from ._arguments import Option, Payload, integer, payload
+from ._arguments import Option, Payload, integer, payload, seconds
 from ._blocks import Blocks
 from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import NO_WAIT, SIZES, SMALL, lib, send_wait_now, stream_consumed
@@ -81,10 +81,11 @@ class Stream(QueueReader[bytes]):
     It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
     Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled.
     A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
-    Leaving the `with`, or dropping it, cancels it.
-    One thread at a time may wait for a message: Busy. cancel() may be called from any thread.
+    Leaving the `with`, close(), or dropping it, cancels it. An exception keeps what the frames it passed have a name
+    for: use `with`, and the stream ends where the block does.
+    One thread at a time may wait for a message: Busy. cancel() and close() may be called from any thread.
     Where a signal's handler raises (KeyboardInterrupt), what was just being handed over can be lost: one message, or
-    why it ended. Reading may go on.
+    why it ended. Who still has the stream may go on reading it.
     """
 
     _handle: c_void_p | None = None
@@ -95,7 +96,7 @@ class Stream(QueueReader[bytes]):
         super().__init__()
         self._conn = conn
         self._used: int | None = None
-        self._ended = False
+        self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
         self._handle = c_void_p()
         conn._request(self._handle, self._queue or 0, subject, data, client_id, options, 0)
@@ -107,6 +108,7 @@ class Stream(QueueReader[bytes]):
     def _before_wait(self) -> None:
         if self._ended:
             failure, self._failure = self._failure, None
+            self._has_failed |= failure is not None
             raise failure or StopIteration
         if self._used is not None:
             stream_consumed(self._handle, self._used)
@@ -124,12 +126,33 @@ class Stream(QueueReader[bytes]):
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
         return messages
 
+    def next(self, timeout: float | None = None) -> bytes | None:
+        """The next message; None at the stream's end.
+
+        Raises Timeout when none came for `timeout` seconds (the stream goes on), else what the stream ends with,
+        and Closed if that was raised before.
+        """
+        try:
+            if self._ready:
+                return self.__next__()
+            return self._wait(None if timeout is None else time.monotonic() + seconds("timeout", timeout))
+        except StopIteration:
+            if self._has_failed:
+                raise error(_ffi.CLOSED, "the stream has failed before") from None
+            return None
+        finally:
+            del self
+
     def cancel(self) -> None:
         """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
 
         Once the stream has ended this has no effect.
         """
         lib.presence_stream_cancel(self._handle)
+
+    def close(self) -> None:
+        """As cancel(), for `contextlib.closing` and for WSGI servers, which call it when the client has left."""
+        self.cancel()
 
     def __enter__(self) -> Stream:
         return self

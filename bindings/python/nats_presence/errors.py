@@ -21,22 +21,41 @@ class Invalid(PresenceError, ValueError):
     status = _ffi.INVALID
 
 
-class Offline(PresenceError):
+class StreamStopped(PresenceError):
+    """The stream was stopped before its end. At a worker: nobody reads what it sends any longer, so stop the work.
+
+    It is the base class of Offline, Cancelled, PeerGone, Disconnected and Closed.
+    """
+
+
+class Offline(StreamStopped):
     """The client is offline: marked so in this process, or announced by another one."""
 
     status = _ffi.OFFLINE
 
 
-class Closed(PresenceError):
+class Closed(StreamStopped):
     """The sender, stream or connection has ended already."""
 
     status = _ffi.CLOSED
 
 
-class Cancelled(PresenceError):
+class Cancelled(StreamStopped):
     """The stream was cancelled by its reader; at a worker also: the client left before the stream had begun."""
 
     status = _ffi.CANCELLED
+
+
+class Disconnected(StreamStopped):
+    """There is no connection to nats-server now, or it was lost while the stream ran."""
+
+    status = _ffi.DISCONNECTED
+
+
+class PeerGone(StreamStopped):
+    """The process at the other end is gone."""
+
+    status = _ffi.PEER_GONE
 
 
 class Full(PresenceError):
@@ -57,18 +76,6 @@ class Reserved(PresenceError):
     status = _ffi.RESERVED
 
 
-class Disconnected(PresenceError):
-    """There is no connection to nats-server now, or it was lost while the stream ran."""
-
-    status = _ffi.DISCONNECTED
-
-
-class PeerGone(PresenceError):
-    """The process at the other end is gone."""
-
-    status = _ffi.PEER_GONE
-
-
 class NoResponders(PresenceError):
     """Nobody serves the subject."""
 
@@ -76,7 +83,7 @@ class NoResponders(PresenceError):
 
 
 class Busy(PresenceError):
-    """In use by another thread."""
+    """Another thread or task reads this stream, or the worker's service has as many streams as it takes."""
 
     status = _ffi.BUSY
 
@@ -105,7 +112,11 @@ class Internal(PresenceError):
     status = _ffi.INTERNAL
 
 
-_BY_STATUS = {kind.status: kind for kind in PresenceError.__subclasses__()}
+_BY_STATUS = {
+    kind.status: kind
+    for kind in [*PresenceError.__subclasses__(), *StreamStopped.__subclasses__()]
+    if kind is not StreamStopped
+}
 
 
 def status_text(status: int) -> str:

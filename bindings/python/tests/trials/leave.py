@@ -1,0 +1,147 @@
+"""Clients that leave an HTTP server: does the worker of each stop, and how soon?
+
+    leave.py [CLIENTS [SERVER [FORM [SUBJECT]]]]     500 clients; each server, each form, each worker
+
+The servers run asgi_app.py in a process of their own. The worker is here: its handler is cancelled when it is to stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+
+from conftest import LIMIT, Server, environment  # noqa: E402
+
+from nats_presence import Request, aio  # noqa: E402
+
+SERVERS = {
+    "uvicorn": ["uvicorn", "--port", "{port}", "--log-level", "error", "asgi_app:app"],
+    "hypercorn": ["hypercorn", "--bind", "127.0.0.1:{port}", "--log-level", "error", "asgi_app:app"],
+    "granian": ["granian", "--interface", "asgi", "--port", "{port}", "--log-level", "error", "asgi_app:app"],
+}
+FORMS = ["bare", "loop", "block", "closing", "expression", "sse-bare", "sse"]
+SUBJECTS = ["silent", "chatty", "flood"]
+"""The worker sends one message, one every 5 ms, or so many that the server has to wait for its clients."""
+
+
+class Outcome(NamedTuple):
+    """What became of the clients' workers."""
+
+    stopped: int
+    seconds: list[float]
+    """How long each that stopped went on after its client had left, in order."""
+
+    def at(self, part: float) -> float:
+        return self.seconds[min(int(len(self.seconds) * part), len(self.seconds) - 1)] if self.seconds else float("nan")
+
+
+@contextmanager
+def started(server: str, url: str) -> Iterator[int]:
+    """A server; its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [word.format(port=port) for word in SERVERS[server]]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=HERE, env=environment(NATS_URL=url), start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + LIMIT
+        while True:
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, f"{server} has ended"
+            assert time.monotonic() < deadline, f"{server} does not listen"
+            time.sleep(0.02)
+        yield port
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)  # Of its own group: its worker processes, too.
+        process.wait()
+
+
+async def leave(conn: aio.Connection, port: int, form: str, subject: str, clients: int, patience: float) -> Outcome:
+    """Has clients come, read their first message, and leave."""
+    stopped: dict[str, float] = {}
+    pause = {"silent": 3600, "chatty": 0.005, "flood": 0}[subject]
+    filling = "data: " + "x" * 50_000 + "\n\n" if subject == "flood" else ""
+
+    async def answer(request: Request, sender: aio.Sender) -> None:
+        try:
+            while True:
+                await sender.send("data: more\n\n" + filling)
+                await asyncio.sleep(pause)
+        finally:
+            stopped[request.client_id] = time.monotonic()
+
+    name = f"{subject}-{port}-{form}"
+    conn.service(name, max_streams=100_000)(answer)
+    left: dict[str, float] = {}
+
+    async def come(number: int) -> asyncio.StreamWriter:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        reader, writer = await asyncio.open_connection(sock=connection)
+        writer.write(f"GET /{form}/{name}/{number} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        await asyncio.wait_for(reader.readuntil(b"more"), LIMIT)
+        if subject == "flood":
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+        return writer
+
+    writers: list[asyncio.StreamWriter] = []
+    for start in range(0, clients, 50):
+        writers += await asyncio.gather(*map(come, range(start, min(start + 50, clients))))
+    if subject == "flood":
+        await asyncio.sleep(1)  # The buffers fill up; how much they take is the systems' secret.
+    for number, writer in enumerate(writers):
+        if number % 2:  # A reset in place of a FIN.
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        left[str(number)] = time.monotonic()
+        writer.transport.abort()
+        await asyncio.sleep(0.002)
+    deadline = time.monotonic() + patience
+    while len(stopped) < clients and time.monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    return Outcome(len(stopped), sorted(at - left[number] for number, at in stopped.items()))
+
+
+async def trial(url: str, server: str, form: str, subject: str, clients: int, patience: float = 3) -> Outcome:
+    async with aio.connect(url) as conn:
+        with started(server, url) as port:
+            outcome = await leave(conn, port, form, subject, clients, patience)
+    return outcome
+
+
+def main(clients: str = "500", server: str = "", form: str = "", subject: str = "") -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        nats = Server(Path(directory))
+        try:
+            for one in [server] if server else SERVERS:
+                for kind in [form] if form else FORMS:
+                    for worker in [subject] if subject else SUBJECTS:
+                        outcome = asyncio.run(trial(nats.url, one, kind, worker, int(clients)))
+                        print(
+                            f"{one:10} {kind:11} {worker:7} {outcome.stopped:4} of {clients} stopped,"
+                            f" p50 {outcome.at(0.5) * 1000:6.1f} ms, p99 {outcome.at(0.99) * 1000:6.1f} ms",
+                            flush=True,
+                        )
+        finally:
+            nats.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
