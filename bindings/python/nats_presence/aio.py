@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from ctypes import c_void_p
+from functools import partial
 from typing import Callable, TypeVar, cast
 
 from . import _ffi
@@ -130,11 +131,14 @@ class Stream:
         self._must_tell = False
         self._arrived = asyncio.Event()
         self._waiting = False
+        self._read_by: set[int] = set()
+        """The tags of the streams that the last task that waited for a message has read."""
         self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
 
     def __del__(self) -> None:
         self._conn._streams.pop(self._tag, None)
+        self._read_by.discard(self._tag)
         lib.presence_stream_free(self._handle)
 
     def __aiter__(self) -> Stream:
@@ -190,6 +194,7 @@ class Stream:
     async def _wait(self) -> None:
         """Waits until something arrives."""
         self._conn._check_loop()
+        self._read_by_this_task()
         if self._must_tell:
             self._must_tell = False
             self._tell()
@@ -220,6 +225,13 @@ class Stream:
 
     async def __aexit__(self, *error: object) -> None:
         self._leave()
+
+    def _read_by_this_task(self) -> None:
+        tags = self._conn._tags_read_by(asyncio.current_task())
+        if tags is not self._read_by:
+            self._read_by.discard(self._tag)
+            self._read_by = tags
+        tags.add(self._tag)
 
     def _leave(self) -> None:
         self.cancel()
@@ -268,6 +280,14 @@ def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future
     return future
 
 
+def _reader_is_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
+    # It may have been cancelled while it handed a message on, its stream held by a suspended generator or a traceback.
+    if (conn := weak()) is not None and task.cancelled():
+        for tag in list(tags):
+            if (stream := conn._stream(tag)) is not None:
+                stream._leave()
+
+
 def _drop(message: bytes) -> None:
     """For messages of a stream that nobody has any longer."""
 
@@ -292,6 +312,7 @@ class Connection(BaseConnection):
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
         self._streams: dict[int, weakref.ref[Stream]] = {}
+        self._readers: weakref.WeakKeyDictionary[asyncio.Task[object], set[int]] = weakref.WeakKeyDictionary()
         self._stopped = asyncio.Event()
         self._events = Events(BATCH)
         self._queue = new_queue()
@@ -396,6 +417,16 @@ class Connection(BaseConnection):
             await asyncio.wait(tasks, timeout=None if limit < 0 else max(0.0, deadline - time.monotonic()))
         if status != _ffi.CLOSED and not ended_before:
             check(status, "closing the connection")
+
+    def _tags_read_by(self, task: asyncio.Task[object] | None) -> set[int]:
+        """The tags of the streams that a task reads. Should it be cancelled, whatever it then waited for, they end."""
+        if task is None:
+            return set()
+        tags = self._readers.get(task)
+        if tags is None:
+            tags = self._readers[task] = set()
+            task.add_done_callback(partial(_reader_is_done, weakref.ref(self), tags))
+        return tags
 
     def _check_loop(self) -> None:
         """Raises RuntimeError in another loop than the connection's: what it waits for would never come."""

@@ -8,6 +8,7 @@ The servers run asgi_app.py in a process of their own. The worker is here: its h
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import socket
 import struct
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,11 @@ def started(server: str, url: str) -> Iterator[int]:
         port = probe.getsockname()[1]
     command = [word.format(port=port) for word in SERVERS[server]]
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=HERE, env=environment(NATS_URL=url), start_new_session=True
+        [sys.executable, "-m", *command],
+        cwd=HERE,
+        env=environment(NATS_URL=url),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
     )
     try:
         deadline = time.monotonic() + LIMIT
@@ -119,26 +124,32 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
     return Outcome(len(stopped), sorted(at - left[number] for number, at in stopped.items()))
 
 
-async def trial(url: str, server: str, form: str, subject: str, clients: int, patience: float = 3) -> Outcome:
-    async with aio.connect(url) as conn:
-        with started(server, url) as port:
-            outcome = await leave(conn, port, form, subject, clients, patience)
-    return outcome
+def trial(
+    url: str, server: str, cases: Iterable[tuple[str, str]], clients: int, patience: float = 5
+) -> Iterator[tuple[str, str, Outcome]]:
+    """Each case, a form and a subject, with clients of its own on the same server."""
+
+    async def run(form: str, subject: str) -> Outcome:
+        async with aio.connect(url) as conn:
+            return await leave(conn, port, form, subject, clients, patience)
+
+    with started(server, url) as port:
+        for form, subject in cases:
+            yield form, subject, asyncio.run(run(form, subject))
 
 
 def main(clients: str = "500", server: str = "", form: str = "", subject: str = "") -> None:
+    cases = list(itertools.product([form] if form else FORMS, [subject] if subject else SUBJECTS))
     with tempfile.TemporaryDirectory() as directory:
         nats = Server(Path(directory))
         try:
             for one in [server] if server else SERVERS:
-                for kind in [form] if form else FORMS:
-                    for worker in [subject] if subject else SUBJECTS:
-                        outcome = asyncio.run(trial(nats.url, one, kind, worker, int(clients)))
-                        print(
-                            f"{one:10} {kind:11} {worker:7} {outcome.stopped:4} of {clients} stopped,"
-                            f" p50 {outcome.at(0.5) * 1000:6.1f} ms, p99 {outcome.at(0.99) * 1000:6.1f} ms",
-                            flush=True,
-                        )
+                for kind, worker, outcome in trial(nats.url, one, cases, int(clients)):
+                    print(
+                        f"{one:10} {kind:11} {worker:7} {outcome.stopped:4} of {clients} stopped,"
+                        f" p50 {outcome.at(0.5) * 1000:6.1f} ms, p99 {outcome.at(0.99) * 1000:6.1f} ms",
+                        flush=True,
+                    )
         finally:
             nats.stop()
 
