@@ -243,6 +243,9 @@ impl Sender {
     }
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
+        stopped(&self.word)?;
+        // Before the reader can see the end: its next request is to find a free place.
+        self.leave(ENDED);
         match self.lane.get() {
             Some((lane, credit)) => {
                 lane.finish(&self.word, Status::Closed, credit, error).inspect_err(|why| self.heed(*why))?;
