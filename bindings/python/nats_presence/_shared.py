@@ -21,6 +21,9 @@ log = logging.getLogger("nats_presence")
 
 AT_EXIT_MS = 1000
 
+HANDLER_FAILED = "the handler failed"
+"""What the reader gets to know of an exception, whose own text may have a secret in it."""
+
 
 class ConnectionEvent(NamedTuple):
     """What became of a connection."""
@@ -138,17 +141,19 @@ class BaseSender:
         if not self._detached:
             self.end()
 
-    def _failed(self, failure: BaseException) -> None:
+    def _failed(self, failure: BaseException, send_errors: bool) -> None:
         """The handler raised: that is the stream's error, unless it only tells that the stream has ended."""
         if isinstance(failure, PresenceError) and failure.status == self.status:
             return
         log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
+        reason = HANDLER_FAILED
+        if send_errors:
+            try:
+                reason = str(failure).encode(errors="replace").decode() or type(failure).__name__
+            except BaseException:
+                reason = type(failure).__name__
         try:
-            reason = str(failure).encode(errors="replace").decode()
-        except BaseException:
-            reason = ""
-        try:
-            self.error(reason or type(failure).__name__)
+            self.error(reason)
         except PresenceError as ended:
             log.debug("%s", ended)
 
@@ -189,7 +194,7 @@ class BaseConnection:
         _open.add(self)
 
     def __del__(self) -> None:
-        if self._handle and not self._closing:
+        if self._handle and not self._closing and not self._is_forked():
             warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self, stacklevel=1)
             self._close_now(0)
 
@@ -207,13 +212,21 @@ class BaseConnection:
             return True
         return False
 
+    def _is_forked(self) -> bool:
+        """Whether this is a child of the process that made it: there is nothing to be closed here."""
+        return bool(lib.presence_conn_stats(self._handle, byref(_ffi.Stats())) == _ffi.FORKED)
+
+    def _log_failed_close(self, failure: PresenceError) -> None:
+        """The block's work is done, and the connection is closed: an exception would only hide what it was."""
+        log.warning("closing the connection: nats-server may not have all that was sent: %s", failure)
+
     def _listen_offline(self) -> None:
         check(lib.presence_listen_offline(self._handle), "listening to offline announcements")
 
     def _watch(self, queue: int) -> None:
         check(lib.presence_conn_watch(self._handle, queue, 0), "watching the connection")
 
-    def _serve(self, queue: int, subject: str, group: str, max_streams: int, tag: int) -> None:
+    def _serve(self, queue: int, subject: str, group: str, max_streams: int, tag: int) -> c_void_p:
         service, details = c_void_p(), _ffi.Error()
         limit = integer("max_streams", max_streams, 0, 2**32 - 1)
         self._services.append(service)
@@ -230,9 +243,13 @@ class BaseConnection:
             )
             check_error(status, details)
         except BaseException:
-            self._services.remove(service)
-            lib.presence_service_free(service)
+            self._end_service(service)
             raise
+        return service
+
+    def _end_service(self, service: c_void_p) -> None:
+        self._services.remove(service)
+        lib.presence_service_free(service)
 
     def _request(
         self,
@@ -256,7 +273,7 @@ class BaseConnection:
 
     def _stop_services(self) -> None:
         self._is_closed()  # Raises Forked.
-        for service in self._services:
+        for service in list(self._services):
             lib.presence_service_stop(service)
 
     def _close_now(self, drain_ms: int) -> int:

@@ -13,16 +13,18 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import asynccontextmanager, suppress
 from ctypes import c_void_p
 from functools import partial
-from typing import Callable, TypeVar, cast
+from typing import Callable, TypeVar, Union
 
 from . import _ffi
 from ._arguments import Option, Payload, payload, seconds
 from ._blocks import Blocks
 from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import SIZES, SMALL, lib, send_now, stream_consumed
+from ._handlers import check_async, check_result, check_subject
 from ._shared import (
     BaseConnection,
     BaseSender,
@@ -31,6 +33,7 @@ from ._shared import (
     Request,
     connection_event,
     drain_ms,
+    log,
     notify,
     presence_event,
     request_options,
@@ -42,6 +45,8 @@ T = TypeVar("T")
 BATCH = 1024
 BURST = 256
 MAX_WINDOW = 4 << 20
+DECORATING = 0.1
+"""Seconds that a decorator may stop the loop for; an answer of the server takes a few milliseconds, as a rule."""
 
 
 class Sender(BaseSender):
@@ -85,6 +90,15 @@ class Sender(BaseSender):
                 await self._send(blocks.pop())  # Waits, or raises what is wrong.
             await asyncio.sleep(0)
 
+    async def _send_each(self, messages: AsyncIterator[Payload]) -> None:
+        """What a handler yields. Its clean-up runs when no more can be sent."""
+        try:
+            async for data in messages:
+                await self.send(data)
+        finally:
+            if (aclose := getattr(messages, "aclose", None)) is not None:
+                await aclose()
+
     async def _send(self, raw: bytes) -> None:
         while (status := lib.presence_sender_send(self._handle, raw, len(raw))) == _ffi.FULL:
             self._conn._check_loop()
@@ -106,7 +120,7 @@ class Sender(BaseSender):
         self._task = None
 
 
-Handler = Callable[[Request, Sender], Awaitable[object]]
+Handler = Callable[[Request, Sender], Union[Awaitable[object], AsyncIterator[Payload]]]
 Put = Callable[[bytes], None]
 
 
@@ -254,30 +268,43 @@ class Stream:
             self._arrived.set()
 
 
-def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+def _start_thread(function: Callable[..., T], *arguments: object) -> Future[T]:
     """Calls what waits in a thread of its own: the loop's executor may be full of others that wait."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def tell(result: T | None, failure: BaseException | None) -> None:
-        if future.done():
-            return  # Cancelled.
-        if failure is not None:
-            future.set_exception(failure)
-        else:
-            future.set_result(cast(T, result))
+    future: Future[T] = Future()
 
     def run() -> None:
-        result, failure = None, None
         try:
-            result = function(*arguments)
+            future.set_result(function(*arguments))
         except BaseException as raised:
-            failure = raised
-        with suppress(RuntimeError):  # The loop is closed: nobody waits any longer.
-            loop.call_soon_threadsafe(tell, result, failure)
+            future.set_exception(raised)
 
     threading.Thread(target=run, name="nats_presence wait").start()
     return future
+
+
+def _outcome(future: Future[T]) -> asyncio.Future[T]:
+    """As asyncio.wrap_future(), which would cancel the thread's future, and fail if the loop was closed meanwhile."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def tell(done: Future[T]) -> None:
+        if outcome.done():
+            return  # Cancelled.
+        if (failure := done.exception()) is not None:
+            outcome.set_exception(failure)
+        else:
+            outcome.set_result(done.result())
+
+    def tell_loop(done: Future[T]) -> None:
+        with suppress(RuntimeError):  # The loop is closed: nobody waits any longer.
+            loop.call_soon_threadsafe(tell, done)
+
+    future.add_done_callback(tell_loop)
+    return outcome
+
+
+def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    return _outcome(_start_thread(function, *arguments))
 
 
 def _reader_is_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
@@ -286,6 +313,18 @@ def _reader_is_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio
         for tag in list(tags):
             if (stream := conn._stream(tag)) is not None:
                 stream._leave()
+
+
+def _check_loop(what: str, loop: asyncio.AbstractEventLoop, thread: int) -> None:
+    """Raises RuntimeError in another loop than the object's: what is waited for there would never come."""
+    try:
+        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop or (running is None and threading.get_ident() == thread):
+        return
+    where = "a thread without a loop" if running is None else repr(running)
+    raise RuntimeError(f"the {what} belongs to the loop in which it was made, {loop!r}; it is used from {where}")
 
 
 def _drop(message: bytes) -> None:
@@ -308,7 +347,12 @@ class Connection(BaseConnection):
         self._thread = threading.get_ident()
         self._on_event = on_event
         self._tags = itertools.count(1)
-        self._handlers: dict[int, Handler] = {}
+        self._handlers: dict[int, tuple[Handler, bool]] = {}
+        """By their tags, each with whether its errors are sent."""
+        self._late: set[asyncio.Task[None]] = set()
+        """For services that were not served yet when their decorator returned."""
+        self._failure: PresenceError | None = None
+        """Why one of them is not."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
         self._streams: dict[int, weakref.ref[Stream]] = {}
@@ -324,34 +368,91 @@ class Connection(BaseConnection):
 
     async def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
-        self._check_loop()
         self.stats()
+        self._check_loop()
         await _in_thread(self._listen_offline)
 
-    def service(self, subject: str, *, queue: str = "", max_streams: int = 0) -> Callable[[Handler], Handler]:
+    def service(
+        self, subject: str, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
+    ) -> Callable[[Handler], Handler]:
         """Decorates `async def handler(request, sender)`, which serves the subject from now on, in a task per request.
 
         Requests are spread over all processes that serve the subject in the same `queue` group; "" is no group. At most
         `max_streams` streams (0: 10,000) run at once: a request beyond is answered with "server busy".
-        The stream ends when the handler returns (see Sender.detach), with an error when it raises. When the client
-        leaves, or the stream is over otherwise, the handler's task is cancelled; the message of the CancelledError says
-        why. What it still sends raises Offline (or Cancelled, PeerGone, Closed, Disconnected).
-        Decorating waits for a round trip to the server, in the loop's thread. Raises Invalid, Closed, Timeout.
+        A handler is a function, or an async generator, whose messages are sent as it yields them; it is closed when one
+        cannot be. The stream ends when the handler returns (see Sender.detach), with an error when it raises: the
+        reader is sent "the handler failed", or with `send_errors` the exception's text, which may have secrets in it.
+        To send a text of your own use sender.error(). The log `nats_presence` has it all.
+        When the client leaves, or the stream is over otherwise, the handler's task is cancelled; the message of the
+        CancelledError says why. What it still sends raises StreamStopped.
+        Decorating waits for the server's answer, but at most 0.1 s, for the loop stands still meanwhile. If it does not
+        serve after all, run() raises why. serve() waits without stopping the loop.
+        Raises Invalid (and TypeError, for a generator without async), Closed, Timeout.
         """
+        check_subject(subject)
 
         def decorate(handler: Handler) -> Handler:
-            tag = next(self._tags)
-            self._handlers[tag] = handler
-            try:
-                self._serve(self._live_queue(), subject, queue, max_streams, tag)
-            except BaseException:
-                del self._handlers[tag]
-                raise
-            if self._stopped.is_set():
-                self.stop()
+            tag, serving = self._begin_to_serve(subject, handler, queue, max_streams, send_errors)
+            wait([serving], DECORATING)
+            if serving.done():
+                try:
+                    serving.result()
+                except BaseException:
+                    del self._handlers[tag]
+                    raise
+                self._stop_if_stopped()
+            else:
+                task = self._loop.create_task(self._serve_late(subject, tag, serving))
+                self._late.add(task)
+                task.add_done_callback(self._late.discard)
             return handler
 
         return decorate
+
+    async def serve(
+        self, subject: str, handler: Handler, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
+    ) -> None:
+        """As service(), in one call: when it returns the handler serves, and the loop has gone on meanwhile."""
+        check_subject(subject)
+        tag, serving = self._begin_to_serve(subject, handler, queue, max_streams, send_errors)
+        try:
+            await _outcome(serving)
+        except asyncio.CancelledError:
+            serving.add_done_callback(self._serves_in_vain)
+            del self._handlers[tag]
+            raise
+        except BaseException:
+            del self._handlers[tag]
+            raise
+        self._stop_if_stopped()
+
+    def _begin_to_serve(
+        self, subject: str, handler: Handler, queue: str, max_streams: int, send_errors: bool
+    ) -> tuple[int, Future[c_void_p]]:
+        check_async(subject, handler)
+        live_queue, tag = self._live_queue(), next(self._tags)
+        self._handlers[tag] = handler, send_errors
+        return tag, _start_thread(self._serve, live_queue, subject, queue, max_streams, tag)
+
+    async def _serve_late(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
+        try:
+            await _outcome(serving)
+        except PresenceError as failure:
+            del self._handlers[tag]
+            if not self._closing:
+                log.error("subject %r is not served: %s", subject, failure)
+                self._failure = failure
+                self._stopped.set()
+        else:
+            self._stop_if_stopped()
+
+    def _serves_in_vain(self, serving: Future[c_void_p]) -> None:
+        if serving.exception() is None:
+            self._end_service(serving.result())
+
+    def _stop_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            self.stop()
 
     def stream(
         self,
@@ -386,10 +487,15 @@ class Connection(BaseConnection):
         self._stopped.set()
 
     async def run(self) -> None:
-        """Waits until close(), or until stop() and the return of all handlers."""
+        """Waits until close(), or until stop() and the return of all handlers.
+
+        Raises why what a decorator was to serve is not served.
+        """
         self._is_closed()  # Raises Forked.
         self._check_loop()
         await self._stopped.wait()
+        if self._failure is not None:
+            raise self._failure
         while self._drain():
             pass
         while self._tasks:
@@ -401,10 +507,12 @@ class Connection(BaseConnection):
         Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
         the handlers, whose tasks are cancelled, have returned. Raises Timeout or Disconnected (at once, where
         there is no connection) when the server may not have it all; the connection is closed all the same. Cancelled
-        meanwhile, it goes on; once more waits for it, and has no other effect.
+        meanwhile, it goes on; once more waits for it, and has no other effect. The end of connect()'s `async with` logs
+        what this raises. In a child after fork() it does nothing.
         """
         limit = drain_ms(drain)
-        self._is_closed()  # Raises Forked.
+        if self._is_forked():
+            return
         self._check_loop()
         deadline = time.monotonic() + limit / 1000
         if self._ending is None:
@@ -429,16 +537,11 @@ class Connection(BaseConnection):
         return tags
 
     def _check_loop(self) -> None:
-        """Raises RuntimeError in another loop than the connection's: what it waits for would never come."""
         try:
-            running: object = asyncio.get_running_loop()
+            _check_loop("connection", self._loop, self._thread)
         except RuntimeError:
-            running = None
-        if running is not self._loop and not (running is None and threading.get_ident() == self._thread):
-            where = "a thread without a loop" if running is None else repr(running)
-            raise RuntimeError(
-                f"a connection belongs to the loop in which it was made, {self._loop!r}; it is used from {where}"
-            )
+            self.stats()  # Raises Forked, Closed.
+            raise
 
     def _live_queue(self) -> int:
         self._check_loop()
@@ -482,7 +585,7 @@ class Connection(BaseConnection):
             if handler is None:
                 return  # Serving failed after all: the sender, dropped, ends its stream.
             self._senders[event.sender] = sender
-            task = self._loop.create_task(self._answer(handler, Request(sender, event), sender))
+            task = self._loop.create_task(self._answer(*handler, Request(sender, event), sender))
             sender._task = task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -499,12 +602,18 @@ class Connection(BaseConnection):
                 notify(self._on_event, what)
 
     @staticmethod
-    async def _answer(handler: Handler, request: Request, sender: Sender) -> None:
+    async def _answer(handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
         try:
-            await handler(request, sender)
+            result = handler(request, sender)
+            if isinstance(result, AsyncIterator):
+                await sender._send_each(result)
+            elif isinstance(result, Awaitable):
+                check_result(await result)
+            else:
+                raise TypeError(f"the handler returned a {type(result).__name__}: define it with async def")
             sender._returned()
         except Exception as failure:
-            sender._failed(failure)
+            sender._failed(failure, send_errors)
 
     def _detach(self) -> None:
         """Takes the last events, and leaves the loop."""
@@ -537,11 +646,11 @@ async def connect(url: str, *, on_event: OnEvent | None = None, **options: Optio
     try:
         conn._start(on_event)
         yield conn
-    except BaseException:
-        with suppress(PresenceError):
+    finally:
+        try:
             await conn.close()
-        raise
-    await conn.close()
+        except PresenceError as failure:
+            conn._log_failed_close(failure)
 
 
 class Watch:
@@ -560,6 +669,7 @@ class Watch:
         self._arrived = asyncio.Event()
         self._failure: PresenceError | None = None
         self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
         self._fd: int = lib.presence_queue_fd(self._queue)
         check(min(self._fd, 0), "the queue's file descriptor")
         check(lib.presence_watch(self._queue, 0), "watching presence")
@@ -569,6 +679,7 @@ class Watch:
 
     async def __anext__(self) -> PresenceEvent:
         while not self._ready and self._queue is not None:
+            _check_loop("watch", self._loop, self._thread)
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure

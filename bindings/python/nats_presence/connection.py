@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from ctypes import c_void_p
 from functools import partial
 from typing import Any, Callable
@@ -19,6 +19,7 @@ from ._arguments import Option, Payload, integer, payload, seconds
 from ._blocks import Blocks
 from ._events import MEMORY, Event, Events, new_queue
 from ._ffi import NO_WAIT, SIZES, SMALL, lib, send_wait_now, stream_consumed
+from ._handlers import check_result, check_subject, check_sync
 from ._reader import SLICE_MS, QueueReader
 from ._shared import (
     BaseConnection,
@@ -70,6 +71,15 @@ class Sender(BaseSender):
         while blocks:
             if not blocks.send(self._parameter):
                 self.send(blocks.pop())  # Waits, or raises what is wrong.
+
+    def _send_each(self, messages: Iterator[Payload]) -> None:
+        """What a handler yields. Its clean-up runs when no more can be sent."""
+        try:
+            for data in messages:
+                self.send(data)
+        finally:
+            if (close := getattr(messages, "close", None)) is not None:
+                close()
 
 
 Handler = Callable[[Request, Sender], object]
@@ -216,7 +226,7 @@ class _Pool:
 class Connection(BaseConnection):
     """A connection to nats-server, made by connect(). Every method may be called from any thread.
 
-    In a child after fork() every method raises Forked.
+    In a child after fork() every method but close() raises Forked.
     """
 
     _events: _Pool | None = None
@@ -239,15 +249,27 @@ class Connection(BaseConnection):
         self._listen_offline()
 
     def service(
-        self, subject: str, *, queue: str = "", max_streams: int = 0, threads: int = 16
+        self,
+        subject: str,
+        *,
+        queue: str = "",
+        max_streams: int = 0,
+        threads: int = 16,
+        send_errors: bool = False,
     ) -> Callable[[Handler], Handler]:
         """Decorates `handler(request, sender)`, which serves the subject from now on, in at most `threads` threads.
 
         Requests are spread over all processes that serve the subject in the same `queue` group; "" is no group. At most
-        `max_streams` streams (0: 10,000) run at once: a request beyond is answered with "server busy".
-        The stream ends when the handler returns (see Sender.detach), with an error when it raises. A handler has to ask
-        `sender.closed`, or to send, to learn that the client has left. Raises Invalid, Closed, Timeout.
+        `max_streams` streams (0: as many as there are threads) run at once: a request beyond is answered with "server
+        busy". Give a number where handlers detach their senders, whose streams outlast them.
+        A handler is a function, or a generator, whose messages are sent as it yields them; it is closed when one cannot
+        be. The stream ends when the handler returns (see Sender.detach), with an error when it raises: the reader is
+        sent "the handler failed", or with `send_errors` the exception's text, which may have secrets in it. To send a
+        text of your own use sender.error(). The log `nats_presence` has it all. A handler has to ask `sender.closed`,
+        or to send, to learn that the client has left. Raises Invalid (and TypeError, for an async handler), Closed,
+        Timeout.
         """
+        check_subject(subject)
 
         def take(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
@@ -256,20 +278,26 @@ class Connection(BaseConnection):
             return Request(sender, event), sender
 
         def decorate(handler: Handler) -> Handler:
+            check_sync(subject, handler)
+
             def work(taken: tuple[Request, Sender]) -> None:
                 request, sender = taken
                 if sender.closed:  # Its client left while it waited for a thread.
                     return
                 try:
-                    handler(request, sender)
+                    result = handler(request, sender)
+                    if isinstance(result, Iterator):
+                        sender._send_each(result)
+                    else:
+                        check_result(result)
                     sender._returned()
                 except BaseException as failure:
-                    sender._failed(failure)
+                    sender._failed(failure, send_errors)
 
             pool = _Pool(take, work, integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
             try:
                 pool.start()  # Before there is a service: it may be impossible.
-                self._serve(pool.queue, subject, queue, max_streams, 0)
+                self._serve(pool.queue, subject, queue, max_streams or threads, 0)
                 self._pools.append(pool)
             except BaseException:
                 pool.free()
@@ -323,10 +351,11 @@ class Connection(BaseConnection):
 
         Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
         the handlers have returned. Raises Timeout or Disconnected (at once, where there is no connection) when the
-        server may not have it all; the connection is closed all the same. Once more has no effect.
+        server may not have it all; the connection is closed all the same. The end of a `with` logs that instead.
+        Once more has no effect; nor has it in a child after fork().
         """
         status = self._close_now(drain_ms(drain))
-        if status != _ffi.CLOSED:
+        if status not in (_ffi.CLOSED, _ffi.FORKED):
             check(status, "closing the connection")
 
     def _close_now(self, drain_ms: int) -> int:
@@ -348,12 +377,11 @@ class Connection(BaseConnection):
     def __enter__(self) -> Connection:
         return self
 
-    def __exit__(self, kind: object, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         try:
             self.close()
-        except PresenceError:
-            if kind is None:
-                raise
+        except PresenceError as failure:
+            self._log_failed_close(failure)
 
 
 def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> Connection:

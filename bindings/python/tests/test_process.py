@@ -328,7 +328,7 @@ def child():
     assert nats_presence.online_count() == 0
     nats_presence.mark_client_online("child's")
     calls = [
-        conn.stats, conn.run, conn.stop, conn.close, conn.listen_offline,
+        conn.stats, conn.run, conn.stop, conn.listen_offline,
         lambda: conn.stream("answers"), lambda: next(stream), lambda: next(read_by_a_thread),
         lambda: conn.service("answers")(handler),
         lambda: senders[0].send("x"), senders[0].end, lambda: senders[0].error("x"),
@@ -342,8 +342,11 @@ def child():
             assert forked.message
         else:
             raise AssertionError(f"call {number} raised nothing")
+    conn.close()
+    conn.close(drain=None)
     session.close()
     stream.cancel()
+    stream.close()
 """,
     "after asyncio's connect": """
 async def main():
@@ -360,7 +363,8 @@ loop = asyncio.new_event_loop()
 loop.run_until_complete(main())
 
 async def use():
-    for call in (conn.run, conn.close, conn.listen_offline):
+    await conn.close()
+    for call in (conn.run, conn.listen_offline, lambda: conn.serve("answers", print)):
         try:
             await call()
         except nats_presence.Forked:

@@ -241,6 +241,7 @@ class Unspeakable(Exception):
         raise SystemExit(4)
 
 
+@pytest.mark.parametrize("send_errors", [False, True])
 @pytest.mark.parametrize(
     ("raised", "text"),
     [
@@ -251,9 +252,9 @@ class Unspeakable(Exception):
     ],
 )
 def test_what_a_handler_raises_is_the_streams_error(
-    conn: Connection, raised: BaseException, text: str, caplog: pytest.LogCaptureFixture
+    conn: Connection, raised: BaseException, text: str, send_errors: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    @conn.service("answers", threads=1)
+    @conn.service("answers", threads=1, send_errors=send_errors)
     def handler(request: Request, sender: Sender) -> None:
         sender.send("part")
         raise raised
@@ -263,7 +264,7 @@ def test_what_a_handler_raises_is_the_streams_error(
         assert next(stream) == b"part"
         error = failure(stream)
         assert isinstance(error, Remote)
-        assert error.message == text
+        assert error.message == (text if send_errors else "the handler failed")
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[0].name == "nats_presence"
     assert caplog.records[0].levelno == logging.ERROR
@@ -291,7 +292,7 @@ def test_a_client_that_leaves_while_it_waits_for_a_thread_is_not_served(conn: Co
     go = threading.Event()
     served: Queue[str] = Queue()
 
-    @conn.service("answers", threads=1)
+    @conn.service("answers", threads=1, max_streams=3)
     def handler(request: Request, sender: Sender) -> None:
         served.put(request.client_id)
         go.wait(LIMIT)
@@ -324,7 +325,7 @@ def test_a_detached_sender_answers_later_from_another_thread(conn: Connection) -
         sender.send("late")
         sender.end()
 
-    @conn.service("answers", threads=1)
+    @conn.service("answers", threads=1, max_streams=3)
     def handler(request: Request, sender: Sender) -> None:
         sender.detach()
         threading.Thread(target=answer_later, args=(sender,)).start()
@@ -346,6 +347,21 @@ def test_nobody_serves(conn: Connection) -> None:
     error = failure(conn.stream("nobody.here", client_id="tab"))
     assert isinstance(error, NoResponders)
     assert "nobody.here" in error.message
+
+
+def test_a_service_takes_as_many_streams_as_it_has_threads(conn: Connection) -> None:
+    go = threading.Event()
+
+    @conn.service("answers", threads=2)
+    def handler(request: Request, sender: Sender) -> None:
+        sender.send("begun")
+        go.wait(LIMIT)
+
+    streams = [conn.stream("answers") for _ in range(2)]
+    assert [next(stream) for stream in streams] == [b"begun"] * 2
+    assert isinstance(failure(conn.stream("answers")), (Busy, Remote))
+    go.set()
+    assert [list(stream) for stream in streams] == [[], []]
 
 
 def test_a_busy_service_and_retries(conn: Connection) -> None:
@@ -490,7 +506,7 @@ def test_closing_ends_every_stream_and_handler_once(
     outcome: Queue[Any] = Queue()
     with nats_presence.connect(url, lanes=lanes) as worker, nats_presence.connect(url, lanes=lanes) as gateway:
 
-        @worker.service("answers", threads=4)
+        @worker.service("answers", threads=4, max_streams=5)
         def handler(request: Request, sender: Sender) -> None:
             # The last may still get a thread, in the moment in which the others have ended.
             send_until_refused(sender, Queue() if request.client_id == "waits" else outcome)

@@ -1,0 +1,235 @@
+"""What a handler may be: what looks like a stream's normal end is one."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any, Callable
+
+import pytest
+from conftest import LIMIT
+
+import nats_presence
+from nats_presence import Connection, Invalid, Remote, aio
+from nats_presence._arguments import Payload
+
+
+@pytest.fixture
+def conn(url: str, lanes: bool) -> Iterator[Connection]:
+    with nats_presence.connect(url, lanes=lanes) as conn:
+        yield conn
+
+
+def run(url: str, main: Callable[[aio.Connection], Awaitable[object]]) -> None:
+    async def with_connection() -> None:
+        async with aio.connect(url) as conn:
+            await main(conn)
+
+    asyncio.run(asyncio.wait_for(with_connection(), LIMIT))
+
+
+async def coroutine(request: object, sender: object) -> None:
+    pass
+
+
+async def async_generator(request: object, sender: object) -> AsyncIterator[Payload]:
+    yield "never"
+
+
+def generator(request: object, sender: object) -> Iterator[Payload]:
+    yield "never"
+
+
+def variants(handler: Callable[..., Any]) -> list[Any]:
+    class Callable_:
+        __call__ = staticmethod(handler)
+
+    class Holder:
+        def method(self, request: object, sender: object) -> object:
+            raise NotImplementedError
+
+    return [handler, functools.partial(handler), Callable_()]
+
+
+@pytest.mark.parametrize("handler", [*variants(coroutine), *variants(async_generator)])
+def test_async_handlers_of_threads_are_refused(conn: Connection, handler: Any) -> None:
+    with pytest.raises(TypeError, match=r"aio\.connect") as caught:
+        conn.service("answers")(handler)
+    assert isinstance(caught.value, Invalid)
+    assert isinstance(failure(conn, "answers"), nats_presence.NoResponders)
+
+
+@pytest.mark.parametrize("handler", variants(generator))
+def test_generators_of_asyncio_that_are_not_async_are_refused(url: str, handler: Any) -> None:
+    async def main(conn: aio.Connection) -> None:
+        with pytest.raises(TypeError, match="async def"):
+            conn.service("answers")(handler)
+        with pytest.raises(TypeError, match="async def"):
+            await conn.serve("answers", handler)
+
+    run(url, main)
+
+
+@pytest.mark.parametrize("handler", [None, 7, "handler", [coroutine]])
+def test_what_cannot_be_called_is_refused(conn: Connection, url: str, handler: Any) -> None:
+    with pytest.raises(TypeError, match="must be callable"):
+        conn.service("answers")(handler)
+
+    async def main(conn: aio.Connection) -> None:
+        with pytest.raises(TypeError, match="must be callable"):
+            conn.service("answers")(handler)
+        with pytest.raises(TypeError, match="must be callable"):
+            await conn.serve("answers", handler)
+
+    run(url, main)
+
+
+def test_a_decorator_without_parentheses_is_refused(conn: Connection, url: str) -> None:
+    with pytest.raises(TypeError, match=r'@conn\.service\("subject"\)'):
+
+        @conn.service  # type: ignore[arg-type]
+        def handler(request: object, sender: object) -> None:
+            pass
+
+    async def main(conn: aio.Connection) -> None:
+        with pytest.raises(TypeError, match=r'@conn\.service\("subject"\)'):
+            conn.service(coroutine)  # type: ignore[arg-type]
+
+    run(url, main)
+
+
+@pytest.mark.parametrize("subject", [None, 7, b"bytes", "a\0b"])
+def test_what_is_no_subject_is_refused_before_there_is_a_handler(conn: Connection, subject: Any) -> None:
+    with pytest.raises(Invalid, match="subject"):
+        conn.service(subject)
+
+
+def failure(conn: Connection, subject: str) -> nats_presence.PresenceError:
+    with pytest.raises(nats_presence.PresenceError) as caught:
+        list(conn.stream(subject, timeout=LIMIT))
+    return caught.value
+
+
+RETURNED: dict[str, Callable[[Any, Any], object]] = {
+    "coroutine": lambda request, sender: coroutine(request, sender),
+    "async generator": lambda request, sender: async_generator(request, sender),
+    "text": lambda request, sender: "answer",
+    "bytes": lambda request, sender: b"answer",
+    "list": lambda request, sender: ["answer"],
+}
+
+
+@pytest.mark.parametrize("handler", RETURNED.values(), ids=RETURNED)
+@pytest.mark.filterwarnings("error")
+def test_what_a_handler_of_threads_returns_is_not_lost_in_silence(
+    conn: Connection, handler: Callable[[Any, Any], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    conn.service("answers")(handler)
+    assert isinstance(failure(conn, "answers"), Remote)
+    conn.close()
+    assert "the handler returned a" in caplog.text
+
+
+async def returns_text(request: object, sender: object) -> str:
+    return "answer"
+
+
+@pytest.mark.parametrize("handler", [*RETURNED.values(), returns_text], ids=[*RETURNED, "coroutine that returns text"])
+def test_what_a_handler_of_asyncio_returns_is_not_lost_in_silence(
+    url: str, handler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(conn: aio.Connection) -> None:
+        conn.service("answers")(handler)
+        if handler is RETURNED["coroutine"]:
+            assert [message async for message in conn.stream("answers")] == []
+        elif handler is RETURNED["async generator"]:
+            assert [message async for message in conn.stream("answers")] == [b"never"]
+        else:
+            with pytest.raises(Remote):
+                await conn.stream("answers").next()
+            assert "the handler returned a" in caplog.text
+
+    run(url, main)
+
+
+def test_a_generator_of_threads(conn: Connection) -> None:
+    ended = []
+
+    @conn.service("answers")
+    def count(request: nats_presence.Request, sender: nats_presence.Sender) -> Iterator[Payload]:
+        try:
+            for number in range(int(request.data)):
+                yield str(number)
+            if request.client_id:
+                raise ValueError("in the middle")
+        finally:
+            ended.append(request.client_id)
+
+    conn.service("forwards")(lambda request, sender: conn.stream("answers", request.data))
+    for subject in ("answers", "forwards"):
+        assert list(conn.stream(subject, "1000")) == [b"%d" % number for number in range(1000)]
+        assert list(conn.stream(subject, "0")) == []
+    stream = conn.stream("answers", "1", client_id="tab")
+    assert next(stream) == b"0"
+    with pytest.raises(Remote, match="the handler failed"):
+        next(stream)
+    assert ended == ["", "", "", "", "tab"]
+
+
+def test_a_generator_of_threads_is_closed_when_its_client_leaves(
+    conn: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[int] = []
+
+    @conn.service("answers", threads=1)
+    def for_ever(request: nats_presence.Request, sender: nats_presence.Sender) -> Iterator[Payload]:
+        try:
+            while True:
+                yield "more"
+        finally:
+            ended.append(sender.status)
+
+    for count in (1, 2):  # The only thread is free again.
+        with conn.stream("answers", client_id="tab", retries=1000, retry_delay_ms=10) as stream:
+            assert next(stream) == b"more"
+        while len(ended) < count:
+            pass
+    assert all(ended)
+    assert not caplog.records
+
+
+def test_a_generator_of_asyncio(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    ended = asyncio.Queue[str]()
+
+    async def main(conn: aio.Connection) -> None:
+        async def count(request: nats_presence.Request, sender: aio.Sender) -> AsyncIterator[Payload]:
+            try:
+                for number in range(int(request.data)):
+                    yield str(number)
+                if request.client_id:
+                    await asyncio.sleep(3600)
+            finally:
+                ended.put_nowait(request.client_id)
+
+        await conn.serve("answers", count)
+        conn.service("forwards")(lambda request, sender: conn.stream("answers", request.data))
+        for subject in ("answers", "forwards"):
+            for many in (1000, 0):
+                stream = conn.stream(subject, str(many))
+                assert [message async for message in stream] == [b"%d" % number for number in range(many)]
+                assert await ended.get() == ""
+        for many in (1, 10_000_000):  # It leaves while the generator waits, and while it is suspended.
+            async with conn.stream("answers", str(many), client_id="tab") as stream:
+                assert await stream.next() == b"0"
+            assert await ended.get() == "tab"
+
+    run(url, main)
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_the_next_request_finds_the_place_of_a_stream_that_has_ended(conn: Connection, url: str) -> None:
+    conn.service("answers", threads=1)(lambda request, sender: sender.send("answer"))
+    for _ in range(500):
+        assert list(conn.stream("answers")) == [b"answer"]
