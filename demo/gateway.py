@@ -36,8 +36,9 @@ async def read(stream: aio.Stream, name: str) -> None:
     """Is where the messages would go to the client's browser."""
     why = 0
     try:
-        async for message in stream:
-            tell("message", stream=name, data=message.decode())
+        async with stream:
+            async for message in stream:
+                tell("message", stream=name, data=message.decode())
     except PresenceError as error:
         why = error.status
     tell("ended", stream=name, why=why)

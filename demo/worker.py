@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from nats_presence import PresenceError, Request, aio, online_count
+from nats_presence import PresenceError, Request, StreamStopped, aio, online_count
 from tell import tell
 
 LATER = 0.3
@@ -26,7 +26,7 @@ async def main(url: str, subject: str, group: str, pieces: int, pause: float) ->
                     await sender.send(piece)
                     await asyncio.sleep(pause)
                 sender.end()
-            except (asyncio.CancelledError, PresenceError):
+            except (asyncio.CancelledError, StreamStopped):
                 tell("done", stream=stream, made=made, sent=sender.send_count, why=sender.status)
                 await asyncio.sleep(LATER)
                 tell("late", stream=stream, why=await status_of_sending(sender))

@@ -3,27 +3,34 @@
     curl -N http://127.0.0.1:8080/events                                    first event: the id of this client
     curl -d 'a question' -H 'X-Connect-ID: <id>' http://127.0.0.1:8080/ask   its answer comes as events there
 
-When the connection of /events ends, the client is offline, and whoever works for it stops.
+When the connection of /events ends, the client is offline, and whoever works for it stops. A client that vanishes
+without a word is noticed, too: a comment is sent every KEEPALIVE seconds, and the kernel gives a connection up whose
+data is not acknowledged for as long.
 
-Environment: NATS_URL (nats://127.0.0.1:4222), SUBJECT (answers), PORT (8080; 0: a free one).
+Environment: NATS_URL (nats://127.0.0.1:4222), SUBJECT (answers), PORT (8080; 0: a free one), KEEPALIVE (15).
 """
 
 import asyncio
 import os
+import re
+import socket
 import uuid
+from contextlib import suppress
 
 from nats_presence import PresenceError, aio, session
 
 URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 SUBJECT = os.environ.get("SUBJECT", "answers")
 PORT = int(os.environ.get("PORT", "8080"))
+KEEPALIVE = float(os.environ.get("KEEPALIVE", "15"))
 
 Client = asyncio.StreamWriter
 clients: dict[str, Client] = {}
 
 
 async def write_event(client: Client, kind: str, data: str) -> None:
-    lines = "".join(f"data: {line}\n" for line in data.split("\n"))
+    """Each line end begins a new line of data; else a message could end the event, and forge others."""
+    lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data))
     client.write(f"event: {kind}\n{lines}\n".encode())
     await client.drain()
 
@@ -32,17 +39,37 @@ def respond(writer: asyncio.StreamWriter, status: str, body: str = "") -> None:
     writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
 
 
+def listen() -> socket.socket:
+    """What it accepts has these options, too."""
+    listener = socket.create_server(("127.0.0.1", PORT))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(KEEPALIVE)))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(KEEPALIVE / 3)))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(KEEPALIVE * 1000))
+    return listener
+
+
+async def wait_until_it_leaves(reader: asyncio.StreamReader) -> None:
+    with suppress(OSError):  # It may have left with a reset, or have vanished.
+        while await reader.read(1024):
+            pass
+
+
 async def events(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Keeps a client's connection, until it leaves."""
     client_id = uuid.uuid4().hex
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n")
+    leaving = asyncio.create_task(wait_until_it_leaves(reader))
     with session(client_id):
         clients[client_id] = writer
         try:
             await write_event(writer, "connected", client_id)
-            while await reader.read(1024):
-                pass
+            while not leaving.done():
+                if not writer.transport.get_write_buffer_size():  # Else there is something to be acknowledged.
+                    writer.write(b": keep-alive\n\n")
+                await asyncio.wait([leaving], timeout=KEEPALIVE)
         finally:
+            leaving.cancel()
             del clients[client_id]
     print(f"{client_id}: left", flush=True)
 
@@ -51,15 +78,17 @@ async def ask(conn: aio.Connection, client_id: str, question: bytes) -> None:
     """Forwards the answer to the client's connection."""
     client, count = clients[client_id], 0
     try:
-        async for message in conn.stream(SUBJECT, question, client_id=client_id, timeout=600):
-            await write_event(client, "message", message.decode())
-            count += 1
+        async with conn.stream(SUBJECT, question, client_id=client_id, timeout=600) as stream:
+            async for message in stream:
+                await write_event(client, "message", message.decode(errors="replace"))
+                count += 1
         await write_event(client, "end", "")
         print(f"{client_id}: forwarded all {count}", flush=True)
-    except PresenceError as error:
+    except (PresenceError, OSError) as error:
         print(f"{client_id}: forwarded {count}: {error}", flush=True)
-        if client_id in clients:
-            await write_event(client, "error", str(error))
+        if client_id in clients:  # An answer that is not complete must not look so.
+            with suppress(OSError):
+                await write_event(client, "error", "the answer is not complete")
 
 
 async def main() -> None:
@@ -89,7 +118,7 @@ async def main() -> None:
             finally:
                 writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", PORT)
+        server = await asyncio.start_server(serve, sock=listen())
         print(f"listening on http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
         async with server:
             await server.serve_forever()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT, PACKAGE, environment
+from test_recipes import vanish
 
 import nats_presence
 
@@ -97,6 +98,44 @@ def test_worker_and_gateway(url: str) -> None:
             assert line(gateway) == f"{client_id}: left" or leaves
         worker.terminate()
         assert worker.wait(LIMIT) == 0
+
+
+FORGED = ["one", "", "event: evil", "data: x", "", "event: evil", "", "event: evil"]
+
+
+def test_no_message_forges_an_event(url: str) -> None:
+    """Whatever ends a line for a browser begins a new line of data."""
+    env = {"NATS_URL": url, "SUBJECT": "questions", "PORT": "0"}
+    with nats_presence.connect(url) as conn, started(PACKAGE / "examples/gateway.py", **env) as gateway:
+        conn.service("questions")(
+            lambda request, sender: sender.send("one\n\nevent: evil\rdata: x\r\revent: evil\r\n\r\nevent: evil")
+        )
+        address = ("127.0.0.1", int(line(gateway).rsplit(":", 1)[1]))
+        with request(address, "GET /events HTTP/1.1\n\n") as connection:
+            reader = connection.makefile("rb")
+            while not (got := reader.readline()).startswith(b"data: "):
+                pass
+            assert ask(address, got[6:].decode().strip()) == "HTTP/1.1 202 Accepted"
+            got = b""
+            while b"event: end" not in got:
+                got += reader.readline()
+            reader.close()
+    events = [re.split(b"\r\n|\r|\n", event) for event in got.split(b"\n\n") if b"event: message" in event]
+    assert events == [[b"event: message", *(b"data: " + text.encode() for text in FORGED)]]
+
+
+def test_a_client_that_vanishes_is_noticed(url: str) -> None:
+    """It sends no FIN, and acknowledges nothing any more."""
+    env = {"NATS_URL": url, "PORT": "0", "KEEPALIVE": "0.3"}
+    with started(PACKAGE / "examples/gateway.py", **env) as gateway:
+        address = ("127.0.0.1", int(line(gateway).rsplit(":", 1)[1]))
+        with request(address, "GET /events HTTP/1.1\n\n") as connection:
+            reader = connection.makefile()
+            while reader.readline() != ": keep-alive\n":
+                pass
+            vanish(connection)
+            assert line(gateway).endswith(": left")
+            reader.close()
 
 
 def test_install(tmp_path: Path) -> None:
