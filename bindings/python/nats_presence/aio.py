@@ -127,8 +127,9 @@ Put = Callable[[bytes], None]
 class Stream:
     """The messages of one stream, as an asynchronous iterator of bytes.
 
-    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
-    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled, Busy.
+    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Busy (the
+    worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed,
+    Cancelled.
     A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
     Leaving the `async with`, aclose(), or dropping it, cancels it. So does cancelling the task that waits for a
     message: to go on after a timeout use next(), not asyncio.wait_for(). One task at a time may wait: Busy.
@@ -467,7 +468,8 @@ class Connection(BaseConnection):
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
 
         `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (how far the reader may be behind; see presence_config_set in the C header).
+        (how far the reader may be behind), only_online (Offline where the client is not online here already); see
+        presence_config_set in the C header.
         Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
         queue, settings = self._live_queue(), request_options(timeout, headers, options)

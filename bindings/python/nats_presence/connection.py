@@ -88,8 +88,9 @@ Handler = Callable[[Request, Sender], object]
 class Stream(QueueReader[bytes]):
     """The messages of one stream, as an iterator of bytes.
 
-    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Timeout,
-    Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed, Cancelled.
+    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Busy (the
+    worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed,
+    Cancelled.
     A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
     Leaving the `with`, close(), or dropping it, cancels it. An exception keeps what the frames it passed have a name
     for: use `with`, and the stream ends where the block does.
@@ -323,7 +324,8 @@ class Connection(BaseConnection):
         """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
 
         `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (how far the reader may be behind; see presence_config_set in the C header).
+        (how far the reader may be behind), only_online (Offline where the client is not online here already); see
+        presence_config_set in the C header.
         Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
         return Stream(self, subject, data, client_id, request_options(timeout, headers, options))

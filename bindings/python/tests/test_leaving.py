@@ -295,9 +295,9 @@ def test_two_tasks_read_a_stream(worker: Worker, url: str, lanes: bool) -> None:
         assert await stream.next() == b"first"
         reader = asyncio.create_task(stream.next())
         await asyncio.sleep(0)
-        for read in (stream.next, stream.__anext__, lambda: stream.next(0.01)):
+        for reading in (stream.next(), stream.__anext__(), stream.next(0.01)):
             with pytest.raises(Busy):
-                await read()
+                await reading
         worker.go.set()
         assert await reader == b"second"
         assert await stream.next() is None
