@@ -433,7 +433,11 @@ class Connection(BaseConnection):
         check_async(subject, handler)
         live_queue, tag = self._live_queue(), next(self._tags)
         self._handlers[tag] = handler, send_errors
-        return tag, _start_thread(self._serve, live_queue, subject, queue, max_streams, tag)
+        try:
+            return tag, _start_thread(self._serve, live_queue, subject, queue, max_streams, tag)
+        except BaseException:  # Where no thread can be started.
+            del self._handlers[tag]
+            raise
 
     async def _serve_late(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
         try:

@@ -421,6 +421,30 @@ def test_fork(url: str, when: str, start: str) -> None:
     assert (status, out) == (0, ""), err
 
 
+@pytest.mark.parametrize("child", ["conn.close()", "with conn: pass", "del conn", "sys.exit(0)"])
+def test_a_child_leaves_its_parents_connection_alone(url: str, child: str) -> None:
+    """It closes it without effect and without a word, or does not close it, without a warning."""
+    process = run_python(
+        SETUP
+        + f"""
+import gc, warnings
+warnings.simplefilter("error", ResourceWarning)
+conn = nats_presence.connect(url)
+conn.service("answers")(lambda request, sender: sender.send("still there"))
+pid = os.fork()
+if pid == 0:
+    {child}
+    sys.exit(0)
+_, status = os.waitpid(pid, 0)
+assert status == 0, status
+assert list(conn.stream("answers")) == [b"still there"]
+conn.close()
+""",
+        url,
+    )
+    assert finish(process) == (0, "", "")
+
+
 def test_a_close_leaves_what_a_thread_still_reads(conn: Connection, url: str) -> None:
     """The service's thread has taken a request, and has not copied it yet."""
     process = run_python(
