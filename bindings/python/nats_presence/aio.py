@@ -146,20 +146,23 @@ class Stream:
         self._must_tell = False
         self._arrived = asyncio.Event()
         self._waiting = False
-        self._read_by: set[int] = set()
-        """The tags of the streams that the last task that waited for a message has read."""
+        self._read_by: set[int] | None = None
+        """The tags of the streams that are read by the task that read the first message, or waited for one later."""
         self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
 
     def __del__(self) -> None:
         self._conn._streams.pop(self._tag, None)
-        self._read_by.discard(self._tag)
+        if self._read_by is not None:
+            self._read_by.discard(self._tag)
         lib.presence_stream_free(self._handle)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._read_by is None:
+            self._read_by_this_task()
         while not self._messages:
             if self._waiting:
                 raise Busy("another task waits for the next message of this stream")
@@ -244,7 +247,8 @@ class Stream:
     def _read_by_this_task(self) -> None:
         tags = self._conn._tags_read_by(asyncio.current_task())
         if tags is not self._read_by:
-            self._read_by.discard(self._tag)
+            if self._read_by is not None:
+                self._read_by.discard(self._tag)
             self._read_by = tags
         tags.add(self._tag)
 

@@ -10,8 +10,9 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
+from starlette.middleware.base import RequestResponseEndpoint
 from starlette.responses import Response, StreamingResponse
 
 from nats_presence import aio
@@ -27,6 +28,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+if os.environ.get("MIDDLEWARE"):
+
+    @app.middleware("http")
+    async def middleware(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        return await call_next(request)
 
 
 def stream(subject: str, client: str) -> aio.Stream:
