@@ -78,7 +78,7 @@ enum presence_status
    */
   PRESENCE_FULL = -5,
   /**
-   * The payload is larger than nats-server's max_payload.
+   * The message is larger than presence_sender_max_message, or the request larger than nats-server's max_payload.
    */
   PRESENCE_TOO_LARGE = -6,
   /**
@@ -748,15 +748,17 @@ void presence_service_free(struct presence_service *service);
 /**
  * Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
  *
- * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
- * stream goes on after these), PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0
- * PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
+ * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE (more than
+ * presence_sender_max_message) and, on level 0, PRESENCE_RESERVED, after which the stream goes on; PRESENCE_CLOSED; on a
+ * lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0 PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
  * taken some, or what waits to be sent is half of send_buffer_bytes.
  *
  * # Safety
  * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.
  */
-int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+int32_t presence_sender_send(struct presence_sender *sender,
+                             const void *data,
+                             size_t len);
 
 /**
  * Sends several messages of the stream, up to the first that is refused. Never blocks.
@@ -811,6 +813,15 @@ int32_t presence_sender_end(struct presence_sender *sender);
  * `sender` is NULL or not freed yet.
  */
 bool presence_sender_is_closed(const struct presence_sender *sender);
+
+/**
+ * Returns how large a message may be, in bytes: the max_payload of the present nats-server, less 64. It is the same on
+ * lanes and on level 0. 0 for NULL.
+ *
+ * # Safety
+ * `sender` is NULL or not freed yet.
+ */
+size_t presence_sender_max_message(const struct presence_sender *sender);
 
 /**
  * How many messages were sent (accepted) so far. 0 for NULL.

@@ -164,6 +164,12 @@ impl Sender {
         stopped(&self.word).is_err()
     }
 
+    /// How large a message may be, in bytes. It depends on the server of the present connection.
+    #[must_use]
+    pub fn max_message(&self) -> usize {
+        wire::max_message(self.connection().max_payload())
+    }
+
     /// How many messages it sent.
     #[must_use]
     pub fn send_count(&self) -> u64 {
@@ -233,7 +239,7 @@ impl Sender {
 
     fn check(&self, data: &[u8]) -> Result<(), Status> {
         stopped(&self.word)?;
-        if data.len() > self.connection().max_payload() {
+        if data.len() > self.max_message() {
             return Err(Status::TooLarge);
         }
         if wire::is_reserved(data) {

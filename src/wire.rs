@@ -95,6 +95,16 @@ pub fn cut(text: &[u8], max: usize) -> &[u8] {
     text.get(..whole.unwrap_or(end)).unwrap_or_default()
 }
 
+/// What nats-server's max_payload leaves for other things than a stream's message: on a lane, its header and the frame's.
+const MESSAGE_RESERVE: usize = 64;
+
+/// How large a message of a stream may be where nats-server takes payloads of so many bytes: the same on both levels, so
+/// that a worker does not depend on which of them the gateway speaks.
+#[must_use]
+pub const fn max_message(max_payload: usize) -> usize {
+    max_payload.saturating_sub(MESSAGE_RESERVE)
+}
+
 /// How many bytes a subject has at most: nats-server closes a connection that sends it a line of more than 4096, and
 /// two subjects may stand in one.
 pub const MAX_SUBJECT: usize = 2048;

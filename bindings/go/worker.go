@@ -343,15 +343,26 @@ func (s *Sender) SendContext(ctx context.Context, data []byte) error {
 			signal(s.writable) // for others who wait too
 		}
 	}
-	return s.sent(status)
+	return s.sent(status, len(data))
 }
 
 // TrySend is Send, but fails with ErrFull where Send would wait.
-func (s *Sender) TrySend(data []byte) error { return s.sent(s.send(data)) }
+func (s *Sender) TrySend(data []byte) error { return s.sent(s.send(data), len(data)) }
+
+// MaxMessage returns how large a message may be, in bytes: the max_payload of the present nats-server, less 64. It is 0 after
+// the stream's end.
+func (s *Sender) MaxMessage() int {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return int(C.presence_sender_max_message(s.handle))
+}
 
 // sent is the result of a send. One that comes too late because the handler did not detach is a defect that the reader
 // cannot see: it has a stream that looks complete.
-func (s *Sender) sent(status Status) error {
+func (s *Sender) sent(status Status, size int) error {
+	if status == ErrTooLarge {
+		return &Error{ErrTooLarge, fmt.Sprintf("message of %d bytes is too large: the limit is %d", size, s.MaxMessage())}
+	}
 	err := s.failed(status)
 	if status == ErrClosed && s.returned.Load() {
 		s.service.warn.Do(func() { s.log(err.Error()) })

@@ -841,9 +841,9 @@ func TestServerBusyWithHandlers(t *testing.T) {
 func TestPayloads(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
-	largest := strings.Repeat("x", 1<<20)
+	largest := strings.Repeat("x", 1<<20-64)
 	serve(t, worker, "payload", func(ctx context.Context, req *Request, s *Sender) error {
-		wantError(t, s.Send([]byte(largest+"x")), ErrTooLarge, "payload")
+		wantError(t, s.Send([]byte(largest+"x")), ErrTooLarge, "message of 1048513 bytes is too large: the limit is 1048512")
 		for _, reserved := range []string{"__STREAM_END__", "__STREAM_ERROR__", "__STREAM_ERROR__:x"} {
 			wantError(t, s.Send([]byte(reserved)), ErrReserved, "payload")
 		}

@@ -21,7 +21,7 @@ pub enum presence_status {
     PRESENCE_CANCELLED = -4,
     /// No room. A sender has it again at PRESENCE_EVENT_WRITABLE; a stream whose reader was too slow ends with it.
     PRESENCE_FULL = -5,
-    /// The payload is larger than nats-server's max_payload.
+    /// The message is larger than presence_sender_max_message, or the request larger than nats-server's max_payload.
     PRESENCE_TOO_LARGE = -6,
     /// The stream is on level 0 of the wire, and the other end would take the payload for something else: it begins with
     /// "__STREAM_END__" or "__STREAM_ERROR__", or has the form of a JetStream acknowledgement. On a lane any payload is sent.

@@ -130,6 +130,7 @@ fn each_function_gives_a_status_and_works_again() {
         assert!(!force(|| presence_is_online(null(), 0)) && presence_is_online(null(), 0));
         assert_eq!(force(|| presence_online_count()), 0);
         assert!(force(|| presence_sender_is_closed(null())));
+        assert_eq!(force(|| presence_sender_max_message(null())), 0);
         assert_eq!(force(|| presence_sender_send_count(null())), 0);
         assert!(force(|| presence_sender_status_word(null())).is_null());
     }
@@ -139,6 +140,7 @@ fn each_function_gives_a_status_and_works_again() {
         "presence_is_online",
         "presence_online_count",
         "presence_sender_is_closed",
+        "presence_sender_max_message",
         "presence_sender_send_count",
         "presence_sender_status_word",
     ]);

@@ -77,9 +77,9 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 
 /// Sends one message of the stream. Never blocks: PRESENCE_FULL when there is no room now.
 ///
-/// Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE, PRESENCE_RESERVED (the
-/// stream goes on after these), PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0
-/// PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
+/// Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE (more than
+/// presence_sender_max_message) and, on level 0, PRESENCE_RESERVED, after which the stream goes on; PRESENCE_CLOSED; on a
+/// lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0 PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
 /// taken some, or what waits to be sent is half of send_buffer_bytes.
 ///
 /// # Safety
@@ -172,6 +172,17 @@ pub unsafe extern "C" fn presence_sender_end(sender: *mut presence_sender) -> i3
 pub unsafe extern "C" fn presence_sender_is_closed(sender: *const presence_sender) -> bool {
     // SAFETY: the caller's promise is sender_ref's.
     guard_or(true, || unsafe { Ok(sender_ref(sender)?.is_closed()) })
+}
+
+/// Returns how large a message may be, in bytes: the max_payload of the present nats-server, less 64. It is the same on
+/// lanes and on level 0. 0 for NULL.
+///
+/// # Safety
+/// `sender` is NULL or not freed yet.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_max_message(sender: *const presence_sender) -> usize {
+    // SAFETY: the caller's promise is sender_ref's.
+    guard_or(0, || unsafe { Ok(sender_ref(sender)?.max_message()) })
 }
 
 /// How many messages were sent (accepted) so far. 0 for NULL.

@@ -127,11 +127,6 @@ fn has_room(outstanding: u64, window: u64, weight: u64) -> bool {
     outstanding <= window / 2 || outstanding + weight <= window
 }
 
-/// What of a NATS message is left for one of a stream.
-fn max_message(max_payload: usize) -> usize {
-    max_payload.saturating_sub(frame::HEADER + frame::MAX_FRAME_HEADER)
-}
-
 /// What a reader has taken and not yet told: it tells when it is half of the window.
 #[derive(Debug)]
 pub(crate) struct Grant {
@@ -187,6 +182,8 @@ pub(crate) struct State<S> {
     limit: usize,
     /// How large a message of a stream may be.
     max_message: usize,
+    /// How large a NATS message may be.
+    max_payload: usize,
     /// Whether this is the worker's end.
     serves: bool,
     life: Life,
@@ -277,7 +274,8 @@ impl<S: Clone> State<S> {
         State {
             patience,
             limit,
-            max_message: max_message(MAX_PAYLOAD),
+            max_message: wire::max_message(MAX_PAYLOAD),
+            max_payload: MAX_PAYLOAD,
             serves,
             life: Life::Open,
             chunks: VecDeque::new(),
@@ -461,7 +459,8 @@ impl<S: Clone> State<S> {
 
     /// nats-server takes messages of so many bytes.
     pub(crate) fn set_max_payload(&mut self, max_payload: usize) {
-        self.max_message = max_message(max_payload);
+        self.max_message = wire::max_message(max_payload);
+        self.max_payload = max_payload;
     }
 
     /// There is a connection to this nats-server (`frame::server`), and was since the lane was made.
@@ -895,7 +894,7 @@ impl<S: Clone> State<S> {
         let size = body.len() + frame::MAX_FRAME_HEADER;
         // Two messages fit into the window, so that one is on its way while the other is acknowledged.
         let chunk = (self.path.window() / 2).clamp(MIN_CHUNK, CHUNK);
-        let most = chunk.min(frame::HEADER + frame::MAX_FRAME_HEADER + self.max_message);
+        let most = chunk.min(self.max_payload);
         let has_room = self.chunks.back().is_some_and(|chunk| chunk.len() + size <= most);
         if !has_room {
             // As much as the last one took, so that neither a busy lane copies nor an idle one wastes.

@@ -1,7 +1,7 @@
 /* Streams on a lane: order and content, room, and ends that concern one stream only. In one process. */
 #include "content.h"
 
-enum { MAX_PAYLOAD = 1 << 20, LARGEST = MAX_PAYLOAD - 29, OVERHEAD = 64 };
+enum { MAX_PAYLOAD = 1 << 20, LARGEST = MAX_PAYLOAD - 64, OVERHEAD = 64 };
 
 /* Order and content ------------------------------------------------------------------------------------------------- */
 

@@ -130,6 +130,7 @@ static void senders(void) {
   CHECK_STATUS(presence_sender_error(NULL, "x", 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_end(NULL), PRESENCE_INVALID);
   CHECK(presence_sender_is_closed(NULL));
+  CHECK_EQ(presence_sender_max_message(NULL), 0);
   CHECK_EQ(presence_sender_send_count(NULL), 0);
   CHECK(!presence_sender_status_word(NULL));
   CHECK_STATUS(presence_sender_header(NULL, "Connect-ID", &value, &length), PRESENCE_INVALID);

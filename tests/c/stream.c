@@ -188,10 +188,12 @@ static void what_cannot_be_sent(void) {
   enum { MAX_PAYLOAD = 1 << 20 };
   pair both = open_pair("c");
   char *large = (char *)calloc(1, MAX_PAYLOAD + 1);
-  const char *reserved[] = {"__STREAM_END__", "__STREAM_END__ and more", "__STREAM_ERROR__", "__STREAM_ERROR__:text"};
-  size_t largest = on_lanes() ? MAX_PAYLOAD - 29 : MAX_PAYLOAD;
+  const char *reserved[] = {"__STREAM_END__", "__STREAM_END__ and more", "__STREAM_ERROR__", "__STREAM_ERROR__:text",
+                            "{\"stream\":\"AUDIT\",\"seq\":1}"};
+  size_t largest = presence_sender_max_message(both.sender);
+  CHECK_EQ(largest, MAX_PAYLOAD - 64);
   if (!on_lanes()) {
-    for (int i = 0; i < 4; i++) CHECK_STATUS(send_text(both.sender, reserved[i]), PRESENCE_RESERVED);
+    for (int i = 0; i < 5; i++) CHECK_STATUS(send_text(both.sender, reserved[i]), PRESENCE_RESERVED);
     CHECK_STATUS(presence_sender_send_wait(both.sender, reserved[0], strlen(reserved[0]), -1), PRESENCE_RESERVED);
   }
   CHECK_STATUS(presence_sender_send(both.sender, large, largest + 1), PRESENCE_TOO_LARGE);
@@ -273,7 +275,7 @@ static void a_long_error(void) {
   memset(text, 'x', MAX_PAYLOAD);
   OK(presence_sender_error(both.sender, text, MAX_PAYLOAD));
   presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
-  CHECK_EQ(last.data_len, MAX_PAYLOAD - (on_lanes() ? 29 : strlen("__STREAM_ERROR__:")));
+  CHECK_EQ(last.data_len, MAX_PAYLOAD - (on_lanes() ? 64 : strlen("__STREAM_ERROR__:")));
   CHECK(memcmp(last.data, text, last.data_len) == 0);
   free(text);
   close_pair(both);

@@ -283,7 +283,7 @@ def test_what_is_not_acknowledged_has_a_limit(connect: Connect, gateway: Gateway
 
 def test_the_largest_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1 << 22)
-    largest = (1 << 20) - HEADER - 11
+    largest = (1 << 20) - 64
     assert worker.ask(f"fill {n} {largest + 1}")["status"] == "TOO_LARGE"
     assert int(worker.ask(f"fill {n} {largest}")["text"]) > 0
     assert lane.take() == data(stream, bytes(largest))

@@ -151,6 +151,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_sender_end": (c_int32, [_handle]),
     "presence_sender_is_closed": (c_bool, [_handle]),
     "presence_sender_send_count": (c_uint64, [_handle]),
+    "presence_sender_max_message": (c_size_t, [_handle]),
     "presence_sender_status_word": (c_void_p, [_handle]),
     "presence_sender_header": (c_int32, [_handle, c_char_p, _out, POINTER(c_size_t)]),
     "presence_sender_free": (None, [_handle]),

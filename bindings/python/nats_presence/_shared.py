@@ -14,7 +14,7 @@ from . import _ffi
 from ._arguments import Option, Payload, config, integer, milliseconds, payload, text
 from ._events import Event, decode
 from ._ffi import lib
-from .errors import Closed, Invalid, PresenceError, check, check_error
+from .errors import Closed, Invalid, PresenceError, TooLarge, check, check_error
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
@@ -113,6 +113,11 @@ class BaseSender:
         """How many messages were sent so far."""
         return int(lib.presence_sender_send_count(self._handle))
 
+    @property
+    def max_message(self) -> int:
+        """How large a message may be, in bytes: the max_payload of the present nats-server, less 64."""
+        return int(lib.presence_sender_max_message(self._handle))
+
     def end(self) -> None:
         """Ends the stream; once more is fine.
 
@@ -133,6 +138,8 @@ class BaseSender:
         check(status, f"ending the stream of client {self.client_id!r}")
 
     def _check(self, status: int, size: int) -> None:
+        if status == _ffi.TOO_LARGE:
+            raise TooLarge(f"message of {size} bytes is too large: the limit is {self.max_message}")
         if status:
             check(status, f"sending {size} bytes to client {self.client_id!r}")
 
