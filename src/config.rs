@@ -55,6 +55,7 @@ pub(crate) struct ConnectOptions {
     /// For a peer on another nats-server; the option sets both.
     pub(crate) remote_peer_grace: Duration,
     pub(crate) send_buffer: usize,
+    pub(crate) receive_buffer: u64,
     pub(crate) session_grace: Option<Duration>,
     pub(crate) worker_threads: usize,
 }
@@ -82,7 +83,8 @@ pub(crate) struct RequestOptions {
     pub(crate) timeout: Option<Duration>,
     pub(crate) retries: u32,
     pub(crate) retry_delay: Duration,
-    pub(crate) stream_buffer: usize,
+    /// What may wait for a stream's reader, if it was set.
+    pub(crate) stream_buffer: Option<usize>,
     pub(crate) manual_credit: bool,
     pub(crate) only_online: bool,
     pub(crate) headers: HeaderMap,
@@ -101,7 +103,7 @@ pub struct Config {
 
 const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
      tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
-     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, session_grace_ms, worker_threads, \
+     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads, \
      timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, only_online, header.NAME";
 
 impl Default for Config {
@@ -141,6 +143,7 @@ impl Config {
                 peer_grace: Duration::from_secs(1),
                 remote_peer_grace: Duration::from_secs(3),
                 send_buffer: 4 << 20,
+                receive_buffer: 64 << 20,
                 session_grace: None,
                 worker_threads: 1,
             },
@@ -148,7 +151,7 @@ impl Config {
                 timeout: None,
                 retries: 0,
                 retry_delay: Duration::from_millis(100),
-                stream_buffer: 64 << 20,
+                stream_buffer: None,
                 manual_credit: false,
                 only_online: false,
                 headers: HeaderMap::new(),
@@ -243,6 +246,7 @@ impl Config {
                 connect.remote_peer_grace = connect.peer_grace;
             }
             "send_buffer_bytes" => connect.send_buffer = number(key, value, 1, 1 << 40)?,
+            "receive_buffer_bytes" => connect.receive_buffer = number(key, value, 1, 1 << 40)?,
             "session_grace_ms" => connect.session_grace = Some(millis(key, value, 0)?),
             "worker_threads" => connect.worker_threads = number(key, value, 1, 64)?,
             _ => {
@@ -253,10 +257,15 @@ impl Config {
                     "retry_delay_ms" => request.retry_delay = millis(key, value, 0)?,
                     "manual_credit" => request.manual_credit = boolean(key, value)?,
                     "only_online" => request.only_online = boolean(key, value)?,
-                    "stream_buffer_bytes" => request.stream_buffer = number(key, value, 1, 1 << 40)?,
+                    "stream_buffer_bytes" => request.stream_buffer = Some(number(key, value, 1, 1 << 40)?),
                     _ => match key.strip_prefix("header.") {
                         Some(name) => wire::add_header(&mut request.headers, name, value)?,
-                        None => return Err(Error::invalid(format!("option {key:?} is unknown; known are {KEYS}"))),
+                        None => {
+                            return Err(Error::invalid(format!(
+                                "option {key:?} is unknown; known are {}",
+                                KEYS.replace(',', "")
+                            )));
+                        }
                     },
                 }
             }
@@ -307,7 +316,7 @@ mod tests {
     #[test]
     fn wrong_values_are_named_and_change_nothing() {
         for (key, value, told) in [
-            ("nonsense", "1", "\"nonsense\" is unknown; known are name, user"),
+            ("nonsense", "1", "\"nonsense\" is unknown; known are name user"),
             ("tls_first", "yes", "option tls_first is \"yes\": it must be true or false"),
             ("connect_timeout_ms", "-1", "option connect_timeout_ms is \"-1\": it must be a whole number from 1"),
             ("connect_timeout_ms", "5s", "\"5s\""),
@@ -373,6 +382,27 @@ mod tests {
         assert!(peer_grace < 3 * heartbeat, "a peer that nats-server does not know is found before one that is silent");
         assert!(session_grace.is_none() && config.request.timeout.is_none(), "neither cuts a reconnect short");
         assert!(config.request.retry_delay < connect_timeout);
+    }
+
+    /// docs/times.md says how they fit together.
+    #[test]
+    fn default_times_of_lanes_fit_together() {
+        let config = Config::new();
+        let connect = config.for_connect().unwrap();
+        // nats-server makes a broken link to another server again 1 s later, or after a second try.
+        assert!(connect.remote_peer_grace >= Duration::from_millis(2500));
+        assert!(connect.remote_peer_grace >= connect.peer_grace);
+        // A peer whose connection broke is back in time: its first attempts come after half of the delay to all of it.
+        let attempts = connect.reconnect_min * (1 + 2 + 4);
+        assert!(attempts < connect.peer_grace);
+        // Silence is slower than the server's word: it does not cut the grace short.
+        assert!(3 * connect.heartbeat > connect.remote_peer_grace);
+        // Who has reconnected waits for a peer that does the same, as late as its delays allow.
+        assert!(connect.peer_reconnect() > connect.remote_peer_grace);
+        // A silent server is found by PINGs after two intervals; till then the lane counts the peer's silence.
+        assert!(2 * connect.ping_interval > 3 * connect.heartbeat);
+        // Each stream's window fits, and so do many.
+        assert!(connect.receive_buffer >= 100 * (256 << 10));
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub struct Stats {
 pub(crate) struct Counters {
     pub(crate) connects: AtomicU64,
     pub(crate) streams: AtomicU64,
+    /// The windows of all streams requested here, and on level 0 what waits for their readers, in bytes.
+    pub(crate) windows: AtomicU64,
+    pub(crate) unread: AtomicU64,
     pub(crate) senders: AtomicU64,
     pub(crate) requests: AtomicU64,
     pub(crate) requests_busy: AtomicU64,
@@ -251,6 +254,10 @@ impl Connection {
     /// The lanes, if this connection has any.
     pub(crate) fn lanes(&self) -> Option<&Lanes> {
         (self.options.lanes && !self.lanes.is_forbidden()).then_some(&*self.lanes)
+    }
+
+    pub(crate) fn receive_buffer(&self) -> u64 {
+        self.options.receive_buffer
     }
 
     pub(crate) fn send_buffer(&self) -> usize {

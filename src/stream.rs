@@ -25,6 +25,14 @@ use tokio::task::AbortHandle;
 
 /// The most that a worker may send on a lane before its reader has taken something.
 const MAX_WINDOW: u32 = 4 << 20;
+/// The same unless `stream_buffer_bytes` is set.
+const WINDOW: u32 = 256 << 10;
+/// And when the windows of the connection's other streams take up `receive_buffer_bytes`.
+const SMALL_WINDOW: u32 = 8 << 10;
+/// What may wait for a reader on level 0, where nothing holds the worker back, unless `stream_buffer_bytes` is set.
+const LEVEL_0_LIMIT: u64 = 64 << 20;
+/// With more than `receive_buffer_bytes` unread, streams of level 0 end that have this part of it waiting.
+const LARGE_PART: u64 = 64;
 
 /// A stream that this process requested.
 pub struct Stream {
@@ -46,6 +54,8 @@ pub struct Stream {
     /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
     waiting: AtomicU64,
     limit: u64,
+    /// How far a worker on a lane may be ahead.
+    window: u32,
     /// With manual credit: what has left the queue and was not used yet.
     held: Option<Box<Mutex<Held>>>,
     /// Its number in the inbox, which only those know who were asked.
@@ -137,7 +147,7 @@ impl Connection {
         let client = client::id(client)?;
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
-        let (key, window) = (random::number(), window(options.stream_buffer as u64));
+        let (key, window) = (random::number(), self.window(options.stream_buffer));
         let offer = self.lanes().and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
         if let Some(offer) = offer {
@@ -154,6 +164,8 @@ impl Connection {
             return Err(Error::new(Status::TooLarge, text));
         }
         let connection = self.shared()?;
+        // Its drop takes it back.
+        self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
             number: fork::number(),
             tag,
@@ -167,7 +179,8 @@ impl Connection {
             offers_lane,
             was_stored: AtomicBool::new(false),
             waiting: AtomicU64::new(0),
-            limit: options.stream_buffer as u64,
+            limit: options.stream_buffer.map_or(LEVEL_0_LIMIT, |limit| limit as u64),
+            window,
             held: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
@@ -208,6 +221,13 @@ impl Connection {
         }
         Ok(stream)
     }
+
+    /// How far a worker on a lane may be ahead of the reader of a stream that is requested now.
+    fn window(&self, stream_buffer: Option<usize>) -> u32 {
+        let wanted = stream_buffer.map_or(WINDOW, |limit| u32::try_from(limit).unwrap_or(MAX_WINDOW).min(MAX_WINDOW));
+        let taken = self.counters.windows.load(Ordering::Relaxed);
+        if taken + u64::from(wanted) > self.receive_buffer() { wanted.min(SMALL_WINDOW) } else { wanted }
+    }
 }
 
 /// The status of a stream that the other end ended with this text.
@@ -219,11 +239,6 @@ fn error_status(text: &[u8]) -> Status {
     } else {
         Status::Remote
     }
-}
-
-/// How far a worker on a lane may be ahead of a reader with so much room.
-fn window(limit: u64) -> u32 {
-    u32::try_from(limit).unwrap_or(MAX_WINDOW).min(MAX_WINDOW)
 }
 
 /// The request's headers: the client's id, and the caller's own.
@@ -290,7 +305,9 @@ impl Stream {
             }
             None => {
                 let less = |waiting: u64| Some(waiting.saturating_sub(weight));
-                let _ = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+                if let Ok(waiting) = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
+                    self.connection.counters.unread.fetch_sub(weight.min(waiting), Ordering::Relaxed);
+                }
             }
         }
     }
@@ -405,12 +422,23 @@ impl Stream {
 
     fn data(&self, payload: Bytes) {
         let weight = payload.len() as u64 + OVERHEAD;
-        if self.waiting.load(Ordering::Relaxed) + weight > self.limit {
-            let text = format!(
-                "the reader of a stream of {} was too slow: more than {} bytes waited for it",
-                self.subject(),
-                self.limit
-            );
+        let waiting = self.waiting.load(Ordering::Relaxed) + weight;
+        let (unread, most) =
+            (self.connection.counters.unread.load(Ordering::Relaxed), self.connection.receive_buffer());
+        let is_crowded = unread + weight > most && waiting > most / LARGE_PART;
+        if waiting > self.limit || is_crowded {
+            let subject = self.subject();
+            let text = if is_crowded {
+                format!(
+                    "the reader of a stream of {subject} was too slow: {waiting} bytes waited for it when more than {most} \
+                     (receive_buffer_bytes) waited on the connection"
+                )
+            } else {
+                format!(
+                    "the reader of a stream of {subject} was too slow: more than {} bytes waited for it",
+                    self.limit
+                )
+            };
             if self.end_here(Status::Full, text.clone()) {
                 self.connection.log(Status::Full, || text);
             }
@@ -421,6 +449,7 @@ impl Stream {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
+            self.connection.counters.unread.fetch_add(weight, Ordering::Relaxed);
             Some(Single::of(Kind::Data, Status::Ok, this, own(payload)))
         });
     }
@@ -461,6 +490,14 @@ impl Stream {
     }
 }
 
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let counters = &self.connection.counters;
+        counters.windows.fetch_sub(self.window.into(), Ordering::Relaxed);
+        counters.unread.fetch_sub(self.waiting.load(Ordering::Relaxed), Ordering::Relaxed);
+    }
+}
+
 impl Receiver for Stream {
     fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
         // Only a worker knows the key, so an answer on level 0 that came before does not count: somebody else may have sent
@@ -474,7 +511,7 @@ impl Receiver for Stream {
         self.connection.inbox().forget(self.key);
         stopped(&self.word).ok()?;
         *self.asking.lock() = None;
-        let window = window(self.limit);
+        let window = self.window;
         Some((self, window))
     }
 

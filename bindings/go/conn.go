@@ -27,11 +27,13 @@ type options struct {
 // For Connect: name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file,
 // tls_key_file, connect_timeout_ms (5000), retry_on_initial_connect (false), reconnect_min_ms (50), reconnect_max_ms
 // (4000), max_reconnects (0: never give up), ping_interval_ms (20000), inbox_prefix (_INBOX), offline_subject
-// (client.offline), announce (always, streams or never), lanes (true), heartbeat_ms (5000), peer_grace_ms (1000),
-// send_buffer_bytes (4194304), session_grace_ms (0), worker_threads (1).
+// (client.offline), announce (always, streams or never), lanes (true), heartbeat_ms (5000), peer_grace_ms (1000, for a
+// peer on another nats-server 3000), send_buffer_bytes (4194304), receive_buffer_bytes (67108864), session_grace_ms (0),
+// worker_threads (1).
 //
-// For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (67108864), only_online (false;
-// true: fail with ErrOffline if the client is not online here), header.NAME (a header for the worker). manual_credit is this package's own: what a stream's reader has not read yet counts as waiting.
+// For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (262144, without lanes
+// 67108864), only_online (false; true: fail with ErrOffline if the client is not online here), header.NAME (a header for
+// the worker). manual_credit is this package's own: what a stream's reader has not read yet counts as waiting.
 //
 // For Serve: max_streams (0: 10,000), detached (false: a handler's return ends its stream), drain_ms (0: what runs is cut
 // when its context ends), stop_timeout_ms (0: none, Serve waits until its handlers have returned).

@@ -30,8 +30,9 @@ import (
 const (
 	// What a message counts in addition to its bytes.
 	messageOverhead = 64
-	// How far a worker on a lane may be ahead of the reader, at most.
-	maxWindow = 4 << 20
+	// How far a worker on a lane may be ahead of the reader, at most, and by default.
+	maxWindow     = 4 << 20
+	defaultWindow = 256 << 10
 	// Messages that came together are kept together, up to this size: what a reader holds on to keeps no more alive.
 	maxRun = 64 << 10
 	// Before each message in a run: its length.
@@ -86,7 +87,7 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 		return nil, err
 	}
 	defer C.presence_config_free(config)
-	s := &Stream{conn: c, quarter: maxWindow / 4, ready: make(chan struct{}, 1)}
+	s := &Stream{conn: c, quarter: defaultWindow / 4, ready: make(chan struct{}, 1)}
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
 		s.quarter = min(limit, maxWindow) / 4
 	}

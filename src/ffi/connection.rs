@@ -86,10 +86,14 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///     after a reconnect; false: all streams of the connection are on level 0 of the wire.
 ///   - heartbeat_ms: how often a silent process at the other end of a lane is probed while streams run; after three
 ///     intervals without a sign of life it is gone. Default 5000.
-///   - peer_grace_ms: how long a process at the other end of a lane that nats-server does not know (it was killed, or
-///     reconnects) may be away before it is gone. 0: not at all. Default 1000.
+///   - peer_grace_ms: how long a process at the other end of a lane may be away when nats-server says that it is not
+///     there (it was killed, or it reconnects) before it is gone. 0: not at all. Default 1000 for a process on the same
+///     nats-server, 3000 for others, because servers take a little over a second to make a broken link between them again.
 ///   - send_buffer_bytes: how much may wait to be sent, and on each lane, to be acknowledged; beyond, sends are
 ///     PRESENCE_FULL. Default 4194304.
+///   - receive_buffer_bytes: how much may wait unread on the connection. On lanes: when the windows of its streams
+///     (stream_buffer_bytes) add up to it, further streams have windows of 8192 bytes. On level 0: when so much waits, a
+///     stream that has more than a 64th of it waiting ends with PRESENCE_FULL. Default 67108864.
 ///   - session_grace_ms: for all sessions of the process (the last connect that sets it wins). Default 0.
 ///   - worker_threads: of the process's runtime, 1 to 64 (the first connect decides). Default 1.
 ///
@@ -98,7 +102,9 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - retries, retry_delay_ms: how often, and how much later, to ask again while nobody serves the subject or the
 ///     worker is busy, and no message has come. Defaults 0 and 100.
 ///   - stream_buffer_bytes: what may wait in the queue for one stream, with 64 for each message. On a lane the worker is
-///     held back in time, and it is 4194304 at most; on level 0 the stream ends with PRESENCE_FULL. Default 67108864.
+///     held back in time; it is 4194304 at most, and 262144 by default. So many slow readers keep as many times
+///     that in memory, and one stream carries at most so much in a round trip. On level 0, where nothing holds the
+///     worker back, the stream ends with PRESENCE_FULL; default 67108864.
 ///   - manual_credit: true: a message waits, for stream_buffer_bytes, until presence_stream_consumed tells that it was
 ///     used; false (default): until it has left the queue.
 ///   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. For clients

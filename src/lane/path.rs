@@ -20,6 +20,8 @@ const MAX_PINNED: u32 = 8;
 pub(crate) const FIRST_ASK: Duration = Duration::from_millis(500);
 const MIN_ASK: Duration = Duration::from_millis(200);
 pub(crate) const MAX_ASK: Duration = Duration::from_secs(10);
+/// It doubles with each question that was not answered, up to this: a network that works again is to be found soon.
+const ASK_AGAIN_UNTIL: Duration = Duration::from_secs(1);
 /// How long an answer may take before the round trip is known.
 pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(3);
 
@@ -121,8 +123,8 @@ impl Path {
 
     /// How long what was sent may stay unacknowledged before it is asked for, after so many questions without an answer.
     pub(crate) fn ask_after(&self, asked: u32) -> Duration {
-        let first = self.timeout().map_or(FIRST_ASK, |timeout| timeout.max(MIN_ASK));
-        first.saturating_mul(1 << asked.min(10)).min(MAX_ASK)
+        let first = self.timeout().map_or(FIRST_ASK, |timeout| timeout.clamp(MIN_ASK, MAX_ASK));
+        (first * (1 << asked.min(10))).min(ASK_AGAIN_UNTIL.max(first))
     }
 
     /// How long a living peer may stay silent on this path; None before the round trip is known.
@@ -227,12 +229,13 @@ mod tests {
     fn questions_follow_the_round_trip() {
         let (mut path, mut now) = (Path::new(1), Instant::now());
         assert_eq!((path.ask_after(0), path.ask_after(1), path.silence()), (FIRST_ASK, 2 * FIRST_ASK, None));
-        assert_eq!(path.ask_after(99), MAX_ASK);
+        assert_eq!(path.ask_after(99), ASK_AGAIN_UNTIL);
         answer(&mut path, &mut now, [ms(1); 20]);
         assert_eq!(path.ask_after(0), MIN_ASK);
         assert!(path.silence().unwrap() < ms(10));
         answer(&mut path, &mut now, [ms(2500); 40]);
         assert!((ms(2500)..ms(3500)).contains(&path.ask_after(0)), "{:?}", path.ask_after(0));
+        assert_eq!(path.ask_after(9), path.ask_after(0));
         assert!(path.silence().unwrap() >= ms(5000));
     }
 }

@@ -764,8 +764,11 @@ impl<S: Clone> State<S> {
             return;
         }
         let stood_still = self.stood_still(now);
+        if stood_still {
+            // We wait for one more beat: what came while we were not there ourselves is still to be read.
+            self.missed = self.missed.min(MAX_MISSED - 1);
+        }
         if now >= self.beat_at {
-            // After a late one we wait for one more: what came while we were not there ourselves is still to be read.
             self.missed += u32::from(!stood_still);
             self.beat_at = now + self.beat();
             self.flags |= frame::PING;

@@ -9,7 +9,8 @@ static pair open_pair_with_room(const char *client, const char *send_buffer_byte
   self.worker = open_peer_with("send_buffer_bytes", send_buffer_bytes);
   self.gateway = open_peer();
   self.service = serve(self.worker, "flow");
-  self.stream = request(self.gateway, "flow", client, 1);
+  /* The reader reads when all was sent. */
+  self.stream = request_with(self.gateway, "flow", client, 1, "stream_buffer_bytes", "67108864");
   self.sender = accept_request(self.worker);
   return self;
 }

@@ -50,7 +50,7 @@ static void numbers(void) {
   static const char *const keys[] = {
       "connect_timeout_ms", "reconnect_min_ms", "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "send_buffer_bytes",
       "session_grace_ms",   "worker_threads",   "timeout_ms",       "retries",        "retry_delay_ms",   "stream_buffer_bytes",
-      "heartbeat_ms",       "peer_grace_ms",
+      "heartbeat_ms",       "peer_grace_ms",    "receive_buffer_bytes",
   };
   static const char *const wrong[] = {"", "-1", "x", "1.5", "5s", " 1", "1 ", "0x10", "99999999999999999999"};
   for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {

@@ -127,4 +127,4 @@ class RawPeer:
 # What of ours is not the same each time.
 INBOX = re.compile(rb"_INBOX\.[0-9a-f]{32}\.[0-9a-f]{1,16}")
 ORIGIN = re.compile(rb"NATS/1\.0\r\nPresence-Origin: ([0-9a-f]{32}) [0-9]+ [0-9]+( again)?\r\n\r\n")
-LANE = re.compile(rb"Presence-Lane: 1 _INBOX\.[0-9a-f]{32}\.lane\.[0-9a-f]{32} [0-9a-f]{16} 4194304")
+LANE = re.compile(rb"Presence-Lane: 1 _INBOX\.[0-9a-f]{32}\.lane\.[0-9a-f]{32} [0-9a-f]{16} 262144")

@@ -82,7 +82,7 @@ def test_requests_offer_one_lane_and_a_key_each(connect: Connect, worker: Worker
         for tag in range(1, 11):
             asked = ask(process, worker, tag)
             assert OWN.fullmatch(asked.offer.encode())
-            assert (asked.version, asked.window) == ("1", 1 << 22)
+            assert (asked.version, asked.window) == ("1", 1 << 18)
             offers.add(asked.offer)
             keys.add(asked.key)
     assert (len(offers), len(keys)) == (2, 20)
@@ -92,6 +92,17 @@ def test_requests_offer_one_lane_and_a_key_each(connect: Connect, worker: Worker
 def test_the_window_is_the_readers(gateway: Shell, worker: WorkerByHand, buffer: str, window: int) -> None:
     gateway.do(f"option stream_buffer_bytes {buffer}")
     assert ask(gateway, worker, 1).window == window
+
+
+def test_windows_shrink_when_they_add_up_to_the_receive_buffer(connect: Connect, worker: WorkerByHand) -> None:
+    gateway = connect("", "receive_buffer_bytes=300000")
+    assert [ask(gateway, worker, tag).window for tag in [1, 2]] == [262144, 8192]
+    gateway.do("option stream_buffer_bytes 1000")
+    assert ask(gateway, worker, 3).window == 1000
+    # What was freed takes no part of it any longer.
+    gateway.do("drop 1")
+    gateway.do("option stream_buffer_bytes 262144")
+    assert ask(gateway, worker, 4).window == 262144
 
 
 def test_a_stream(gateway: Shell, worker: WorkerByHand) -> None:
@@ -387,7 +398,7 @@ def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
 )
 def test_a_worker_that_sends_more_than_the_window(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
     gateway.do("option manual_credit true")
-    go = begin(gateway, worker, 2)  # with a window of 4 MiB
+    go = begin(gateway, worker, 2)  # with a window of 256 KiB
     gateway.do("option stream_buffer_bytes 1000")
     go_on(gateway, worker, go, 1, 2)
     # In one message: the reader cannot have used anything in between.

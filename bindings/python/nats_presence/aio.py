@@ -45,6 +45,7 @@ T = TypeVar("T")
 BATCH = 1024
 BURST = 256
 MAX_WINDOW = 4 << 20
+DEFAULT_WINDOW = 256 << 10
 DECORATING = 0.1
 """Seconds that a decorator may stop the loop for; an answer of the server takes a few milliseconds, as a rule."""
 
@@ -487,7 +488,7 @@ class Connection(BaseConnection):
         stream._handle = c_void_p()
         self._request(stream._handle, queue, subject, data, client_id, settings, tag)
         # Well before the worker has no room left, and not for each message.
-        stream._tell_at = min(int(str(options.get("stream_buffer_bytes") or MAX_WINDOW)), MAX_WINDOW) // 16
+        stream._tell_at = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW) // 16
         return stream
 
     def stop(self) -> None:

@@ -55,7 +55,7 @@ impl World {
             Step::Route(is_up) => {
                 if !self.setup.is_one_server {
                     self.disturbed_at = self.now;
-                    self.has_trouble = true;
+                    (self.has_lost, self.has_trouble) = (true, true);
                     self.is_route_up = is_up;
                 }
             }
