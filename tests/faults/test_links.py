@@ -1,4 +1,4 @@
-"""The link between two nats-servers is reset: a route, a leaf node's, a gateway's. Both ends live on, each at its server."""
+"""The link between two nats-servers is reset, and both ends live on, each at its server."""
 
 from __future__ import annotations
 
@@ -68,9 +68,7 @@ def begin(gateway: Gateway) -> str:
     raise AssertionError("the servers are not connected")
 
 
-@pytest.mark.parametrize(
-    "linked", [ROUTE, LEAF, SUPERCLUSTER], indirect=True, ids=["route", "leaf", "supercluster"]
-)
+@pytest.mark.parametrize("linked", [ROUTE, LEAF, SUPERCLUSTER], indirect=True, ids=["route", "leaf", "supercluster"])
 def test_the_link_between_servers_is_reset(linked: Linked) -> None:
     """With the defaults the streams go on."""
     one, other = linked.servers

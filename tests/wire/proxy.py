@@ -154,6 +154,10 @@ def up_to(mark: bytes, before: bytes, data: bytes) -> int | None:
     return None if found < 0 else found + len(mark) - len(before)
 
 
+Waiting = queue.Queue[tuple[float, bytes]]
+"""What passes a link, and when it may go on."""
+
+
 class Link:
     """A TCP proxy that is a long or a slow link: all that passes is delayed, and no more than a rate passes."""
 
@@ -200,12 +204,12 @@ class Link:
             server.connect(("127.0.0.1", self._server_port))
             self._sockets.append((client, server))
             for source, target, is_to_server in [(client, server, True), (server, client, False)]:
-                waiting: queue.Queue[tuple[float, bytes]] = queue.Queue()
+                waiting: Waiting = queue.Queue()
                 space = threading.Semaphore(8 if self.rate else 65536)
                 threading.Thread(target=self._take, args=(source, waiting, space), daemon=True).start()
                 threading.Thread(target=self._give, args=(target, waiting, space, is_to_server), daemon=True).start()
 
-    def _take(self, source: socket.socket, waiting: queue.Queue[tuple[float, bytes]], space: threading.Semaphore) -> None:
+    def _take(self, source: socket.socket, waiting: Waiting, space: threading.Semaphore) -> None:
         with suppress(OSError):
             while data := source.recv(16384):
                 waiting.put((time.monotonic() + self.delay, data))
@@ -215,7 +219,7 @@ class Link:
     def _give(
         self,
         target: socket.socket,
-        waiting: queue.Queue[tuple[float, bytes]],
+        waiting: Waiting,
         space: threading.Semaphore,
         is_to_server: bool,
     ) -> None:

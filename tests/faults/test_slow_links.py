@@ -1,0 +1,65 @@
+"""Long and slow links: nothing is sent twice without a loss, no connection is cut, every stream arrives whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from harness import Program, Server
+from proxy import Link
+
+BULK = Path(__file__).resolve().parent / "bulk.py"
+WORKERS = 6
+PATIENCE = 55.0
+
+
+class Bulk:
+    """A gateway behind a link, and workers beside the server."""
+
+    def __init__(self, server: Server, link: Link, workers: int, stack: ExitStack, *options: str) -> None:
+        self.link = link
+        for number in range(workers):
+            worker = Program((sys.executable, BULK), "worker", server.url, f"svc{number}", *options)
+            stack.enter_context(worker).wait(event="ready")
+        self.gateway = stack.enter_context(Program((sys.executable, BULK), "gateway", link.url, *options))
+        self.gateway.wait(event="ready")
+        self.workers = workers
+
+    def carry(self, count: int, size: int) -> float:
+        """So many messages from each worker; how many bytes passed the link for each of theirs."""
+        before = self.link.to_client
+        for number in range(self.workers):
+            self.gateway.tell(f"svc{number} client{number} {count} {size}")
+        for _ in range(self.workers):
+            end = self.gateway.wait(event="end", patience=PATIENCE)
+            assert (end["came"], end["why"], end["connects"]) == (count, 0, 1), end
+        assert self.link.connections == 1
+        return (self.link.to_client - before) / (self.workers * count * size)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.25])
+def test_a_long_round_trip(server: Server, stack: ExitStack, delay: float) -> None:
+    bulk = Bulk(server, Link(server.port, delay), 1, stack)
+    assert bulk.carry(4000, 1000) < 1.1
+
+
+def test_a_long_round_trip_is_no_silence(server: Server, stack: ExitStack) -> None:
+    """Three heartbeats are shorter than an answer takes."""
+    bulk = Bulk(server, Link(server.port, 0.6), 1, stack, "heartbeat_ms=300")
+    assert bulk.carry(1000, 1000) < 1.1
+
+
+def test_six_workers_and_a_slow_link(server: Server, stack: ExitStack) -> None:
+    """More than the link carries within nats-server's write deadline of 10 s."""
+    bulk = Bulk(server, Link(server.port, 0.001, rate=400_000), WORKERS, stack)
+    assert bulk.carry(2500, 1000) < 1.1
+    assert not [line for line in server.log if "Slow Consumer" in line]
