@@ -187,15 +187,18 @@ typedef struct pair {
   presence_sender *sender;
 } pair;
 
-static inline pair open_pair(const char *client) {
+/* With one option of the request, or with none (NULL). */
+static inline pair open_pair_with(const char *client, const char *key, const char *value) {
   pair self;
   self.worker = open_peer();
   self.gateway = open_peer();
   self.service = serve(self.worker, "pair");
-  self.stream = request(self.gateway, "pair", client, 1);
+  self.stream = request_with(self.gateway, "pair", client, 1, key, value);
   self.sender = accept_request(self.worker);
   return self;
 }
+
+static inline pair open_pair(const char *client) { return open_pair_with(client, NULL, NULL); }
 
 static inline void close_pair(pair self) {
   presence_sender_free(self.sender);

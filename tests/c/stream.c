@@ -2,7 +2,7 @@
 #include "peer.h"
 
 static void a_thousand_messages_in_order(void) {
-  pair both = open_pair("c");
+  pair both = open_pair_with("c", "stream_buffer_bytes", "1048576"); /* they are read when all have been sent */
   unsigned char expected[2000], message[2000];
   /* Message number i has i bytes: all values in turn, NUL among them. */
   for (size_t i = 0; i < sizeof expected; i++) expected[i] = (unsigned char)(i * 7);

@@ -101,7 +101,7 @@ MARKERS: Refusals = [
     ("__STREAM_ERROR__:why", Reserved, "marker"),
 ]
 MAX_PAYLOAD = 1 << 20
-LANE_HEADER = 29
+RESERVE = 64
 
 
 def refuse(conn: Connection, most: int, refused: Refusals) -> None:
@@ -132,11 +132,11 @@ def refuse(conn: Connection, most: int, refused: Refusals) -> None:
 
 
 def test_payloads_that_are_refused_leave_the_stream_open(conn: Connection) -> None:
-    refuse(conn, MAX_PAYLOAD - LANE_HEADER, NO_PAYLOADS)
+    refuse(conn, MAX_PAYLOAD - RESERVE, NO_PAYLOADS)
 
 
 def test_level_0_refuses_markers_too(conn_without_lanes: Connection) -> None:
-    refuse(conn_without_lanes, MAX_PAYLOAD, NO_PAYLOADS + MARKERS)
+    refuse(conn_without_lanes, MAX_PAYLOAD - RESERVE, NO_PAYLOADS + MARKERS)
 
 
 def test_a_lane_carries_markers(conn: Connection) -> None:

@@ -13,7 +13,6 @@ import nats_presence
 from nats_presence import Busy, Offline, PresenceError, Remote, aio
 
 # The core still reports both as Remote, with a text; to be removed with that.
-pytestmark = pytest.mark.xfail(raises=Remote, strict=False)
 
 WORKER = """
 with nats_presence.connect(url, announce="never", lanes={lanes}) as conn:
