@@ -2,7 +2,7 @@
 #include "peer.h"
 
 static void a_thousand_messages_in_order(void) {
-  pair both = open_pair_with("c", "stream_buffer_bytes", "1048576"); /* they are read when all have been sent */
+  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304"); /* they are read when all have been sent */
   unsigned char expected[2000], message[2000];
   /* Message number i has i bytes: all values in turn, NUL among them. */
   for (size_t i = 0; i < sizeof expected; i++) expected[i] = (unsigned char)(i * 7);
@@ -223,7 +223,7 @@ static void what_cannot_be_sent(void) {
 /* Messages of all lengths, one behind the other, in calls of a few, up to the first that is refused. */
 static void many_at_once(void) {
   enum { COUNT = 1000, MAX_PAYLOAD = 1 << 20 };
-  pair both = open_pair("c");
+  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
   unsigned char *data = (unsigned char *)malloc(COUNT * COUNT);
   size_t lengths[COUNT], at = 0;
   for (size_t i = 0; i < COUNT * COUNT; i++) data[i] = (unsigned char)(i * 7 + i / 256);
@@ -522,7 +522,7 @@ static void the_gateway_closes(void) {
 /* What was sent before a close is at the server when it returns. */
 static void closing_drains(void) {
   enum { COUNT = 20000 };
-  pair both = open_pair("c");
+  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
   for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, PATIENCE));
   OK(presence_sender_end(both.sender));
   OK(presence_close(both.worker.conn, PATIENCE));
