@@ -13,6 +13,7 @@ use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather
 use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Grant, OVERHEAD, Patience, Refusal, State, Tell};
 use crate::lane::{lanes, path};
+use crate::wire;
 use bytes::Bytes;
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
