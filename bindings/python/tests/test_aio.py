@@ -350,8 +350,8 @@ def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(run: Callable[[T
 
         @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
-            await sender.send_many([b"x" * 1000] * 10)
             try:
+                await sender.send_many([b"x" * 1000] * 10)
                 await asyncio.sleep(3600)
             finally:
                 stopped.set()
