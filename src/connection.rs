@@ -327,7 +327,7 @@ impl Connection {
         self.refusals.lock().get(&number).cloned()
     }
 
-    /// nats-server refuses a subscription: tells whose it is, and tries again as long as it is wanted.
+    /// nats-server refuses a subscription: notifies its receiver, and subscribes again until it is accepted or ended.
     fn subscription_refused(&self, number: u64, said: &str) {
         let Some(subscription) = self.subscription(number) else { return };
         let (status, hint) = match said.contains("maximum subscriptions") {
@@ -889,7 +889,7 @@ pub(crate) fn origin_header(connection: u64, number: u64, is_repeated: bool) -> 
 struct AnnouncedBy<'a> {
     process: &'a str,
     connection: u64,
-    /// From 1 on, one more each time; 0: not told.
+    /// Counts the announcements of the connection from 1; 0: an older peer, which does not number them.
     number: u64,
     is_repeated: bool,
 }

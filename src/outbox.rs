@@ -149,7 +149,7 @@ impl Recent {
         self.repeat_at
     }
 
-    /// What is to be repeated now: of each client the last.
+    /// Takes the announcements to repeat now: the last one of each client.
     pub(crate) fn take(&mut self) -> Vec<Announcement> {
         let taken = mem::take(self).announcements;
         let mut seen = HashSet::new();

@@ -35,10 +35,10 @@ pub struct Service {
     subscription: Mutex<SubscriptionState>,
 }
 
-/// What is known of a service's subscription at nats-server.
+/// The state of a service's subscription at nats-server.
 #[derive(Default)]
 struct SubscriptionState {
-    /// `serve` has returned: from now on events tell.
+    /// `serve` has returned: later refusals are reported by events.
     is_served: bool,
     is_refused: bool,
 }
@@ -66,8 +66,8 @@ impl Connection {
                 "group {group:?} has white space or a control character: it may have none"
             )));
         }
-        // First, so that no announcement about a request's client is missed. Without the right to it a worker may do its
-        // work: a LOG event tells.
+        // First, so that no announcement about a request's client is missed. A worker without the right to it
+        // works all the same; a LOG event reports it.
         self.subscribe_offline()?;
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };

@@ -45,7 +45,7 @@ pub struct Stream {
     /// 0 while it runs; then, for ever, the status that says why not.
     word: AtomicU32,
     is_freed: AtomicBool,
-    /// What of NOT_ASKED, ASKED, LEVEL_0 and LANE is known of its worker.
+    /// NOT_ASKED, ASKED, LEVEL_0 or LANE: what its worker has answered so far.
     answer: AtomicU8,
     /// Whether the request offered a lane.
     offers_lane: bool,
@@ -469,7 +469,7 @@ impl Stream {
         if self.has_begun() {
             return false;
         }
-        // What was asked has been refused.
+        // The worker has refused the request.
         let _ = self.answer.compare_exchange(ASKED, NOT_ASKED, Ordering::Relaxed, Ordering::Relaxed);
         let mut asking = self.asking.lock();
         let retry = asking.as_mut().and_then(|asking| asking.retry.as_mut()).filter(|retry| retry.left > 0);
@@ -507,7 +507,7 @@ impl Receiver for Stream {
         }
         let _ = self.lane.set((Arc::clone(lane), stream));
         fence(Ordering::SeqCst);
-        // Nothing more is expected on level 0: not by this stream, and not by what is left of it if it was ended meanwhile.
+        // Neither this stream nor the `Unanswered` in its place, if it was ended meanwhile, expects more on level 0.
         self.connection.inbox().forget(self.key);
         stopped(&self.word).ok()?;
         *self.asking.lock() = None;

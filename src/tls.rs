@@ -152,7 +152,7 @@ fn sections(text: &[u8]) -> Vec<String> {
     labels.map(str::to_owned).collect()
 }
 
-/// Says what is in a file instead of what was looked for.
+/// The error for a file that holds something else than it should; it says what it holds.
 fn missing(option: &str, file: &Path, text: &[u8], what: &str) -> Error {
     let found = sections(text);
     let instead = match found.first() {

@@ -1,4 +1,4 @@
-//! What is left of a stream that was ended here before its worker answered.
+//! Streams that were ended here before their workers answered.
 //!
 //! A worker that accepts on a lane is sent CANCEL, which stops this stream only. A worker on level 0 can be stopped by an
 //! announcement only, which stops the client's streams from all gateways. So nothing is announced until the first answer
@@ -19,7 +19,7 @@ use std::time::Duration;
 /// before its host has done anything; a worker on level 0 that answers nothing is stopped so much later.
 const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
-/// Expects the first answer in the place of the stream.
+/// Takes the stream's place in the inbox, and expects the first answer.
 pub(crate) struct Unanswered {
     key: u64,
     client: Box<str>,

@@ -539,7 +539,7 @@ func (s *Sender) serve(req *Request) {
 	}
 }
 
-// log tells people about the stream.
+// log reports something about the stream to WithLog, or to the standard logger without it.
 func (s *Sender) log(text string) {
 	if s.conn.log == nil {
 		log.Print("presence: ", text)

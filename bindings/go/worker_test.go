@@ -298,7 +298,7 @@ func TestDetach(t *testing.T) {
 	wantError(t, j.End(), ErrCancelled, "context canceled")
 }
 
-// Whoever goes on after its handler returned without Detach is told why it cannot; the log is too, once.
+// A send after the handler returned without Detach fails with an error that says so; the log has it once.
 func TestReturnWithoutDetach(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {

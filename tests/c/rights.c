@@ -173,7 +173,7 @@ static void refuse_what_was_served_before(void) {
   kill_server(&server);
 }
 
-/* Without its inbox a connection hears no answers: what waits for some ends, and what asks is refused, until it has it. */
+/* Without its inbox a connection receives no answers: streams that wait for one end, and requests fail, until it is subscribed. */
 static void refuse_the_inbox(void) {
   own_server server = server_that_allows(ALL, "");
   peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = beside(gateway);
@@ -204,7 +204,7 @@ static void refuse_lanes(void) {
   peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = beside(gateway);
   presence_service *service = serve(worker, "work");
   CHECK(expect(gateway.queue, PRESENCE_EVENT_LOG).data_len > 0);
-  peer quiet = beside(gateway); /* not told of the attempts */
+  peer quiet = beside(gateway); /* does not receive the log of the attempts */
   expect_served(worker, quiet, "work");
   CHECK_EQ(stats_of(gateway).lanes, 0);
   reload(server, ALL);

@@ -10,9 +10,7 @@ from conftest import LIMIT, run_python
 from test_process import SETUP, ready
 
 import nats_presence
-from nats_presence import Busy, Offline, PresenceError, Remote, aio
-
-# The core still reports both as Remote, with a text; to be removed with that.
+from nats_presence import Busy, Offline, PresenceError, aio
 
 WORKER = """
 with nats_presence.connect(url, announce="never", lanes={lanes}) as conn:
