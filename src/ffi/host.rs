@@ -29,7 +29,8 @@ pub(crate) fn reset_scheduling() {
         let _ = sched_setaffinity(THIS_THREAD, cpus);
     }
     let mut policy = 0;
-    let mut parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: a structure of numbers, whatever fields the C library gives it.
+    let mut parameters: libc::sched_param = unsafe { std::mem::zeroed() };
     // SAFETY: both are writable, and pthread_self is the calling thread, which lives.
     unsafe {
         if libc::pthread_getschedparam(libc::pthread_self(), &raw mut policy, &raw mut parameters) == 0

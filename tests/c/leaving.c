@@ -119,8 +119,9 @@ static void serve_who_comes_and_goes(peer self) {
         if (kept[i].sender != event.sender) continue;
         CHECK_EQ(++kept[i].stops, 1);
         CHECK(!kept[i].has_ended);
-        /* An ACCEPT that crosses the mark is only told that nobody wants it. */
-        bool may_be_cancelled = kept[i].moment == AFTER_A_CANCEL || kept[i].moment == DURING_ACCEPT;
+        /* An ACCEPT that crosses the mark is answered with CANCEL. */
+        bool may_be_cancelled =
+            kept[i].moment == AFTER_A_CANCEL || kept[i].moment == DURING_ACCEPT || kept[i].moment == DURING_END;
         CHECK(event.status == PRESENCE_OFFLINE || (may_be_cancelled && event.status == PRESENCE_CANCELLED));
         CHECK_STATUS(send_text(event.sender, "late"), event.status);
       }
