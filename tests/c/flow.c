@@ -199,6 +199,53 @@ static void a_slow_reader(void) {
   close_peer(worker);
 }
 
+/* Where much waits unread on a connection, those streams end that have a large part of it: the others go on. */
+static void many_slow_readers(void) {
+  enum { SIZE = 1000, WEIGHT = SIZE + 64, LIMIT = 640000, PART = LIMIT / 64 };
+  peer worker = open_peer(), gateway = open_peer_with("receive_buffer_bytes", "640000");
+  presence_service *service = serve(worker, "flow");
+  presence_stream *streams[3];
+  presence_sender *senders[3];
+  int sent[] = {LIMIT / WEIGHT, PART / WEIGHT, 2 * PART / WEIGHT}, received[3] = {0};
+  char message[SIZE] = {0};
+  for (uint64_t i = 0; i < 2; i++) {
+    streams[i] = request(gateway, "flow", "", i);
+    senders[i] = accept_request(worker);
+    for (int k = 0; k < sent[i]; k++) OK(presence_sender_send_wait(senders[i], message, SIZE, PATIENCE));
+    if (i == 0) continue;
+    for (int k = 0; k < 2; k++) OK(presence_sender_send_wait(senders[k], message, SIZE, PATIENCE)); /* one too many for each */
+  }
+  uint64_t all = (uint64_t)(sent[0] + sent[1] + 2);
+  for (int64_t deadline = now_ms() + PATIENCE; stats_of(gateway).messages_in < all; usleep(1000)) CHECK(now_ms() < deadline);
+  for (int ended = 0; ended < 2;) {
+    presence_event event;
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    if (event.kind == PRESENCE_EVENT_DATA) {
+      received[event.tag]++;
+    } else {
+      CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
+      CHECK_STATUS(event.status, PRESENCE_FULL);
+      CHECK(memmem(event.data, event.data_len, "receive_buffer_bytes", 20));
+      ended++;
+    }
+  }
+  for (int i = 0; i < 2; i++) CHECK_EQ(received[i], sent[i]);
+  /* What was read counts no longer. */
+  streams[2] = request(gateway, "flow", "", 2);
+  senders[2] = accept_request(worker);
+  for (int k = 0; k < sent[2]; k++) OK(presence_sender_send_wait(senders[2], message, SIZE, PATIENCE));
+  OK(presence_sender_end(senders[2]));
+  for (int k = 0; k < sent[2]; k++) CHECK_EQ(expect(gateway.queue, PRESENCE_EVENT_DATA).data_len, SIZE);
+  expect(gateway.queue, PRESENCE_EVENT_END);
+  for (int i = 0; i < 3; i++) {
+    presence_sender_free(senders[i]);
+    presence_stream_free(streams[i]);
+  }
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
 /* The room is for what waits, not for the stream as a whole. */
 static void a_reader_who_keeps_up(void) {
   peer worker = open_peer(), gateway = open_peer();
@@ -229,6 +276,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(a_server_that_takes_nothing);
   RUN_ON_BOTH(closing_without_an_answer);
   RUN_ON_LEVEL_0(a_slow_reader);
+  RUN_ON_LEVEL_0(many_slow_readers);
   RUN_ON_BOTH(a_reader_who_keeps_up);
   return 0;
 }
