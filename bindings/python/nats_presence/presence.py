@@ -65,11 +65,11 @@ def online_count() -> int:
 class Session:
     """One of several connections of a client to this process. The client is online here while one of them is open.
 
-    When the last one in this process is closed, after the option `session_grace_ms` of connect (default: at once), the
-    streams that this process requested for the client end with Offline, unless it is also marked online. Streams that other
-    processes requested go on; mark_client_offline ends them as well. But a worker on level 0 can be stopped only by
-    announcing the client offline to all processes: if one of the streams that end here is on level 0, the client's streams
-    at all other gateways end, too. A session that is dropped is closed.
+    When the last one in this process is closed, after the option `session_grace_ms` of connect (default: at once),
+    the streams that this process requested for the client end with Offline, unless it is also marked online. Streams
+    that other processes requested go on; mark_client_offline ends them as well. But a worker on level 0 can be
+    stopped only by announcing the client offline to all processes: if one of the streams that end here is on level 0,
+    the client's streams at all other gateways end, too. A session that is dropped is closed.
     """
 
     _handle: c_void_p | None = None
