@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import Connect, Shell
 from harness import Server
-from lane_codec import GAP, HEADER, NEW, PING, PONG, Frame, LaneMessage, cancel, data, encode_frame
+from lane_codec import GAP, NEW, PING, PONG, Frame, LaneMessage, cancel, data, encode_frame
 from lane_peer import GatewayByHand, WorkerByHand, take_accept
 from proxy import Proxy
 from raw import RawPeer, Subscription, pub
@@ -243,7 +243,7 @@ def test_a_server_that_takes_small_messages_only(connect: Connect, server: Serve
     gateway, worker = connect(), connect()
     worker.do("serve llm.generate workers 0")
     n = begin(gateway, worker, 1)
-    largest = 2048 - HEADER - 11
+    largest = 2048 - 64
     assert worker.ask(f"fill {n} {largest + 1}")["status"] == "TOO_LARGE"
     for size in [1, 100, 1000, largest]:
         sent = int(worker.ask(f"fill {n} {size}")["text"])

@@ -68,6 +68,9 @@ def test_a_gateway_survives_a_lone_cr_in_a_header_a_hundred_times(connect: Conne
     gateway.do("listen")
     for tag in range(1, TIMES + 1):
         inbox = request(gateway, requests, tag, "alice")
+        # From its first answer on the worker is known to be on level 0: it is stopped by an announcement.
+        raw.send(pub(inbox, b"first"))
+        gateway.wait(event="DATA", tag=tag)
         since = time.monotonic()
         raw.send(pub(inbox if target == "inbox" else target, b"poison", header=LONE_CR))
         assert gateway.wait(event="ERROR", tag=tag)["status"] == "DISCONNECTED"
@@ -76,7 +79,7 @@ def test_a_gateway_survives_a_lone_cr_in_a_header_a_hundred_times(connect: Conne
         assert gateway.wait(event="DATA", tag=500 + tag)["data"] == "x"
         gateway.wait(event="END", tag=500 + tag)
         assert time.monotonic() - since < 1
-        # The worker of the stream that was cut is told.
+        # The worker of the stream that was cut receives the announcement.
         while announcements.payload() != b"alice":
             pass
     assert gateway.ask("stats")["connects"] == TIMES + 1
