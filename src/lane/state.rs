@@ -861,6 +861,11 @@ impl<S: Clone> State<S> {
     fn seal(&mut self, message: &mut BytesMut, sequence: u64, now: Instant) {
         let mut flags = mem::take(&mut self.flags);
         let (mut ping, mut pong) = (0, 0);
+        let is_unmeasured = self.path.silence().is_none() && self.questions.is_empty();
+        if is_unmeasured && self.patience.heartbeat * MAX_MISSED < path::FIRST_ANSWER && flags & frame::RESET == 0 {
+            // With such short heartbeats, silence is judged late until the round trip is known: measure it at once.
+            flags |= frame::PING;
+        }
         if flags & frame::PING != 0 {
             self.last_ping = self.last_ping.wrapping_add(1);
             ping = self.last_ping;
