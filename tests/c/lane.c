@@ -142,15 +142,15 @@ static void full_and_writable(void) {
   CHECK_STATUS(presence_sender_send(sender, "", 0), PRESENCE_FULL);
 
   for (int round = 0; round < 10; round++) {
-    /* Up to half of the window is not told; with one more there is room for what was taken. */
-    take(gateway, window / 2);
-    waiting -= window / 2;
+    /* Up to a quarter of the window gives no credit; with one more there is as much as was taken. */
+    take(gateway, window / 4);
+    waiting -= window / 4;
     if (round == 0) check_still_nothing(worker, aside, "full");
     take(gateway, 1);
     waiting -= 1;
     CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
     int more = fill(sender);
-    CHECK(more >= window / 2 && more <= window / 2 + 2);
+    CHECK(more >= window / 4 && more <= window / 4 + 2);
     waiting += more;
     check_still_nothing(worker, aside, "full"); /* one event for each refusal that was followed by room */
   }
@@ -251,13 +251,13 @@ static void many_at_once_without_room(void) {
   for (uint64_t received = 0; received < COUNT;) {
     if (sent < COUNT) {
       CHECK_STATUS(presence_sender_send_many(sender, data + sent * 36, lengths, COUNT - sent), PRESENCE_FULL);
-      for (uint64_t end = received + WINDOW / 2 + 1; received < end; received++) {
+      for (uint64_t end = received + WINDOW / 4 + 1; received < end; received++) {
         presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
         CHECK_CONTENT(&event, 36, 1, received);
       }
       CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
       int64_t count = presence_sender_send_many(sender, data + sent * 36, lengths, COUNT - sent);
-      CHECK(count == WINDOW / 2 + 1 || (uint64_t)count == COUNT - sent);
+      CHECK(count == WINDOW / 4 + 1 || (uint64_t)count == COUNT - sent);
       sent += (uint64_t)count;
       CHECK_EQ(presence_sender_send_count(sender), sent);
       continue;
@@ -426,17 +426,17 @@ static void manual_credit(void) {
   CHECK_STATUS(presence_sender_send(sender, data, SIZE), PRESENCE_FULL);
   take(gateway, WINDOW);
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
-  /* Half of the window is not told yet; what is more is told at once, with the 64 of each message. */
-  OK(presence_stream_consumed(stream, WINDOW / 2 * SIZE));
+  /* A quarter of the window gives no credit yet; more does at once, with the 64 of each message. */
+  OK(presence_stream_consumed(stream, WINDOW / 4 * SIZE));
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
   OK(presence_stream_consumed(stream, SIZE));
   CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
   int sent = 0;
   while (presence_sender_send(sender, data, SIZE) == PRESENCE_OK) sent++;
-  CHECK_EQ(sent, WINDOW / 2 + 1);
+  CHECK_EQ(sent, WINDOW / 4 + 1);
   take(gateway, sent);
   /* For many messages at once, and one by one. */
-  OK(presence_stream_consumed(stream, (size_t)(WINDOW / 2 - 1 + sent) * SIZE));
+  OK(presence_stream_consumed(stream, (size_t)(WINDOW - WINDOW / 4 - 1 + sent) * SIZE));
   for (int i = 0; i < 1000; i++) {
     OK(presence_sender_send_wait(sender, data, SIZE, PATIENCE));
     take(gateway, 1);

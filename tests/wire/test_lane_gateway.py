@@ -348,7 +348,7 @@ def test_a_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByH
 # The window ----------------------------------------------------------------------------------------------------------
 
 
-def test_credit_comes_when_more_than_half_was_used(gateway: Shell, worker: WorkerByHand) -> None:
+def test_credit_comes_when_more_than_a_quarter_was_used(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option stream_buffer_bytes 1000")
     lane = begin(gateway, worker, 1)
     total = 0
@@ -356,9 +356,9 @@ def test_credit_comes_when_more_than_half_was_used(gateway: Shell, worker: Worke
         lane.send(data(1, b"x" * 36))
         total += 36 + OVERHEAD
         gateway.wait(event="DATA")
-        if (i + 1) % 6 == 0:
+        if (i + 1) % 3 == 0:
             frame = lane.take(CREDIT)
-            assert (frame.stream, from_u64(frame.body)) == (1, 600)
+            assert (frame.stream, from_u64(frame.body)) == (1, 300)
     lane.ask()
     assert not lane.frames
 
@@ -374,18 +374,19 @@ def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
     lane.ask()
     assert not lane.frames
     # So much of their bytes, so much of what they count in addition.
-    gateway.do("consumed 1 180")
+    gateway.do("consumed 1 72")
     lane.ask()
-    assert not lane.frames  # 500 of 1000 is not more than half.
+    assert not lane.frames  # 200 of 1000 is not more than a quarter.
     gateway.do("consumed 1 36")
-    assert lane.take() == credit(1, 600)
+    assert lane.take() == credit(1, 300)
     # More than there was is all.
     gateway.do("consumed 1 1000000000")
-    lane.send(data(1, b""), data(1, b""))
-    for _ in range(2):
+    assert lane.take() == credit(1, 700)
+    lane.send(*(data(1, b"") for _ in range(4)))
+    for _ in range(4):
         gateway.wait(event="DATA")
     gateway.do("consumed 1 0")
-    assert lane.take() == credit(1, 400 + 2 * OVERHEAD)
+    assert lane.take() == credit(1, 4 * OVERHEAD)
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ fn a_window_has_room_for_all_while_half_is_free() {
     assert!(has_room(50, 100, 1000) && !has_room(51, 100, 1000));
     assert!(has_room(60, 100, 40) && !has_room(60, 100, 41));
     let grant = Grant::new(100);
-    assert_eq!([50, 1, 50, 50].map(|weight| grant.take(weight)), [None, Some(51), None, Some(100)]);
+    assert_eq!([25, 1, 25, 50].map(|weight| grant.take(weight)), [None, Some(26), None, Some(75)]);
 }
 
 fn said(end: &mut State<u64>, now: Instant) -> Option<Header> {
