@@ -279,7 +279,7 @@ func (c *Conn) handleEvent(e *C.presence_event) {
 		}
 	case C.PRESENCE_EVENT_CONNECTED, C.PRESENCE_EVENT_DISCONNECTED, C.PRESENCE_EVENT_LOG:
 		event := exported(e)
-		if event.Kind == Disconnected && event.Status == ErrClosed && !c.closing.Load() {
+		if event.Kind == Disconnected && event.Subject == "" && event.Status == ErrClosed && !c.closing.Load() {
 			c.end(&Error{ErrDisconnected, "the connection was given up: " + event.Text})
 		}
 		c.tell(event)

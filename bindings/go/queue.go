@@ -52,6 +52,9 @@ type Event struct {
 	Status   Status // why, for Disconnected and Log; 0 where there is nothing to add
 	ClientID string // for ClientOnline and ClientOffline, and a handler's error or panic
 	Text     string // for people
+	// Subject is that of a service whose subscription nats-server refuses or has taken back (Disconnected), or accepts again
+	// (Connected). It is empty for events of the connection itself.
+	Subject string
 }
 
 // Watch tells on the channel, from now on, when clients come online and go offline in this process. The channel is closed
@@ -97,6 +100,7 @@ func exported(e *C.presence_event) Event {
 		Status:   Status(e.status),
 		ClientID: string(view(e.client, e.client_len)),
 		Text:     string(view(e.data, e.data_len)),
+		Subject:  string(view(e.subject, e.subject_len)),
 	}
 }
 

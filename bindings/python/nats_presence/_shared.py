@@ -34,6 +34,9 @@ class ConnectionEvent(NamedTuple):
     """0, or the `status` of the exception that would say the same; `Closed.status`: no attempt to reconnect follows."""
     text: str
     """For people."""
+    subject: str = ""
+    """That of a service whose subscription nats-server refuses or has taken back ("disconnected"), or accepts again
+    ("connected"). Empty for events of the connection itself."""
 
 
 _EVENT_KINDS = {
@@ -71,7 +74,7 @@ def notify(on_event: OnEvent, event: ConnectionEvent) -> None:
 def connection_event(event: Event) -> ConnectionEvent | None:
     """An event of a connection as Python sees it; None for others."""
     kind = _EVENT_KINDS.get(event.kind)
-    return None if kind is None else ConnectionEvent(kind, event.status, event.text)
+    return None if kind is None else ConnectionEvent(kind, event.status, event.text, event.subject)
 
 
 class BaseSender:

@@ -393,7 +393,9 @@ class Connection(BaseConnection):
         CancelledError says why. What it still sends raises StreamStopped.
         Decorating waits for the server's answer, but at most 0.1 s, for the loop stands still meanwhile. If it does not
         serve after all, run() raises why. serve() waits without stopping the loop.
-        Raises Invalid (and TypeError, for a generator without async), Closed, Timeout.
+        Raises Invalid (and TypeError, for a generator without async), Closed, Timeout; Disconnected or Full where
+        nats-server refuses the subscription. A refusal that comes later is an event with the subject, and the
+        subscription is tried again.
         """
         check_subject(subject)
 

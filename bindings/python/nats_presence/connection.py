@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from ctypes import c_void_p
-from functools import partial
 from typing import Any, Callable
 
 from . import _ffi
@@ -24,6 +23,7 @@ from ._reader import SLICE_MS, QueueReader
 from ._shared import (
     BaseConnection,
     BaseSender,
+    ConnectionEvent,
     OnEvent,
     Request,
     connection_event,
@@ -231,6 +231,7 @@ class Connection(BaseConnection):
     """
 
     _events: _Pool | None = None
+    _on_event: OnEvent | None = None
 
     def __init__(self, url: str, on_event: OnEvent | None, options: Mapping[str, Option]) -> None:
         self._pools: list[_Pool] = []
@@ -238,12 +239,19 @@ class Connection(BaseConnection):
         try:
             super().__init__(url, options)
             if on_event is not None:
-                self._events = _Pool(connection_event, partial(notify, on_event), 1, "nats_presence events")
+                self._on_event, self._turn = on_event, threading.Lock()
+                self._events = _Pool(connection_event, self._notify, 1, "nats_presence events")
                 self._watch(self._events.queue)
                 self._events.start()
         except BaseException:  # Of a signal's handler, or where no thread can be started.
             self._close_now(0)
             raise
+
+    def _notify(self, event: ConnectionEvent) -> None:
+        """Calls on_event, if there is one. Not by two threads at once: services have events, too."""
+        if self._on_event is not None:
+            with self._turn:
+                notify(self._on_event, event)
 
     def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
@@ -268,12 +276,15 @@ class Connection(BaseConnection):
         sent "the handler failed", or with `send_errors` the exception's text, which may have secrets in it. To send a
         text of your own use sender.error(). The log `nats_presence` has it all. A handler has to ask `sender.closed`,
         or to send, to learn that the client has left. Raises Invalid (and TypeError, for an async handler), Closed,
-        Timeout.
+        Timeout; Disconnected or Full where nats-server refuses the subscription. A refusal that comes later is an event
+        with the subject, and the subscription is tried again.
         """
         check_subject(subject)
 
         def take(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
+                if (what := connection_event(event)) is not None:
+                    self._notify(what)
                 return None
             sender = Sender(event.sender, event.client)
             return Request(sender, event), sender
@@ -391,7 +402,7 @@ def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> 
 
     Keep it: a connection that is dropped is closed, and what it served with it.
     `url`: one or several with commas between; user and password, or a token, may stand in it.
-    `on_event`: called with each ConnectionEvent, one after the other, in a thread of its own.
+    `on_event`: called with each ConnectionEvent, one after the other, in threads of the connection.
     `options`: as presence_config_set in the C header lists them, for example name, token, tls_ca_file,
     connect_timeout_ms, session_grace_ms; None leaves one at its default.
     Raises Invalid (URL, options), Disconnected (cannot be reached, or refuses us), Timeout, Forked.
