@@ -740,7 +740,7 @@ async fn subscribe_again(connection: Weak<Connection>, number: u64, least: Durat
 }
 
 impl Announcer for Connection {
-    fn announce(&self, id: &str, requested: bool) {
+    fn announce(&self, id: &str, requested: bool) -> bool {
         let announces = match self.options.announce {
             Announce::Always => true,
             Announce::Streams => requested,
@@ -750,6 +750,7 @@ impl Announcer for Connection {
             let id = Bytes::copy_from_slice(id.as_bytes());
             self.outbox.push(Item::Note(Note::Offline(self.offline_subject.clone(), id, 0)));
         }
+        announces
     }
 
     fn number(&self) -> u64 {

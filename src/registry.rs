@@ -48,7 +48,8 @@ pub(crate) enum Notice {
 pub(crate) trait Announcer: Send + Sync {
     /// Announces the client offline if its configuration says so. `requested`: it has streams that were requested on this
     /// connection and whose workers learn of it in no other way. Called with the client's entry locked: it must only queue the announcement.
-    fn announce(&self, id: &str, requested: bool);
+    /// Returns whether it does.
+    fn announce(&self, id: &str, requested: bool) -> bool;
     /// The number of the connection.
     fn number(&self) -> u64;
 }
@@ -313,7 +314,10 @@ pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
         Presence::Life(life) => life.running.remove(number) && life.is_left(),
     };
     if !id.is_empty() {
-        registry().leave(id, is_left, |_| connection.announce(id, true));
+        let announce = |_: &Presence| {
+            connection.announce(id, true);
+        };
+        registry().leave(id, is_left, announce);
     }
 }
 
@@ -323,7 +327,10 @@ pub(crate) fn give_up_detached(id: &str, connection: &dyn Announcer) {
         Presence::Marked => false,
         Presence::Life(life) => life.is_left(),
     };
-    registry().leave_or(id, is_left, |_| connection.announce(id, true), || connection.announce(id, true));
+    let announce = || {
+        connection.announce(id, true);
+    };
+    registry().leave_or(id, is_left, |_| announce(), announce);
 }
 
 /// Adds a connection to those that announce; its inbox's subjects begin with `inbox`.
@@ -425,11 +432,11 @@ impl Registry {
         }
     }
 
-    /// Has each open connection for which `is_needed` is true announce the client offline. Returns whether there was one.
+    /// Has each open connection for which `is_needed` is true announce the client offline. Returns whether one does.
     fn announce_where(&self, id: &str, is_needed: impl Fn(Option<u64>) -> bool) -> bool {
         let announcers = self.announcers.read();
         let needed = announcers.iter().filter(|announcer| is_needed(Some(announcer.number())));
-        needed.map(|announcer| announcer.announce(id, true)).count() > 0
+        needed.filter(|announcer| announcer.announce(id, true)).count() > 0
     }
 
     /// Has every open connection announce the client offline.
@@ -614,8 +621,9 @@ mod tests {
     }
 
     impl Announcer for Ear {
-        fn announce(&self, id: &str, requested: bool) {
+        fn announce(&self, id: &str, requested: bool) -> bool {
             self.heard.lock().push((id.into(), requested));
+            true
         }
 
         fn number(&self) -> u64 {
