@@ -173,8 +173,6 @@ static void handle(const presence_event *event, int64_t now) {
   }
   if (event->kind == PRESENCE_EVENT_END && !is_complete) outcome = "SHORT";
   if (IS("asked for")) outcome = s->kind != FAILS ? "UNASKED" : is_complete ? "FAILED" : "FAILED_EARLY";
-  if (IS("server busy")) outcome = "BUSY";
-  if (IS("the client is offline")) outcome = "OFFLINE";
   if (event->status == PRESENCE_CANCELLED && s->is_silent) outcome = "SILENT";
   is_over(s, outcome);
 }

@@ -25,6 +25,7 @@ STATUSES = {
     presence.Disconnected: "DISCONNECTED",
     presence.PeerGone: "PEER_GONE",
     presence.NoResponders: "NO_RESPONDERS",
+    presence.Busy: "BUSY",
     presence.Timeout: "TIMEOUT",
     presence.Remote: "REMOTE",
 }
@@ -95,7 +96,7 @@ class Reader:
             if self.what != "fail":
                 return "UNASKED"
             return "FAILED" if self.received == self.count else "FAILED_EARLY"
-        return {"server busy": "BUSY", "the client is offline": "OFFLINE"}.get(error.message, "REMOTE")
+        return "REMOTE"
 
     async def count_outcome(self, counts: Counter[str], client: str) -> None:
         outcome = await self.read(client)

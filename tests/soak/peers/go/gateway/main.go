@@ -29,7 +29,7 @@ var (
 		presence.ErrInvalid: "INVALID", presence.ErrOffline: "OFFLINE", presence.ErrClosed: "CLOSED",
 		presence.ErrCancelled: "CANCELLED", presence.ErrFull: "FULL", presence.ErrDisconnected: "DISCONNECTED",
 		presence.ErrPeerGone: "PEER_GONE", presence.ErrNoResponders: "NO_RESPONDERS", presence.ErrTimeout: "TIMEOUT",
-		presence.ErrRemote: "REMOTE",
+		presence.ErrRemote: "REMOTE", presence.ErrBusy: "BUSY",
 	}
 	conns [2]*presence.Conn
 	name  string
@@ -230,10 +230,6 @@ func outcome(err error, what string, isComplete, isSilent bool) string {
 		return "SILENT"
 	case failed.Status != presence.ErrRemote:
 		return statuses[failed.Status]
-	case failed.Message == "server busy":
-		return "BUSY"
-	case failed.Message == "the client is offline":
-		return "OFFLINE"
 	case failed.Message != "asked for":
 		return "REMOTE"
 	case what != "fail":
