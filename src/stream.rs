@@ -556,6 +556,7 @@ impl Receiver for Stream {
         let text = match why {
             Status::Closed => "the connection was closed",
             Status::Internal => "this end of the lane has failed",
+            Status::PeerGone => "the worker accepted on a lane on which nats-server does not allow to answer",
             _ => "the connection to nats-server was lost",
         };
         self.end_here(why, text);

@@ -114,6 +114,15 @@ pub(crate) struct Frame<'a> {
     pub(crate) body: &'a [u8],
 }
 
+/// The requests that a lane message accepts: their keys, and the numbers of their streams.
+pub(crate) fn accepts(message: &[u8]) -> impl Iterator<Item = (u64, u32)> {
+    let frames = Frames::new(message.get(HEADER..).unwrap_or_default()).map_while(Result::ok);
+    frames.filter(|frame| frame.kind == ACCEPT).filter_map(|frame| {
+        let key = frame.body.first_chunk()?;
+        Some((u64::from_le_bytes(*key), frame.stream))
+    })
+}
+
 /// Reads frames one after another.
 #[derive(Clone)]
 pub(crate) struct Frames<'a>(&'a [u8]);

@@ -327,6 +327,10 @@ impl Receiver for Lanes {
             self.ignore();
             if !self.is_forbidden() {
                 self.disown(message.subject.clone(), peer, &message.payload);
+            } else if token == self.offer {
+                // The worker cannot be told, so no other answer comes to the requests that it accepts.
+                let accepted = frame::accepts(&message.payload).filter_map(|(key, _)| self.inbox.expected(key));
+                accepted.for_each(|receiver| receiver.ended(Status::PeerGone));
             }
             return;
         };

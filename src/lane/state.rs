@@ -551,6 +551,11 @@ impl<S: Clone> State<S> {
         let header = Header::read(message)?;
         self.was_heard = true;
         if self.is_over() {
+            if !self.serves {
+                // No other answer comes to the requests that it accepts.
+                let lost = frame::accepts(message).filter_map(|(key, stream)| accept(key, stream));
+                tells.extend(lost.map(|(to, _)| Tell::Gone(to, true)));
+            }
             return Ok(());
         }
         if header.has(frame::RESET) {

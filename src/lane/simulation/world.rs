@@ -436,7 +436,7 @@ impl World {
     fn max_silence(&self) -> Time {
         // A smoothed round trip and four deviations, twice.
         let trip = 4 * self.max_delay + 2 * self.max_pause + 4 * self.setup.lag;
-        (6 * trip).min(path::MAX_ASK.as_micros() as Time)
+        (6 * trip).min(path::MAX_ANSWER.as_micros() as Time)
     }
 
     fn reconnect(&self) -> Time {

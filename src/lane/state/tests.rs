@@ -228,6 +228,17 @@ fn an_acknowledgement_is_repeated_in_pauses_while_streams_run() {
     assert!(gateway.deadline().unwrap() > now + Duration::from_secs(1));
 }
 
+#[test]
+fn what_is_accepted_when_the_lane_is_over_is_lost_at_once() {
+    let now = Instant::now();
+    let mut gateway = end(false, now);
+    gateway.end(&mut vec![]);
+    let (accept, mut tells) = ((frame::ACCEPT, 1, &7u64.to_le_bytes()[..]), vec![]);
+    let asked = |key, _| (key == 7).then_some((70, 1 << 20));
+    gateway.receive(&message(1, &[accept]), now, &mut tells, asked).unwrap();
+    assert!(matches!(tells[..], [Tell::Gone(70, true)]), "{tells:?}");
+}
+
 /// Where so little may wait that a peer would not acknowledge it by itself, it is asked to.
 #[test]
 fn a_small_limit_asks_for_acknowledgements() {
