@@ -148,7 +148,7 @@ async def test_our_gateway_on_a_lane(connect: Connect, server: Server) -> None:
             frame = data(1, b"%d" % i) if i < 1000 else end(1)
             while room < 100:
                 content = decode((await messages.next_msg(PATIENCE)).data)
-                received += len(content.frames)
+                received = max(received, content.sequence)
                 room += sum(from_u64(frame.body) for frame in content.frames)
             room -= len(frame.body) + 64
             await client.publish(offer, encode(LaneMessage(0, i + 1, received, (frame,))), reply=own)
