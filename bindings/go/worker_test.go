@@ -639,7 +639,7 @@ func TestDrain(t *testing.T) {
 					return nil
 				}
 				receive(t, goOn)
-				if ctx.Err() != nil {
+				if req.ClientID == "handled" && ctx.Err() != nil { // one that came late was given up meanwhile
 					t.Error(context.Cause(ctx))
 				}
 				return s.Send([]byte("last"))
