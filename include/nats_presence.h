@@ -756,8 +756,9 @@ void presence_service_free(struct presence_service *service);
  *
  * Once the client is offline this is PRESENCE_OFFLINE, for ever. Others: PRESENCE_TOO_LARGE (more than
  * presence_sender_max_message) and, on level 0, PRESENCE_RESERVED, after which the stream goes on; PRESENCE_CLOSED; on a
- * lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0 PRESENCE_DISCONNECTED. After PRESENCE_FULL a PRESENCE_EVENT_WRITABLE tells when to try again: once the reader has
- * taken some, or what waits to be sent is half of send_buffer_bytes.
+ * lane PRESENCE_CANCELLED and PRESENCE_PEER_GONE, on level 0 PRESENCE_DISCONNECTED. After PRESENCE_FULL a
+ * PRESENCE_EVENT_WRITABLE comes when the sender can try again: once the reader has taken some messages, or half of
+ * send_buffer_bytes is free.
  *
  * # Safety
  * `sender` is NULL (PRESENCE_INVALID) or not freed yet; `data` is readable for `len` bytes.

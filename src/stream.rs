@@ -27,7 +27,7 @@ use tokio::task::AbortHandle;
 const MAX_WINDOW: u32 = 4 << 20;
 /// The same unless `stream_buffer_bytes` is set.
 const WINDOW: u32 = 256 << 10;
-/// And when the windows of the connection's other streams take up `receive_buffer_bytes`.
+/// The same once the windows of the connection's streams add up to `receive_buffer_bytes`.
 const SMALL_WINDOW: u32 = 8 << 10;
 /// What may wait for a reader on level 0, where nothing holds the worker back, unless `stream_buffer_bytes` is set.
 const LEVEL_0_LIMIT: u64 = 64 << 20;
@@ -49,7 +49,7 @@ pub struct Stream {
     answer: AtomicU8,
     /// Whether the request offered a lane.
     offers_lane: bool,
-    /// An acknowledgement of JetStream's has come, of which there is one.
+    /// JetStream's acknowledgement has come, and was ignored: there is one for each request.
     was_stored: AtomicBool,
     /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
     waiting: AtomicU64,
@@ -164,7 +164,7 @@ impl Connection {
             return Err(Error::new(Status::TooLarge, text));
         }
         let connection = self.shared()?;
-        // Its drop takes it back.
+        // Subtracted again when the stream is dropped.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
             number: fork::number(),

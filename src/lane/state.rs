@@ -181,8 +181,6 @@ pub(crate) struct State<S> {
     patience: Patience,
     /// How many bytes may wait for their acknowledgement.
     limit: usize,
-    /// How large a message of a stream may be.
-    max_message: usize,
     /// How large a NATS message may be.
     max_payload: usize,
     /// Whether this is the worker's end.
@@ -275,7 +273,6 @@ impl<S: Clone> State<S> {
         State {
             patience,
             limit,
-            max_message: wire::max_message(MAX_PAYLOAD),
             max_payload: MAX_PAYLOAD,
             serves,
             life: Life::Open,
@@ -382,7 +379,7 @@ impl<S: Clone> State<S> {
         if self.is_over() {
             return Err(Refusal::Over);
         }
-        if data.len() > self.max_message {
+        if data.len() > self.max_message() {
             return Err(Refusal::TooLarge);
         }
         let weight = data.len() as u64 + OVERHEAD;
@@ -428,8 +425,8 @@ impl<S: Clone> State<S> {
                 None => self.append(frame::END, credit.stream, &[]),
                 Some(text) => {
                     // It need not wait for room. So where there is none it is short: thousands may end at once.
-                    let most = if self.has_room(text.len()) { self.max_message } else { SHORT };
-                    self.append(frame::ERROR, credit.stream, wire::cut(text, most.min(self.max_message)));
+                    let most = if self.has_room(text.len()) { self.max_message() } else { SHORT };
+                    self.append(frame::ERROR, credit.stream, wire::cut(text, most.min(self.max_message())));
                 }
             }
         }
@@ -460,7 +457,6 @@ impl<S: Clone> State<S> {
 
     /// nats-server takes messages of so many bytes.
     pub(crate) fn set_max_payload(&mut self, max_payload: usize) {
-        self.max_message = wire::max_message(max_payload);
         self.max_payload = max_payload;
     }
 
@@ -897,6 +893,11 @@ impl<S: Clone> State<S> {
             self.confirm_at = Some(now + ACK_DELAY);
         }
         self.acknowledged = self.received;
+    }
+
+    /// How large a message of a stream may be.
+    fn max_message(&self) -> usize {
+        wire::max_message(self.max_payload)
     }
 
     fn has_room(&self, bytes: usize) -> bool {
