@@ -1094,18 +1094,23 @@ func TestSenderNeedsNoC(t *testing.T) {
 	worker, gateway := connect(t, s), rawClient(t, s)
 	serve(t, worker, "cheap", func(ctx context.Context, req *Request, s *Sender) error {
 		data := []byte("x")
-		if n := testing.AllocsPerRun(100, func() { s.Send(data) }); n != 0 {
+		if n := leastAllocs(func() { s.Send(data) }); n != 0 {
 			t.Errorf("Send allocates %v times", n)
 		}
-		if n := testing.AllocsPerRun(100, func() { s.IsClosed() }); n != 0 {
+		if n := leastAllocs(func() { s.IsClosed() }); n != 0 {
 			t.Errorf("IsClosed allocates %v times", n)
 		}
-		begin, calls := time.Now(), 100000
-		for range calls {
-			s.IsClosed()
-		}
-		t.Logf("IsClosed: %v", time.Since(begin)/time.Duration(calls))
 		return nil
 	})
 	answers(t, gateway.request("cheap", "cheap", ""))
+}
+
+// leastAllocs returns how many times call allocates. AllocsPerRun counts the allocations of all goroutines, and the
+// gateway of this test allocates for each message that it receives, so the least of many short rounds is the figure.
+func leastAllocs(call func()) float64 {
+	least := testing.AllocsPerRun(10, call)
+	for round := 1; round < 100 && least != 0; round++ {
+		least = min(least, testing.AllocsPerRun(10, call))
+	}
+	return least
 }
