@@ -50,7 +50,7 @@ def tell_stats(ended: threading.Event) -> None:
 
 conns = [presence.connect(sys.argv[1], **soak.connection_options(sys.argv[3], level)) for level in range(2)]
 for conn, subject in zip(conns, [sys.argv[2], f"{sys.argv[2]}.0"]):
-    conn.service(subject, queue="soak", threads=THREADS)(serve)
+    conn.service(subject, queue="soak", threads=THREADS, max_streams=10_000)(serve)
 ended = threading.Event()
 teller = threading.Thread(target=tell_stats, args=(ended,))
 soak.tell(event="ready")
