@@ -1,7 +1,7 @@
 //! Options, by key and value. `presence_config_set` documents them to people.
 
 use crate::error::{Error, Result, Status};
-use crate::wire::{self, Use};
+use crate::wire::level0::{self, Use};
 use async_nats::HeaderMap;
 use std::fmt;
 use std::path::PathBuf;
@@ -227,7 +227,7 @@ impl Config {
             "max_reconnects" => connect.max_reconnects = number(key, value, 0, u32::MAX.into())?,
             "ping_interval_ms" => connect.ping_interval = millis(key, value, 10)?,
             "inbox_prefix" => {
-                wire::check_length("option inbox_prefix", value, wire::MAX_PREFIX)?;
+                level0::check_length("option inbox_prefix", value, level0::MAX_PREFIX)?;
                 connect.inbox_prefix = subject(key, value)?;
             }
             "offline_subject" => connect.offline_subject = subject(key, value)?,
@@ -259,7 +259,7 @@ impl Config {
                     "only_online" => request.only_online = boolean(key, value)?,
                     "stream_buffer_bytes" => request.stream_buffer = Some(number(key, value, 1, 1 << 40)?),
                     _ => match key.strip_prefix("header.") {
-                        Some(name) => wire::add_header(&mut request.headers, name, value)?,
+                        Some(name) => level0::add_header(&mut request.headers, name, value)?,
                         None => {
                             return Err(Error::invalid(format!(
                                 "option {key:?} is unknown; known are {}",
@@ -304,14 +304,14 @@ fn line(key: &str, value: &str) -> Result<String> {
 }
 
 fn subject(key: &str, value: &str) -> Result<String> {
-    wire::check_subject(&format!("option {key}"), value, Use::Publish)?;
+    level0::check_subject(&format!("option {key}"), value, Use::Publish)?;
     Ok(value.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dial::STAGGER;
+    use crate::nats::dial::STAGGER;
 
     #[test]
     fn wrong_values_are_named_and_change_nothing() {

@@ -1,11 +1,12 @@
 //! What must hold for any bytes whatever: driven by `fuzz/`, and replayed in `cargo test` over what that has found.
 
+use crate::MAX_ID;
 use crate::config::Config;
-use crate::dial;
-use crate::lane::frame::{self, Frame, Frames, Header, Run};
 use crate::lane::state::{Patience, State, Tell};
-use crate::wire::{self, Answer, Use};
-use crate::{MAX_ID, client};
+use crate::nats::dial;
+use crate::presence::client_id;
+use crate::wire::frame::{self, Frame, Frames, Header, Run};
+use crate::wire::level0::{self, Answer, Use};
 use async_nats::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
@@ -172,35 +173,35 @@ pub fn lane(data: &[u8]) {
 
 /// Level 0: markers, subjects, headers.
 pub fn level0(data: &[u8]) {
-    let means_data = wire::answer(data) == Answer::Data;
-    assert!(means_data || wire::is_reserved(data));
+    let means_data = level0::answer(data) == Answer::Data;
+    assert!(means_data || level0::is_reserved(data));
     let max = data.len() / 2;
-    let error = wire::error(data, max);
-    assert!(error.len() <= max.max(wire::ERROR.len()));
-    assert!(matches!(wire::answer(&error), Answer::Error(text) if data.starts_with(text)));
+    let error = level0::error(data, max);
+    assert!(error.len() <= max.max(level0::ERROR.len()));
+    assert!(matches!(level0::answer(&error), Answer::Error(text) if data.starts_with(text)));
     let Ok(text) = std::str::from_utf8(data) else { return };
     let (publish, subscribe) =
-        (wire::check_subject("x", text, Use::Publish), wire::check_subject("x", text, Use::Subscribe));
+        (level0::check_subject("x", text, Use::Publish), level0::check_subject("x", text, Use::Subscribe));
     assert!(publish.is_err() || subscribe.is_ok(), "what may be published to may be subscribed to");
     if subscribe.is_ok() {
-        assert!(text.len() <= wire::MAX_SUBJECT && !text.contains([' ', '\t', '\r', '\n', '\0']));
+        assert!(text.len() <= level0::MAX_SUBJECT && !text.contains([' ', '\t', '\r', '\n', '\0']));
         assert!(text.split('.').all(|token| !token.is_empty()));
     }
-    assert!(!wire::may_answer(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
+    assert!(!level0::may_answer(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
     let mut headers = HeaderMap::new();
-    if wire::add_header(&mut headers, name, value).is_ok() {
+    if level0::add_header(&mut headers, name, value).is_ok() {
         assert!(!name.contains([':', '\r', '\n', ' ']) && !value.contains(['\r', '\n', '\0']));
-        assert_eq!(wire::header(Some(&headers), name), Some(value));
-        assert!(!name.eq_ignore_ascii_case(wire::CONNECT_ID));
+        assert_eq!(level0::header(Some(&headers), name), Some(value));
+        assert!(!name.eq_ignore_ascii_case(level0::CONNECT_ID));
     }
 }
 
 /// Clients' ids: what is taken is what was given, and can be a header's value.
 pub fn ids(data: &[u8]) {
-    if let Ok(id) = client::id(data) {
+    if let Ok(id) = client_id::id(data) {
         assert!(id.as_bytes() == data && data.len() <= MAX_ID && !id.chars().any(char::is_control));
-        assert!(wire::value_of(id).is_ok());
+        assert!(level0::value_of(id).is_ok());
     }
 }
 

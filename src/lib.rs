@@ -3,20 +3,21 @@
 //! A client's browser is connected to a *gateway*; the gateway asks a *worker* for a stream of messages; the client
 //! leaves. From then on the worker's [`Sender`] refuses to send, and its process is told.
 //!
-//! The map of the crate, from what depends on most to what depends on nothing:
+//! The map of the crate; each module uses only those below it:
 //!
-//! | room | what is in it |
+//! | module | what is in it |
 //! |---|---|
-//! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is made; the only place with `unsafe` |
-//! | `service`, `sender` | the worker's side |
-//! | `stream`, `unanswered` | the gateway's side · streams that ended before their worker answered |
-//! | `connection` | nats-server: the NATS client supervised, replaced, drained |
-//! | `dial`, `tls`, `inbound`, `drive`, `outbox` | how a server is reached · certificates and keys · messages in · messages out · what waits for it |
+//! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is generated; the only place with `unsafe` |
+//! | `worker` | the worker's side: a service takes requests, a sender answers one |
+//! | `gateway` | the gateway's side: a stream that was requested; streams that ended before their worker answered |
+//! | `connection` | keeps one connection to nats-server up: subscriptions, announcements, drain, close |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
-//! | `registry`, `id_map` | who is online; stops senders and streams · the map of them |
-//! | `queue`, `readers` | events out of the library · whom to call when they come |
-//! | `config`, `wire`, `client`, `error` | options · level 0 byte for byte · ids · statuses |
-//! | `runtime`, `fork`, `random` | the process: its tokio runtime, what a forked child may still use, randomness |
+//! | `nats` | everything that touches async-nats: dialling, TLS, messages in, messages out |
+//! | `presence` | who is online in this process; stops senders and streams when a client leaves |
+//! | `events` | the queue of events that callers read, and the wakeups of its waiting threads |
+//! | `wire` | byte formats: level 0, which plain NATS peers speak, and the frames of lanes |
+//! | `process` | the tokio runtime, what a forked child may still use, randomness |
+//! | `config`, `error`, `sync` | options; statuses; locks that survive a fork |
 //!
 //! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
 //! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
@@ -24,42 +25,31 @@
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
 compile_error!("nats-presence supports 64-bit little-endian targets only");
 
-mod client;
 mod config;
 mod connection;
-mod dial;
-mod drive;
 mod error;
+mod events;
 pub mod ffi;
-mod fork;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
-mod id_map;
-mod inbound;
+mod gateway;
 mod lane;
-mod outbox;
+mod nats;
 #[cfg(test)]
 mod panics;
-mod queue;
-mod random;
-mod readers;
-mod registry;
-mod runtime;
-mod sender;
-mod service;
-mod stream;
+mod presence;
+mod process;
 mod sync;
-mod tls;
-mod unanswered;
 mod wire;
+mod worker;
 
-pub use client::MAX_ID;
 pub use config::Config;
 pub use connection::{Connection, Stats};
 pub use error::{Error, Result, Status};
-pub use queue::{Event, Kind, Queue};
-pub use registry::{Session, is_online, mark_offline, mark_online, online_count, watch};
-pub use sender::Sender;
-pub use service::Service;
-pub use stream::Stream;
+pub use events::queue::{Event, Kind, Queue};
+pub use gateway::stream::Stream;
+pub use presence::client_id::MAX_ID;
+pub use presence::registry::{Session, is_online, mark_offline, mark_online, online_count, watch};
+pub use worker::sender::Sender;
+pub use worker::service::Service;

@@ -1,8 +1,13 @@
 //! A panic in each task of the runtime: what depends on it is told, and all else goes on.
 
-use crate::queue::{Kind, Queue};
+use crate::Config;
+use crate::Connection;
+use crate::Sender;
+use crate::Status;
+use crate::events::queue::{Kind, Queue};
+use crate::is_online;
+use crate::mark_online;
 use crate::sync::Mutex;
-use crate::{Config, Connection, Sender, Status, is_online, mark_online};
 use std::future::poll_fn;
 use std::io::{BufRead, BufReader};
 use std::panic;

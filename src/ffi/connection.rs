@@ -7,7 +7,7 @@ use super::guard::{
 use super::queue::presence_queue;
 use crate::config::Config;
 use crate::connection::{Connection, Stats};
-use crate::runtime;
+use crate::process::runtime;
 use std::ffi::c_char;
 
 /// A set of options. Not for use by several threads at once. Made by presence_config_new.

@@ -7,12 +7,12 @@
 use crate::config::Config;
 use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
-use crate::fork::{self, PerProcess};
-use crate::queue::{Origin, Queue};
-use crate::registry::Session;
-use crate::sender::Sender;
-use crate::service::Service;
-use crate::stream::Stream;
+use crate::events::queue::{Origin, Queue};
+use crate::gateway::stream::Stream;
+use crate::presence::registry::Session;
+use crate::process::fork::{self, PerProcess};
+use crate::worker::sender::Sender;
+use crate::worker::service::Service;
 use std::cell::Cell;
 use std::ffi::{CStr, c_char};
 use std::mem::MaybeUninit;

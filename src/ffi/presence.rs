@@ -1,7 +1,7 @@
 //! Who is online: the mission's three functions, their forms with a length, sessions.
 
 use super::guard::{bytes, c_bytes, guard, guard_or, handle, release};
-use crate::registry::{self, Session};
+use crate::presence::registry::{self, Session};
 use std::ffi::c_char;
 
 /// One of several connections of the same client (two tabs of a browser). Made by presence_session_open.

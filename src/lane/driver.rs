@@ -3,12 +3,12 @@
 //! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
 
 use crate::error::Status;
-use crate::lane::frame::{self, Malformed};
+use crate::events::queue::{Batch, Origin, Queue};
+use crate::events::wakeups::Readers;
 use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
-use crate::outbox::stopped;
-use crate::queue::{Batch, Origin, Queue};
-use crate::readers::Readers;
+use crate::nats::outbox::stopped;
 use crate::sync::{Condvar, Mutex};
+use crate::wire::frame::{self, Malformed};
 use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;

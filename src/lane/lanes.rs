@@ -5,13 +5,15 @@
 //! connection's own: nats-server answers 503 as soon as its process is gone.
 
 use crate::error::{Error, Result, Status};
-use crate::inbound::{Inbox, Receiver};
+use crate::events::wakeups::Readers;
 use crate::lane::driver::{Accepted, Lane, Party};
-use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Patience};
-use crate::readers::Readers;
+use crate::nats::inbound::{Inbox, Receiver};
+use crate::process::random;
+use crate::process::runtime;
 use crate::sync::Mutex;
-use crate::{random, runtime, wire};
+use crate::wire::frame::{self, Header};
+use crate::wire::level0;
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
 use futures_util::FutureExt;
@@ -176,7 +178,7 @@ impl Lanes {
     fn begin(&self, peer: &Subject, payload: &[u8]) -> Option<Arc<Lane>> {
         let header = Header::read(payload).ok()?;
         let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
-        (is_first && self.has_room() && wire::may_answer(peer, &self.offline_subject))
+        (is_first && self.has_room() && level0::may_answer(peer, &self.offline_subject))
             .then(|| self.make(format!("{}-{}", self.offer, random::number()), peer.clone(), false))
     }
 
@@ -185,13 +187,14 @@ impl Lanes {
     /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it. None for one that leads
     /// nowhere.
     pub(crate) fn open(&self, offer: &str, to: &Arc<dyn Party>) -> Result<Option<(Arc<Lane>, Arc<Credit>)>> {
-        let wrong = || Error::invalid(format!("{} {offer:?} offers no lane of version {}", wire::LANE, frame::VERSION));
+        let wrong =
+            || Error::invalid(format!("{} {offer:?} offers no lane of version {}", level0::LANE, frame::VERSION));
         let mut words = offer.split(' ');
         let (version, inbox, key, window) = (words.next(), words.next(), words.next(), words.next());
         if version.and_then(|version| version.parse().ok()) != Some(frame::VERSION) {
             return Err(wrong());
         }
-        let inbox = inbox.filter(|inbox| wire::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
+        let inbox = inbox.filter(|inbox| level0::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
         if self.unreachable.lock().iter().any(|offer| offer == inbox) {
             return Ok(None);
         }
@@ -265,7 +268,7 @@ impl Lanes {
     /// Answers a message of a lane that is not known here: either all of it is still to come, or it is over.
     fn disown(&self, own: Subject, peer: &Subject, payload: &[u8]) {
         let Ok(header) = Header::read(payload) else { return };
-        if header.has(frame::RESET) || !wire::may_answer(peer, &self.offline_subject) {
+        if header.has(frame::RESET) || !level0::may_answer(peer, &self.offline_subject) {
             return;
         }
         // Only at the offer its first message may begin it after all: from elsewhere it would be asked for it for ever.

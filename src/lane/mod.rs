@@ -2,7 +2,6 @@
 //! doubles nothing when nats-server is restarted, holds fast workers back, and notices when the other process is gone.
 
 pub(crate) mod driver;
-pub(crate) mod frame;
 pub(crate) mod lanes;
 pub(crate) mod path;
 #[cfg(test)]

@@ -6,9 +6,9 @@
 //! it), and sent again from the first missing on. How much is in flight at once follows the round trip (`path`). After a
 //! reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
 
-use crate::lane::frame::{self, Frames, Header, Malformed, Run};
 use crate::lane::path::{self, Path};
-use crate::wire;
+use crate::wire::frame::{self, Frames, Header, Malformed, Run};
+use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
@@ -426,7 +426,7 @@ impl<S: Clone> State<S> {
                 Some(text) => {
                     // It need not wait for room. So where there is none it is short: thousands may end at once.
                     let most = if self.has_room(text.len()) { self.max_message() } else { SHORT };
-                    self.append(frame::ERROR, credit.stream, wire::cut(text, most.min(self.max_message())));
+                    self.append(frame::ERROR, credit.stream, level0::cut(text, most.min(self.max_message())));
                 }
             }
         }
@@ -897,7 +897,7 @@ impl<S: Clone> State<S> {
 
     /// How large a message of a stream may be.
     fn max_message(&self) -> usize {
-        wire::max_message(self.max_payload)
+        level0::max_message(self.max_payload)
     }
 
     fn has_room(&self, bytes: usize) -> bool {

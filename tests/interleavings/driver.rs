@@ -1,8 +1,8 @@
 //! Stop, send, end, wait and receive, on a lane: both ends, and what is between them.
 
 use super::*;
-use crate::outbox::interleavings::search;
-use crate::queue::{Kind, Single};
+use crate::nats::outbox::interleavings::search;
+use crate::events::queue::{Kind, Single};
 use shuttle::sync::atomic::AtomicBool;
 use shuttle::thread;
 

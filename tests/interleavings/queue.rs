@@ -1,7 +1,7 @@
 //! Push, wait, wake and close.
 
 use super::*;
-use crate::outbox::interleavings::search;
+use crate::nats::outbox::interleavings::search;
 use shuttle::sync::atomic::{AtomicU32, Ordering};
 use shuttle::thread;
 

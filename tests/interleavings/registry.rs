@@ -1,7 +1,7 @@
 //! Marks, sessions and streams of one client, all at once.
 
 use super::*;
-use crate::outbox::interleavings::search;
+use crate::nats::outbox::interleavings::search;
 use shuttle::thread;
 
 struct Probe {
@@ -124,7 +124,7 @@ fn watchers_hear_in_turn() {
         mark_offline(b"a").unwrap();
         other.join().unwrap();
         let mut online = false;
-        let note = |event: crate::queue::Event<'_>| {
+        let note = |event: crate::events::queue::Event<'_>| {
             assert_eq!(event.kind, if online { Kind::Offline } else { Kind::Online });
             online = !online;
         };

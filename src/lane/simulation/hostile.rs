@@ -1,8 +1,8 @@
 //! The other end lies: whatever bytes come, nothing panics, little is kept for them, and each stream still ends once.
 
 use super::schedule::Random;
-use crate::lane::frame::{self, Frames, Header};
 use crate::lane::state::{Patience, State, Tell};
+use crate::wire::frame::{self, Frames, Header};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};

@@ -10,10 +10,10 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
-use crate::lane::frame::{self, Header};
 use crate::lane::state::{Credit, Grant, OVERHEAD, Patience, Refusal, State, Tell};
 use crate::lane::{lanes, path};
-use crate::wire;
+use crate::wire::frame::{self, Header};
+use crate::wire::level0;
 use bytes::Bytes;
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};

@@ -37,7 +37,7 @@ fn a_message_is_as_large_as_nats_server_takes_it() {
     assert!(worker.serves() && !end(false, now).serves());
     let credit = worker.open(1, 8 << 20, 0, now).unwrap();
     // A mebibyte, until nats-server says otherwise.
-    let most = wire::max_message(1 << 20);
+    let most = level0::max_message(1 << 20);
     assert_eq!(worker.send(&credit, &vec![0; most + 1]), Err(Refusal::TooLarge));
     assert_eq!(worker.send(&credit, &vec![0; most]), Ok(()));
     worker.set_max_payload(1000);

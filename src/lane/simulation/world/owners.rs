@@ -222,7 +222,7 @@ impl World {
     pub(super) fn message(&self, sender: usize, index: u32, data: &mut Vec<u8>) -> usize {
         let spec = &self.streams[self.senders[sender].stream].spec;
         let content = mix((sender as u64) << 32 ^ u64::from(index));
-        let most = spec.size.min(wire::max_message(self.setup.max_payload));
+        let most = spec.size.min(level0::max_message(self.setup.max_payload));
         let size = if spec.is_varied { content as usize % (most + 1) } else { most };
         data.extend(content.to_le_bytes().into_iter().cycle().take(size));
         size

@@ -2,7 +2,7 @@
 
 use super::tests::{Ear, Probe};
 use super::*;
-use crate::queue::Event;
+use crate::events::queue::Event;
 use std::env;
 use std::process::Command;
 use std::thread;
@@ -345,7 +345,7 @@ fn compare(name: &str, seeds: u64, has_grace: bool) {
 
 #[test]
 fn agrees_with_the_model() {
-    if is_alone("registry::model::agrees_with_the_model") {
+    if is_alone("presence::registry::model::agrees_with_the_model") {
         for grace in [0, 1000] {
             set_session_grace(Duration::from_millis(grace));
             compare("alone", 500, grace > 0);
@@ -357,7 +357,7 @@ fn agrees_with_the_model() {
 /// Each thread has clients of its own; the map, the watchers and the connections are everybody's.
 #[test]
 fn agrees_with_the_model_in_four_threads() {
-    if is_alone("registry::model::agrees_with_the_model_in_four_threads") {
+    if is_alone("presence::registry::model::agrees_with_the_model_in_four_threads") {
         thread::scope(|scope| {
             for name in ["first", "second", "third", "fourth"] {
                 scope.spawn(move || compare(name, 100, false));
@@ -369,7 +369,7 @@ fn agrees_with_the_model_in_four_threads() {
 
 #[test]
 fn the_last_inboxes_are_remembered() {
-    if is_alone("registry::model::the_last_inboxes_are_remembered") {
+    if is_alone("presence::registry::model::the_last_inboxes_are_remembered") {
         let ears: Vec<_> = (0..=MAX_INBOXES).map(|_| Ear::new()).collect();
         let known = |ear: &Arc<Ear>| owner_of(&format!("inbox.{}.1", ear.number)) == Some(ear.number);
         assert!(!known(&ears[0]) && ears[1..].iter().all(known));

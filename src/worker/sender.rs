@@ -2,14 +2,14 @@
 
 use crate::connection::Connection;
 use crate::error::{Result, Status};
-use crate::fork;
+use crate::events::queue::{Event, Kind, Origin, Queue, Single};
 use crate::lane::driver::{Lane, Party};
 use crate::lane::state::Credit;
-use crate::outbox::{LOST, Note, Writer, stopped};
-use crate::queue::{Event, Kind, Origin, Queue, Single};
-use crate::registry::{self, Notice, Running};
-use crate::service::Service;
-use crate::wire::{self, Headers};
+use crate::nats::outbox::{LOST, Note, Writer, stopped};
+use crate::presence::registry::{self, Notice, Running};
+use crate::process::fork;
+use crate::wire::level0::{self, Headers};
+use crate::worker::service::Service;
 use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -167,7 +167,7 @@ impl Sender {
     /// How large a message may be, in bytes. It depends on the server of the present connection.
     #[must_use]
     pub fn max_message(&self) -> usize {
-        wire::max_message(self.connection().max_payload())
+        level0::max_message(self.connection().max_payload())
     }
 
     /// How many messages it sent.
@@ -185,7 +185,7 @@ impl Sender {
     /// The first value of a header of the request.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        if name == wire::CONNECT_ID {
+        if name == level0::CONNECT_ID {
             return Some(&*self.client).filter(|client| !client.is_empty());
         }
         self.headers.iter().find(|(own, _)| **own == *name).map(|(_, value)| &**value)
@@ -242,7 +242,7 @@ impl Sender {
         if data.len() > self.max_message() {
             return Err(Status::TooLarge);
         }
-        if wire::is_reserved(data) {
+        if level0::is_reserved(data) {
             return Err(Status::Reserved);
         }
         Ok(())
@@ -267,7 +267,7 @@ impl Sender {
     }
 
     fn error_note(&self, text: &[u8]) -> Note {
-        Note::Error(self.reply.clone(), wire::error(text, self.connection().max_payload()))
+        Note::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
     }
 
     /// Registers it as waiting for room, once.
@@ -314,7 +314,7 @@ impl Sender {
 /// What its reader is told of why a sender was stopped.
 fn reason(why: Status) -> &'static str {
     match why {
-        Status::Offline => wire::OFFLINE,
+        Status::Offline => level0::OFFLINE,
         Status::Disconnected => LOST,
         Status::Internal => "the worker's end of the lane has failed",
         _ => "the worker closed its connection",

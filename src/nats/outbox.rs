@@ -2,7 +2,7 @@
 
 use crate::error::Status;
 use crate::sync::{Condvar, Mutex};
-use crate::wire;
+use crate::wire::level0;
 use async_nats::{HeaderMap, Subject};
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashSet, VecDeque, vec_deque};
@@ -61,7 +61,7 @@ impl Note {
 
     fn after_loss(self) -> Note {
         match self {
-            Note::End(to) => Note::Error(to, wire::error(LOST.as_bytes(), usize::MAX)),
+            Note::End(to) => Note::Error(to, level0::error(LOST.as_bytes(), usize::MAX)),
             note => note,
         }
     }
@@ -560,7 +560,7 @@ mod tests {
             .map(|item| match item {
                 Item::Note(Note::Offline(_, id, _)) => id,
                 Item::Note(Note::Error(to, payload)) => {
-                    assert!(payload.starts_with(wire::ERROR));
+                    assert!(payload.starts_with(level0::ERROR));
                     to.into_string().into()
                 }
                 _ => panic!("not to be kept"),

@@ -1,16 +1,16 @@
 //! The worker's side: a subject that is served, and what becomes of its requests.
 
-use crate::client;
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::fork;
-use crate::inbound::Receiver;
+use crate::events::queue::{Kind, Origin, Queue, Single, own};
 use crate::lane::driver::Party;
-use crate::queue::{Kind, Origin, Queue, Single, own};
-use crate::registry;
-use crate::sender::Sender;
+use crate::nats::inbound::Receiver;
+use crate::presence::client_id;
+use crate::presence::registry;
+use crate::process::fork;
 use crate::sync::Mutex;
-use crate::wire::{self, Use};
+use crate::wire::level0::{self, Use};
+use crate::worker::sender::Sender;
 use async_nats::{Message, Subject};
 use dashmap::DashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,8 +59,8 @@ impl Connection {
         max_streams: u32,
         tag: u64,
     ) -> Result<Arc<Service>> {
-        wire::check_subject("subject", subject, Use::Subscribe)?;
-        wire::check_length("group", group, wire::MAX_PREFIX)?;
+        level0::check_subject("subject", subject, Use::Subscribe)?;
+        level0::check_length("group", group, level0::MAX_PREFIX)?;
         if group.contains(|c: char| c.is_whitespace() || c.is_control()) {
             return Err(Error::invalid(format!(
                 "group {group:?} has white space or a control character: it may have none"
@@ -158,7 +158,7 @@ impl Service {
     fn request(self: Arc<Self>, message: Message) {
         let connection = &self.connection;
         count(&connection.counters.requests);
-        let Some(reply) = message.reply.filter(|reply| wire::may_answer(reply, connection.offline_subject())) else {
+        let Some(reply) = message.reply.filter(|reply| level0::may_answer(reply, connection.offline_subject())) else {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
@@ -168,12 +168,12 @@ impl Service {
             });
             return;
         };
-        let id = wire::header(message.headers.as_ref(), wire::CONNECT_ID).unwrap_or_default();
-        let id = match client::id(id.as_bytes()) {
+        let id = level0::header(message.headers.as_ref(), level0::CONNECT_ID).unwrap_or_default();
+        let id = match client_id::id(id.as_bytes()) {
             Ok(id) => Arc::from(id),
             Err(error) => {
                 count(&connection.counters.requests_ignored);
-                self.refuse(&reply, &format!("invalid {}: {error}", wire::CONNECT_ID));
+                self.refuse(&reply, &format!("invalid {}: {error}", level0::CONNECT_ID));
                 return;
             }
         };
@@ -182,13 +182,13 @@ impl Service {
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
             count(&connection.counters.requests_busy);
-            self.refuse(&reply, wire::BUSY);
+            self.refuse(&reply, level0::BUSY);
             return;
         }
         // Copied: what came is a part of the NATS client's read buffer, all of which would be kept as long as the sender.
         let reply = Subject::from(reply.as_str().to_owned());
-        let headers = wire::own_headers(message.headers.as_ref());
-        let offer = wire::header(message.headers.as_ref(), wire::LANE).map(str::to_owned);
+        let headers = level0::own_headers(message.headers.as_ref());
+        let offer = level0::header(message.headers.as_ref(), level0::LANE).map(str::to_owned);
         let sender = Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
@@ -228,7 +228,7 @@ impl Service {
 
     /// Answers a request with an error. Where so much waits that there is no room for it, it is dropped.
     fn refuse(&self, reply: &Subject, text: &str) {
-        let payload = wire::error(text.as_bytes(), self.connection.max_payload());
+        let payload = level0::error(text.as_bytes(), self.connection.max_payload());
         let _ = self.connection.outbox().send(&0.into(), reply, &payload, || None);
     }
 }

@@ -1,9 +1,9 @@
 //! Events out of the library: any number of services, streams and watches put them in, one thread takes them out.
 
 use crate::error::{Error, Result, Status};
-use crate::fork;
-use crate::lane::frame::Run;
+use crate::process::fork;
 use crate::sync::{Condvar, Mutex};
+use crate::wire::frame::Run;
 use bytes::{Bytes, BytesMut};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::any::Any;

@@ -8,19 +8,22 @@
 //! hands it over, so that messages of different subscriptions keep the order in which they arrived.
 
 use crate::config::{Announce, Config, ConnectOptions, SUCCESSFUL_ATTEMPT};
-use crate::dial::{self, Dialer};
-use crate::drive::{Confirmation, Drive};
 use crate::error::{Error, Result, Status};
-use crate::inbound::{Inbound, Inbox, Receiver, Subscription};
+use crate::events::queue::{Kind, Queue};
+use crate::events::wakeups::Readers;
 use crate::lane::lanes::Lanes;
 use crate::lane::state::Patience;
-use crate::outbox::{Item, Note, Notes, Outbox, Recent};
-use crate::queue::{Kind, Queue};
-use crate::random::{self, jitter};
-use crate::readers::Readers;
-use crate::registry::{self, Announcer};
+use crate::nats::dial::{self, Dialer};
+use crate::nats::inbound::{Inbound, Inbox, Receiver, Subscription};
+use crate::nats::outbox::{Item, Note, Notes, Outbox, Recent};
+use crate::nats::writer::{Confirmation, Drive};
+use crate::presence::client_id;
+use crate::presence::registry::{self, Announcer};
+use crate::process::fork;
+use crate::process::random::{self, jitter};
+use crate::process::runtime;
 use crate::sync::{Mutex, RwLock};
-use crate::{client, fork, runtime, wire};
+use crate::wire::level0;
 use async_nats::{Client, HeaderMap, Message, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -766,8 +769,8 @@ struct Listener {
 impl Receiver for Listener {
     fn message(&self, message: Message) {
         let Some(connection) = self.connection.upgrade() else { return };
-        let origin = wire::header(message.headers.as_ref(), wire::ORIGIN).and_then(AnnouncedBy::read);
-        match client::id(&message.payload) {
+        let origin = level0::header(message.headers.as_ref(), level0::ORIGIN).and_then(AnnouncedBy::read);
+        match client_id::id(&message.payload) {
             Ok("") => count(&connection.counters.offline_ignored),
             Ok(id) => match origin {
                 Some(own) if own.process == process_token() => {
@@ -882,7 +885,7 @@ fn process_token() -> &'static str {
 pub(crate) fn origin_header(connection: u64, number: u64, is_repeated: bool) -> HeaderMap {
     let mut headers = HeaderMap::new();
     let again = if is_repeated { " again" } else { "" };
-    headers.insert(wire::ORIGIN, format!("{} {connection} {number}{again}", process_token()));
+    headers.insert(level0::ORIGIN, format!("{} {connection} {number}{again}", process_token()));
     headers
 }
 

@@ -11,7 +11,7 @@ pub(crate) const VERSION: u8 = 1;
 pub(crate) const HEADER: usize = 30;
 /// The most that a frame adds to its body.
 pub(crate) const MAX_FRAME_HEADER: usize = 11;
-const _: () = assert!(HEADER + MAX_FRAME_HEADER + crate::wire::max_message(1024) <= 1024);
+const _: () = assert!(HEADER + MAX_FRAME_HEADER + crate::wire::level0::max_message(1024) <= 1024);
 
 /// Answer this at once, with the PING's number.
 pub(crate) const PING: u8 = 1;

@@ -6,9 +6,10 @@
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
+use crate::nats::tls::{self, Files};
+use crate::process::random;
+use crate::process::runtime;
 use crate::sync::Mutex;
-use crate::tls::{self, Files};
-use crate::{random, runtime};
 use async_nats::rustls::ClientConfig;
 use async_nats::{Client, ConnectErrorKind, ServerAddr};
 use futures_util::StreamExt;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result, Status};
 use crate::ffi;
-use crate::fork::{self, PerProcess};
+use crate::process::fork::{self, PerProcess};
 use crate::sync::Mutex;
 use futures_util::FutureExt;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};

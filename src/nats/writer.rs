@@ -2,9 +2,11 @@
 
 use crate::connection::{Connection, count, origin_header};
 use crate::error::Status;
-use crate::inbound::Receiver;
-use crate::outbox::{Announcement, Batch, Item, Note, Notes, Request};
-use crate::{random, registry, wire};
+use crate::nats::inbound::Receiver;
+use crate::nats::outbox::{Announcement, Batch, Item, Note, Notes, Request};
+use crate::presence::registry;
+use crate::process::random;
+use crate::wire::level0;
 use async_nats::{Client, Message, PublishError, PublishErrorKind};
 use bytes::Bytes;
 use std::mem;
@@ -144,7 +146,7 @@ impl<'a> Drive<'a> {
                 }
                 self.keep(note.clone());
                 match note {
-                    Note::End(to) => client.publish(to, Bytes::from_static(wire::END)).await,
+                    Note::End(to) => client.publish(to, Bytes::from_static(level0::END)).await,
                     Note::Error(to, payload) => client.publish(to, payload).await,
                     Note::Offline(to, id, number) => {
                         count(&connection.counters.offline_out);

@@ -6,12 +6,12 @@
 //! word, the order of announcements and requests, of ONLINE and OFFLINE events) is written under that lock; what takes
 //! longer comes after.
 
-use crate::client;
 use crate::error::{Result, Status};
-use crate::fork::{self, PerProcess};
-use crate::id_map::IdMap;
-use crate::queue::{Kind, Queue};
-use crate::runtime;
+use crate::events::queue::{Kind, Queue};
+use crate::presence::client_id;
+use crate::presence::id_map::IdMap;
+use crate::process::fork::{self, PerProcess};
+use crate::process::runtime;
 use crate::sync::RwLock;
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
@@ -177,7 +177,7 @@ fn registry() -> &'static Registry {
 /// # Errors
 /// `Status::Invalid` for an invalid id.
 pub fn mark_online(id: &[u8]) -> Result<()> {
-    let id = client::id(id)?;
+    let id = client_id::id(id)?;
     if id.is_empty() {
         return Ok(());
     }
@@ -196,7 +196,7 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
 /// # Errors
 /// `Status::Invalid` for an invalid id.
 pub fn mark_offline(id: &[u8]) -> Result<()> {
-    let id = client::id(id)?;
+    let id = client_id::id(id)?;
     let registry = registry();
     if !id.is_empty() {
         let announce = |presence: &Presence| registry.announce(id, presence);
@@ -481,7 +481,7 @@ impl Session {
     /// # Errors
     /// `Status::Invalid` for an invalid id.
     pub fn open(id: &[u8]) -> Result<Session> {
-        let id = client::id(id)?;
+        let id = client_id::id(id)?;
         let open = |life: &mut Life| {
             life.sessions += 1;
             life.grace = None;
@@ -545,7 +545,7 @@ mod model;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::queue::Event;
+    use crate::events::queue::Event;
     use crate::sync::Mutex;
 
     /// A stream, or a sender if nobody requested it here.

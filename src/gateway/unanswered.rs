@@ -6,10 +6,10 @@
 
 use crate::connection::{Connection, count};
 use crate::error::Status;
-use crate::inbound::Receiver;
 use crate::lane::driver::{Accepted, Lane};
-use crate::registry;
-use crate::wire::{self, Answer};
+use crate::nats::inbound::Receiver;
+use crate::presence::registry;
+use crate::wire::level0::{self, Answer};
 use async_nats::{Message, StatusCode};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -71,7 +71,7 @@ impl Receiver for Unanswered {
             self.forget();
             return;
         }
-        match wire::answer(&message.payload) {
+        match level0::answer(&message.payload) {
             Answer::Data => self.announce(),
             // It has ended by itself.
             Answer::End | Answer::Error(_) => {

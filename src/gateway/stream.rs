@@ -1,20 +1,20 @@
 //! The gateway's side: a stream requested from a worker.
 
-use crate::client;
 use crate::config::{Config, RequestOptions};
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::fork;
-use crate::inbound::Receiver;
+use crate::events::queue::{Event, Kind, Origin, Queue, Single, own};
+use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Accepted, Lane, Party};
 use crate::lane::state::{Grant, OVERHEAD};
-use crate::outbox::{Request, stopped};
-use crate::queue::{Event, Kind, Origin, Queue, Single, own};
-use crate::random;
-use crate::registry::{self, Notice, Running};
+use crate::nats::inbound::Receiver;
+use crate::nats::outbox::{Request, stopped};
+use crate::presence::client_id;
+use crate::presence::registry::{self, Notice, Running};
+use crate::process::fork;
+use crate::process::random;
 use crate::sync::Mutex;
-use crate::unanswered::Unanswered;
-use crate::wire::{self, Answer, Use};
+use crate::wire::level0::{self, Answer, Use};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -143,15 +143,15 @@ impl Connection {
         tag: u64,
         known: impl FnOnce(&Arc<Stream>),
     ) -> Result<Arc<Stream>> {
-        wire::check_subject("subject", subject, Use::Publish)?;
-        let client = client::id(client)?;
+        level0::check_subject("subject", subject, Use::Publish)?;
+        let client = client_id::id(client)?;
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
         let (key, window) = (random::number(), self.window(options.stream_buffer));
         let offer = self.lanes().and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
         if let Some(offer) = offer {
-            headers.insert(wire::LANE, offer);
+            headers.insert(level0::LANE, offer);
         }
         let headers = Some(headers).filter(|headers| !headers.is_empty());
         self.check_connected()?;
@@ -232,9 +232,9 @@ impl Connection {
 
 /// The status of a stream that the other end ended with this text.
 fn error_status(text: &[u8]) -> Status {
-    if text == wire::BUSY.as_bytes() {
+    if text == level0::BUSY.as_bytes() {
         Status::Busy
-    } else if text == wire::OFFLINE.as_bytes() {
+    } else if text == level0::OFFLINE.as_bytes() {
         Status::Offline
     } else {
         Status::Remote
@@ -250,7 +250,7 @@ fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
                 "client id {client:?} begins or ends with white space, which is lost in a header: it may not in a request"
             )));
         }
-        headers.insert(wire::CONNECT_ID, wire::value_of(client)?);
+        headers.insert(level0::CONNECT_ID, level0::value_of(client)?);
     }
     Ok(headers)
 }
@@ -523,7 +523,7 @@ impl Receiver for Stream {
             }
             return;
         }
-        match wire::answer(&message.payload) {
+        match level0::answer(&message.payload) {
             Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) => {
                 count(&self.connection.inbox().ignored);
             }
@@ -535,7 +535,7 @@ impl Receiver for Stream {
                 self.end_by_worker(Kind::End, Status::Ok, "");
             }
             Answer::Error(text) => {
-                if text != wire::BUSY.as_bytes() || !self.ask_again() {
+                if text != level0::BUSY.as_bytes() || !self.ask_again() {
                     self.end_by_worker(Kind::Error, error_status(text), own(message.payload.slice_ref(text)));
                 }
             }
@@ -575,7 +575,7 @@ impl Running for Stream {
         } else {
             self.leave_inbox();
         }
-        self.conclude(Kind::Error, why, wire::OFFLINE);
+        self.conclude(Kind::Error, why, level0::OFFLINE);
     }
 
     fn requested_on(&self) -> Option<u64> {

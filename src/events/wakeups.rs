@@ -1,6 +1,6 @@
 //! Whom to call when messages have come: threads that wait on queues, once for all that comes together.
 
-use crate::queue::{Batch, Queue, Single};
+use crate::events::queue::{Batch, Queue, Single};
 use crate::sync::Mutex;
 use std::mem;
 use std::sync::Arc;
@@ -71,8 +71,8 @@ impl Readers {
 mod tests {
     use super::*;
     use crate::error::Status;
-    use crate::queue::Kind;
-    use crate::queue::tests::is_readable;
+    use crate::events::queue::Kind;
+    use crate::events::queue::tests::is_readable;
     use std::time::Duration;
 
     #[test]

@@ -1,0 +1,4 @@
+//! The gateway's side: streams that were requested from workers.
+
+pub(crate) mod stream;
+pub(crate) mod unanswered;

@@ -1,0 +1,4 @@
+//! The worker's side: a service takes requests, a sender answers one.
+
+pub(crate) mod sender;
+pub(crate) mod service;
