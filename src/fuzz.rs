@@ -2,7 +2,7 @@
 
 use crate::MAX_ID;
 use crate::config::Config;
-use crate::lane::state::{Patience, State, Tell};
+use crate::lane::state::{LaneEvent, PeerTimeouts, State};
 use crate::nats::dial;
 use crate::presence::client_id;
 use crate::wire::frame::{self, Frame, Frames, Header, Run};
@@ -65,7 +65,7 @@ pub fn lane(data: &[u8]) {
     let mut choices = Choices(data);
     let serves = choices.below(2) == 0;
     let ms = Duration::from_millis;
-    let patience = Patience { heartbeat: ms(100), grace: ms(100), remote_grace: ms(200), reconnect: ms(1000) };
+    let patience = PeerTimeouts { heartbeat: ms(100), grace: ms(100), remote_grace: ms(200), reconnect: ms(1000) };
     let mut now = Instant::now();
     let limit = 1 << (4 + choices.below(12));
     let mut state = State::new(serves, limit, patience, now);
@@ -158,9 +158,9 @@ pub fn lane(data: &[u8]) {
         }
         for tell in tells.drain(..) {
             let (who, is_last) = match &tell {
-                Tell::Data(who, _) | Tell::Room(who) => (*who, false),
-                Tell::End(who) | Tell::Error(who, _) | Tell::Overrun(who) => (*who, true),
-                Tell::Cancelled(who, _) | Tell::Gone(who, _) | Tell::Unheard(who) => (*who, true),
+                LaneEvent::Data(who, _) | LaneEvent::Room(who) => (*who, false),
+                LaneEvent::End(who) | LaneEvent::Error(who, _) | LaneEvent::Overrun(who) => (*who, true),
+                LaneEvent::Cancelled(who, _) | LaneEvent::Gone(who, _) | LaneEvent::Unheard(who) => (*who, true),
             };
             assert!(who < begun && !ended.contains(&who), "{tell:?} of one who has ended");
             if is_last {
@@ -187,7 +187,7 @@ pub fn level0(data: &[u8]) {
         assert!(text.len() <= level0::MAX_SUBJECT && !text.contains([' ', '\t', '\r', '\n', '\0']));
         assert!(text.split('.').all(|token| !token.is_empty()));
     }
-    assert!(!level0::may_answer(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
+    assert!(!level0::is_valid_reply_subject(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
     let mut headers = HeaderMap::new();
     if level0::add_header(&mut headers, name, value).is_ok() {

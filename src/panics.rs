@@ -192,7 +192,7 @@ fn a_panic_in_a_task_is_told_and_all_else_goes_on() {
     assert_eq!(sender.send(b"third"), Err(Status::Disconnected));
     assert_eq!(next(&world.asks.queue, &ENDS).0, Kind::Error);
     next(&world.serves.queue, &[Kind::Connected]);
-    world.serves.connection.settle().unwrap();
+    world.serves.connection.flush_subscriptions().unwrap();
     world.check();
 
     // What is done for a new connection: each is tried again.
@@ -203,12 +203,12 @@ fn a_panic_in_a_task_is_told_and_all_else_goes_on() {
         next(&world.serves.queue, &[Kind::Disconnected]);
         next(&world.serves.queue, &[Kind::Connected]);
         assert!(was_forced(), "{what}");
-        world.serves.connection.settle().unwrap();
+        world.serves.connection.flush_subscriptions().unwrap();
         world.check();
     }
 
     // Calling threads that wait.
-    force("calling readers");
+    force("calling wakeups");
     while !was_forced() {
         world.check();
     }

@@ -10,12 +10,12 @@
 use crate::config::{Announce, Config, ConnectOptions, SUCCESSFUL_ATTEMPT};
 use crate::error::{Error, Result, Status};
 use crate::events::queue::{Kind, Queue};
-use crate::events::wakeups::Readers;
+use crate::events::wakeups::Wakeups;
 use crate::lane::lanes::Lanes;
-use crate::lane::state::Patience;
+use crate::lane::state::PeerTimeouts;
 use crate::nats::dial::{self, Dialer};
-use crate::nats::inbound::{Inbound, Inbox, Receiver, Subscription};
-use crate::nats::outbox::{Item, Note, Notes, Outbox, Recent};
+use crate::nats::inbound::{Inbound, Inbox, MessageHandler, Subscription};
+use crate::nats::outbox::{DurableMessage, DurableMessages, Item, Outbox, Recent};
 use crate::nats::writer::{Confirmation, Drive};
 use crate::presence::client_id;
 use crate::presence::registry::{self, Announcer};
@@ -110,7 +110,7 @@ pub struct Connection {
     runtime: &'static Handle,
     dialer: Dialer,
     inbound: Arc<Inbound>,
-    readers: Arc<Readers>,
+    wakeups: Arc<Wakeups>,
     inbox: Arc<Inbox>,
     lanes: Arc<Lanes>,
     outbox: Outbox,
@@ -118,7 +118,7 @@ pub struct Connection {
     /// What is to be subscribed whenever there is a connection, in the order of their numbers.
     subscriptions: Mutex<BTreeMap<u64, Subscription>>,
     /// Who was ever subscribed and still exists: a service that takes no more requests may have senders that run.
-    receivers: Mutex<Vec<Weak<dyn Receiver>>>,
+    receivers: Mutex<Vec<Weak<dyn MessageHandler>>>,
     /// The subscription to announcements, if there is one.
     listens: OnceCell<u64>,
     /// How many announcements it has made, and those that others may have missed.
@@ -147,22 +147,22 @@ impl Connection {
         let options = config.for_connect()?.clone();
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
-        let readers: Arc<Readers> = Arc::default();
+        let wakeups: Arc<Wakeups> = Arc::default();
         let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
-        let patience = Patience {
+        let patience = PeerTimeouts {
             heartbeat: options.heartbeat,
             grace: options.peer_grace,
             remote_grace: options.remote_peer_grace,
             reconnect: options.peer_reconnect(),
         };
         let connection = Arc::new_cyclic(|this| Connection {
-            number: fork::number(),
+            number: fork::next_handle_id(),
             this: this.clone(),
             runtime,
-            dialer: Dialer::new(servers, options.clone(), complain_to(this.clone())),
+            dialer: Dialer::new(servers, options.clone(), server_error_logger(this.clone())),
             lanes: Lanes::new(
                 runtime,
-                Arc::clone(&readers),
+                Arc::clone(&wakeups),
                 Arc::clone(&inbox),
                 &options.offline_subject,
                 options.send_buffer,
@@ -170,7 +170,7 @@ impl Connection {
                 log_to(this.clone()),
             ),
             inbound: Arc::default(),
-            readers,
+            wakeups,
             inbox,
             outbox: Outbox::new(options.send_buffer),
             offline_subject: options.offline_subject.as_str().into(),
@@ -193,9 +193,9 @@ impl Connection {
         });
         // Numbers rise: what answers come to is subscribed before all else.
         let (inbox, lanes) = (Arc::clone(&connection.inbox), Arc::clone(&connection.lanes));
-        connection.subscribe(fork::number(), inbox.wildcard(), "", inbox);
+        connection.subscribe(fork::next_handle_id(), inbox.wildcard(), "", inbox);
         if connection.options.lanes {
-            connection.subscribe(fork::number(), lanes.wildcard(), "", lanes);
+            connection.subscribe(fork::next_handle_id(), lanes.wildcard(), "", lanes);
         }
         let (ready, is_ready) = mpsc::channel();
         let task = Arc::clone(&connection);
@@ -214,12 +214,12 @@ impl Connection {
                 }
             }
             let _ = ready.send(Ok(()));
-            let readers = Arc::clone(&task.readers);
+            let wakeups = Arc::clone(&task.wakeups);
             let caller = runtime
-                .spawn(async move { while runtime::contain("calling readers", readers.run()).await.is_err() {} });
+                .spawn(async move { while runtime::catch_panic("calling wakeups", wakeups.run()).await.is_err() {} });
             Arc::clone(&task).supervise(first).await;
             caller.abort();
-            task.readers.end();
+            task.wakeups.end();
         });
         is_ready.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, connection.inbox.prefix());
@@ -250,8 +250,8 @@ impl Connection {
         &self.inbound
     }
 
-    pub(crate) fn readers(&self) -> &Readers {
-        &self.readers
+    pub(crate) fn wakeups(&self) -> &Wakeups {
+        &self.wakeups
     }
 
     /// The lanes, if this connection has any.
@@ -301,7 +301,7 @@ impl Connection {
     /// It is then tried again while the connection lives.
     pub fn listen_offline(&self) -> Result<()> {
         let number = self.subscribe_offline()?;
-        self.settle_subscription(number)
+        self.flush_subscription(number)
     }
 
     /// Subscribes to announcements; the number of the subscription.
@@ -309,19 +309,19 @@ impl Connection {
         self.check_open()?;
         let number = *self.listens.get_or_init(|| {
             let listener = Listener { connection: self.this.clone() };
-            let number = fork::number();
+            let number = fork::next_handle_id();
             self.subscribe(number, self.offline_subject.clone(), "", Arc::new(listener));
             number
         });
-        self.settle()?;
+        self.flush_subscriptions()?;
         Ok(number)
     }
 
     /// Waits until the server has a subscription, or refuses it; without a connection now it is done later.
-    pub(crate) fn settle_subscription(&self, number: u64) -> Result<()> {
-        self.settle()?;
+    pub(crate) fn flush_subscription(&self, number: u64) -> Result<()> {
+        self.flush_subscriptions()?;
         // A refusal comes before the echo, but is told by another task. It has had its turn when the second echo comes.
-        self.settle()?;
+        self.flush_subscriptions()?;
         self.refusal(number).map_or(Ok(()), Err)
     }
 
@@ -349,7 +349,7 @@ impl Connection {
     /// Whether the server answers: it has all that was sent so far.
     async fn is_answered(&self) -> bool {
         let answered = Arc::new(Notify::new());
-        let number = random::number();
+        let number = random::random_u64();
         let subject = self.inbox.expect(number, Arc::new(Confirmation(Arc::clone(&answered))));
         self.outbox.push(Item::Echo(subject));
         let is_answered = timeout(self.options.connect_timeout, answered.notified()).await.is_ok();
@@ -463,7 +463,7 @@ impl Connection {
     }
 
     /// Keeps a subject subscribed from now on.
-    pub(crate) fn subscribe(&self, number: u64, subject: Subject, group: &str, receiver: Arc<dyn Receiver>) {
+    pub(crate) fn subscribe(&self, number: u64, subject: Subject, group: &str, receiver: Arc<dyn MessageHandler>) {
         {
             let mut receivers = self.receivers.lock();
             receivers.retain(|other| other.strong_count() > 0);
@@ -478,12 +478,12 @@ impl Connection {
     pub(crate) fn unsubscribe(&self, number: u64) {
         let subscribed = self.subscriptions.lock().remove(&number);
         if subscribed.is_some() {
-            Farewell::say(self, number);
+            UnsubscribeBarrier::say(self, number);
         }
     }
 
     /// Waits until the server has what was subscribed; without a connection now it is done later.
-    pub(crate) fn settle(&self) -> Result<()> {
+    pub(crate) fn flush_subscriptions(&self) -> Result<()> {
         match self.echo(Some(self.options.connect_timeout)) {
             Err(error) if error.status == Status::Disconnected => self.check_open(),
             other => other,
@@ -493,7 +493,7 @@ impl Connection {
     /// Waits until the server has all that was sent so far: a message of our own comes back after it.
     fn echo(&self, limit: Option<Duration>) -> Result<()> {
         let (sender, receiver) = mpsc::sync_channel(1);
-        let number = random::number();
+        let number = random::random_u64();
         let subject = self.inbox.expect(number, Arc::new(Echo(sender)));
         // After `expect`: whoever loses the connection first says so, and then looks whom to tell.
         let came = if self.is_connected() {
@@ -516,7 +516,7 @@ impl Connection {
         }
     }
 
-    fn all_receivers(&self) -> Vec<Arc<dyn Receiver>> {
+    fn all_receivers(&self) -> Vec<Arc<dyn MessageHandler>> {
         self.receivers.lock().iter().filter_map(Weak::upgrade).collect()
     }
 
@@ -561,7 +561,7 @@ impl Connection {
                 let begun = Instant::now();
                 let mut drive = Drive::new(&self, &client);
                 let driven = tokio::select! {
-                    driven = runtime::contain("sending", drive.run()) => Some(driven),
+                    driven = runtime::catch_panic("sending", drive.run()) => Some(driven),
                     () = self.end.notified() => None,
                 };
                 let notes = drive.into_notes();
@@ -590,10 +590,10 @@ impl Connection {
                 () = self.end.notified() => return,
             };
             match next {
-                Some(next) => match runtime::contain("subscribing", self.install(&next)).await {
+                Some(next) => match runtime::catch_panic("subscribing", self.install(&next)).await {
                     Ok(()) => client = Some(next),
                     Err(error) => {
-                        self.disconnect(Notes::default());
+                        self.disconnect(DurableMessages::default());
                         self.log(error.status, || error.to_string());
                     }
                 },
@@ -638,7 +638,7 @@ impl Connection {
         self.max_payload.store(client.max_payload(), Ordering::Relaxed);
         self.dialer.learn(&info.connect_urls);
         self.inbound.reset();
-        *self.heard.lock() = Heard { since: fork::number(), first: HashMap::new() };
+        *self.heard.lock() = Heard { since: fork::next_handle_id(), first: HashMap::new() };
         if self.counters.connects.load(Ordering::Relaxed) > 0 {
             // By then others have reconnected, too.
             self.recent.lock().repeat((Instant::now() + self.options.reconnect_max + SUCCESSFUL_ATTEMPT).into());
@@ -657,7 +657,7 @@ impl Connection {
     }
 
     /// Gives up the present client, and ends what ran on it. `notes`: what the server may not have.
-    fn disconnect(&self, notes: Notes) {
+    fn disconnect(&self, notes: DurableMessages) {
         self.connected.store(false, Ordering::SeqCst);
         self.lanes.set_client(None);
         self.inbound.reset();
@@ -684,7 +684,7 @@ fn log_to(connection: Weak<Connection>) -> impl Fn(String) + Send + Sync {
 }
 
 /// Tells what nats-server complains of, such as a missing permission.
-fn complain_to(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
+fn server_error_logger(connection: Weak<Connection>) -> Arc<dyn Fn(String) + Send + Sync> {
     Arc::new(move |text| {
         if let Some(connection) = connection.upgrade() {
             let prefix = &connection.options.inbox_prefix;
@@ -751,7 +751,7 @@ impl Announcer for Connection {
         };
         if announces {
             let id = Bytes::copy_from_slice(id.as_bytes());
-            self.outbox.push(Item::Note(Note::Offline(self.offline_subject.clone(), id, 0)));
+            self.outbox.push(Item::DurableMessage(DurableMessage::Offline(self.offline_subject.clone(), id, 0)));
         }
         announces
     }
@@ -766,7 +766,7 @@ struct Listener {
     connection: Weak<Connection>,
 }
 
-impl Receiver for Listener {
+impl MessageHandler for Listener {
     fn message(&self, message: Message) {
         let Some(connection) = self.connection.upgrade() else { return };
         let origin = level0::header(message.headers.as_ref(), level0::ORIGIN).and_then(AnnouncedBy::read);
@@ -800,7 +800,7 @@ impl Receiver for Listener {
 /// Somebody waits until the server has what was sent.
 struct Echo(mpsc::SyncSender<Result<(), Status>>);
 
-impl Receiver for Echo {
+impl MessageHandler for Echo {
     fn message(&self, _message: Message) {
         let _ = self.0.try_send(Ok(()));
     }
@@ -815,23 +815,23 @@ impl Receiver for Echo {
 
 /// The end of a subscription: when its echo comes back, all that was on its way has come, and was refused by the service,
 /// which has stopped.
-struct Farewell {
+struct UnsubscribeBarrier {
     connection: Weak<Connection>,
     subscription: u64,
     echo: u64,
 }
 
-impl Farewell {
+impl UnsubscribeBarrier {
     fn say(connection: &Connection, subscription: u64) {
-        let echo = random::number();
-        let farewell = Farewell { connection: connection.this.clone(), subscription, echo };
+        let echo = random::random_u64();
+        let farewell = UnsubscribeBarrier { connection: connection.this.clone(), subscription, echo };
         let subject = connection.inbox.expect(echo, Arc::new(farewell));
         connection.outbox.push(Item::EndAtServer(subscription));
         connection.outbox.push(Item::Echo(subject));
     }
 }
 
-impl Receiver for Farewell {
+impl MessageHandler for UnsubscribeBarrier {
     fn message(&self, _message: Message) {
         if let Some(connection) = self.connection.upgrade() {
             connection.inbox.forget(self.echo);

@@ -58,7 +58,7 @@ pub enum Kind {
 }
 
 /// The sender or stream that an event is about.
-pub(crate) trait Origin: Any + Send + Sync {
+pub(crate) trait EventSource: Any + Send + Sync {
     /// The number of its handle.
     fn number(&self) -> u64;
     /// The caller's number, for its events.
@@ -93,12 +93,12 @@ pub struct Event<'a> {
     /// A payload or a text.
     pub data: &'a [u8],
     number: u64,
-    origin: Option<&'a Arc<dyn Origin>>,
+    origin: Option<&'a Arc<dyn EventSource>>,
 }
 
 impl Event<'_> {
     /// The sender or stream it is about, if it is a `T`.
-    pub(crate) fn origin<T: Origin>(&self) -> Option<Arc<T>> {
+    pub(crate) fn origin<T: EventSource>(&self) -> Option<Arc<T>> {
         let origin: Arc<dyn Any + Send + Sync> = Arc::clone(self.origin?) as _;
         origin.downcast().ok()
     }
@@ -117,7 +117,7 @@ pub(crate) struct Single {
     pub(crate) client: Option<Arc<str>>,
     pub(crate) subject: Bytes,
     pub(crate) data: Bytes,
-    pub(crate) origin: Option<Arc<dyn Origin>>,
+    pub(crate) origin: Option<Arc<dyn EventSource>>,
 }
 
 impl Single {
@@ -126,7 +126,7 @@ impl Single {
         Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), origin: None }
     }
 
-    pub(crate) fn of(kind: Kind, status: Status, origin: Arc<dyn Origin>, data: Bytes) -> Single {
+    pub(crate) fn of(kind: Kind, status: Status, origin: Arc<dyn EventSource>, data: Bytes) -> Single {
         let tag = origin.tag();
         Single { origin: Some(origin), ..Single::new(kind, status, tag, data) }
     }
@@ -150,19 +150,19 @@ impl Single {
 }
 
 /// DATA events that came in one lane message: nothing is made for each of them before it is shown.
-pub(crate) struct Batch {
+pub(crate) struct LaneBatch {
     message: Bytes,
-    parts: VecDeque<(Arc<dyn Origin>, Run)>,
+    parts: VecDeque<(Arc<dyn EventSource>, Run)>,
     /// Events in all parts.
     count: usize,
 }
 
-impl Batch {
-    pub(crate) fn new(message: Bytes) -> Batch {
-        Batch { message, parts: VecDeque::new(), count: 0 }
+impl LaneBatch {
+    pub(crate) fn new(message: Bytes) -> LaneBatch {
+        LaneBatch { message, parts: VecDeque::new(), count: 0 }
     }
 
-    pub(crate) fn add(&mut self, origin: Arc<dyn Origin>, run: Run) {
+    pub(crate) fn add(&mut self, origin: Arc<dyn EventSource>, run: Run) {
         self.count += run.count as usize;
         self.parts.push_back((origin, run));
     }
@@ -171,7 +171,7 @@ impl Batch {
         self.parts.is_empty()
     }
 
-    fn retain(&mut self, is_kept: impl Fn(&Arc<dyn Origin>) -> bool) {
+    fn retain(&mut self, is_kept: impl Fn(&Arc<dyn EventSource>) -> bool) {
         let count = &mut self.count;
         self.parts.retain(|(origin, run)| {
             let is_kept = is_kept(origin);
@@ -203,8 +203,8 @@ impl Batch {
     }
 
     /// Cuts off the first `count` events.
-    fn split(&mut self, count: usize) -> Batch {
-        let mut first = Batch::new(self.message.clone());
+    fn split(&mut self, count: usize) -> LaneBatch {
+        let mut first = LaneBatch::new(self.message.clone());
         let mut left = count.min(self.count);
         self.count -= left;
         while left > 0
@@ -224,14 +224,14 @@ impl Batch {
 
 enum Entry {
     Single(Single),
-    Batch(Batch),
+    LaneBatch(LaneBatch),
 }
 
 impl Entry {
     fn count(&self) -> usize {
         match self {
             Entry::Single(_) => 1,
-            Entry::Batch(batch) => batch.count,
+            Entry::LaneBatch(batch) => batch.count,
         }
     }
 
@@ -244,7 +244,7 @@ impl Entry {
                 origin.shown(*kind);
             }
             Entry::Single(_) => {}
-            Entry::Batch(batch) => {
+            Entry::LaneBatch(batch) => {
                 batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes))
             }
         }
@@ -254,7 +254,7 @@ impl Entry {
     fn keep_wanted(&mut self) -> bool {
         match self {
             Entry::Single(event) => event.is_wanted(),
-            Entry::Batch(batch) => {
+            Entry::LaneBatch(batch) => {
                 batch.retain(|origin| origin.is_wanted());
                 !batch.is_empty()
             }
@@ -265,7 +265,7 @@ impl Entry {
     fn show(&self, show: &mut impl FnMut(Event<'_>)) {
         match self {
             Entry::Single(event) => show(event.show()),
-            Entry::Batch(batch) => {
+            Entry::LaneBatch(batch) => {
                 for (origin, run) in &batch.parts {
                     let (tag, number) = (origin.tag(), origin.number());
                     for data in run.bodies(&batch.message) {
@@ -287,7 +287,7 @@ impl Entry {
 }
 
 /// A payload as it may wait: without the NATS client's read buffer around it, but where that is mostly payload.
-pub(crate) fn own(payload: Bytes) -> Bytes {
+pub(crate) fn unpin(payload: Bytes) -> Bytes {
     if payload.len() < COPY_ALONE_BELOW { Bytes::copy_from_slice(&payload) } else { payload }
 }
 
@@ -368,7 +368,7 @@ impl Queue {
     #[must_use]
     pub fn new() -> Arc<Queue> {
         Arc::new(Queue {
-            number: fork::number(),
+            number: fork::next_handle_id(),
             inner: Mutex::default(),
             arrived: Condvar::default(),
             given: Mutex::default(),
@@ -480,10 +480,10 @@ impl Queue {
             while left > 0
                 && let Some(mut entry) = inner.entries.pop_front()
             {
-                if let Entry::Batch(batch) = &mut entry
+                if let Entry::LaneBatch(batch) = &mut entry
                     && batch.count > left
                 {
-                    given.push_back(Entry::Batch(batch.split(left)));
+                    given.push_back(Entry::LaneBatch(batch.split(left)));
                     inner.entries.push_front(entry);
                     break;
                 }
@@ -522,7 +522,7 @@ impl Queue {
                     origin.dropped(1, data.len() as u64);
                 }
                 Entry::Single(_) => {}
-                Entry::Batch(batch) => batch.drop_all(),
+                Entry::LaneBatch(batch) => batch.drop_all(),
             }
         }
         self.given.lock().clear();
@@ -558,7 +558,7 @@ impl Queue {
     }
 
     /// As `push_patiently`, for what came in one lane message.
-    pub(crate) fn push_batch(&self, mut batch: Batch) -> Option<bool> {
+    pub(crate) fn push_batch(&self, mut batch: LaneBatch) -> Option<bool> {
         batch.compact();
         let mut inner = self.inner.lock();
         if inner.closed {
@@ -571,7 +571,7 @@ impl Queue {
         if batch.is_empty() {
             return Some(false);
         }
-        Some(self.put_patiently(&mut inner, Entry::Batch(batch), PATIENCE_WITH_BATCHES))
+        Some(self.put_patiently(&mut inner, Entry::LaneBatch(batch), PATIENCE_WITH_BATCHES))
     }
 
     fn put_patiently(&self, inner: &mut Inner, entry: Entry, patience: usize) -> bool {
@@ -665,7 +665,7 @@ pub(crate) mod tests {
         }
     }
 
-    impl Origin for Probe {
+    impl EventSource for Probe {
         fn number(&self) -> u64 {
             1
         }
@@ -852,8 +852,8 @@ pub(crate) mod tests {
         let buffer = Bytes::from(vec![7; 64 << 10]);
         for (length, is_copied) in [(0, true), (10, true), (COPY_ALONE_BELOW - 1, true), (COPY_ALONE_BELOW, false)] {
             let part = buffer.slice(100..100 + length);
-            assert_eq!(own(part.clone()), part);
-            assert_eq!(own(part.clone()).as_ptr() != part.as_ptr(), is_copied, "{length}");
+            assert_eq!(unpin(part.clone()), part);
+            assert_eq!(unpin(part.clone()).as_ptr() != part.as_ptr(), is_copied, "{length}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Whom to call when messages have come: threads that wait on queues, once for all that comes together.
 
-use crate::events::queue::{Batch, Queue, Single};
+use crate::events::queue::{LaneBatch, Queue, Single};
 use crate::sync::Mutex;
 use std::mem;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use tokio::sync::Notify;
 
 /// Queues whose threads are to be called when the NATS client has handed over what it has.
 #[derive(Default)]
-pub(crate) struct Readers {
-    uncalled: Mutex<Uncalled>,
+pub(crate) struct Wakeups {
+    pending: Mutex<Uncalled>,
     arrived: Notify,
 }
 
@@ -20,28 +20,28 @@ struct Uncalled {
     is_over: bool,
 }
 
-impl Readers {
+impl Wakeups {
     /// Adds an event that came with a message, and has the queue's thread called once no more messages are at hand.
     /// False when the queue is closed.
     pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Single>) -> bool {
         let pushed = queue.push_patiently(make);
-        self.call_later(queue, pushed);
+        self.defer(queue, pushed);
         pushed.is_some()
     }
 
     /// As `push`, for what came in one lane message.
-    pub(crate) fn push_batch(&self, queue: &Arc<Queue>, batch: Batch) {
-        self.call_later(queue, queue.push_batch(batch));
+    pub(crate) fn push_batch(&self, queue: &Arc<Queue>, batch: LaneBatch) {
+        self.defer(queue, queue.push_batch(batch));
     }
 
-    fn call_later(&self, queue: &Arc<Queue>, pushed: Option<bool>) {
+    fn defer(&self, queue: &Arc<Queue>, pushed: Option<bool>) {
         if pushed == Some(true) {
-            let mut uncalled = self.uncalled.lock();
-            if uncalled.is_over {
-                drop(uncalled);
+            let mut pending = self.pending.lock();
+            if pending.is_over {
+                drop(pending);
                 queue.flush();
             } else {
-                uncalled.queues.push(Arc::clone(queue));
+                pending.queues.push(Arc::clone(queue));
                 self.arrived.notify_one();
             }
         }
@@ -51,18 +51,18 @@ impl Readers {
     pub(crate) async fn run(&self) {
         loop {
             self.arrived.notified().await;
-            self.call_all();
+            self.wake_all();
         }
     }
 
     /// The task ends.
     pub(crate) fn end(&self) {
-        self.uncalled.lock().is_over = true;
-        self.call_all();
+        self.pending.lock().is_over = true;
+        self.wake_all();
     }
 
-    pub(crate) fn call_all(&self) {
-        let queues = mem::take(&mut self.uncalled.lock().queues);
+    pub(crate) fn wake_all(&self) {
+        let queues = mem::take(&mut self.pending.lock().queues);
         queues.iter().for_each(|queue| queue.flush());
     }
 }
@@ -77,11 +77,11 @@ mod tests {
 
     #[test]
     fn when_the_task_is_over_who_adds_an_event_calls() {
-        let (readers, queue) = (Readers::default(), Queue::new());
+        let (wakeups, queue) = (Wakeups::default(), Queue::new());
         queue.fd().unwrap();
-        let push = || readers.push(&queue, || Some(Single::new(Kind::Data, Status::Ok, 0, "")));
+        let push = || wakeups.push(&queue, || Some(Single::new(Kind::Data, Status::Ok, 0, "")));
         assert!(push() && !is_readable(&queue), "later");
-        readers.end();
+        wakeups.end();
         assert!(is_readable(&queue));
         queue.wait(8, Some(Duration::ZERO), |_| ()).unwrap();
         assert!(push() && is_readable(&queue), "at once");

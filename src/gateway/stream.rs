@@ -3,14 +3,14 @@
 use crate::config::{Config, RequestOptions};
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{Event, Kind, Origin, Queue, Single, own};
+use crate::events::queue::{Event, EventSource, Kind, Queue, Single, unpin};
 use crate::gateway::unanswered::Unanswered;
-use crate::lane::driver::{Accepted, Lane, Party};
+use crate::lane::driver::{Accepted, Lane, StreamObserver};
 use crate::lane::state::{Grant, OVERHEAD};
-use crate::nats::inbound::Receiver;
+use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::{Request, stopped};
 use crate::presence::client_id;
-use crate::presence::registry::{self, Notice, Running};
+use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::process::random;
 use crate::sync::Mutex;
@@ -147,7 +147,7 @@ impl Connection {
         let client = client_id::id(client)?;
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
-        let (key, window) = (random::number(), self.window(options.stream_buffer));
+        let (key, window) = (random::random_u64(), self.window(options.stream_buffer));
         let offer = self.lanes().and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
         if let Some(offer) = offer {
@@ -167,7 +167,7 @@ impl Connection {
         // Subtracted again when the stream is dropped.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
-            number: fork::number(),
+            number: fork::next_handle_id(),
             tag,
             this: this.clone(),
             connection,
@@ -189,7 +189,7 @@ impl Connection {
             timer: Mutex::new(None),
         });
         known(&stream);
-        let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn Receiver>);
+        let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
         let (left, delay) = (options.retries, options.retry_delay);
@@ -320,7 +320,7 @@ impl Stream {
 
     /// Takes it all back: nobody has heard of it. False if it was ended meanwhile, and that was told.
     fn withdraw(&self) -> bool {
-        let is_first = self.forbid(Status::Cancelled);
+        let is_first = self.try_stop(Status::Cancelled);
         if is_first {
             self.is_freed.store(true, Ordering::Release);
             registry::detach(&self.client, self.number);
@@ -353,7 +353,7 @@ impl Stream {
 
     /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
     fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
-        if !self.forbid(if kind == Kind::End { Status::Closed } else { status }) {
+        if !self.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
         self.connection.inbox().forget(self.key);
@@ -364,7 +364,7 @@ impl Stream {
 
     /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had ended.
     fn end_here(&self, why: Status, text: impl Into<Bytes>) -> bool {
-        if !self.forbid(why) {
+        if !self.try_stop(why) {
             return false;
         }
         self.cancel_on_lane(why);
@@ -416,7 +416,7 @@ impl Stream {
         *self.asking.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.readers().push(&self.queue, || self.is_wanted().then_some(event));
+            self.connection.wakeups().push(&self.queue, || self.is_wanted().then_some(event));
         }
     }
 
@@ -445,12 +445,12 @@ impl Stream {
             return;
         }
         let Some(this) = self.this.upgrade() else { return };
-        self.connection.readers().push(&self.queue, || {
+        self.connection.wakeups().push(&self.queue, || {
             // Asked with the queue locked: nothing comes after the last event.
             stopped(&self.word).ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
             self.connection.counters.unread.fetch_add(weight, Ordering::Relaxed);
-            Some(Single::of(Kind::Data, Status::Ok, this, own(payload)))
+            Some(Single::of(Kind::Data, Status::Ok, this, unpin(payload)))
         });
     }
 
@@ -498,7 +498,7 @@ impl Drop for Stream {
     }
 }
 
-impl Receiver for Stream {
+impl MessageHandler for Stream {
     fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
         // Only a worker knows the key, so an answer on level 0 that came before does not count: somebody else may have sent
         // it. Another worker's ACCEPT does: two of them serve the subject without a group.
@@ -536,7 +536,7 @@ impl Receiver for Stream {
             }
             Answer::Error(text) => {
                 if text != level0::BUSY.as_bytes() || !self.ask_again() {
-                    self.end_by_worker(Kind::Error, error_status(text), own(message.payload.slice_ref(text)));
+                    self.end_by_worker(Kind::Error, error_status(text), unpin(message.payload.slice_ref(text)));
                 }
             }
         }
@@ -563,8 +563,8 @@ impl Receiver for Stream {
     }
 }
 
-impl Running for Stream {
-    fn forbid(&self, why: Status) -> bool {
+impl Stoppable for Stream {
+    fn try_stop(&self, why: Status) -> bool {
         self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
@@ -595,7 +595,7 @@ impl Running for Stream {
     }
 }
 
-impl Party for Stream {
+impl StreamObserver for Stream {
     fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
@@ -617,11 +617,11 @@ impl Party for Stream {
     }
 
     fn ended_here(&self, why: Status) {
-        Receiver::ended(self, why);
+        MessageHandler::ended(self, why);
     }
 }
 
-impl Origin for Stream {
+impl EventSource for Stream {
     fn number(&self) -> u64 {
         self.number
     }

@@ -7,7 +7,7 @@
 use crate::connection::{Connection, count};
 use crate::error::Status;
 use crate::lane::driver::{Accepted, Lane};
-use crate::nats::inbound::Receiver;
+use crate::nats::inbound::MessageHandler;
 use crate::presence::registry;
 use crate::wire::level0::{self, Answer};
 use async_nats::{Message, StatusCode};
@@ -30,7 +30,7 @@ impl Unanswered {
     /// Expects the answer to the request with this key from now on.
     pub(crate) fn expect(connection: &Arc<Connection>, key: u64, client: &str) {
         let this = Arc::new(Unanswered { key, client: client.into(), connection: Arc::downgrade(connection) });
-        connection.inbox().expect(key, Arc::clone(&this) as Arc<dyn Receiver>);
+        connection.inbox().expect(key, Arc::clone(&this) as Arc<dyn MessageHandler>);
         let waits = Arc::downgrade(&this);
         connection.runtime().spawn(async move {
             loop {
@@ -65,7 +65,7 @@ fn connects(this: &Weak<Unanswered>) -> Option<u64> {
     connection.is_connected().then(|| connection.counters.connects.load(Ordering::Relaxed))
 }
 
-impl Receiver for Unanswered {
+impl MessageHandler for Unanswered {
     fn message(&self, message: Message) {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             self.forget();

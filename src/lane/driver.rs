@@ -3,9 +3,9 @@
 //! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
 
 use crate::error::Status;
-use crate::events::queue::{Batch, Origin, Queue};
-use crate::events::wakeups::Readers;
-use crate::lane::state::{Credit, Patience, Refusal, State, Tell};
+use crate::events::queue::{EventSource, LaneBatch, Queue};
+use crate::events::wakeups::Wakeups;
+use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
 use crate::nats::outbox::stopped;
 use crate::sync::{Condvar, Mutex};
 use crate::wire::frame::{self, Malformed};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
 /// A stream or sender at the end of a lane.
-pub(crate) trait Party: Origin {
+pub(crate) trait StreamObserver: EventSource {
     /// Where its messages go.
     fn queue(&self) -> &Arc<Queue>;
     /// The worker ended it.
@@ -40,7 +40,7 @@ pub(crate) trait Party: Origin {
 }
 
 /// Accepted: who asked with this key, and the stream's window.
-pub(crate) type Accepted = Option<(Arc<dyn Party>, u32)>;
+pub(crate) type Accepted = Option<(Arc<dyn StreamObserver>, u32)>;
 
 /// One end of a lane.
 pub(crate) struct Lane {
@@ -49,7 +49,7 @@ pub(crate) struct Lane {
     peer: Subject,
     /// The worker's end: what the gateway's end calls itself. Should it be lost and made anew, that is another lane.
     known_as: OnceCell<Box<str>>,
-    state: Mutex<State<Arc<dyn Party>>>,
+    state: Mutex<State<Arc<dyn StreamObserver>>>,
     changed: Notify,
     /// Threads wait for room.
     waiting: AtomicUsize,
@@ -64,7 +64,7 @@ impl Lane {
         peer: Subject,
         serves: bool,
         limit: usize,
-        patience: Patience,
+        patience: PeerTimeouts,
         max_payload: usize,
     ) -> Arc<Lane> {
         let mut state = State::new(serves, limit, patience, Instant::now());
@@ -113,7 +113,7 @@ impl Lane {
     }
 
     /// Runs `change`, and wakes the task if there is something for it now.
-    fn change<T>(&self, change: impl FnOnce(&mut State<Arc<dyn Party>>) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut State<Arc<dyn StreamObserver>>) -> T) -> T {
         let (result, must_wake) = {
             let mut state = self.state.lock();
             let result = change(&mut state);
@@ -128,7 +128,7 @@ impl Lane {
     // The worker's calls ----------------------------------------------------------------------------------------------
 
     /// Accepts a request. None when the lane is over, or has no numbers left.
-    pub(crate) fn open(&self, key: u64, window: u32, to: Arc<dyn Party>) -> Option<Arc<Credit>> {
+    pub(crate) fn open(&self, key: u64, window: u32, to: Arc<dyn StreamObserver>) -> Option<Arc<Credit>> {
         self.change(|state| state.open(key, window, to, Instant::now()))
     }
 
@@ -250,35 +250,36 @@ impl Lane {
     pub(crate) fn receive(
         &self,
         message: &Bytes,
-        readers: &Readers,
+        wakeups: &Wakeups,
         accept: impl FnMut(u64, u32) -> Accepted,
     ) -> Result<(), Malformed> {
         let mut tells = Vec::new();
         let received = self.change(|state| state.receive(message, Instant::now(), &mut tells, accept));
-        self.tell(tells, message, readers);
+        self.tell(tells, message, wakeups);
         received
     }
 
     /// nats-server says that nobody is there.
-    pub(crate) fn nobody_there(&self, readers: &Readers) {
+    pub(crate) fn nobody_there(&self, wakeups: &Wakeups) {
         let mut tells = Vec::new();
         self.change(|state| state.nobody_there(Instant::now(), &mut tells));
-        self.tell(tells, &Bytes::new(), readers);
+        self.tell(tells, &Bytes::new(), wakeups);
     }
 
-    fn tell(&self, tells: Vec<Tell<Arc<dyn Party>>>, message: &Bytes, readers: &Readers) {
+    fn tell(&self, tells: Vec<LaneEvent<Arc<dyn StreamObserver>>>, message: &Bytes, wakeups: &Wakeups) {
         // It may be room, or an end.
         self.call_waiters();
         if self.state.lock().is_drained() {
             self.drained.notify_waiters();
         }
-        let mut batch: Option<(Arc<Queue>, Batch)> = None;
+        let mut batch: Option<(Arc<Queue>, LaneBatch)> = None;
         for tell in tells {
-            if let Tell::Data(to, run) = tell {
+            if let LaneEvent::Data(to, run) = tell {
                 if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, to.queue()))
-                    && let Some((queue, full)) = batch.replace((Arc::clone(to.queue()), Batch::new(message.clone())))
+                    && let Some((queue, full)) =
+                        batch.replace((Arc::clone(to.queue()), LaneBatch::new(message.clone())))
                 {
-                    readers.push_batch(&queue, full);
+                    wakeups.push_batch(&queue, full);
                 }
                 if let Some((_, batch)) = &mut batch {
                     batch.add(to, run);
@@ -286,27 +287,27 @@ impl Lane {
                 continue;
             }
             if let Some((queue, full)) = batch.take() {
-                readers.push_batch(&queue, full);
+                wakeups.push_batch(&queue, full);
             }
             match tell {
-                Tell::Data(..) => {}
-                Tell::End(to) => to.ended(),
-                Tell::Error(to, text) => to.failed(text),
-                Tell::Overrun(to) => to.overrun(),
-                Tell::Cancelled(to, reason) => {
+                LaneEvent::Data(..) => {}
+                LaneEvent::End(to) => to.ended(),
+                LaneEvent::Error(to, text) => to.failed(text),
+                LaneEvent::Overrun(to) => to.overrun(),
+                LaneEvent::Cancelled(to, reason) => {
                     to.cancelled(if reason == Status::Offline.code().unsigned_abs() as u8 {
                         Status::Offline
                     } else {
                         Status::Cancelled
                     });
                 }
-                Tell::Room(to) => to.room(),
-                Tell::Gone(to, knew) => to.peer_gone(knew),
-                Tell::Unheard(to) => to.unheard(),
+                LaneEvent::Room(to) => to.room(),
+                LaneEvent::Gone(to, knew) => to.peer_gone(knew),
+                LaneEvent::Unheard(to) => to.unheard(),
             }
         }
         if let Some((queue, rest)) = batch {
-            readers.push_batch(&queue, rest);
+            wakeups.push_batch(&queue, rest);
         }
     }
 
@@ -338,17 +339,17 @@ impl Lane {
     }
 
     /// Ends it now.
-    pub(crate) fn end(&self, readers: &Readers) {
+    pub(crate) fn end(&self, wakeups: &Wakeups) {
         let mut tells = Vec::new();
         self.change(|state| state.end(&mut tells));
-        self.tell(tells, &Bytes::new(), readers);
+        self.tell(tells, &Bytes::new(), wakeups);
     }
 
     /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
     pub(crate) async fn drive(
         &self,
         mut clients: watch::Receiver<Option<Client>>,
-        readers: &Readers,
+        wakeups: &Wakeups,
         sent: &AtomicU64,
     ) {
         let mut client = clients.borrow_and_update().clone();
@@ -369,7 +370,7 @@ impl Lane {
                 (message, state.deadline(), state.is_over())
             };
             if !tells.is_empty() || is_over {
-                self.tell(tells, &Bytes::new(), readers);
+                self.tell(tells, &Bytes::new(), wakeups);
             }
             match (message, &client) {
                 (Some(message), Some(present)) => {
@@ -378,7 +379,7 @@ impl Lane {
                         biased;
                         sent = self.publish(present, message) => {
                             if sent.is_err() {
-                                self.end(readers);
+                                self.end(wakeups);
                             }
                         }
                         changed = clients.changed() => {
@@ -443,7 +444,7 @@ impl Lane {
 }
 
 /// What a refusal is to the caller, who hears of room if that is what was missing.
-fn refused(state: &mut State<Arc<dyn Party>>, credit: &Credit, refusal: Refusal) -> Status {
+fn refused(state: &mut State<Arc<dyn StreamObserver>>, credit: &Credit, refusal: Refusal) -> Status {
     match refusal {
         Refusal::Full => {
             state.want_room(credit);

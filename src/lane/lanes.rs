@@ -5,10 +5,10 @@
 //! connection's own: nats-server answers 503 as soon as its process is gone.
 
 use crate::error::{Error, Result, Status};
-use crate::events::wakeups::Readers;
-use crate::lane::driver::{Accepted, Lane, Party};
-use crate::lane::state::{Credit, Patience};
-use crate::nats::inbound::{Inbox, Receiver};
+use crate::events::wakeups::Wakeups;
+use crate::lane::driver::{Accepted, Lane, StreamObserver};
+use crate::lane::state::{Credit, PeerTimeouts};
+use crate::nats::inbound::{Inbox, MessageHandler};
 use crate::process::random;
 use crate::process::runtime;
 use crate::sync::Mutex;
@@ -34,14 +34,14 @@ const MAX_UNREACHABLE: usize = 1024;
 pub(crate) struct Lanes {
     this: Weak<Lanes>,
     runtime: &'static Handle,
-    readers: Arc<Readers>,
+    wakeups: Arc<Wakeups>,
     /// What the subjects of all ends begin with, dot included.
     prefix: String,
     offline_subject: String,
     /// The last token of the inbox that is offered.
     offer: String,
     limit: usize,
-    patience: Patience,
+    patience: PeerTimeouts,
     clients: watch::Sender<Option<Client>>,
     /// What the last server took.
     max_payload: AtomicUsize,
@@ -64,17 +64,17 @@ pub(crate) struct Lanes {
 impl Lanes {
     pub(crate) fn new(
         runtime: &'static Handle,
-        readers: Arc<Readers>,
+        wakeups: Arc<Wakeups>,
         inbox: Arc<Inbox>,
         offline_subject: &str,
         limit: usize,
-        patience: Patience,
+        patience: PeerTimeouts,
         log: impl Fn(String) + Send + Sync + 'static,
     ) -> Arc<Lanes> {
         Arc::new_cyclic(|this| Lanes {
             this: this.clone(),
             runtime,
-            readers,
+            wakeups,
             prefix: format!("{}lane.", inbox.prefix()),
             offline_subject: offline_subject.into(),
             offer: random::token(),
@@ -117,7 +117,7 @@ impl Lanes {
         let is_other = |other: &Arc<Lane>| !other.serves() && !other.is_over() && !Arc::ptr_eq(other, &lane);
         // Before its streams hear of their end: who asks again at once must not be offered what was refused.
         self.forbidden.fetch_or(!lane.serves() && !self.all().iter().any(is_other), Ordering::Relaxed);
-        lane.end(&self.readers);
+        lane.end(&self.wakeups);
         true
     }
 
@@ -155,7 +155,7 @@ impl Lanes {
 
     /// Ends all now.
     pub(crate) fn end(&self) {
-        self.all().iter().for_each(|lane| lane.end(&self.readers));
+        self.all().iter().for_each(|lane| lane.end(&self.wakeups));
     }
 
     fn all(&self) -> Vec<Arc<Lane>> {
@@ -178,15 +178,15 @@ impl Lanes {
     fn begin(&self, peer: &Subject, payload: &[u8]) -> Option<Arc<Lane>> {
         let header = Header::read(payload).ok()?;
         let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
-        (is_first && self.has_room() && level0::may_answer(peer, &self.offline_subject))
-            .then(|| self.make(format!("{}-{}", self.offer, random::number()), peer.clone(), false))
+        (is_first && self.has_room() && level0::is_valid_reply_subject(peer, &self.offline_subject))
+            .then(|| self.make(format!("{}-{}", self.offer, random::random_u64()), peer.clone(), false))
     }
 
     // The worker's side -----------------------------------------------------------------------------------------------
 
     /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it. None for one that leads
     /// nowhere.
-    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn Party>) -> Result<Option<(Arc<Lane>, Arc<Credit>)>> {
+    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn StreamObserver>) -> Result<Option<(Arc<Lane>, Arc<Credit>)>> {
         let wrong =
             || Error::invalid(format!("{} {offer:?} offers no lane of version {}", level0::LANE, frame::VERSION));
         let mut words = offer.split(' ');
@@ -194,7 +194,8 @@ impl Lanes {
         if version.and_then(|version| version.parse().ok()) != Some(frame::VERSION) {
             return Err(wrong());
         }
-        let inbox = inbox.filter(|inbox| level0::may_answer(inbox, &self.offline_subject)).ok_or_else(wrong)?;
+        let inbox =
+            inbox.filter(|inbox| level0::is_valid_reply_subject(inbox, &self.offline_subject)).ok_or_else(wrong)?;
         if self.unreachable.lock().iter().any(|offer| offer == inbox) {
             return Ok(None);
         }
@@ -228,11 +229,11 @@ impl Lanes {
             Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
         self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
         self.own.insert(token.clone(), Arc::clone(&lane));
-        let (clients, readers, sent) = (self.clients.subscribe(), Arc::clone(&self.readers), Arc::clone(&self.sent));
+        let (clients, wakeups, sent) = (self.clients.subscribe(), Arc::clone(&self.wakeups), Arc::clone(&self.sent));
         let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
         self.runtime.spawn(async move {
             let what = if serves { "a worker's lane" } else { "a gateway's lane" };
-            let driven = runtime::contain(what, task.drive(clients, &readers, &sent)).await;
+            let driven = runtime::catch_panic(what, task.drive(clients, &wakeups, &sent)).await;
             if let Some(lanes) = lanes.upgrade() {
                 lanes.own.remove(&token);
                 lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
@@ -244,7 +245,7 @@ impl Lanes {
             }
             if driven.is_err() {
                 task.end_here(Status::Internal);
-                task.end(&readers);
+                task.end(&wakeups);
             }
         });
         lane
@@ -266,9 +267,9 @@ impl Lanes {
     }
 
     /// Answers a message of a lane that is not known here: either all of it is still to come, or it is over.
-    fn disown(&self, own: Subject, peer: &Subject, payload: &[u8]) {
+    fn reject_unknown_lane(&self, own: Subject, peer: &Subject, payload: &[u8]) {
         let Ok(header) = Header::read(payload) else { return };
-        if header.has(frame::RESET) || !level0::may_answer(peer, &self.offline_subject) {
+        if header.has(frame::RESET) || !level0::is_valid_reply_subject(peer, &self.offline_subject) {
             return;
         }
         // Only at the offer its first message may begin it after all: from elsewhere it would be asked for it for ever.
@@ -306,7 +307,7 @@ fn find(lanes: &DashMap<String, Arc<Lane>>, key: &str) -> Option<Arc<Lane>> {
     lanes.get(key).map(|lane| Arc::clone(&lane))
 }
 
-impl Receiver for Lanes {
+impl MessageHandler for Lanes {
     fn subscription_accepted(&self) {
         self.forbidden.store(false, Ordering::Relaxed);
     }
@@ -315,7 +316,7 @@ impl Receiver for Lanes {
         let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             return match find(&self.own, token) {
-                Some(lane) => lane.nobody_there(&self.readers),
+                Some(lane) => lane.nobody_there(&self.wakeups),
                 None => self.ignore(),
             };
         }
@@ -329,7 +330,7 @@ impl Receiver for Lanes {
         let Some(lane) = known else {
             self.ignore();
             if !self.is_forbidden() {
-                self.disown(message.subject.clone(), peer, &message.payload);
+                self.reject_unknown_lane(message.subject.clone(), peer, &message.payload);
             } else if token == self.offer {
                 // The worker cannot be told, so no other answer comes to the requests that it accepts.
                 let accepted = frame::accepts(&message.payload).filter_map(|(key, _)| self.inbox.expected(key));
@@ -342,11 +343,11 @@ impl Receiver for Lanes {
             peer.strip_prefix(lane.peer().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
         if is_from_peer && !lane.is_same_end(peer) {
             // The end that we know is over: what it had is lost.
-            lane.end(&self.readers);
+            lane.end(&self.wakeups);
             return self.ignore();
         }
         let accept = |key, stream| self.accept(&lane, key, stream);
-        if !is_from_peer || lane.receive(&message.payload, &self.readers, accept).is_err() {
+        if !is_from_peer || lane.receive(&message.payload, &self.wakeups, accept).is_err() {
             self.ignore();
         }
     }

@@ -54,7 +54,7 @@ const IDLE_FACTOR: u32 = 12;
 
 /// How long to be patient.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience {
+pub(crate) struct PeerTimeouts {
     /// A silent peer is probed this often, and gone after three.
     pub(crate) heartbeat: Duration,
     /// How long a peer on our nats-server may be away when the server says that it is not there.
@@ -67,7 +67,7 @@ pub(crate) struct Patience {
 
 /// What an end has to tell; `S` stands for a stream or sender.
 #[derive(Debug)]
-pub(crate) enum Tell<S> {
+pub(crate) enum LaneEvent<S> {
     /// Messages came, all in the one that was received.
     Data(S, Run),
     /// The worker ended it.
@@ -178,7 +178,7 @@ struct Question {
 
 /// One end of a lane.
 pub(crate) struct State<S> {
-    patience: Patience,
+    patience: PeerTimeouts,
     /// How many bytes may wait for their acknowledgement.
     limit: usize,
     /// How large a NATS message may be.
@@ -269,7 +269,7 @@ enum Life {
 
 impl<S: Clone> State<S> {
     /// `serves`: the worker's end. `limit`: how many bytes may wait for their acknowledgement.
-    pub(crate) fn new(serves: bool, limit: usize, patience: Patience, now: Instant) -> State<S> {
+    pub(crate) fn new(serves: bool, limit: usize, patience: PeerTimeouts, now: Instant) -> State<S> {
         State {
             patience,
             limit,
@@ -492,7 +492,7 @@ impl<S: Clone> State<S> {
     }
 
     /// nats-server says that nobody is there.
-    pub(crate) fn nobody_there(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
+    pub(crate) fn nobody_there(&mut self, now: Instant, tells: &mut Vec<LaneEvent<S>>) {
         if self.is_linked && self.suspect_since.is_none() && !self.is_over() {
             self.suspect_since = Some(now);
             if !self.is_held {
@@ -503,15 +503,15 @@ impl<S: Clone> State<S> {
     }
 
     /// Ends the lane: all that runs on it is told so, and then the other end.
-    pub(crate) fn end(&mut self, tells: &mut Vec<Tell<S>>) {
+    pub(crate) fn end(&mut self, tells: &mut Vec<LaneEvent<S>>) {
         if self.is_over() {
             return;
         }
         self.life = Life::Over;
         let acked = self.acked;
-        tells.extend(self.outs.drain().map(|(_, out)| Tell::Gone(out.to, out.accepted_in <= acked)));
-        tells.extend(self.ins.drain().map(|(_, own)| Tell::Gone(own.to, true)));
-        tells.extend(self.unheard.drain(..).map(|(_, to)| Tell::Unheard(to)));
+        tells.extend(self.outs.drain().map(|(_, out)| LaneEvent::Gone(out.to, out.accepted_in <= acked)));
+        tells.extend(self.ins.drain().map(|(_, own)| LaneEvent::Gone(own.to, true)));
+        tells.extend(self.unheard.drain(..).map(|(_, to)| LaneEvent::Unheard(to)));
         self.wanting.clear();
         self.chunks.clear();
         self.unacked.clear();
@@ -541,7 +541,7 @@ impl<S: Clone> State<S> {
         &mut self,
         message: &Bytes,
         now: Instant,
-        tells: &mut Vec<Tell<S>>,
+        tells: &mut Vec<LaneEvent<S>>,
         mut accept: impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let header = Header::read(message)?;
@@ -550,7 +550,7 @@ impl<S: Clone> State<S> {
             if !self.serves {
                 // No other answer comes to the requests that it accepts.
                 let lost = frame::accepts(message).filter_map(|(key, stream)| accept(key, stream));
-                tells.extend(lost.map(|(to, _)| Tell::Gone(to, true)));
+                tells.extend(lost.map(|(to, _)| LaneEvent::Gone(to, true)));
             }
             return Ok(());
         }
@@ -609,7 +609,7 @@ impl<S: Clone> State<S> {
     }
 
     /// What to send next. None: nothing before `deadline`, unless something happens.
-    pub(crate) fn poll(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) -> Option<Bytes> {
+    pub(crate) fn poll(&mut self, now: Instant, tells: &mut Vec<LaneEvent<S>>) -> Option<Bytes> {
         self.asleep = None;
         if self.is_linked {
             self.tick(now, tells);
@@ -761,7 +761,7 @@ impl<S: Clone> State<S> {
         2 * self.limit.max(MAX_PAYLOAD) + 64 * (self.outs.len() + self.ins.len()) + MAX_CONTROL
     }
 
-    fn tick(&mut self, now: Instant, tells: &mut Vec<Tell<S>>) {
+    fn tick(&mut self, now: Instant, tells: &mut Vec<LaneEvent<S>>) {
         if self.is_over() {
             return;
         }
@@ -926,7 +926,7 @@ impl<S: Clone> State<S> {
         }
     }
 
-    fn acknowledged(&mut self, ack: u64, now: Instant, tells: &mut Vec<Tell<S>>) {
+    fn acknowledged(&mut self, ack: u64, now: Instant, tells: &mut Vec<LaneEvent<S>>) {
         if ack <= self.acked {
             return;
         }
@@ -960,7 +960,7 @@ impl<S: Clone> State<S> {
             self.wanting.retain(|stream| match outs.get(stream) {
                 Some(out) if !out.credit.has_room(OVERHEAD) => true,
                 Some(out) => {
-                    tells.push(Tell::Room(out.to.clone()));
+                    tells.push(LaneEvent::Room(out.to.clone()));
                     false
                 }
                 None => false,
@@ -972,7 +972,7 @@ impl<S: Clone> State<S> {
         &mut self,
         message: &Bytes,
         now: Instant,
-        tells: &mut Vec<Tell<S>>,
+        tells: &mut Vec<LaneEvent<S>>,
         accept: &mut impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let mut frames = Frames::new(&message[frame::HEADER..]);
@@ -1009,9 +1009,9 @@ impl<S: Clone> State<S> {
                         let to = own.to.clone();
                         if is_overrun {
                             self.cancel(frame.stream, 0);
-                            tells.push(Tell::Overrun(to));
+                            tells.push(LaneEvent::Overrun(to));
                         } else {
-                            tells.push(Tell::Data(to, run));
+                            tells.push(LaneEvent::Data(to, run));
                         }
                     }
                 }
@@ -1032,18 +1032,18 @@ impl<S: Clone> State<S> {
                 }
                 (frame::END, false) => {
                     if let Some(own) = self.ins.remove(&frame.stream) {
-                        tells.push(Tell::End(own.to));
+                        tells.push(LaneEvent::End(own.to));
                     }
                 }
                 (frame::ERROR, false) => {
                     if let Some(own) = self.ins.remove(&frame.stream) {
-                        tells.push(Tell::Error(own.to, message.slice_ref(frame.body)));
+                        tells.push(LaneEvent::Error(own.to, message.slice_ref(frame.body)));
                     }
                 }
                 (frame::CANCEL, true) => {
                     self.wanting.remove(&frame.stream);
                     if let Some(out) = self.outs.remove(&frame.stream) {
-                        tells.push(Tell::Cancelled(out.to, frame.body.first().copied().unwrap_or_default()));
+                        tells.push(LaneEvent::Cancelled(out.to, frame.body.first().copied().unwrap_or_default()));
                     }
                 }
                 (frame::CREDIT, true) => {
@@ -1052,7 +1052,7 @@ impl<S: Clone> State<S> {
                         let left = out.credit.outstanding().saturating_sub(weight);
                         out.credit.outstanding.store(left, Ordering::Relaxed);
                         if self.backlog <= self.limit / 2 && self.wanting.remove(&frame.stream) {
-                            tells.push(Tell::Room(out.to.clone()));
+                            tells.push(LaneEvent::Room(out.to.clone()));
                         }
                     }
                 }

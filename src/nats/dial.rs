@@ -135,7 +135,7 @@ impl Dialer {
     /// Shuffles, and puts those to avoid behind the others, the one that failed last at the end.
     fn arrange<T>(&self, list: &mut [T], key: impl Fn(&T) -> String) {
         let avoided = self.avoided.lock();
-        list.sort_by_cached_key(|one| (avoided.get(&key(one)).copied(), random::number()));
+        list.sort_by_cached_key(|one| (avoided.get(&key(one)).copied(), random::random_u64()));
     }
 
     /// Tries the addresses of a server's name, or its only one.
@@ -215,7 +215,7 @@ impl Dialer {
             options = options.tls_client_config(tls);
         }
         // The client limits each of its steps, but not the lookup of the name.
-        let attempt = runtime::contain("the NATS client", options.connect(server));
+        let attempt = runtime::catch_panic("the NATS client", options.connect(server));
         match timeout(self.options.connect_timeout * 2, attempt).await {
             Ok(Ok(Ok(client))) => Ok(client),
             // It does not survive everything that a server may say.

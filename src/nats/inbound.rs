@@ -22,7 +22,7 @@ use crate::lane::driver::{Accepted, Lane};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
-pub(crate) trait Receiver: Send + Sync {
+pub(crate) trait MessageHandler: Send + Sync {
     /// A message came. Called in the order of arrival; it must not block.
     fn message(&self, message: Message);
     /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
@@ -49,7 +49,7 @@ pub(crate) struct Subscription {
     pub(crate) subject: Subject,
     /// Empty: none.
     pub(crate) group: String,
-    pub(crate) receiver: Arc<dyn Receiver>,
+    pub(crate) receiver: Arc<dyn MessageHandler>,
 }
 
 /// The subscriptions of the present NATS client.
@@ -82,7 +82,7 @@ struct Active {
     is_refused: bool,
     subscriber: Subscriber,
     waker: Waker,
-    receiver: Arc<dyn Receiver>,
+    receiver: Arc<dyn MessageHandler>,
     /// The number by which client and server call it.
     sid: u64,
 }
@@ -277,7 +277,7 @@ const MANY: usize = 1024;
 pub(crate) struct Inbox {
     /// What its subjects begin with, dot included.
     prefix: String,
-    expected: DashMap<u64, Arc<dyn Receiver>>,
+    expected: DashMap<u64, Arc<dyn MessageHandler>>,
     /// How many these are, and the most that there were since there were none.
     count: AtomicUsize,
     peak: AtomicUsize,
@@ -313,7 +313,7 @@ impl Inbox {
 
     /// Gives what comes to the subject that this returns to `receiver`. The number is random: whoever has seen another such
     /// subject is not to guess this one.
-    pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn Receiver>) -> Subject {
+    pub(crate) fn expect(&self, number: u64, receiver: Arc<dyn MessageHandler>) -> Subject {
         if self.expected.insert(number, receiver).is_none() {
             let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
             self.peak.fetch_max(count, Ordering::Relaxed);
@@ -322,11 +322,11 @@ impl Inbox {
     }
 
     /// Who expects answers to this number. (Its entry is not held meanwhile: it may forget itself.)
-    pub(crate) fn expected(&self, number: u64) -> Option<Arc<dyn Receiver>> {
+    pub(crate) fn expected(&self, number: u64) -> Option<Arc<dyn MessageHandler>> {
         self.expected.get(&number).map(|entry| Arc::clone(entry.value()))
     }
 
-    fn all(&self) -> Vec<Arc<dyn Receiver>> {
+    fn all(&self) -> Vec<Arc<dyn MessageHandler>> {
         self.expected.iter().map(|entry| Arc::clone(entry.value())).collect()
     }
 
@@ -349,7 +349,7 @@ impl Inbox {
     }
 }
 
-impl Receiver for Inbox {
+impl MessageHandler for Inbox {
     fn message(&self, message: Message) {
         let token = message.subject.strip_prefix(&*self.prefix);
         let number = token.and_then(|token| u64::from_str_radix(token, 16).ok());

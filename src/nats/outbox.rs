@@ -22,7 +22,7 @@ pub(crate) enum Item {
     /// A message of a stream: so many bytes.
     Message(Subject, usize),
     /// A stream's last word or a client's; it survives the loss of a connection.
-    Note(Note),
+    DurableMessage(DurableMessage),
     /// A request, with its reply subject, headers and payload.
     Request(Box<Request>),
     /// Subscribe, end at the server, or unsubscribe, the subscription with this number.
@@ -35,7 +35,7 @@ pub(crate) enum Item {
 
 /// What must reach the server even if the connection is lost on the way: it is kept until an echo confirms it.
 #[derive(Clone)]
-pub(crate) enum Note {
+pub(crate) enum DurableMessage {
     /// The stream with this reply subject ended.
     End(Subject),
     /// It ended with an error: the payload.
@@ -44,24 +44,24 @@ pub(crate) enum Note {
     Offline(Subject, Bytes, u64),
 }
 
-impl From<Note> for Item {
-    fn from(note: Note) -> Item {
-        Item::Note(note)
+impl From<DurableMessage> for Item {
+    fn from(note: DurableMessage) -> Item {
+        Item::DurableMessage(note)
     }
 }
 
-impl Note {
+impl DurableMessage {
     fn weight(&self) -> usize {
         OVERHEAD
             + match self {
-                Note::End(_) => 0,
-                Note::Error(_, payload) | Note::Offline(_, payload, _) => payload.len(),
+                DurableMessage::End(_) => 0,
+                DurableMessage::Error(_, payload) | DurableMessage::Offline(_, payload, _) => payload.len(),
             }
     }
 
-    fn after_loss(self) -> Note {
+    fn after_loss(self) -> DurableMessage {
         match self {
-            Note::End(to) => Note::Error(to, level0::error(LOST.as_bytes(), usize::MAX)),
+            DurableMessage::End(to) => DurableMessage::Error(to, level0::error(LOST.as_bytes(), usize::MAX)),
             note => note,
         }
     }
@@ -69,18 +69,18 @@ impl Note {
 
 /// Notes that are kept, the last ones of them.
 #[derive(Default)]
-pub(crate) struct Notes {
-    notes: VecDeque<Note>,
+pub(crate) struct DurableMessages {
+    notes: VecDeque<DurableMessage>,
     weight: usize,
 }
 
-impl Notes {
+impl DurableMessages {
     pub(crate) fn len(&self) -> usize {
         self.notes.len()
     }
 
     /// Adds one, and returns how many of the oldest had to go for it.
-    pub(crate) fn push(&mut self, note: Note) -> usize {
+    pub(crate) fn push(&mut self, note: DurableMessage) -> usize {
         self.weight += note.weight();
         self.notes.push_back(note);
         let mut dropped = 0;
@@ -97,9 +97,9 @@ impl Notes {
     }
 }
 
-impl IntoIterator for Notes {
-    type Item = Note;
-    type IntoIter = vec_deque::IntoIter<Note>;
+impl IntoIterator for DurableMessages {
+    type Item = DurableMessage;
+    type IntoIter = vec_deque::IntoIter<DurableMessage>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.notes.into_iter()
@@ -173,22 +173,22 @@ pub(crate) struct Request {
 }
 
 impl Item {
-    pub(crate) fn into_note(self) -> Option<Note> {
+    pub(crate) fn into_note(self) -> Option<DurableMessage> {
         match self {
-            Item::Note(note) => Some(note),
+            Item::DurableMessage(note) => Some(note),
             _ => None,
         }
     }
 
     /// What it weighs if it is an announcement.
     fn announcement(&self) -> usize {
-        if matches!(self, Item::Note(Note::Offline(..))) { self.weight() } else { 0 }
+        if matches!(self, Item::DurableMessage(DurableMessage::Offline(..))) { self.weight() } else { 0 }
     }
 
     pub(crate) fn weight(&self) -> usize {
         match self {
             Item::Message(_, length) => OVERHEAD + length,
-            Item::Note(note) => note.weight(),
+            Item::DurableMessage(note) => note.weight(),
             Item::Request(request) => OVERHEAD + request.size,
             Item::Subscribe(_) | Item::EndAtServer(_) | Item::Unsubscribe(_) | Item::Echo(_) => OVERHEAD,
         }
@@ -196,7 +196,7 @@ impl Item {
 }
 
 /// Whoever was refused for want of room.
-pub(crate) trait Writer: Send + Sync {
+pub(crate) trait BlockedSender: Send + Sync {
     /// There is room again.
     fn room(&self);
 }
@@ -214,15 +214,15 @@ pub(crate) struct Outbox {
 
 #[derive(Default)]
 struct Waiting {
-    batch: Batch,
+    batch: OutgoingBatch,
     /// Whether the connection's task knows that there is something.
     announced: bool,
-    refused: Vec<Arc<dyn Writer>>,
+    refused: Vec<Arc<dyn BlockedSender>>,
 }
 
 /// What was taken at once.
 #[derive(Default)]
-pub(crate) struct Batch {
+pub(crate) struct OutgoingBatch {
     pub(crate) items: VecDeque<Item>,
     pub(crate) bytes: BytesMut,
     /// What those of the items weigh that are announcements.
@@ -256,7 +256,7 @@ impl Outbox {
         word: &AtomicU32,
         to: &Subject,
         data: &[u8],
-        writer: impl FnOnce() -> Option<Arc<dyn Writer>>,
+        writer: impl FnOnce() -> Option<Arc<dyn BlockedSender>>,
     ) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
         let sent = self.append(&mut waiting, word, to, data);
@@ -324,12 +324,17 @@ impl Outbox {
     }
 
     /// Sets `word` to `why` if it is 0, and then appends a note: so nothing of the stream follows it.
-    pub(crate) fn finish(&self, word: &AtomicU32, why: Status, note: impl FnOnce() -> Note) -> Result<(), Status> {
+    pub(crate) fn finish(
+        &self,
+        word: &AtomicU32,
+        why: Status,
+        note: impl FnOnce() -> DurableMessage,
+    ) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
         let code = why.code().cast_unsigned();
         match word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire) {
             Ok(_) => {
-                self.put(&mut waiting, Item::Note(note()));
+                self.put(&mut waiting, Item::DurableMessage(note()));
                 self.call_waiters();
                 Ok(())
             }
@@ -380,7 +385,7 @@ impl Outbox {
     }
 
     /// Waits until there is something, and takes it all.
-    pub(crate) async fn take(&self) -> Batch {
+    pub(crate) async fn take(&self) -> OutgoingBatch {
         loop {
             {
                 let mut waiting = self.waiting.lock();
@@ -395,16 +400,16 @@ impl Outbox {
 
     /// Drops what belongs to a lost connection, and keeps the notes: those `handed_over` and not confirmed, then those
     /// that wait. An end becomes an error, for what came before it may be lost.
-    pub(crate) fn lost(&self, handed_over: impl IntoIterator<Item = Note>) {
+    pub(crate) fn lost(&self, handed_over: impl IntoIterator<Item = DurableMessage>) {
         let mut waiting = self.waiting.lock();
         let batch = mem::take(&mut waiting.batch);
         let waited = batch.items.into_iter().filter_map(Item::into_note);
-        let mut notes = Notes::default();
+        let mut notes = DurableMessages::default();
         for note in handed_over.into_iter().chain(waited) {
             notes.push(note.after_loss());
         }
         self.weight.store(notes.weight, Ordering::SeqCst);
-        waiting.batch.items = notes.into_iter().map(Item::Note).collect();
+        waiting.batch.items = notes.into_iter().map(Item::DurableMessage).collect();
         waiting.batch.announcements = waiting.batch.items.iter().map(Item::announcement).sum();
         let refused = mem::take(&mut waiting.refused);
         self.wanted.fetch_sub(refused.len(), Ordering::SeqCst);
@@ -444,17 +449,17 @@ mod tests {
 
     struct Probe(AtomicBool);
 
-    impl Writer for Probe {
+    impl BlockedSender for Probe {
         fn room(&self) {
             assert!(!self.0.swap(true, Ordering::Relaxed), "told twice");
         }
     }
 
-    fn nobody() -> Option<Arc<dyn Writer>> {
+    fn nobody() -> Option<Arc<dyn BlockedSender>> {
         None
     }
 
-    fn take(outbox: &Outbox) -> Option<Batch> {
+    fn take(outbox: &Outbox) -> Option<OutgoingBatch> {
         outbox.take().now_or_never()
     }
 
@@ -487,14 +492,17 @@ mod tests {
         assert!(take(&outbox).is_none());
         outbox.send(&word, &to, b"one", nobody).unwrap();
         outbox.send(&word, &to, b"", nobody).unwrap();
-        outbox.finish(&word, Status::Closed, || Note::End(to.clone())).unwrap();
+        outbox.finish(&word, Status::Closed, || DurableMessage::End(to.clone())).unwrap();
         assert_eq!(outbox.send(&word, &to, b"x", nobody), Err(Status::Closed));
         assert_eq!(outbox.send_wait(&word, &to, b"x", None), Err(Status::Closed));
-        assert_eq!(outbox.finish(&word, Status::Closed, || Note::End(to.clone())), Err(Status::Closed));
+        assert_eq!(outbox.finish(&word, Status::Closed, || DurableMessage::End(to.clone())), Err(Status::Closed));
         let batch = take(&outbox).unwrap();
         assert_eq!(&batch.bytes[..], b"one");
         let items: Vec<_> = batch.items.iter().collect();
-        assert!(matches!(items[..], [Item::Message(_, 3), Item::Message(_, 0), Item::Note(Note::End(_))]));
+        assert!(matches!(
+            items[..],
+            [Item::Message(_, 3), Item::Message(_, 0), Item::DurableMessage(DurableMessage::End(_))]
+        ));
         let weight = batch.items.iter().map(Item::weight).sum();
         assert_eq!(outbox.weight(), weight);
         outbox.handed_over(weight);
@@ -506,9 +514,9 @@ mod tests {
         let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
         outbox.send(&word, &to, &[0; 500], nobody).unwrap();
         let probe = Arc::new(Probe(AtomicBool::new(false)));
-        let writer = || Some(Arc::clone(&probe) as Arc<dyn Writer>);
+        let writer = || Some(Arc::clone(&probe) as Arc<dyn BlockedSender>);
         assert_eq!(outbox.send(&word, &to, b"x", writer), Err(Status::Full));
-        outbox.push(Item::Note(Note::End(to.clone())));
+        outbox.push(Item::DurableMessage(DurableMessage::End(to.clone())));
         let soon = Some(Duration::from_millis(1));
         assert_eq!(outbox.send_wait(&word, &to, b"x", soon), Err(Status::Timeout));
         let weight = outbox.weight();
@@ -539,7 +547,7 @@ mod tests {
                 thread::yield_now();
             }
             word.store(Status::Offline.code().cast_unsigned(), Ordering::Release);
-            outbox.push(Item::Note(Note::End(to.clone())));
+            outbox.push(Item::DurableMessage(DurableMessage::End(to.clone())));
             assert_eq!(waiter.join().unwrap(), Err(Status::Offline));
         });
     }
@@ -547,19 +555,19 @@ mod tests {
     #[test]
     fn a_loss_keeps_notes_in_order_and_never_an_end() {
         let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
-        let offline = |id: &'static str| Note::Offline("client.offline".into(), id.into(), 0);
+        let offline = |id: &'static str| DurableMessage::Offline("client.offline".into(), id.into(), 0);
         outbox.send(&word, &to, b"lost", nobody).unwrap();
-        outbox.push(Item::Note(offline("second")));
-        outbox.push(Item::Note(Note::End("waited".into())));
+        outbox.push(Item::DurableMessage(offline("second")));
+        outbox.push(Item::DurableMessage(DurableMessage::End("waited".into())));
         outbox.push(Item::Echo(to.clone()));
-        outbox.lost([offline("first"), Note::End("handed over".into())]);
+        outbox.lost([offline("first"), DurableMessage::End("handed over".into())]);
         let batch = take(&outbox).unwrap();
         let shown: Vec<_> = batch
             .items
             .into_iter()
             .map(|item| match item {
-                Item::Note(Note::Offline(_, id, _)) => id,
-                Item::Note(Note::Error(to, payload)) => {
+                Item::DurableMessage(DurableMessage::Offline(_, id, _)) => id,
+                Item::DurableMessage(DurableMessage::Error(to, payload)) => {
                     assert!(payload.starts_with(level0::ERROR));
                     to.into_string().into()
                 }
@@ -575,7 +583,7 @@ mod tests {
     #[test]
     fn announcements_have_a_limit_and_the_last_are_kept() {
         let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
-        let offline = |id: String| Item::Note(Note::Offline("client.offline".into(), id.into(), 0));
+        let offline = |id: String| Item::DurableMessage(DurableMessage::Offline("client.offline".into(), id.into(), 0));
         outbox.send(&word, &to, b"before", nobody).unwrap();
         for round in 0..2 {
             for i in 0..300_000 {
@@ -590,15 +598,15 @@ mod tests {
         let batch = take(&outbox).unwrap();
         assert_eq!(outbox.weight(), batch.items.iter().map(Item::weight).sum::<usize>());
         let last = batch.items.into_iter().next_back().and_then(Item::into_note);
-        assert!(matches!(last, Some(Note::Offline(_, id, _)) if id == "0000299999"));
+        assert!(matches!(last, Some(DurableMessage::Offline(_, id, _)) if id == "0000299999"));
         outbox.push(offline("after".into()));
         assert_eq!(take(&outbox).unwrap().items.len(), 1);
     }
 
     #[test]
     fn notes_that_nobody_confirms_have_a_limit() {
-        let mut notes = Notes::default();
-        let dropped: usize = (0..300_000).map(|_| notes.push(Note::End("to".into()))).sum();
+        let mut notes = DurableMessages::default();
+        let dropped: usize = (0..300_000).map(|_| notes.push(DurableMessage::End("to".into()))).sum();
         assert_eq!(notes.len() + dropped, 300_000);
         assert_eq!(notes.len() * OVERHEAD, MAX_NOTES);
         assert_eq!((notes.drop_oldest(10), notes.drop_oldest(usize::MAX)), (10, MAX_NOTES / OVERHEAD - 10));

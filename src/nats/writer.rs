@@ -2,8 +2,8 @@
 
 use crate::connection::{Connection, count, origin_header};
 use crate::error::Status;
-use crate::nats::inbound::Receiver;
-use crate::nats::outbox::{Announcement, Batch, Item, Note, Notes, Request};
+use crate::nats::inbound::MessageHandler;
+use crate::nats::outbox::{Announcement, DurableMessage, DurableMessages, Item, OutgoingBatch, Request};
 use crate::presence::registry;
 use crate::process::random;
 use crate::wire::level0;
@@ -24,7 +24,7 @@ pub(crate) struct Drive<'a> {
     connection: &'a Connection,
     client: &'a Client,
     /// Handed over, but not yet confirmed by the server.
-    notes: Notes,
+    notes: DurableMessages,
     /// How many of them the echo confirms that is on its way, if one is.
     asked: Option<usize>,
     /// Handed over since the client was last seen to have written all it had.
@@ -36,11 +36,11 @@ pub(crate) struct Drive<'a> {
 impl<'a> Drive<'a> {
     pub(crate) fn new(connection: &'a Connection, client: &'a Client) -> Drive<'a> {
         let most_unwritten = (connection.send_buffer() / 4).min(256 << 10);
-        Drive { connection, client, notes: Notes::default(), asked: None, unwritten: 0, most_unwritten }
+        Drive { connection, client, notes: DurableMessages::default(), asked: None, unwritten: 0, most_unwritten }
     }
 
     /// The notes that the server may not have.
-    pub(crate) fn into_notes(self) -> Notes {
+    pub(crate) fn into_notes(self) -> DurableMessages {
         self.notes
     }
 
@@ -48,7 +48,7 @@ impl<'a> Drive<'a> {
     pub(crate) async fn run(&mut self) {
         let connection = self.connection;
         let confirmed = Arc::new(Notify::new());
-        let number = random::number();
+        let number = random::random_u64();
         let echo = connection.inbox().expect(number, Arc::new(Confirmation(Arc::clone(&confirmed))));
         let mut next_echo = Instant::now();
         while !connection.inbound().is_dead() {
@@ -91,7 +91,7 @@ impl<'a> Drive<'a> {
     }
 
     /// Gives the client a batch; false when it is dead.
-    async fn hand_over(&mut self, mut batch: Batch) -> bool {
+    async fn hand_over(&mut self, mut batch: OutgoingBatch) -> bool {
         let mut weight = 0;
         self.connection.counters.messages_out.fetch_add(batch.items.len() as u64, Ordering::Relaxed);
         while let Some(item) = batch.items.pop_front() {
@@ -121,12 +121,12 @@ impl<'a> Drive<'a> {
     }
 
     /// Keeps a note until it is confirmed: where nothing ever is, the oldest are not kept for ever.
-    fn keep(&mut self, note: Note) {
+    fn keep(&mut self, note: DurableMessage) {
         let dropped = self.notes.push(note);
         self.asked = self.asked.map(|asked| asked.saturating_sub(dropped));
     }
 
-    async fn give(&mut self, item: Item, batch: &mut Batch) -> Result<(), PublishError> {
+    async fn give(&mut self, item: Item, batch: &mut OutgoingBatch) -> Result<(), PublishError> {
         let (client, connection) = (self.client, self.connection);
         match item {
             Item::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
@@ -137,8 +137,8 @@ impl<'a> Drive<'a> {
                     Some(headers) => client.publish_with_reply_and_headers(subject, reply, headers, payload).await,
                 }
             }
-            Item::Note(mut note) => {
-                if let Note::Offline(_, id, number) = &mut note {
+            Item::DurableMessage(mut note) => {
+                if let DurableMessage::Offline(_, id, number) = &mut note {
                     if *number == 0 {
                         *number = connection.next_announcement();
                     }
@@ -146,9 +146,9 @@ impl<'a> Drive<'a> {
                 }
                 self.keep(note.clone());
                 match note {
-                    Note::End(to) => client.publish(to, Bytes::from_static(level0::END)).await,
-                    Note::Error(to, payload) => client.publish(to, payload).await,
-                    Note::Offline(to, id, number) => {
+                    DurableMessage::End(to) => client.publish(to, Bytes::from_static(level0::END)).await,
+                    DurableMessage::Error(to, payload) => client.publish(to, payload).await,
+                    DurableMessage::Offline(to, id, number) => {
                         count(&connection.counters.offline_out);
                         client.publish_with_headers(to, origin_header(connection.number(), number, false), id).await
                     }
@@ -176,7 +176,7 @@ impl<'a> Drive<'a> {
 /// The server has the notes that were sent before this came back.
 pub(crate) struct Confirmation(pub(crate) Arc<Notify>);
 
-impl Receiver for Confirmation {
+impl MessageHandler for Confirmation {
     fn message(&self, _message: Message) {
         self.0.notify_one();
     }

@@ -20,9 +20,9 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// A sender or a stream of a client.
-pub(crate) trait Running: Send + Sync {
+pub(crate) trait Stoppable: Send + Sync {
     /// Makes it refuse from now on; false if it had ended already. Called with the client's entry locked: only atomics.
-    fn forbid(&self, why: Status) -> bool;
+    fn try_stop(&self, why: Status) -> bool;
     /// Notifies the other end and the queue, after `forbid`. `is_announced`: the client is announced offline as well.
     fn stopped(&self, why: Status, is_announced: bool);
     /// The number of the connection that it was requested on, if this process requested it.
@@ -91,12 +91,12 @@ struct Life {
 /// What runs for a client: one stream for nearly all of them, which takes no memory of its own.
 #[derive(Default)]
 struct Streams {
-    first: Option<(u64, Arc<dyn Running>)>,
-    others: BTreeMap<u64, Arc<dyn Running>>,
+    first: Option<(u64, Arc<dyn Stoppable>)>,
+    others: BTreeMap<u64, Arc<dyn Stoppable>>,
 }
 
 impl Streams {
-    fn insert(&mut self, number: u64, running: Arc<dyn Running>) {
+    fn insert(&mut self, number: u64, running: Arc<dyn Stoppable>) {
         if self.first.is_none() {
             self.first = Some((number, running));
         } else {
@@ -112,12 +112,12 @@ impl Streams {
         self.first.is_none() && self.others.is_empty()
     }
 
-    fn iter(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
+    fn iter(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
         self.first.iter().map(|(_, running)| running).chain(self.others.values())
     }
 
     /// Takes out what `is_meant` says.
-    fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Running>) -> bool) -> Vec<Arc<dyn Running>> {
+    fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Stoppable>) -> bool) -> Vec<Arc<dyn Stoppable>> {
         let first = self.first.take_if(|(_, running)| is_meant(running)).map(|(_, running)| running);
         let mut extracted: Vec<_> = first.into_iter().collect();
         self.others.retain(|_, running| {
@@ -143,11 +143,12 @@ impl Presence {
     }
 
     fn new(marked: bool) -> Presence {
-        let life = Life { number: fork::number(), marked, sessions: 0, grace: None, running: Streams::default() };
+        let life =
+            Life { number: fork::next_handle_id(), marked, sessions: 0, grace: None, running: Streams::default() };
         Presence::Life(Box::new(life))
     }
 
-    fn running(&self) -> impl Iterator<Item = &Arc<dyn Running>> {
+    fn running(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
         let running = match self {
             Presence::Marked => None,
             Presence::Life(life) => Some(life.running.iter()),
@@ -230,7 +231,7 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
         Presence::Marked => false,
         Presence::Life(life) => {
             late = life.running.extract(|running| running.answers_to() == Some(connection));
-            late.retain(|running| running.forbid(Status::Offline));
+            late.retain(|running| running.try_stop(Status::Offline));
             life.running.is_empty() && life.is_left()
         }
     };
@@ -272,14 +273,14 @@ pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Qu
 }
 
 /// Makes a client online as long as `running` runs here.
-pub(crate) fn attach(id: &str, number: u64, running: Arc<dyn Running>) {
+pub(crate) fn attach(id: &str, number: u64, running: Arc<dyn Stoppable>) {
     if !id.is_empty() {
         registry().enter(id, |life| life.running.insert(number, running));
     }
 }
 
 /// As `attach`, but only for a client that is online already: false, and nothing has changed, if it is not.
-pub(crate) fn attach_if_online(id: &str, number: u64, running: Arc<dyn Running>) -> bool {
+pub(crate) fn attach_if_online(id: &str, number: u64, running: Arc<dyn Stoppable>) -> bool {
     if id.is_empty() {
         return true;
     }
@@ -388,7 +389,7 @@ impl Registry {
             if !applies(presence) {
                 return false;
             }
-            stopped.extend(presence.running().filter(|running| running.forbid(Status::Offline)).cloned());
+            stopped.extend(presence.running().filter(|running| running.try_stop(Status::Offline)).cloned());
             announce(presence);
             self.tell(Kind::Offline, id);
             true
@@ -417,9 +418,9 @@ impl Registry {
                 life.running.iter().any(|it| it.requested_on() == here && it.notice() == Notice::Announcement)
             });
             let is_own =
-                |running: &Arc<dyn Running>| running.requested_on().is_some() || running.answers_to().is_some();
+                |running: &Arc<dyn Stoppable>| running.requested_on().is_some() || running.answers_to().is_some();
             stopped = life.running.extract(|running| is_announced || is_own(running));
-            stopped.retain(|running| running.forbid(Status::Offline));
+            stopped.retain(|running| running.try_stop(Status::Offline));
             let is_left = life.running.is_empty();
             if is_left {
                 self.tell(Kind::Offline, id);
@@ -488,7 +489,7 @@ impl Session {
             life.number
         };
         let life = if id.is_empty() { 0 } else { registry().enter(id, open) };
-        Ok(Session { number: fork::number(), id: id.into(), life, closed: AtomicBool::new(false) })
+        Ok(Session { number: fork::next_handle_id(), id: id.into(), life, closed: AtomicBool::new(false) })
     }
 
     pub(crate) fn number(&self) -> u64 {
@@ -561,7 +562,7 @@ mod tests {
     impl Probe {
         pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, notice: Notice) -> Arc<Probe> {
             let (forbidden, stopped) = (AtomicBool::new(false), AtomicBool::new(false));
-            let number = fork::number();
+            let number = fork::next_handle_id();
             Arc::new(Probe { number, requested_on, answers_to, notice, forbidden, stopped })
         }
 
@@ -578,8 +579,8 @@ mod tests {
         }
     }
 
-    impl Running for Probe {
-        fn forbid(&self, _why: Status) -> bool {
+    impl Stoppable for Probe {
+        fn try_stop(&self, _why: Status) -> bool {
             !self.forbidden.swap(true, Ordering::Relaxed)
         }
 
@@ -609,7 +610,7 @@ mod tests {
 
     impl Ear {
         pub(super) fn new() -> Arc<Ear> {
-            let ear = Arc::new(Ear { number: fork::number(), heard: Mutex::default() });
+            let ear = Arc::new(Ear { number: fork::next_handle_id(), heard: Mutex::default() });
             add_announcer(Arc::clone(&ear) as _, &format!("inbox.{}.", ear.number));
             ear
         }

@@ -16,7 +16,7 @@ static FIRST: AtomicU64 = AtomicU64::new(1);
 static RUNTIME: AtomicU32 = AtomicU32::new(0);
 
 /// A number for a handle: never given twice.
-pub(crate) fn number() -> u64 {
+pub(crate) fn next_handle_id() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 /// 128 bits, in hex.
 pub(crate) fn token() -> String {
-    format!("{:016x}{:016x}", number(), number())
+    format!("{:016x}{:016x}", random_u64(), random_u64())
 }
 
-pub(crate) fn number() -> u64 {
+pub(crate) fn random_u64() -> u64 {
     // Without a source of randomness the time must do; to be unlike others is all that is needed then.
     getrandom::u64().unwrap_or_else(|_| {
         let elapsed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -17,7 +17,7 @@ pub(crate) fn number() -> u64 {
 
 /// A time between zero and `most`.
 pub(crate) fn jitter(most: Duration) -> Duration {
-    most.mul_f64(number() as f64 / u64::MAX as f64)
+    most.mul_f64(random_u64() as f64 / u64::MAX as f64)
 }
 
 #[cfg(test)]

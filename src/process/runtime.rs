@@ -104,7 +104,7 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
 }
 
 /// Does a part of a task's work, of which a panic is an error: what depends on it is to be told, and the rest goes on.
-pub(crate) async fn contain<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
+pub(crate) async fn catch_panic<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
     #[cfg(test)]
     let work = crate::panics::forcible(what, work);
     // Unwind safe as in `ffi::guard`.

@@ -159,7 +159,7 @@ pub fn check_length(what: &str, text: &str, max: usize) -> Result<()> {
 /// Whether a request may be answered at this reply subject: whoever sends a request chooses it, so it must not make us
 /// announce clients offline or talk to the server's own subjects.
 #[must_use]
-pub fn may_answer(reply: &str, offline_subject: &str) -> bool {
+pub fn is_valid_reply_subject(reply: &str, offline_subject: &str) -> bool {
     !reply.starts_with('$') && reply != offline_subject && check_subject("reply", reply, Use::Publish).is_ok()
 }
 
@@ -291,9 +291,9 @@ mod tests {
 
     #[test]
     fn replies_that_must_not_be_answered() {
-        assert!(may_answer("_INBOX.x.1", "client.offline"));
+        assert!(is_valid_reply_subject("_INBOX.x.1", "client.offline"));
         for bad in ["", "client.offline", "$SYS.REQ", "$JS.API", "a.*", "a.>", "a b"] {
-            assert!(!may_answer(bad, "client.offline"), "{bad:?}");
+            assert!(!is_valid_reply_subject(bad, "client.offline"), "{bad:?}");
         }
     }
 

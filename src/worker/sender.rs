@@ -2,11 +2,11 @@
 
 use crate::connection::Connection;
 use crate::error::{Result, Status};
-use crate::events::queue::{Event, Kind, Origin, Queue, Single};
-use crate::lane::driver::{Lane, Party};
+use crate::events::queue::{Event, EventSource, Kind, Queue, Single};
+use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::Credit;
-use crate::nats::outbox::{LOST, Note, Writer, stopped};
-use crate::presence::registry::{self, Notice, Running};
+use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, stopped};
+use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::wire::level0::{self, Headers};
 use crate::worker::service::Service;
@@ -23,7 +23,7 @@ pub struct Sender {
     word: AtomicU32,
     is_waiting_for_room: AtomicBool,
     /// A WRITABLE is in the queue.
-    is_called: AtomicBool,
+    writable_queued: AtomicBool,
     is_freed: AtomicBool,
     /// Of its events REQUEST and STOPPED, those that have come, or are due.
     due: AtomicU8,
@@ -49,11 +49,11 @@ impl Sender {
         Arc::new_cyclic(|this| Sender {
             word: AtomicU32::new(0),
             is_waiting_for_room: AtomicBool::new(false),
-            is_called: AtomicBool::new(false),
+            writable_queued: AtomicBool::new(false),
             is_freed: AtomicBool::new(false),
             due: AtomicU8::new(0),
             sent: AtomicU64::new(0),
-            number: fork::number(),
+            number: fork::next_handle_id(),
             reply,
             lane: OnceCell::new(),
             client,
@@ -75,8 +75,8 @@ impl Sender {
     }
 
     /// The REQUEST is in the queue: now STOPPED may come, and does, if it was due before.
-    pub(crate) fn is_known(&self) {
-        self.make_due(REQUEST);
+    pub(crate) fn request_queued(&self) {
+        self.mark_due(REQUEST);
     }
 
     pub(crate) fn is_on_lane(&self) -> bool {
@@ -90,7 +90,7 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send(&self.word, credit, data).inspect_err(|why| self.heed(*why));
+            return lane.send(&self.word, credit, data).inspect_err(|why| self.stop_if_peer_gone(*why));
         }
         self.check(data)?;
         self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
@@ -110,7 +110,7 @@ impl Sender {
             return Ok(0);
         }
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.heed(*why));
+            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.stop_if_peer_gone(*why));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -131,7 +131,7 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.heed(*why));
+            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why));
         }
         self.check(data)?;
         self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
@@ -220,14 +220,14 @@ impl Sender {
     }
 
     /// A call may find the other end gone before we are told: what it said is the stream's end.
-    fn heed(&self, why: Status) {
+    fn stop_if_peer_gone(&self, why: Status) {
         if why == Status::PeerGone {
             self.stop(why);
         }
     }
 
     fn stop(&self, why: Status) {
-        if self.forbid(why) {
+        if self.try_stop(why) {
             registry::detach(&self.client, self.number);
             self.stopped(why, true);
         }
@@ -254,10 +254,11 @@ impl Sender {
         self.leave(ENDED);
         match self.lane.get() {
             Some((lane, credit)) => {
-                lane.finish(&self.word, Status::Closed, credit, error).inspect_err(|why| self.heed(*why))?;
+                lane.finish(&self.word, Status::Closed, credit, error)
+                    .inspect_err(|why| self.stop_if_peer_gone(*why))?;
             }
             None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
-                None => Note::End(self.reply.clone()),
+                None => DurableMessage::End(self.reply.clone()),
                 Some(text) => self.error_note(text),
             })?,
         }
@@ -266,20 +267,20 @@ impl Sender {
         Ok(())
     }
 
-    fn error_note(&self, text: &[u8]) -> Note {
-        Note::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
+    fn error_note(&self, text: &[u8]) -> DurableMessage {
+        DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
     }
 
     /// Registers it as waiting for room, once.
-    fn wait_for_room(&self) -> Option<Arc<dyn Writer>> {
+    fn wait_for_room(&self) -> Option<Arc<dyn BlockedSender>> {
         if self.is_waiting_for_room.swap(true, Ordering::AcqRel) {
             return None;
         }
-        self.this.upgrade().map(|this| this as Arc<dyn Writer>)
+        self.this.upgrade().map(|this| this as Arc<dyn BlockedSender>)
     }
 
     /// Whichever of both comes second tells of the stop: no STOPPED comes before its REQUEST.
-    fn make_due(&self, event: u8) {
+    fn mark_due(&self, event: u8) {
         let before = self.due.fetch_or(event, Ordering::AcqRel);
         if before & event == 0
             && (before | event) & (REQUEST | STOPPED) == (REQUEST | STOPPED)
@@ -321,8 +322,8 @@ fn reason(why: Status) -> &'static str {
     }
 }
 
-impl Running for Sender {
-    fn forbid(&self, why: Status) -> bool {
+impl Stoppable for Sender {
+    fn try_stop(&self, why: Status) -> bool {
         self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
@@ -336,7 +337,7 @@ impl Running for Sender {
             None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
         }
         self.leave_service();
-        self.make_due(STOPPED);
+        self.mark_due(STOPPED);
     }
 
     fn requested_on(&self) -> Option<u64> {
@@ -352,7 +353,7 @@ impl Running for Sender {
     }
 }
 
-impl Party for Sender {
+impl StreamObserver for Sender {
     fn queue(&self) -> &Arc<Queue> {
         self.service.queue()
     }
@@ -362,7 +363,7 @@ impl Party for Sender {
     }
 
     fn room(&self) {
-        Writer::room(self);
+        BlockedSender::room(self);
     }
 
     fn peer_gone(&self, knew: bool) {
@@ -382,16 +383,16 @@ impl Party for Sender {
     }
 }
 
-impl Writer for Sender {
+impl BlockedSender for Sender {
     fn room(&self) {
         self.is_waiting_for_room.store(false, Ordering::Release);
-        if !self.is_closed() && !self.is_called.swap(true, Ordering::AcqRel) {
+        if !self.is_closed() && !self.writable_queued.swap(true, Ordering::AcqRel) {
             self.event(Kind::Writable, Status::Ok);
         }
     }
 }
 
-impl Origin for Sender {
+impl EventSource for Sender {
     fn number(&self) -> u64 {
         self.number
     }
@@ -410,7 +411,7 @@ impl Origin for Sender {
 
     fn shown(&self, kind: Kind) {
         match kind {
-            Kind::Writable => self.is_called.store(false, Ordering::Release),
+            Kind::Writable => self.writable_queued.store(false, Ordering::Release),
             _ => self.leave(SHOWN),
         }
     }

@@ -2,9 +2,9 @@
 
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{Kind, Origin, Queue, Single, own};
-use crate::lane::driver::Party;
-use crate::nats::inbound::Receiver;
+use crate::events::queue::{EventSource, Kind, Queue, Single, unpin};
+use crate::lane::driver::StreamObserver;
+use crate::nats::inbound::MessageHandler;
 use crate::presence::client_id;
 use crate::presence::registry;
 use crate::process::fork;
@@ -72,7 +72,7 @@ impl Connection {
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
         let service = Arc::new_cyclic(|this| Service {
-            number: fork::number(),
+            number: fork::next_handle_id(),
             this: this.clone(),
             connection,
             queue: Arc::clone(queue),
@@ -84,8 +84,8 @@ impl Connection {
             subject: subject.into(),
             subscription: Mutex::default(),
         });
-        self.subscribe(service.number, subject.into(), group, Arc::clone(&service) as Arc<dyn Receiver>);
-        let settled = self.settle_subscription(service.number).and_then(|()| {
+        self.subscribe(service.number, subject.into(), group, Arc::clone(&service) as Arc<dyn MessageHandler>);
+        let settled = self.flush_subscription(service.number).and_then(|()| {
             let mut state = service.subscription.lock();
             // It may have come just now.
             if state.is_refused {
@@ -158,7 +158,9 @@ impl Service {
     fn request(self: Arc<Self>, message: Message) {
         let connection = &self.connection;
         count(&connection.counters.requests);
-        let Some(reply) = message.reply.filter(|reply| level0::may_answer(reply, connection.offline_subject())) else {
+        let Some(reply) =
+            message.reply.filter(|reply| level0::is_valid_reply_subject(reply, connection.offline_subject()))
+        else {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
@@ -194,7 +196,7 @@ impl Service {
         count(&connection.counters.senders);
         registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
-            let party: Arc<dyn Party> = Arc::clone(&sender) as _;
+            let party: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
             match lanes.open(&offer, &party) {
                 Ok(Some((lane, credit))) => sender.use_lane(lane, credit),
                 Ok(None) => {}
@@ -217,12 +219,12 @@ impl Service {
         let event = Single {
             client: Some(id),
             subject: message.subject.into_string().into(),
-            ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, own(message.payload))
+            ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, unpin(message.payload))
         };
-        if connection.readers().push(&self.queue, || Some(event)) {
-            sender.is_known();
+        if connection.wakeups().push(&self.queue, || Some(event)) {
+            sender.request_queued();
         } else {
-            Origin::abandoned(&*sender);
+            EventSource::abandoned(&*sender);
         }
     }
 
@@ -233,7 +235,7 @@ impl Service {
     }
 }
 
-impl Receiver for Service {
+impl MessageHandler for Service {
     fn message(&self, message: Message) {
         if let Some(this) = self.this.upgrade() {
             this.request(message);

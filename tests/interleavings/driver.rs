@@ -44,7 +44,7 @@ impl Probe {
     }
 }
 
-impl Origin for Probe {
+impl EventSource for Probe {
     fn number(&self) -> u64 {
         1
     }
@@ -59,7 +59,7 @@ impl Origin for Probe {
     }
 }
 
-impl Party for Probe {
+impl StreamObserver for Probe {
     fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
@@ -95,7 +95,7 @@ struct World {
 /// The task of one end: takes what its state has to send, and gives it to the other end. What is due soon is done when
 /// nothing else is.
 async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<AtomicBool>, window: u32) {
-    let readers = Readers::default();
+    let readers = Wakeups::default();
     let mut now = Instant::now();
     loop {
         now = now.max(Instant::now());
@@ -111,9 +111,9 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
         from.tell(tells, &Bytes::new(), &readers);
         match message {
             Some(message) => {
-                let accept = |_, _| Some((Arc::clone(&stream) as Arc<dyn Party>, window));
+                let accept = |_, _| Some((Arc::clone(&stream) as Arc<dyn StreamObserver>, window));
                 to.receive(&message, &readers, accept).unwrap();
-                readers.call_all();
+                readers.wake_all();
             }
             None if over.load(Ordering::SeqCst) => return,
             None => from.changed.notified().await,
@@ -124,7 +124,7 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
 impl World {
     /// Without anything between the ends.
     fn apart(window: u32) -> World {
-        let patience = Patience {
+        let patience = PeerTimeouts {
             heartbeat: Duration::from_secs(3600),
             grace: Duration::from_secs(3600),
             remote_grace: Duration::from_secs(3600),
@@ -166,7 +166,7 @@ impl World {
         letters.iter().filter(send).copied().collect()
     }
 
-    fn forbid(&self) -> bool {
+    fn try_stop(&self) -> bool {
         self.sender.word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
@@ -185,7 +185,7 @@ fn nothing_follows_the_end() {
         let sender = world.spawn(|world| world.send(&["a", "b"]));
         let ender =
             world.spawn(|world| world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).is_ok());
-        let stopped = world.forbid();
+        let stopped = world.try_stop();
         let late = world.send(&["c"]);
         if stopped {
             world.worker.stop(&world.credit, b"stopped");
@@ -218,7 +218,7 @@ fn who_waits_leaves() {
                 }
                 assert_eq!(all, "abb");
             } else {
-                assert!(world.forbid());
+                assert!(world.try_stop());
                 world.worker.stop(&world.credit, b"stopped");
             }
             for waiter in waiters {
@@ -285,7 +285,7 @@ fn a_lanes_end_against_an_end() {
             let ended = world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None);
             (sent, ended)
         });
-        world.worker.end(&Readers::default());
+        world.worker.end(&Wakeups::default());
         let (sent, ended) = sender.join().unwrap();
         assert!(
             matches!((sent, ended), (Ok(()), _) | (Err(Status::PeerGone), Err(Status::PeerGone))),

@@ -52,13 +52,13 @@ fn ends_race_with_sends() {
     });
     let ender = thread::spawn({
         let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
-        move || outbox.finish(&word, Status::Closed, || Note::End("to".into())).is_ok()
+        move || outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok()
     });
     // As the registry does it: the word first, without the lock, and then the note.
     let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
     let late = send_some(&outbox, &word, &["c"]);
     if stopped {
-        outbox.push(Note::Error("to".into(), Bytes::new()).into());
+        outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
     }
     assert_eq!(late, "", "sent after the stop was seen");
     let (sent, ended) = (sender.join().unwrap(), ender.join().unwrap());
@@ -82,9 +82,9 @@ fn nothing_follows_the_end_in_any_order() {
             move || send_some(&outbox, &word, &["a"])
         });
         let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        let ended = outbox.finish(&word, Status::Closed, || Note::End("to".into())).is_ok();
+        let ended = outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok();
         assert!(stopped && !ended);
-        outbox.push(Note::Error("to".into(), Bytes::new()).into());
+        outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
         let sent = sender.join().unwrap();
         assert_eq!(written(&outbox), sent + "E");
     };
@@ -117,7 +117,7 @@ fn who_waits_leaves() {
                 }
                 1 => {
                     word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).unwrap();
-                    outbox.push(Note::End("to".into()).into());
+                    outbox.push(DurableMessage::End("to".into()).into());
                 }
                 _ => {
                     // With the connection goes what waited for it: there is room.
@@ -135,7 +135,7 @@ fn who_waits_leaves() {
 
 struct Told(RealMutex<u32>);
 
-impl Writer for Told {
+impl BlockedSender for Told {
     fn room(&self) {
         *self.0.lock().unwrap() += 1;
     }
@@ -153,7 +153,7 @@ fn who_was_refused_is_told() {
             move || written(&outbox)
         });
         let told = Arc::new(Told(RealMutex::new(0)));
-        let sent = outbox.send(&word, &"to".into(), b"b", || Some(Arc::clone(&told) as Arc<dyn Writer>));
+        let sent = outbox.send(&word, &"to".into(), b"b", || Some(Arc::clone(&told) as Arc<dyn BlockedSender>));
         hand_over.join().unwrap();
         let count = *told.0.lock().unwrap();
         assert_eq!(count, u32::from(sent == Err(Status::Full)));

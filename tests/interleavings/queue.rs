@@ -10,7 +10,7 @@ struct Probe {
     abandoned: AtomicU32,
 }
 
-impl Origin for Probe {
+impl EventSource for Probe {
     fn number(&self) -> u64 {
         1
     }

@@ -13,7 +13,7 @@ struct Probe {
 impl Probe {
     fn attach(id: &str) -> Arc<Probe> {
         let probe =
-            Arc::new(Probe { number: fork::number(), forbidden: AtomicU64::new(0), stopped: AtomicU64::new(0) });
+            Arc::new(Probe { number: fork::next_handle_id(), forbidden: AtomicU64::new(0), stopped: AtomicU64::new(0) });
         attach(id, probe.number, Arc::clone(&probe) as _);
         probe
     }
@@ -23,8 +23,8 @@ impl Probe {
     }
 }
 
-impl Running for Probe {
-    fn forbid(&self, _why: Status) -> bool {
+impl Stoppable for Probe {
+    fn try_stop(&self, _why: Status) -> bool {
         self.forbidden.swap(1, Ordering::SeqCst) == 0
     }
     fn stopped(&self, _why: Status, _is_announced: bool) {
@@ -81,7 +81,7 @@ fn an_end_against_a_mark() {
         let ender = thread::spawn({
             let probe = Arc::clone(&probe);
             move || {
-                let ended = probe.forbid(Status::Closed);
+                let ended = probe.try_stop(Status::Closed);
                 detach("a", probe.number);
                 ended
             }

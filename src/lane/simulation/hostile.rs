@@ -1,7 +1,7 @@
 //! The other end lies: whatever bytes come, nothing panics, little is kept for them, and each stream still ends once.
 
 use super::schedule::Random;
-use crate::lane::state::{Patience, State, Tell};
+use crate::lane::state::{LaneEvent, PeerTimeouts, State};
 use crate::wire::frame::{self, Frames, Header};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
@@ -24,7 +24,7 @@ struct Victim {
 
 impl Victim {
     fn new(serves: bool, random: &mut Random) -> Victim {
-        let patience = Patience {
+        let patience = PeerTimeouts {
             heartbeat: Duration::from_millis(100),
             grace: Duration::from_millis(100),
             remote_grace: Duration::from_millis(200),
@@ -45,16 +45,16 @@ impl Victim {
         victim
     }
 
-    fn note(&mut self, tells: &[Tell<u64>]) {
+    fn note(&mut self, tells: &[LaneEvent<u64>]) {
         for tell in tells {
             let (who, is_last) = match tell {
-                Tell::Unheard(who) => {
+                LaneEvent::Unheard(who) => {
                     assert!(*who < self.begun);
                     continue;
                 }
-                Tell::Data(who, _) | Tell::Room(who) => (who, false),
-                Tell::End(who) | Tell::Error(who, _) | Tell::Overrun(who) => (who, true),
-                Tell::Cancelled(who, _) | Tell::Gone(who, _) => (who, true),
+                LaneEvent::Data(who, _) | LaneEvent::Room(who) => (who, false),
+                LaneEvent::End(who) | LaneEvent::Error(who, _) | LaneEvent::Overrun(who) => (who, true),
+                LaneEvent::Cancelled(who, _) | LaneEvent::Gone(who, _) => (who, true),
             };
             assert!(*who < self.begun && !self.ended.contains(who), "{tell:?} of one who has ended");
             if is_last {
@@ -81,9 +81,9 @@ impl Victim {
         }
         let frames = Frames::new(message.get(frame::HEADER..).unwrap_or_default()).count();
         assert!(tells.len() <= 2 * (before + frames), "{} tells of {frames} frames", tells.len());
-        let data = tells
-            .iter()
-            .map(|tell| if let Tell::Data(_, run) = tell { run.bodies(message).map(<[u8]>::len).sum() } else { 0 });
+        let data = tells.iter().map(|tell| {
+            if let LaneEvent::Data(_, run) = tell { run.bodies(message).map(<[u8]>::len).sum() } else { 0 }
+        });
         assert!(data.sum::<usize>() <= message.len(), "more than came");
         assert!(self.state.backlog() <= waited + message.len(), "more is kept than came");
     }

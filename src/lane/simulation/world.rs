@@ -10,7 +10,7 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
-use crate::lane::state::{Credit, Grant, OVERHEAD, Patience, Refusal, State, Tell};
+use crate::lane::state::{Credit, Grant, LaneEvent, OVERHEAD, PeerTimeouts, Refusal, State};
 use crate::lane::{lanes, path};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;

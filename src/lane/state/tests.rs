@@ -2,7 +2,7 @@
 
 use super::*;
 
-const PATIENCE: Patience = Patience {
+const PATIENCE: PeerTimeouts = PeerTimeouts {
     heartbeat: Duration::from_secs(5),
     grace: Duration::from_secs(1),
     remote_grace: Duration::from_secs(3),
@@ -148,7 +148,7 @@ fn said(end: &mut State<u64>, now: Instant) -> Option<Header> {
     end.poll(now, &mut vec![]).map(|message| Header::read(&message).unwrap())
 }
 
-fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> Vec<Tell<u64>> {
+fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> Vec<LaneEvent<u64>> {
     let mut tells = vec![];
     // A PONG answers the last PING.
     let header = Header { pong: end.last_ping, ..Header::of(flags, 0, ack) };
@@ -236,7 +236,7 @@ fn what_is_accepted_when_the_lane_is_over_is_lost_at_once() {
     let (accept, mut tells) = ((frame::ACCEPT, 1, &7u64.to_le_bytes()[..]), vec![]);
     let asked = |key, _| (key == 7).then_some((70, 1 << 20));
     gateway.receive(&message(1, &[accept]), now, &mut tells, asked).unwrap();
-    assert!(matches!(tells[..], [Tell::Gone(70, true)]), "{tells:?}");
+    assert!(matches!(tells[..], [LaneEvent::Gone(70, true)]), "{tells:?}");
 }
 
 /// Where so little may wait that a peer would not acknowledge it by itself, it is asked to.
@@ -353,7 +353,7 @@ fn window_bounds_what_is_in_flight() {
 #[test]
 fn grace_depends_on_the_peers_server() {
     let now = Instant::now();
-    let silence = |server, is_heard: bool, patience: Patience| {
+    let silence = |server, is_heard: bool, patience: PeerTimeouts| {
         let mut worker = State::<u64>::new(true, 4 << 20, patience, now);
         worker.begin(1);
         if is_heard {
@@ -373,7 +373,7 @@ fn grace_depends_on_the_peers_server() {
 #[test]
 fn silence_is_longer_than_an_answer_takes() {
     let mut now = Instant::now();
-    let patience = Patience { heartbeat: Duration::from_millis(100), ..PATIENCE };
+    let patience = PeerTimeouts { heartbeat: Duration::from_millis(100), ..PATIENCE };
     let mut worker = State::<u64>::new(true, 4 << 20, patience, now);
     worker.begin(1);
     let _credit = worker.open(1, 1000, 0, now).unwrap();
@@ -439,10 +439,10 @@ fn fill(worker: &mut State<u64>, credit: &Credit, now: Instant) {
     worker.want_room(credit);
 }
 
-fn is_room_for(tells: &[Tell<u64>], who: u64) -> bool {
+fn is_room_for(tells: &[LaneEvent<u64>], who: u64) -> bool {
     match tells {
         [] => false,
-        [Tell::Room(to)] => *to == who,
+        [LaneEvent::Room(to)] => *to == who,
         _ => panic!("{tells:?}"),
     }
 }
@@ -519,7 +519,7 @@ fn who_sends_more_than_its_window_is_told_of() {
         frames.extend(contents.iter().map(|body| (frame::DATA, 1, &body[..])));
         let mut tells = vec![];
         gateway.receive(&message(1, &frames), now, &mut tells, |_, _| Some((7, 400))).unwrap();
-        assert_eq!(matches!(&tells[..], [Tell::Overrun(7)]), is_overrun, "{tells:?}");
+        assert_eq!(matches!(&tells[..], [LaneEvent::Overrun(7)]), is_overrun, "{tells:?}");
     }
 }
 

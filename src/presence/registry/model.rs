@@ -219,7 +219,7 @@ impl World {
                 let client = self.streams[stream].client;
                 if self.below(2) == 0 {
                     // It ends by itself, and is detached at once or later.
-                    assert_eq!(probe.forbid(Status::Closed), !self.streams[stream].is_over);
+                    assert_eq!(probe.try_stop(Status::Closed), !self.streams[stream].is_over);
                     self.streams[stream].is_over = true;
                 }
                 if self.below(3) > 0 {

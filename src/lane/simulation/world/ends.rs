@@ -5,7 +5,7 @@ use super::*;
 impl World {
     pub(super) fn make(&mut self, side: Side, peer: Address) -> usize {
         let (now, lag) = (self.instant(), self.setup.lag);
-        let patience = Patience {
+        let patience = PeerTimeouts {
             heartbeat: Duration::from_millis(self.setup.heartbeat_ms),
             grace: Duration::from_millis(self.setup.grace_ms),
             remote_grace: Duration::from_millis(self.setup.remote_grace_ms),

@@ -91,7 +91,7 @@ impl World {
                 match known {
                     Some(index) if self.is_another(index, from) => self.end(index),
                     Some(index) => self.receive(index, &message),
-                    None => self.disown(to, from, &message),
+                    None => self.reject_unknown_lane(to, from, &message),
                 }
             }
         }
@@ -110,7 +110,7 @@ impl World {
         is_first.then(|| self.make(Side::Gateway, peer))
     }
 
-    pub(super) fn disown(&mut self, own: Address, peer: Address, message: &Bytes) {
+    pub(super) fn reject_unknown_lane(&mut self, own: Address, peer: Address, message: &Bytes) {
         let Ok(header) = Header::read(message) else { return };
         if header.has(frame::RESET) {
             return;

@@ -4,13 +4,13 @@ use super::*;
 
 impl World {
     /// A lane tells its owners: what it says is checked now, and they react soon.
-    pub(super) fn told(&mut self, index: usize, tells: Vec<Tell<usize>>, message: &Bytes) {
+    pub(super) fn told(&mut self, index: usize, tells: Vec<LaneEvent<usize>>, message: &Bytes) {
         let own = self.lanes[index].own;
         let mut reactions = Vec::new();
         for tell in tells {
             self.note(|| format!("{own} tells {tell:?}"));
             let (number, is_last) = match &tell {
-                Tell::Unheard(number) => {
+                LaneEvent::Unheard(number) => {
                     let sender = &mut self.senders[*number];
                     sender.is_unheard = true;
                     if sender.finished.is_none() {
@@ -18,9 +18,9 @@ impl World {
                     }
                     continue;
                 }
-                Tell::Data(number, _) | Tell::Room(number) => (*number, false),
-                Tell::End(number) | Tell::Error(number, _) | Tell::Overrun(number) => (*number, true),
-                Tell::Cancelled(number, _) | Tell::Gone(number, _) => (*number, true),
+                LaneEvent::Data(number, _) | LaneEvent::Room(number) => (*number, false),
+                LaneEvent::End(number) | LaneEvent::Error(number, _) | LaneEvent::Overrun(number) => (*number, true),
+                LaneEvent::Cancelled(number, _) | LaneEvent::Gone(number, _) => (*number, true),
             };
             let is_done = match own.side {
                 Side::Worker => &mut self.senders[number].is_done,
@@ -32,7 +32,7 @@ impl World {
                 self.fail("nothing follows the end", format!("{own} tells {tell:?}"));
             }
             match tell {
-                Tell::Data(stream, run) => {
+                LaneEvent::Data(stream, run) => {
                     let mut bytes = 0;
                     let mut count = 0;
                     for body in run.bodies(message) {
@@ -45,26 +45,26 @@ impl World {
                     }
                     reactions.push(Reaction::Read(stream));
                 }
-                Tell::End(stream) => {
+                LaneEvent::End(stream) => {
                     self.check_end(stream, false);
                     reactions.push(Reaction::StreamOver(stream));
                 }
-                Tell::Error(stream, text) => {
+                LaneEvent::Error(stream, text) => {
                     if text != ERROR_TEXT {
                         self.fail("errors have their text", format!("{text:?}"));
                     }
                     self.check_end(stream, true);
                     reactions.push(Reaction::StreamOver(stream));
                 }
-                Tell::Overrun(stream) => self.fail("honest workers do not overrun", format!("stream {stream}")),
-                Tell::Cancelled(sender, why) => {
+                LaneEvent::Overrun(stream) => self.fail("honest workers do not overrun", format!("stream {stream}")),
+                LaneEvent::Cancelled(sender, why) => {
                     self.seen.cancelled += 1;
                     self.check_cancelled(sender, why);
                     reactions.push(Reaction::SenderOver(sender));
                 }
-                Tell::Unheard(_) => {}
-                Tell::Room(sender) => reactions.push(Reaction::Room(sender)),
-                Tell::Gone(number, knew) => {
+                LaneEvent::Unheard(_) => {}
+                LaneEvent::Room(sender) => reactions.push(Reaction::Room(sender)),
+                LaneEvent::Gone(number, knew) => {
                     self.seen.gone += 1;
                     if own.side == Side::Worker {
                         if knew && !self.senders[number].is_known {
