@@ -17,6 +17,7 @@
 //! | `events` | the queue of events that callers read, and the wakeups of its waiting threads |
 //! | `wire` | byte formats: level 0, which plain NATS peers speak, and the frames of lanes |
 //! | `process` | the tokio runtime, what a forked child may still use, randomness |
+//! | `status_word` | the promise: one word per stream says whether it may send, and why not |
 //! | `config`, `error`, `sync` | options; statuses; locks that survive a fork |
 //!
 //! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
@@ -40,6 +41,7 @@ mod nats;
 mod panics;
 mod presence;
 mod process;
+mod status_word;
 mod sync;
 mod wire;
 mod worker;
@@ -51,5 +53,6 @@ pub use events::queue::{Event, Kind, Queue};
 pub use gateway::stream::Stream;
 pub use presence::client_id::MAX_ID;
 pub use presence::registry::{Session, is_online, mark_offline, mark_online, online_count, watch};
+pub use status_word::StatusWord;
 pub use worker::sender::Sender;
 pub use worker::service::Service;

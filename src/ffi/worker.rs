@@ -206,7 +206,7 @@ pub unsafe extern "C" fn presence_sender_send_count(sender: *const presence_send
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_status_word(sender: *const presence_sender) -> *const u32 {
     // SAFETY: the caller's promise is sender_ref's.
-    guard_or(ptr::null(), || unsafe { Ok(sender_ref(sender)?.status_word().as_ptr().cast_const()) })
+    guard_or(ptr::null(), || unsafe { Ok(sender_ref(sender)?.status_word().as_ptr()) })
 }
 
 /// Reads a header of the request, by its name as it was sent. `*value` (not NUL-terminated) is NULL when there is none, and valid

@@ -8,17 +8,18 @@ use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
 use crate::lane::state::{Grant, OVERHEAD};
 use crate::nats::inbound::MessageHandler;
-use crate::nats::outbox::{Request, stopped};
+use crate::nats::outbox::Request;
 use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::process::random;
+use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::wire::level0::{self, Answer, Use};
 use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
@@ -42,8 +43,7 @@ pub struct Stream {
     connection: Arc<Connection>,
     queue: Arc<Queue>,
     client: Box<str>,
-    /// 0 while it runs; then, for ever, the status that says why not.
-    word: AtomicU32,
+    word: StatusWord,
     is_freed: AtomicBool,
     /// NOT_ASKED, ASKED, LEVEL_0 or LANE: what its worker has answered so far.
     answer: AtomicU8,
@@ -173,7 +173,7 @@ impl Connection {
             connection,
             queue: Arc::clone(queue),
             client: client.into(),
-            word: AtomicU32::new(0),
+            word: StatusWord::default(),
             is_freed: AtomicBool::new(false),
             answer: AtomicU8::new(ASKED),
             offers_lane,
@@ -204,7 +204,7 @@ impl Connection {
         } else {
             registry::attach(client, stream.number, Arc::clone(&stream) as _);
         }
-        if stopped(&stream.word).is_err() {
+        if stream.word.check().is_err() {
             // Ended before it was attached.
             registry::detach(client, stream.number);
         }
@@ -286,7 +286,7 @@ impl Stream {
     /// # Errors
     /// `Closed` when it has ended.
     pub fn consumed(&self, bytes: u64) -> Result<()> {
-        if stopped(&self.word).is_err() {
+        if self.word.check().is_err() {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
         }
         if let Some(held) = &self.held {
@@ -340,7 +340,7 @@ impl Stream {
             }
         });
         *self.timer.lock() = Some(task.abort_handle());
-        if stopped(&self.word).is_err() {
+        if self.word.check().is_err() {
             self.stop_timer();
         }
     }
@@ -381,8 +381,6 @@ impl Stream {
 
     /// Cancels it on its lane, if it has one. A worker that accepts it from now on is cancelled then.
     fn cancel_on_lane(&self, why: Status) {
-        // After the word was set: `accepted` sets the lane, and then reads the word.
-        fence(Ordering::SeqCst);
         if let Some((lane, stream)) = self.lane.get() {
             lane.cancel(*stream, why);
         }
@@ -395,8 +393,8 @@ impl Stream {
             return;
         }
         Unanswered::expect(&self.connection, self.key, &self.client);
-        // An answer that came since then was still given to this stream.
-        fence(Ordering::SeqCst);
+        // The answer may have come to this stream meanwhile. The inbox's lock orders this and `accepted`: either its
+        // `forget` comes after this `expect`, or its answer is seen here.
         match self.notice() {
             Notice::Unknown => {}
             Notice::Direct => {
@@ -447,7 +445,7 @@ impl Stream {
         let Some(this) = self.this.upgrade() else { return };
         self.connection.wakeups().push(&self.queue, || {
             // Asked with the queue locked: nothing comes after the last event.
-            stopped(&self.word).ok()?;
+            self.word.check().ok()?;
             self.waiting.fetch_add(weight, Ordering::Relaxed);
             self.connection.counters.unread.fetch_add(weight, Ordering::Relaxed);
             Some(Single::of(Kind::Data, Status::Ok, this, unpin(payload)))
@@ -506,10 +504,9 @@ impl MessageHandler for Stream {
             return None;
         }
         let _ = self.lane.set((Arc::clone(lane), stream));
-        fence(Ordering::SeqCst);
         // Neither this stream nor the `Unanswered` in its place, if it was ended meanwhile, expects more on level 0.
         self.connection.inbox().forget(self.key);
-        stopped(&self.word).ok()?;
+        self.word.check_after_publishing().ok()?;
         *self.asking.lock() = None;
         let window = self.window;
         Some((self, window))
@@ -565,7 +562,7 @@ impl MessageHandler for Stream {
 
 impl Stoppable for Stream {
     fn try_stop(&self, why: Status) -> bool {
-        self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.word.try_stop(why)
     }
 
     fn stopped(&self, why: Status, is_announced: bool) {
@@ -635,7 +632,7 @@ impl EventSource for Stream {
     }
 
     fn is_running(&self) -> bool {
-        stopped(&self.word).is_ok()
+        self.word.check().is_ok()
     }
 
     fn taken(&self, count: u64, bytes: u64) {

@@ -6,14 +6,14 @@ use crate::error::Status;
 use crate::events::queue::{EventSource, LaneBatch, Queue};
 use crate::events::wakeups::Wakeups;
 use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
-use crate::nats::outbox::stopped;
+use crate::status_word::StatusWord;
 use crate::sync::{Condvar, Mutex};
 use crate::wire::frame::{self, Malformed};
 use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
@@ -138,9 +138,9 @@ impl Lane {
     /// The word is read with the lane locked: whoever ends the stream sets it under the same lock, so that no message
     /// follows the end.
     #[inline]
-    pub(crate) fn send(&self, word: &AtomicU32, credit: &Credit, data: &[u8]) -> Result<(), Status> {
+    pub(crate) fn send(&self, word: &StatusWord, credit: &Credit, data: &[u8]) -> Result<(), Status> {
         self.change(|state| {
-            stopped(word)?;
+            word.check()?;
             state.send(credit, data).map_err(|refusal| refused(state, credit, refusal))
         })
     }
@@ -148,13 +148,13 @@ impl Lane {
     /// As `send` for messages one behind the other: how many were sent before one was refused, or why the first was.
     pub(crate) fn send_many(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         credit: &Credit,
         data: &[u8],
         lengths: &[usize],
     ) -> Result<usize, Status> {
         self.change(|state| {
-            stopped(word)?;
+            word.check()?;
             match state.send_many(credit, data, lengths) {
                 (0, Err(refusal)) => Err(refused(state, credit, refusal)),
                 (sent, _) => Ok(sent),
@@ -165,7 +165,7 @@ impl Lane {
     /// As `send`, waiting for room (`None`: without limit).
     pub(crate) fn send_wait(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         credit: &Credit,
         data: &[u8],
         timeout: Option<Duration>,
@@ -173,7 +173,7 @@ impl Lane {
         let mut deadline = None;
         let mut state = self.state.lock();
         loop {
-            stopped(word)?;
+            word.check()?;
             match state.send(credit, data) {
                 Ok(()) => break,
                 Err(Refusal::Over) => return Err(Status::PeerGone),
@@ -203,21 +203,20 @@ impl Lane {
     /// Ends a stream, with an error if there is a text, if `word` is 0, and puts `why` into the word.
     pub(crate) fn finish(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         why: Status,
         credit: &Credit,
         error: Option<&[u8]>,
     ) -> Result<(), Status> {
         self.change(|state| -> Result<(), Status> {
-            stopped(word)?;
+            word.check()?;
             if state.is_over() {
                 // As a send has it: whoever is to hear of this has not set the word yet.
                 return Err(Status::PeerGone);
             }
             // An offline mark may set it at the same time: it holds no lock of ours.
-            let code = why.code().cast_unsigned();
-            if word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_err() {
-                return stopped(word);
+            if !word.try_stop(why) {
+                return word.check();
             }
             state.finish(credit, error);
             Ok(())

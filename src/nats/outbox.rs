@@ -1,6 +1,7 @@
 //! What waits to be given to the NATS client: callers append under a short lock, the connection's task takes it all.
 
 use crate::error::Status;
+use crate::status_word::StatusWord;
 use crate::sync::{Condvar, Mutex};
 use crate::wire::level0;
 use async_nats::{HeaderMap, Subject};
@@ -8,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::{HashSet, VecDeque, vec_deque};
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -253,7 +254,7 @@ impl Outbox {
     /// lock. So no message ever follows the end.
     pub(crate) fn send(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         to: &Subject,
         data: &[u8],
         writer: impl FnOnce() -> Option<Arc<dyn BlockedSender>>,
@@ -275,8 +276,8 @@ impl Outbox {
         sent
     }
 
-    fn append(&self, waiting: &mut Waiting, word: &AtomicU32, to: &Subject, data: &[u8]) -> Result<(), Status> {
-        stopped(word)?;
+    fn append(&self, waiting: &mut Waiting, word: &StatusWord, to: &Subject, data: &[u8]) -> Result<(), Status> {
+        word.check()?;
         self.check_room(data.len())?;
         waiting.batch.bytes.extend_from_slice(data);
         self.put(waiting, Item::Message(to.clone(), data.len()));
@@ -292,7 +293,7 @@ impl Outbox {
     /// As `send`, waiting for room (`None`: without limit).
     pub(crate) fn send_wait(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         to: &Subject,
         data: &[u8],
         timeout: Option<Duration>,
@@ -326,20 +327,17 @@ impl Outbox {
     /// Sets `word` to `why` if it is 0, and then appends a note: so nothing of the stream follows it.
     pub(crate) fn finish(
         &self,
-        word: &AtomicU32,
+        word: &StatusWord,
         why: Status,
         note: impl FnOnce() -> DurableMessage,
     ) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
-        let code = why.code().cast_unsigned();
-        match word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire) {
-            Ok(_) => {
-                self.put(&mut waiting, Item::DurableMessage(note()));
-                self.call_waiters();
-                Ok(())
-            }
-            Err(_) => stopped(word),
+        if !word.try_stop(why) {
+            return word.check();
         }
+        self.put(&mut waiting, Item::DurableMessage(note()));
+        self.call_waiters();
+        Ok(())
     }
 
     /// Appends what is not a message of a stream. It always finds room: each is bounded by what it belongs to, but for
@@ -368,9 +366,9 @@ impl Outbox {
     }
 
     /// Appends a request, if `word` is 0 and there is room.
-    pub(crate) fn request(&self, word: &AtomicU32, request: Request) -> Result<(), Status> {
+    pub(crate) fn request(&self, word: &StatusWord, request: Request) -> Result<(), Status> {
         let mut waiting = self.waiting.lock();
-        stopped(word)?;
+        word.check()?;
         self.check_room(request.size)?;
         self.put(&mut waiting, Item::Request(Box::new(request)));
         Ok(())
@@ -432,14 +430,6 @@ impl Outbox {
     }
 }
 
-/// Fails with the status in a sender's word, if there is one.
-pub(crate) fn stopped(word: &AtomicU32) -> Result<(), Status> {
-    match word.load(Ordering::Acquire) {
-        0 => Ok(()),
-        code => Err(Status::from_code(code.cast_signed()).unwrap_or(Status::Internal)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -488,7 +478,7 @@ mod tests {
 
     #[test]
     fn messages_come_out_in_order_and_none_follows_the_end() {
-        let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), Subject::from("to"));
         assert!(take(&outbox).is_none());
         outbox.send(&word, &to, b"one", nobody).unwrap();
         outbox.send(&word, &to, b"", nobody).unwrap();
@@ -511,7 +501,7 @@ mod tests {
 
     #[test]
     fn a_full_outbox_refuses_and_tells_once_when_there_is_room() {
-        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
         outbox.send(&word, &to, &[0; 500], nobody).unwrap();
         let probe = Arc::new(Probe(AtomicBool::new(false)));
         let writer = || Some(Arc::clone(&probe) as Arc<dyn BlockedSender>);
@@ -531,7 +521,7 @@ mod tests {
 
     #[test]
     fn who_waits_for_room_leaves_with_room_and_with_the_end() {
-        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
         outbox.send(&word, &to, &[0; 500], nobody).unwrap();
         thread::scope(|scope| {
             let waiter = scope.spawn(|| outbox.send_wait(&word, &to, b"x", None));
@@ -546,7 +536,7 @@ mod tests {
             while outbox.wanted.load(Ordering::Relaxed) == 0 {
                 thread::yield_now();
             }
-            word.store(Status::Offline.code().cast_unsigned(), Ordering::Release);
+            assert!(word.try_stop(Status::Offline));
             outbox.push(Item::DurableMessage(DurableMessage::End(to.clone())));
             assert_eq!(waiter.join().unwrap(), Err(Status::Offline));
         });
@@ -554,7 +544,7 @@ mod tests {
 
     #[test]
     fn a_loss_keeps_notes_in_order_and_never_an_end() {
-        let (outbox, word, to) = (Outbox::new(100), AtomicU32::new(0), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
         let offline = |id: &'static str| DurableMessage::Offline("client.offline".into(), id.into(), 0);
         outbox.send(&word, &to, b"lost", nobody).unwrap();
         outbox.push(Item::DurableMessage(offline("second")));
@@ -582,7 +572,7 @@ mod tests {
 
     #[test]
     fn announcements_have_a_limit_and_the_last_are_kept() {
-        let (outbox, word, to) = (Outbox::new(1 << 20), AtomicU32::new(0), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), Subject::from("to"));
         let offline = |id: String| Item::DurableMessage(DurableMessage::Offline("client.offline".into(), id.into(), 0));
         outbox.send(&word, &to, b"before", nobody).unwrap();
         for round in 0..2 {

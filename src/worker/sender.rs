@@ -5,22 +5,22 @@ use crate::error::{Result, Status};
 use crate::events::queue::{Event, EventSource, Kind, Queue, Single};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::Credit;
-use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, stopped};
+use crate::nats::outbox::{BlockedSender, DurableMessage, LOST};
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
+use crate::status_word::StatusWord;
 use crate::wire::level0::{self, Headers};
 use crate::worker::service::Service;
 use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
-    /// 0 while it may send; then, for ever, the status that says why not.
-    word: AtomicU32,
+    word: StatusWord,
     is_waiting_for_room: AtomicBool,
     /// A WRITABLE is in the queue.
     writable_queued: AtomicBool,
@@ -47,7 +47,7 @@ const ENDED: u8 = 8;
 impl Sender {
     pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
-            word: AtomicU32::new(0),
+            word: StatusWord::default(),
             is_waiting_for_room: AtomicBool::new(false),
             writable_queued: AtomicBool::new(false),
             is_freed: AtomicBool::new(false),
@@ -66,10 +66,8 @@ impl Sender {
     /// Has it send on a lane from now on, before anybody uses it.
     pub(crate) fn use_lane(&self, lane: Arc<Lane>, credit: Arc<Credit>) {
         let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
-        // Whoever stops it sets the word, and then looks for the lane.
-        fence(Ordering::SeqCst);
-        if let Err(why) = stopped(&self.word) {
-            // Stopped before it had a lane: its end is still to be told there.
+        if let Err(why) = self.word.check_after_publishing() {
+            // It was stopped before it had a lane, so the lane has not sent its end.
             lane.stop(credit, reason(why).as_bytes());
         }
     }
@@ -161,7 +159,7 @@ impl Sender {
     /// Whether it may send no more.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        stopped(&self.word).is_err()
+        self.word.check().is_err()
     }
 
     /// How large a message may be, in bytes. It depends on the server of the present connection.
@@ -176,9 +174,9 @@ impl Sender {
         self.lane.get().map_or_else(|| self.sent.load(Ordering::Relaxed), |(_, credit)| credit.sent())
     }
 
-    /// 0 while it may send; then, for ever, the code of the status that says why not, as an unsigned number.
+    /// Says whether it may send, and why not.
     #[must_use]
-    pub fn status_word(&self) -> &AtomicU32 {
+    pub fn status_word(&self) -> &StatusWord {
         &self.word
     }
 
@@ -238,7 +236,7 @@ impl Sender {
     }
 
     fn check(&self, data: &[u8]) -> Result<(), Status> {
-        stopped(&self.word)?;
+        self.word.check()?;
         if data.len() > self.max_message() {
             return Err(Status::TooLarge);
         }
@@ -249,7 +247,7 @@ impl Sender {
     }
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
-        stopped(&self.word)?;
+        self.word.check()?;
         // Before the reader can see the end: its next request is to find a free place.
         self.leave(ENDED);
         match self.lane.get() {
@@ -284,7 +282,7 @@ impl Sender {
         let before = self.due.fetch_or(event, Ordering::AcqRel);
         if before & event == 0
             && (before | event) & (REQUEST | STOPPED) == (REQUEST | STOPPED)
-            && let Err(why) = stopped(&self.word)
+            && let Err(why) = self.word.check()
         {
             self.event(Kind::Stopped, why);
         }
@@ -324,13 +322,11 @@ fn reason(why: Status) -> &'static str {
 
 impl Stoppable for Sender {
     fn try_stop(&self, why: Status) -> bool {
-        self.word.compare_exchange(0, why.code().cast_unsigned(), Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.word.try_stop(why)
     }
 
     fn stopped(&self, why: Status, _is_announced: bool) {
         let text = reason(why);
-        // After the word was set: see `use_lane`.
-        fence(Ordering::SeqCst);
         // Either wakes a thread that waits for room, too.
         match self.lane.get() {
             Some((lane, credit)) => lane.stop(credit, text.as_bytes()),

@@ -8,6 +8,7 @@ use crate::nats::inbound::MessageHandler;
 use crate::presence::client_id;
 use crate::presence::registry;
 use crate::process::fork;
+use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::wire::level0::{self, Use};
 use crate::worker::sender::Sender;
@@ -231,7 +232,7 @@ impl Service {
     /// Answers a request with an error. Where so much waits that there is no room for it, it is dropped.
     fn refuse(&self, reply: &Subject, text: &str) {
         let payload = level0::error(text.as_bytes(), self.connection.max_payload());
-        let _ = self.connection.outbox().send(&0.into(), reply, &payload, || None);
+        let _ = self.connection.outbox().send(&StatusWord::default(), reply, &payload, || None);
     }
 }
 

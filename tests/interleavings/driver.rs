@@ -3,13 +3,13 @@
 use super::*;
 use crate::nats::outbox::interleavings::search;
 use crate::events::queue::{Kind, Single};
-use shuttle::sync::atomic::AtomicBool;
+use shuttle::sync::atomic::{AtomicBool, AtomicU32};
 use shuttle::thread;
 
 /// A sender or a stream, as a lane sees it.
 struct Probe {
     queue: Arc<Queue>,
-    word: AtomicU32,
+    word: StatusWord,
     ended: AtomicU32,
     cancelled: AtomicU32,
     room: AtomicU32,
@@ -21,7 +21,7 @@ impl Probe {
         let zero = || AtomicU32::new(0);
         Arc::new(Probe {
             queue: Queue::new(),
-            word: zero(),
+            word: StatusWord::default(),
             ended: zero(),
             cancelled: zero(),
             room: zero(),
@@ -167,7 +167,7 @@ impl World {
     }
 
     fn try_stop(&self) -> bool {
-        self.sender.word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.sender.word.try_stop(Status::Offline)
     }
 
     fn close(self) {

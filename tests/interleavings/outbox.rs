@@ -31,7 +31,7 @@ fn written(outbox: &Outbox) -> String {
     all
 }
 
-fn send_some(outbox: &Outbox, word: &AtomicU32, letters: &[&str]) -> String {
+fn send_some(outbox: &Outbox, word: &StatusWord, letters: &[&str]) -> String {
     let to = Subject::from("to");
     let mut sent = String::new();
     for letter in letters {
@@ -45,7 +45,7 @@ fn send_some(outbox: &Outbox, word: &AtomicU32, letters: &[&str]) -> String {
 /// Nothing follows the end, whoever ends it; what was accepted is before it; it ends once.
 fn ends_race_with_sends() {
     let outbox = Arc::new(Outbox::new(1 << 20));
-    let word = Arc::new(AtomicU32::new(0));
+    let word = Arc::new(StatusWord::default());
     let sender = thread::spawn({
         let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
         move || send_some(&outbox, &word, &["a", "b"])
@@ -55,7 +55,7 @@ fn ends_race_with_sends() {
         move || outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok()
     });
     // As the registry does it: the word first, without the lock, and then the note.
-    let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
+    let stopped = word.try_stop(Status::Offline);
     let late = send_some(&outbox, &word, &["c"]);
     if stopped {
         outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
@@ -76,12 +76,12 @@ fn nothing_follows_the_end_in_any_order() {
     // All schedules of one send against one end and one stop.
     let every = || {
         let outbox = Arc::new(Outbox::new(1 << 20));
-        let word = Arc::new(AtomicU32::new(0));
+        let word = Arc::new(StatusWord::default());
         let sender = thread::spawn({
             let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
             move || send_some(&outbox, &word, &["a"])
         });
-        let stopped = word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let stopped = word.try_stop(Status::Offline);
         let ended = outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok();
         assert!(stopped && !ended);
         outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
@@ -97,7 +97,7 @@ fn who_waits_leaves() {
     for case in 0..3 {
         search(move || {
             let outbox = Arc::new(Outbox::new(1));
-            let word = Arc::new(AtomicU32::new(0));
+            let word = Arc::new(StatusWord::default());
             assert_eq!(send_some(&outbox, &word, &["a"]), "a");
             let waiters: Vec<_> = (0..if case == 2 { 1 } else { 2 })
                 .map(|_| {
@@ -116,7 +116,7 @@ fn who_waits_leaves() {
                     assert_eq!(all, "abb");
                 }
                 1 => {
-                    word.compare_exchange(0, 1, Ordering::AcqRel, Ordering::Acquire).unwrap();
+                    assert!(word.try_stop(Status::Offline));
                     outbox.push(DurableMessage::End("to".into()).into());
                 }
                 _ => {
@@ -146,7 +146,7 @@ impl BlockedSender for Told {
 fn who_was_refused_is_told() {
     search(|| {
         let outbox = Arc::new(Outbox::new(1));
-        let word = AtomicU32::new(0);
+        let word = StatusWord::default();
         assert_eq!(send_some(&outbox, &word, &["a"]), "a");
         let hand_over = thread::spawn({
             let outbox = Arc::clone(&outbox);
@@ -166,7 +166,7 @@ fn who_was_refused_is_told() {
 fn the_task_takes_all() {
     search(|| {
         let outbox = Arc::new(Outbox::new(1 << 20));
-        let word = Arc::new(AtomicU32::new(0));
+        let word = Arc::new(StatusWord::default());
         let task = {
             let outbox = Arc::clone(&outbox);
             shuttle::future::spawn(async move {
