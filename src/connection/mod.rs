@@ -233,7 +233,7 @@ impl Connection {
         Ok(connection)
     }
 
-    pub(crate) fn number(&self) -> u64 {
+    pub(crate) fn handle_id(&self) -> u64 {
         self.number
     }
 

@@ -60,7 +60,7 @@ pub enum Kind {
 /// The sender or stream that an event is about.
 pub(crate) trait EventSource: Any + Send + Sync {
     /// The number of its handle.
-    fn number(&self) -> u64;
+    fn handle_id(&self) -> u64;
     /// The caller's number, for its events.
     fn tag(&self) -> u64;
     /// Whether somebody still wants its events: it was not freed.
@@ -92,7 +92,7 @@ pub struct Event<'a> {
     pub subject: &'a [u8],
     /// A payload or a text.
     pub data: &'a [u8],
-    number: u64,
+    handle_id: u64,
     origin: Option<&'a Arc<dyn EventSource>>,
 }
 
@@ -104,8 +104,8 @@ impl Event<'_> {
     }
 
     /// The number of the sender or stream it is about; 0: of none.
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 }
 
@@ -143,7 +143,7 @@ impl Single {
             client: self.client.as_deref().unwrap_or_default(),
             subject: &self.subject,
             data: &self.data,
-            number: self.origin.as_ref().map_or(0, |origin| origin.number()),
+            handle_id: self.origin.as_ref().map_or(0, |origin| origin.handle_id()),
             origin: self.origin.as_ref(),
         }
     }
@@ -267,10 +267,10 @@ impl Entry {
             Entry::Single(event) => show(event.show()),
             Entry::LaneBatch(batch) => {
                 for (origin, run) in &batch.parts {
-                    let (tag, number) = (origin.tag(), origin.number());
+                    let (tag, handle_id) = (origin.tag(), origin.handle_id());
                     for data in run.bodies(&batch.message) {
                         let (kind, status, origin) = (Kind::Data, Status::Ok, Some(origin));
-                        show(Event { kind, status, tag, client: "", subject: &[], data, number, origin });
+                        show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, origin });
                     }
                 }
             }
@@ -313,7 +313,7 @@ impl Deadline {
 
 /// Where events arrive.
 pub struct Queue {
-    number: u64,
+    handle_id: u64,
     inner: Mutex<Inner>,
     arrived: Condvar,
     /// What the last wait gave, kept until the next; locked by whoever waits.
@@ -368,15 +368,15 @@ impl Queue {
     #[must_use]
     pub fn new() -> Arc<Queue> {
         Arc::new(Queue {
-            number: fork::next_handle_id(),
+            handle_id: fork::next_handle_id(),
             inner: Mutex::default(),
             arrived: Condvar::default(),
             given: Mutex::default(),
         })
     }
 
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
     /// A file descriptor that is readable as long as a wait would return at once. It belongs to the queue.
@@ -666,7 +666,7 @@ pub(crate) mod tests {
     }
 
     impl EventSource for Probe {
-        fn number(&self) -> u64 {
+        fn handle_id(&self) -> u64 {
             1
         }
 

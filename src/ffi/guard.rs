@@ -121,7 +121,7 @@ fn watch_forks() {
 pub(super) trait Handle: Sized {
     type Core: 'static;
     fn table() -> &'static Table<Self::Core>;
-    fn number(core: &Self::Core) -> u64;
+    fn handle_id(core: &Self::Core) -> u64;
 }
 
 macro_rules! handle_type {
@@ -132,8 +132,8 @@ macro_rules! handle_type {
                 static TABLE: PerProcess<Table<$core>> = PerProcess::new();
                 TABLE.get(Table::default)
             }
-            fn number(core: &$core) -> u64 {
-                core.number()
+            fn handle_id(core: &$core) -> u64 {
+                core.handle_id()
             }
         }
     };
@@ -180,7 +180,7 @@ pub(super) unsafe fn handle<H: Handle, C: Into<Arc<H::Core>>>(
     }
     check_aligned("out", out)?;
     let core = make()?.into();
-    let number = H::number(&core);
+    let number = H::handle_id(&core);
     H::table().insert(number, core);
     // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
     unsafe { out.write(pointer(number)) };
@@ -197,12 +197,12 @@ pub(super) unsafe fn handle_known<H: Handle>(
 ) -> Result<()> {
     let known = Cell::new(None);
     let know = |core: &Arc<H::Core>| {
-        let number = H::number(core);
+        let number = H::handle_id(core);
         H::table().insert(number, Arc::clone(core));
         known.set(Some(number));
     };
     // SAFETY: the caller's promise is write_out's.
-    let made = unsafe { write_out(out, || make(&know).map(|core| pointer(H::number(&core)))) };
+    let made = unsafe { write_out(out, || make(&know).map(|core| pointer(H::handle_id(&core)))) };
     if let (Err(_), Some(number)) = (&made, known.get()) {
         H::table().remove(number);
     }
@@ -280,7 +280,7 @@ pub(super) unsafe fn sender_ref<'a>(sender: *const presence_sender) -> Result<&'
     check_given(sender)?;
     // SAFETY: the pointer is an Arc's that `give_sender` leaked and nobody freed, so what it points to lives.
     let sender = unsafe { sender.cast::<Sender>().as_ref() }.ok_or(Status::Invalid)?;
-    fork::check(sender.number())?;
+    fork::check(sender.handle_id())?;
     Ok(sender)
 }
 

@@ -37,7 +37,7 @@ const LARGE_PART: u64 = 64;
 
 /// A stream that this process requested.
 pub struct Stream {
-    number: u64,
+    handle_id: u64,
     tag: u64,
     this: Weak<Stream>,
     connection: Arc<Connection>,
@@ -167,7 +167,7 @@ impl Connection {
         // Subtracted again when the stream is dropped.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
-            number: fork::next_handle_id(),
+            handle_id: fork::next_handle_id(),
             tag,
             this: this.clone(),
             connection,
@@ -197,16 +197,16 @@ impl Connection {
         *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));
         // Before it is sent: an offline mark from now on finds the stream.
         if options.only_online {
-            if !registry::attach_if_online(client, stream.number, Arc::clone(&stream) as _) && stream.withdraw() {
+            if !registry::attach_if_online(client, stream.handle_id, Arc::clone(&stream) as _) && stream.withdraw() {
                 let text = format!("client {client:?} is offline in this process, and only_online is set");
                 return Err(Error::new(Status::Offline, text));
             }
         } else {
-            registry::attach(client, stream.number, Arc::clone(&stream) as _);
+            registry::attach(client, stream.handle_id, Arc::clone(&stream) as _);
         }
         if stream.word.check().is_err() {
             // Ended before it was attached.
-            registry::detach(client, stream.number);
+            registry::detach(client, stream.handle_id);
         }
         // After `expect`: a connection lost before has not ended this stream.
         let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
@@ -265,8 +265,8 @@ fn wire_len(headers: &HeaderMap) -> usize {
 }
 
 impl Stream {
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
     /// Cancels it: it ends with `Cancelled`, and its worker is told as far as the wire can.
@@ -320,10 +320,10 @@ impl Stream {
 
     /// Takes it all back: nobody has heard of it. False if it was ended meanwhile, and that was told.
     fn withdraw(&self) -> bool {
-        let is_first = self.try_stop(Status::Cancelled);
+        let is_first = self.word.try_stop(Status::Cancelled);
         if is_first {
             self.is_freed.store(true, Ordering::Release);
-            registry::detach(&self.client, self.number);
+            registry::detach(&self.client, self.handle_id);
             self.cancel_on_lane(Status::Cancelled);
             self.connection.inbox().forget(self.key);
             self.conclude(Kind::Error, Status::Cancelled, "");
@@ -353,26 +353,26 @@ impl Stream {
 
     /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
     fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
-        if !self.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
+        if !self.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
         self.connection.inbox().forget(self.key);
-        registry::detach(&self.client, self.number);
+        registry::detach(&self.client, self.handle_id);
         self.conclude(kind, status, text);
         true
     }
 
     /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had ended.
     fn end_here(&self, why: Status, text: impl Into<Bytes>) -> bool {
-        if !self.try_stop(why) {
+        if !self.word.try_stop(why) {
             return false;
         }
         self.cancel_on_lane(why);
         if self.notice() == Notice::Announcement {
-            registry::give_up(&self.client, self.number, &*self.connection);
+            registry::give_up(&self.client, self.handle_id, &*self.connection);
             self.connection.inbox().forget(self.key);
         } else {
-            registry::detach(&self.client, self.number);
+            registry::detach(&self.client, self.handle_id);
             self.leave_inbox();
         }
         self.conclude(Kind::Error, why, text);
@@ -561,8 +561,8 @@ impl MessageHandler for Stream {
 }
 
 impl Stoppable for Stream {
-    fn try_stop(&self, why: Status) -> bool {
-        self.word.try_stop(why)
+    fn status_word(&self) -> &StatusWord {
+        &self.word
     }
 
     fn stopped(&self, why: Status, is_announced: bool) {
@@ -576,7 +576,7 @@ impl Stoppable for Stream {
     }
 
     fn requested_on(&self) -> Option<u64> {
-        Some(self.connection.number())
+        Some(self.connection.handle_id())
     }
 
     fn notice(&self) -> Notice {
@@ -619,8 +619,8 @@ impl StreamObserver for Stream {
 }
 
 impl EventSource for Stream {
-    fn number(&self) -> u64 {
-        self.number
+    fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
     fn is_wanted(&self) -> bool {

@@ -81,7 +81,7 @@ impl<'a> Drive<'a> {
         let connection = self.connection;
         let missed = connection.recent.lock().take();
         for Announcement { id, number, .. } in missed.into_iter().filter(|own| !registry::is_online(&own.id)) {
-            let headers = origin_header(connection.number(), number, true);
+            let headers = origin_header(connection.handle_id(), number, true);
             let subject = connection.offline_subject().to_owned();
             if self.client.publish_with_headers(subject, headers, id).await.is_err() {
                 return false;
@@ -150,7 +150,7 @@ impl<'a> Drive<'a> {
                     DurableMessage::Error(to, payload) => client.publish(to, payload).await,
                     DurableMessage::Offline(to, id, number) => {
                         count(&connection.counters.offline_out);
-                        client.publish_with_headers(to, origin_header(connection.number(), number, false), id).await
+                        client.publish_with_headers(to, origin_header(connection.handle_id(), number, false), id).await
                     }
                 }
             }

@@ -1,14 +1,15 @@
-//! A map from ids, for the registry: many threads, a million entries, and one cache miss to find one of them.
+//! The registry's map from client ids: many threads, a million entries, and one cache miss to find one of them.
 //!
-//! DashMap, which serves everywhere else, takes two in a row (a control byte, then the entry), and twice the time for a
-//! mark of one in a million clients. Here an entry is 32 bytes, ids of up to 24 bytes included, and stands where its hash
-//! says, or right behind (linear probing; a removal moves the followers up, so there are no tombstones).
+//! DashMap, which the rest of the library uses, takes two misses in a row (a control byte, then the entry), and twice the
+//! time to mark one of a million clients. Here an entry is 32 bytes, ids of up to 24 bytes included. It is in the slot
+//! that its hash chooses, or in one of the next (linear probing; a removal moves the followers up, so there are no
+//! tombstones).
 
-use crate::sync::Mutex;
+use crate::sync::{Mutex, MutexGuard};
 use compact_str::CompactString;
 use std::mem;
 
-/// Many shards: each is small enough to be moved within the processor's cache when it grows.
+/// With so many, a shard that grows is small enough to be copied within the processor's cache.
 const SHARDS: usize = 512;
 
 pub(crate) struct IdMap<V> {
@@ -16,15 +17,15 @@ pub(crate) struct IdMap<V> {
     hasher: ahash::RandomState,
 }
 
-/// On a cache line of its own, so that neighbours do not slow each other down.
+/// On a cache line of its own, so that threads that use neighbouring shards do not slow each other down.
 #[repr(align(64))]
 struct Shard<V> {
-    /// None, or a power of two of them.
+    /// Their number is 0 or a power of two.
     slots: Vec<Slot<V>>,
     used: usize,
 }
 
-/// Aligned, so that it never lies on two cache lines.
+/// Aligned, so that it never spans two cache lines.
 #[repr(align(32))]
 struct Slot<V>(Option<(CompactString, V)>);
 
@@ -45,52 +46,60 @@ impl<V> IdMap<V> {
         self.shard(hash).lock().find(id, hash).is_ok()
     }
 
-    /// Gives the id's value to `change`, and whether it was there before; if not, it is what `make` makes.
-    ///
-    /// The functions are called with the shard locked: they must not use the map.
-    pub(crate) fn enter<T>(&self, id: &str, make: impl FnOnce() -> V, change: impl FnOnce(&mut V, bool) -> T) -> T {
+    /// Locks the id's entry, and with it the id's shard: the thread must not use the map until it drops the entry.
+    pub(crate) fn lock<'a>(&'a self, id: &'a str) -> Entry<'a, V> {
         let hash = self.hash(id);
-        let mut shard = self.shard(hash).lock();
-        let found = shard.find(id, hash);
-        if let Ok(at) = found
-            && let Some((_, value)) = &mut shard.slots[at].0
-        {
-            return change(value, true);
-        }
-        let mut value = make();
-        let result = change(&mut value, false);
-        shard.insert((id.into(), value), hash, |id| self.hash(id));
-        result
-    }
-
-    /// Removes the id if it is there and `condition`, which may change its value, says so; calls `absent` if it is not. Both
-    /// are called with the shard locked.
-    pub(crate) fn remove_or(
-        &self,
-        id: &str,
-        condition: impl FnOnce(&mut V) -> bool,
-        absent: impl FnOnce(),
-    ) -> Option<V> {
-        let hash = self.hash(id);
-        let mut shard = self.shard(hash).lock();
-        let Ok(at) = shard.find(id, hash) else {
-            absent();
-            return None;
-        };
-        let (_, value) = shard.slots[at].0.as_mut()?;
-        if !condition(value) {
-            return None;
-        }
-        shard.remove(at, |id| self.hash(id))
+        let shard = self.shard(hash).lock();
+        let place = shard.find(id, hash);
+        Entry { map: self, shard, id, hash, place }
     }
 
     fn hash(&self, id: &str) -> u64 {
         self.hasher.hash_one(id.as_bytes())
     }
 
-    /// By the upper bits; the lower ones choose the slot.
+    /// Chosen by the upper bits; the lower ones choose the slot.
     fn shard(&self, hash: u64) -> &Mutex<Shard<V>> {
         &self.shards[(hash >> 32) as usize % SHARDS]
+    }
+}
+
+/// The locked entry of an id, with or without a value.
+pub(crate) struct Entry<'a, V> {
+    map: &'a IdMap<V>,
+    shard: MutexGuard<'a, Shard<V>>,
+    id: &'a str,
+    hash: u64,
+    /// The slot that holds the id, or else the one that would.
+    place: Result<usize, usize>,
+}
+
+impl<'a, V> Entry<'a, V> {
+    pub(crate) fn id(&self) -> &'a str {
+        self.id
+    }
+
+    pub(crate) fn get(&self) -> Option<&V> {
+        self.shard.slots[self.place.ok()?].0.as_ref().map(|(_, value)| value)
+    }
+
+    pub(crate) fn get_mut(&mut self) -> Option<&mut V> {
+        self.shard.slots[self.place.ok()?].0.as_mut().map(|(_, value)| value)
+    }
+
+    pub(crate) fn get_or_insert_with(&mut self, make: impl FnOnce() -> V) -> &mut V {
+        let at = match self.place {
+            Ok(at) => at,
+            Err(free) => self.shard.reserve(free, self.id, self.hash, |id| self.map.hash(id)),
+        };
+        self.place = Ok(at);
+        let (_, value) = self.shard.slots[at].0.get_or_insert_with(|| (self.id.into(), make()));
+        value
+    }
+
+    /// Removes the value, and unlocks the entry.
+    pub(crate) fn remove(mut self) -> Option<V> {
+        self.shard.remove(self.place.ok()?, |id| self.map.hash(id))
     }
 }
 
@@ -110,22 +119,22 @@ impl<V> Shard<V> {
         }
     }
 
-    /// Adds an id that is not there.
-    fn insert(&mut self, entry: (CompactString, V), hash: u64, hash_of: impl Fn(&str) -> u64) {
-        // At most 13 of 16 slots are used: beyond, the ways to a free one become long.
-        if (self.used + 1) * 16 > self.slots.len() * 13 {
-            self.resize((self.slots.len() * 2).max(4), hash_of);
+    /// Counts one more id, and returns the slot for it: `free`, where `find` would put it, unless the shard has to grow.
+    fn reserve(&mut self, free: usize, id: &str, hash: u64, hash_of: impl Fn(&str) -> u64) -> usize {
+        self.used += 1;
+        // At most 13 of 16 slots are used: beyond that, free slots become far apart.
+        if self.used * 16 <= self.slots.len() * 13 {
+            return free;
         }
-        if let Err(free) = self.find(&entry.0, hash) {
-            self.slots[free].0 = Some(entry);
-            self.used += 1;
-        }
+        self.resize((self.slots.len() * 2).max(4), hash_of);
+        let (Ok(place) | Err(place)) = self.find(id, hash);
+        place
     }
 
     fn remove(&mut self, at: usize, hash_of: impl Fn(&str) -> u64) -> Option<V> {
         let (_, value) = self.slots[at].0.take()?;
         self.used -= 1;
-        // What stands behind moves up, unless it would come before its home.
+        // The entries that follow move up, unless one would come before the slot that its hash chooses.
         let (mut free, mut next) = (at, self.next(at));
         while let Some((id, _)) = &self.slots[next].0 {
             let home = self.home(hash_of(id));
@@ -183,40 +192,38 @@ mod tests {
             let id = format!("{}{}", random % ids, "-long".repeat((random % 8) as usize));
             match random >> 62 {
                 0 | 1 => {
-                    let was = map.enter(
-                        &id,
-                        || step,
-                        |value, was| {
-                            *value = step;
-                            was
-                        },
-                    );
-                    assert_eq!(was, model.insert(id, step).is_some());
+                    let mut entry = map.lock(&id);
+                    let was = entry.get().copied();
+                    let value = entry.get_or_insert_with(|| step);
+                    assert_eq!(*value, was.unwrap_or(step));
+                    *value = step;
+                    assert_eq!(entry.get(), Some(&step));
+                    assert_eq!(was, model.insert(id.clone(), step));
                 }
-                2 => assert_eq!(map.remove_or(&id, |_| true, || ()), model.remove(&id)),
+                2 => assert_eq!(map.lock(&id).remove(), model.remove(&id)),
                 _ => {
-                    assert_eq!(map.remove_or(&id, |_| false, || ()), None);
+                    assert_eq!(map.lock(&id).get_mut().copied(), model.get(&id).copied());
                     assert_eq!(map.contains(&id), model.contains_key(&id));
                 }
             }
         }
         assert_eq!(map.len(), model.len());
         for (id, value) in model {
-            assert_eq!(map.remove_or(&id, |_| true, || ()), Some(value));
+            assert_eq!(map.lock(&id).remove(), Some(value));
         }
         assert_eq!(map.len(), 0);
     }
 
     #[test]
-    fn what_was_large_becomes_small_again() {
+    fn an_emptied_map_gives_its_memory_back() {
         let map = IdMap::<()>::default();
         let slots = |map: &IdMap<()>| map.shards.iter().map(|shard| shard.lock().slots.len()).sum::<usize>();
         for number in 0..100_000 {
-            map.enter(&number.to_string(), || (), |(), _| ());
+            map.lock(&number.to_string()).get_or_insert_with(|| ());
         }
         assert!(slots(&map) >= 100_000);
         for number in 0..100_000 {
-            map.remove_or(&number.to_string(), |()| true, || ());
+            map.lock(&number.to_string()).remove();
         }
         assert!(slots(&map) <= 64 * SHARDS);
     }
@@ -225,28 +232,35 @@ mod tests {
     fn ids_are_spread_over_the_shards() {
         let map = IdMap::<()>::default();
         for number in 0..100_000 {
-            map.enter(&number.to_string(), || (), |(), _| ());
+            map.lock(&number.to_string()).get_or_insert_with(|| ());
         }
         // 195 on average.
         assert!(map.shards.iter().all(|shard| (50..400).contains(&shard.lock().used)));
     }
 
+    /// Inserts a number whose hash is the number itself.
+    fn insert(shard: &mut Shard<()>, number: u64) {
+        let id = number.to_string();
+        let free = shard.find(&id, number).unwrap_err();
+        let at = shard.reserve(free, &id, number, |id| id.parse().unwrap());
+        shard.slots[at].0 = Some((id.into(), ()));
+    }
+
     #[test]
-    fn thirteen_of_sixteen_slots_are_used_and_no_more() {
+    fn at_most_thirteen_of_sixteen_slots_are_used() {
         let mut shard = Shard { slots: Vec::new(), used: 0 };
         let slots = (0..14_u64).map(|number| {
-            let hash_of = |id: &str| id.parse().unwrap();
-            shard.insert((number.to_string().into(), ()), number, hash_of);
+            insert(&mut shard, number);
             shard.slots.len()
         });
         assert_eq!(slots.collect::<Vec<_>>(), [4, 4, 4, 8, 8, 8, 16, 16, 16, 16, 16, 16, 16, 32]);
     }
 
     #[test]
-    fn what_was_needed_once_is_given_back() {
+    fn a_shard_shrinks_when_few_slots_are_used() {
         let hash_of = |id: &str| id.parse().unwrap();
         let mut shard = Shard { slots: Vec::new(), used: 0 };
-        (0..200_u64).for_each(|number| shard.insert((number.to_string().into(), ()), number, hash_of));
+        (0..200_u64).for_each(|number| insert(&mut shard, number));
         let slots: Vec<_> = (0..200_u64)
             .map(|number| {
                 let at = shard.find(&number.to_string(), number).unwrap();
@@ -259,10 +273,10 @@ mod tests {
     }
 
     #[test]
-    fn an_id_is_looked_for_where_its_hash_says() {
+    fn an_id_is_in_the_slot_that_its_hash_chooses() {
         let mut shard = Shard { slots: Vec::new(), used: 0 };
         for number in (0..13_u64).rev() {
-            shard.insert((number.to_string().into(), ()), number, |id| id.parse().unwrap());
+            insert(&mut shard, number);
         }
         let homes = shard.slots.iter().map(|slot| slot.0.as_ref().map(|(id, ())| id.parse().unwrap()));
         assert!(homes.eq((0..16).map(|number| (number < 13).then_some(number))));

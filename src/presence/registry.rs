@@ -1,17 +1,20 @@
-//! Who is online in this process, and whose streams to stop when they leave.
+//! Who is online in this process, and which streams to stop when a client leaves.
 //!
-//! A client is online here while it is marked online, or has an open session, or has a running stream. An offline mark ends
-//! all three at once, everywhere. The end of the last session ends what this process requested for the client, and nothing
-//! that other processes requested: the client may be connected to them. One map, and no lock held but its shard's: what must agree with the map (a sender's status
-//! word, the order of announcements and requests, of ONLINE and OFFLINE events) is written under that lock; what takes
-//! longer comes after.
+//! A client is online here while it is marked online, has an open session, or has a running stream. An offline mark ends
+//! all three at once, in every process. The end of the last session ends what this process requested for the client, and
+//! nothing that other processes requested, because the client may be connected to them.
+//!
+//! There is one map, and the only lock held is that of the client's entry. What must agree with the map is written under
+//! that lock: the senders' status words, the order of announcements and requests, the order of ONLINE and OFFLINE events.
+//! What takes longer is done after the lock is released.
 
 use crate::error::{Result, Status};
 use crate::events::queue::{Kind, Queue};
 use crate::presence::client_id;
-use crate::presence::id_map::IdMap;
+use crate::presence::id_map::{Entry, IdMap};
 use crate::process::fork::{self, PerProcess};
 use crate::process::runtime;
+use crate::status_word::StatusWord;
 use crate::sync::RwLock;
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
@@ -21,15 +24,16 @@ use std::time::Duration;
 
 /// A sender or a stream of a client.
 pub(crate) trait Stoppable: Send + Sync {
-    /// Makes it refuse from now on; false if it had ended already. Called with the client's entry locked: only atomics.
-    fn try_stop(&self, why: Status) -> bool;
-    /// Notifies the other end and the queue, after `forbid`. `is_announced`: the client is announced offline as well.
+    /// The word that ends it. The registry stops it with the client's entry locked.
+    fn status_word(&self) -> &StatusWord;
+    /// Notifies the other end and the queue after the registry stopped it, without a lock. `is_announced`: the client is
+    /// announced offline as well.
     fn stopped(&self, why: Status, is_announced: bool);
-    /// The number of the connection that it was requested on, if this process requested it.
+    /// The connection on which this process requested it, or `None` if another process requested it.
     fn requested_on(&self) -> Option<u64>;
     /// How its worker learns that the client has left, if this process requested it.
     fn notice(&self) -> Notice;
-    /// The number of this process's connection whose request it answers, if it is a sender and this process asked itself.
+    /// The connection of this process whose request it answers, if it is a sender and this process is also the requester.
     fn answers_to(&self) -> Option<u64>;
 }
 
@@ -44,11 +48,12 @@ pub(crate) enum Notice {
     Unknown,
 }
 
-/// A connection, as seen from here.
+/// A connection that announces clients offline.
 pub(crate) trait Announcer: Send + Sync {
-    /// Announces the client offline if its configuration says so. `requested`: it has streams that were requested on this
-    /// connection and whose workers learn of it in no other way. Called with the client's entry locked: it must only queue the announcement.
-    /// Returns whether it does.
+    /// Announces the client offline if its configuration says so. `requested`: streams that were requested on this
+    /// connection have workers that cannot learn of it in any other way. Returns true if the client is announced.
+    ///
+    /// Called with the client's entry locked: it must only queue the announcement.
     fn announce(&self, id: &str, requested: bool) -> bool;
     /// The number of the connection.
     fn number(&self) -> u64;
@@ -58,12 +63,13 @@ pub(crate) trait Announcer: Send + Sync {
 struct Registry {
     clients: IdMap<Presence>,
     announcers: RwLock<Vec<Arc<dyn Announcer>>>,
-    /// There was ever one.
+    /// False until the first announcer is added.
     has_announcers: AtomicBool,
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     is_watched: AtomicBool,
     session_grace_ms: AtomicU64,
-    /// What the inboxes of this process's connections begin with, and their numbers; of closed ones too, for a while.
+    /// The prefixes of the inboxes of this process's connections, with the connections' numbers; for a while, those of
+    /// closed connections too.
     inboxes: RwLock<VecDeque<(String, u64)>>,
 }
 
@@ -72,23 +78,23 @@ const MAX_INBOXES: usize = 256;
 
 /// Why a client is online.
 enum Presence {
-    /// It is marked online, and nothing else, as nearly all of a million clients are.
+    /// It is marked online, and nothing else, like nearly all of a million clients.
     Marked,
     /// It has, or had, sessions or streams.
-    Life(Box<Life>),
+    Active(Box<ClientEntry>),
 }
 
-/// From a client's first session or stream to its going offline. A client that comes back has a new one.
-struct Life {
-    number: u64,
-    marked: bool,
+/// A client from its first session or stream until it goes offline. A client that comes back gets a new one.
+struct ClientEntry {
+    entry_id: u64,
+    is_marked: bool,
     sessions: u32,
-    /// The session whose close began the grace that runs now.
+    /// The session whose close began the grace period that runs now.
     grace: Option<NonZeroU64>,
     running: Streams,
 }
 
-/// What runs for a client: one stream for nearly all of them, which takes no memory of its own.
+/// The running streams and senders of a client: the first one, the only one for nearly all clients, needs no allocation.
 #[derive(Default)]
 struct Streams {
     first: Option<(u64, Arc<dyn Stoppable>)>,
@@ -96,16 +102,16 @@ struct Streams {
 }
 
 impl Streams {
-    fn insert(&mut self, number: u64, running: Arc<dyn Stoppable>) {
+    fn insert(&mut self, handle_id: u64, stream: Arc<dyn Stoppable>) {
         if self.first.is_none() {
-            self.first = Some((number, running));
+            self.first = Some((handle_id, stream));
         } else {
-            self.others.insert(number, running);
+            self.others.insert(handle_id, stream);
         }
     }
 
-    fn remove(&mut self, number: u64) -> bool {
-        self.first.take_if(|(first, _)| *first == number).is_some() || self.others.remove(&number).is_some()
+    fn remove(&mut self, handle_id: u64) -> bool {
+        self.first.take_if(|(first, _)| *first == handle_id).is_some() || self.others.remove(&handle_id).is_some()
     }
 
     fn is_empty(&self) -> bool {
@@ -113,57 +119,65 @@ impl Streams {
     }
 
     fn iter(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
-        self.first.iter().map(|(_, running)| running).chain(self.others.values())
+        self.first.iter().map(|(_, stream)| stream).chain(self.others.values())
     }
 
-    /// Takes out what `is_meant` says.
-    fn extract(&mut self, is_meant: impl Fn(&Arc<dyn Stoppable>) -> bool) -> Vec<Arc<dyn Stoppable>> {
-        let first = self.first.take_if(|(_, running)| is_meant(running)).map(|(_, running)| running);
-        let mut extracted: Vec<_> = first.into_iter().collect();
-        self.others.retain(|_, running| {
-            let is_kept = !is_meant(running);
+    /// Takes out the streams for which `is_meant` returns true and that have not ended, and stops them.
+    fn stop(&mut self, is_meant: impl Fn(&dyn Stoppable) -> bool) -> Vec<Arc<dyn Stoppable>> {
+        let first = self.first.take_if(|(_, stream)| is_meant(&**stream)).map(|(_, stream)| stream);
+        let mut stopped: Vec<_> = first.into_iter().collect();
+        self.others.retain(|_, stream| {
+            let is_kept = !is_meant(&**stream);
             if !is_kept {
-                extracted.push(Arc::clone(running));
+                stopped.push(Arc::clone(stream));
             }
             is_kept
         });
-        extracted
+        stopped.retain(|stream| stream.status_word().try_stop(Status::Offline));
+        stopped
     }
 }
 
 impl Presence {
-    fn life(&mut self) -> &mut Life {
+    fn new(is_marked: bool) -> Presence {
+        let (entry_id, running) = (fork::next_handle_id(), Streams::default());
+        Presence::Active(Box::new(ClientEntry { entry_id, is_marked, sessions: 0, grace: None, running }))
+    }
+
+    /// The client's sessions and streams, for one more of them.
+    fn activate(&mut self) -> &mut ClientEntry {
         if let Presence::Marked = self {
             *self = Presence::new(true);
         }
         match self {
-            Presence::Life(life) => life,
-            Presence::Marked => unreachable!("made one above"),
+            Presence::Active(client) => client,
+            Presence::Marked => unreachable!("it was replaced above"),
         }
     }
 
-    fn new(marked: bool) -> Presence {
-        let life =
-            Life { number: fork::next_handle_id(), marked, sessions: 0, grace: None, running: Streams::default() };
-        Presence::Life(Box::new(life))
+    fn active(&mut self) -> Option<&mut ClientEntry> {
+        match self {
+            Presence::Marked => None,
+            Presence::Active(client) => Some(client),
+        }
     }
 
     fn running(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
         let running = match self {
             Presence::Marked => None,
-            Presence::Life(life) => Some(life.running.iter()),
+            Presence::Active(client) => Some(client.running.iter()),
         };
         running.into_iter().flatten()
     }
 }
 
-impl Life {
-    /// Whether nothing but streams that others requested keeps the client online here.
-    fn is_left(&self) -> bool {
-        !self.marked
-            && self.sessions == 0
-            && self.grace.is_none()
-            && self.running.iter().all(|stream| stream.requested_on().is_none())
+impl ClientEntry {
+    /// Whether the client is online for a reason of this process's own: anything but streams that others requested.
+    fn has_own_reason(&self) -> bool {
+        self.is_marked
+            || self.sessions > 0
+            || self.grace.is_some()
+            || self.running.iter().any(|stream| stream.requested_on().is_some())
     }
 }
 
@@ -183,12 +197,13 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
         return Ok(());
     }
     let registry = registry();
-    let mark = |presence: &mut Presence, was_online: bool| match presence {
-        Presence::Life(life) => life.marked = true,
-        Presence::Marked if was_online => {}
-        Presence::Marked => registry.tell(Kind::Online, id),
-    };
-    registry.clients.enter(id, || Presence::Marked, mark);
+    let mut entry = registry.clients.lock(id);
+    if entry.get().is_none() {
+        registry.notify_watchers(Kind::Online, id);
+    }
+    if let Some(client) = entry.get_or_insert_with(|| Presence::Marked).active() {
+        client.is_marked = true;
+    }
     Ok(())
 }
 
@@ -198,50 +213,54 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
 /// `Status::Invalid` for an invalid id.
 pub fn mark_offline(id: &[u8]) -> Result<()> {
     let id = client_id::id(id)?;
-    let registry = registry();
-    if !id.is_empty() {
-        let announce = |presence: &Presence| registry.announce(id, presence);
-        // Who is unknown here may be known elsewhere. With the entry locked as well, or a mark and a request that follow
-        // could overtake the announcement.
-        registry.leave_or(id, |_| true, announce, || announce(&Presence::Marked));
+    if id.is_empty() {
+        return Ok(());
     }
+    let registry = registry();
+    let entry = registry.clients.lock(id);
+    let stopped = stop_all(entry.get());
+    // Also if the client is unknown here, as other processes may know it. With the entry locked, so that no mark or
+    // request that follows can overtake the announcement.
+    registry.announce(id, entry.get());
+    registry.remove(entry);
+    notify_stopped(&stopped, true);
     Ok(())
 }
 
 /// Applies another process's announcement.
 pub(crate) fn apply_offline(id: &str) {
-    registry().leave(id, |_| true, |_| {});
+    let registry = registry();
+    registry.take_offline(registry.clients.lock(id));
 }
 
-/// Applies an announcement of another process that was missed at its time. A life that began later, with a number from
-/// `since` on, is not meant.
+/// Applies another process's announcement that this one missed when it was made. It does not concern a client whose first
+/// session or stream since is newer: its number is `since` or higher.
 pub(crate) fn apply_missed_offline(id: &str, since: u64) {
-    let is_meant = |presence: &mut Presence| match presence {
-        Presence::Marked => true,
-        Presence::Life(life) => life.number < since,
-    };
-    registry().leave(id, is_meant, |_| {});
-}
-
-/// Applies an announcement that this process made on `connection`, when it comes back. What was to be done here was done
-/// when it was made, and the client may be back; but a request sent before it may have arrived after that.
-pub(crate) fn apply_own_offline(id: &str, connection: u64) {
-    let mut late = Vec::new();
-    let is_over = |presence: &mut Presence| match presence {
-        Presence::Marked => false,
-        Presence::Life(life) => {
-            late = life.running.extract(|running| running.answers_to() == Some(connection));
-            late.retain(|running| running.try_stop(Status::Offline));
-            life.running.is_empty() && life.is_left()
-        }
-    };
-    registry().leave(id, is_over, |_| {});
-    for running in late {
-        running.stopped(Status::Offline, true);
+    let registry = registry();
+    let mut entry = registry.clients.lock(id);
+    let is_newer = entry.get_mut().and_then(Presence::active).is_some_and(|client| client.entry_id >= since);
+    if !is_newer {
+        registry.take_offline(entry);
     }
 }
 
-/// The number of this process's connection that asks for answers at `reply`, if one does.
+/// Applies an announcement that this process made on `connection`, when it comes back. All was done when it was made, and
+/// the client may be back; but a request that was sent before the announcement may have arrived after it was made.
+pub(crate) fn apply_own_offline(id: &str, connection: u64) {
+    let registry = registry();
+    let mut entry = registry.clients.lock(id);
+    let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
+    let stopped = client.running.stop(|stream| stream.answers_to() == Some(connection));
+    let is_over = client.running.is_empty() && !client.has_own_reason();
+    if is_over {
+        registry.remove(entry);
+    } else {
+        drop(entry);
+    }
+    notify_stopped(&stopped, true);
+}
+
+/// The number of this process's connection whose inbox the subject `reply` is in, if there is one.
 pub(crate) fn owner_of(reply: &str) -> Option<u64> {
     let inboxes = registry().inboxes.read();
     inboxes.iter().rev().find(|(prefix, _)| reply.starts_with(prefix)).map(|(_, number)| *number)
@@ -259,82 +278,81 @@ pub fn online_count() -> u64 {
     registry().clients.len() as u64
 }
 
-/// Has the queue tell when clients come online and go offline. A second call changes its tag.
+/// Adds an event with `tag` to the queue whenever a client comes online or goes offline. A second call changes the tag.
 pub fn watch(queue: &Arc<Queue>, tag: u64) {
     let registry = registry();
     add_watcher(&mut registry.watchers.write(), queue, tag);
     registry.is_watched.store(true, Ordering::Release);
 }
 
-/// Adds a queue to a list of watchers, each of which is in it once.
+/// Adds a queue to a list of watchers, which has each queue once.
 pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Queue>, tag: u64) {
     watchers.retain(|(other, _)| other.upgrade().is_some_and(|other| !Arc::ptr_eq(&other, queue)));
     watchers.push((Arc::downgrade(queue), tag));
 }
 
-/// Makes a client online as long as `running` runs here.
-pub(crate) fn attach(id: &str, number: u64, running: Arc<dyn Stoppable>) {
+/// Makes a client online as long as `stream` runs here.
+pub(crate) fn attach(id: &str, handle_id: u64, stream: Arc<dyn Stoppable>) {
     if !id.is_empty() {
-        registry().enter(id, |life| life.running.insert(number, running));
+        let registry = registry();
+        registry.enter(&mut registry.clients.lock(id)).running.insert(handle_id, stream);
     }
 }
 
-/// As `attach`, but only for a client that is online already: false, and nothing has changed, if it is not.
-pub(crate) fn attach_if_online(id: &str, number: u64, running: Arc<dyn Stoppable>) -> bool {
+/// As `attach`, but only for a client that is online already: otherwise returns false, and nothing has changed.
+pub(crate) fn attach_if_online(id: &str, handle_id: u64, stream: Arc<dyn Stoppable>) -> bool {
     if id.is_empty() {
         return true;
     }
-    let mut is_online = true;
-    let attach = |presence: &mut Presence| {
-        presence.life().running.insert(number, running);
-        false
-    };
-    registry().clients.remove_or(id, attach, || is_online = false);
-    is_online
+    let mut entry = registry().clients.lock(id);
+    let Some(presence) = entry.get_mut() else { return false };
+    presence.activate().running.insert(handle_id, stream);
+    true
 }
 
 /// Takes back `attach`, for a stream that ended by itself.
-pub(crate) fn detach(id: &str, number: u64) {
-    let is_over = |presence: &mut Presence| match presence {
-        Presence::Marked => false,
-        Presence::Life(life) => {
-            life.running.remove(number);
-            life.running.is_empty() && life.is_left()
-        }
-    };
-    if !id.is_empty() {
-        registry().leave(id, is_over, |_| {});
+pub(crate) fn detach(id: &str, handle_id: u64) {
+    if id.is_empty() {
+        return;
+    }
+    let registry = registry();
+    let mut entry = registry.clients.lock(id);
+    let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
+    client.running.remove(handle_id);
+    if client.running.is_empty() && !client.has_own_reason() {
+        registry.remove(entry);
     }
 }
 
-/// Takes back `attach`, for a stream that its requester gave up: where nothing else keeps the client online here, it goes
+/// Takes back `attach`, for a stream that its requester gave up: if nothing else keeps the client online here, it goes
 /// offline, and `connection` announces it.
-pub(crate) fn give_up(id: &str, number: u64, connection: &dyn Announcer) {
-    let is_left = |presence: &mut Presence| match presence {
-        Presence::Marked => false,
-        Presence::Life(life) => life.running.remove(number) && life.is_left(),
-    };
-    if !id.is_empty() {
-        let announce = |_: &Presence| {
-            connection.announce(id, true);
-        };
-        registry().leave(id, is_left, announce);
+pub(crate) fn give_up(id: &str, handle_id: u64, connection: &dyn Announcer) {
+    if id.is_empty() {
+        return;
+    }
+    let registry = registry();
+    let mut entry = registry.clients.lock(id);
+    let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
+    if client.running.remove(handle_id) && !client.has_own_reason() {
+        registry.announce_left(entry, connection);
     }
 }
 
 /// As `give_up`, for a stream that was detached before it was known that its worker needs an announcement.
 pub(crate) fn give_up_detached(id: &str, connection: &dyn Announcer) {
-    let is_left = |presence: &mut Presence| match presence {
-        Presence::Marked => false,
-        Presence::Life(life) => life.is_left(),
+    let registry = registry();
+    let mut entry = registry.clients.lock(id);
+    let has_own_reason = match entry.get_mut() {
+        None => false,
+        Some(Presence::Marked) => true,
+        Some(Presence::Active(client)) => client.has_own_reason(),
     };
-    let announce = || {
-        connection.announce(id, true);
-    };
-    registry().leave_or(id, is_left, |_| announce(), announce);
+    if !has_own_reason {
+        registry.announce_left(entry, connection);
+    }
 }
 
-/// Adds a connection to those that announce; its inbox's subjects begin with `inbox`.
+/// Adds a connection to those that announce; the subjects of its inbox begin with `inbox`.
 pub(crate) fn add_announcer(announcer: Arc<dyn Announcer>, inbox: &str) {
     let registry = registry();
     {
@@ -359,104 +377,91 @@ pub(crate) fn set_session_grace(grace: Duration) {
     registry().session_grace_ms.store(grace_ms, Ordering::Relaxed);
 }
 
+/// Stops all that runs for a client, and returns what had not ended.
+fn stop_all(presence: Option<&Presence>) -> Vec<Arc<dyn Stoppable>> {
+    let running = presence.into_iter().flat_map(Presence::running);
+    running.filter(|stream| stream.status_word().try_stop(Status::Offline)).cloned().collect()
+}
+
+fn notify_stopped(stopped: &[Arc<dyn Stoppable>], is_announced: bool) {
+    stopped.iter().for_each(|stream| stream.stopped(Status::Offline, is_announced));
+}
+
 impl Registry {
-    /// Changes a client's life, beginning one if it has none.
-    fn enter<T>(&self, id: &str, change: impl FnOnce(&mut Life) -> T) -> T {
-        let change = |presence: &mut Presence, was_online: bool| {
-            if !was_online {
-                self.tell(Kind::Online, id);
-            }
-            change(presence.life())
-        };
-        self.clients.enter(id, || Presence::new(false), change)
-    }
-
-    /// Takes a client offline if it is known and `applies` says so, and stops what runs for it. False if it did not.
-    fn leave(&self, id: &str, applies: impl FnOnce(&mut Presence) -> bool, announce: impl FnOnce(&Presence)) -> bool {
-        self.leave_or(id, applies, announce, || {})
-    }
-
-    /// As `leave`; calls `absent`, with the entry locked, too, if the client is not known.
-    fn leave_or(
-        &self,
-        id: &str,
-        applies: impl FnOnce(&mut Presence) -> bool,
-        announce: impl FnOnce(&Presence),
-        absent: impl FnOnce(),
-    ) -> bool {
-        let mut stopped = Vec::new();
-        let is_left = |presence: &mut Presence| {
-            if !applies(presence) {
-                return false;
-            }
-            stopped.extend(presence.running().filter(|running| running.try_stop(Status::Offline)).cloned());
-            announce(presence);
-            self.tell(Kind::Offline, id);
-            true
-        };
-        let left = self.clients.remove_or(id, is_left, absent);
-        for running in stopped {
-            running.stopped(Status::Offline, true);
+    /// The client's sessions and streams, for one more of them: the client comes online if it is not.
+    fn enter<'e>(&self, entry: &'e mut Entry<'_, Presence>) -> &'e mut ClientEntry {
+        if entry.get().is_none() {
+            self.notify_watchers(Kind::Online, entry.id());
         }
-        left.is_some()
+        entry.get_or_insert_with(|| Presence::new(false)).activate()
     }
 
-    /// Ends the streams that this process requested for a client, and their senders in this process, if `is_over` says that
-    /// the client's last session here is over. What other processes requested goes on: the client may be connected to them.
+    /// Ends a client's presence, if it has any, and unlocks its entry.
+    fn remove(&self, entry: Entry<'_, Presence>) {
+        if entry.get().is_some() {
+            self.notify_watchers(Kind::Offline, entry.id());
+            entry.remove();
+        }
+    }
+
+    /// Stops all that runs for a client, and ends its presence.
+    fn take_offline(&self, entry: Entry<'_, Presence>) {
+        let stopped = stop_all(entry.get());
+        self.remove(entry);
+        notify_stopped(&stopped, true);
+    }
+
+    /// As `take_offline`, with an announcement by the connection whose stream was given up.
+    fn announce_left(&self, entry: Entry<'_, Presence>, connection: &dyn Announcer) {
+        let stopped = stop_all(entry.get());
+        connection.announce(entry.id(), true);
+        self.remove(entry);
+        notify_stopped(&stopped, true);
+    }
+
+    /// Ends the streams that this process requested for a client whose last session here is over, and their senders in this
+    /// process. What other processes requested goes on, because the client may be connected to them.
     ///
-    /// Workers on level 0 learn of it by an announcement only, which all processes receive and apply. So then the client is
-    /// offline here, too, and everything stops.
-    fn end_sessions(&self, id: &str, is_over: impl FnOnce(&mut Life) -> bool) {
-        let mut stopped = Vec::new();
+    /// Workers on level 0 can learn of it by an announcement only, which all processes receive and apply. So if there is
+    /// one, the client is offline here too, and everything stops.
+    fn end_sessions(&self, mut entry: Entry<'_, Presence>) {
+        let id = entry.id();
+        let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
         let mut is_announced = false;
-        let ends = |presence: &mut Presence| {
-            let Presence::Life(life) = presence else { return false };
-            if !is_over(life) {
-                return false;
-            }
-            is_announced = self.announce_where(id, |here| {
-                life.running.iter().any(|it| it.requested_on() == here && it.notice() == Notice::Announcement)
-            });
-            let is_own =
-                |running: &Arc<dyn Stoppable>| running.requested_on().is_some() || running.answers_to().is_some();
-            stopped = life.running.extract(|running| is_announced || is_own(running));
-            stopped.retain(|running| running.try_stop(Status::Offline));
-            let is_left = life.running.is_empty();
-            if is_left {
-                self.tell(Kind::Offline, id);
-            }
-            is_left
-        };
-        self.clients.remove_or(id, ends, || {});
-        for running in stopped {
-            running.stopped(Status::Offline, is_announced);
+        for announcer in self.announcers.read().iter() {
+            let here = Some(announcer.number());
+            let needs_announcement =
+                |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() == Notice::Announcement;
+            is_announced |= client.running.iter().any(needs_announcement) && announcer.announce(id, true);
         }
-    }
-
-    /// Has each open connection for which `is_needed` is true announce the client offline. Returns whether one does.
-    fn announce_where(&self, id: &str, is_needed: impl Fn(Option<u64>) -> bool) -> bool {
-        let announcers = self.announcers.read();
-        let needed = announcers.iter().filter(|announcer| is_needed(Some(announcer.number())));
-        needed.filter(|announcer| announcer.announce(id, true)).count() > 0
+        let stopped = client.running.stop(|stream| {
+            is_announced || stream.requested_on().is_some() || stream.answers_to().is_some()
+        });
+        if client.running.is_empty() {
+            self.remove(entry);
+        } else {
+            drop(entry);
+        }
+        notify_stopped(&stopped, is_announced);
     }
 
     /// Has every open connection announce the client offline.
-    fn announce(&self, id: &str, presence: &Presence) {
+    fn announce(&self, id: &str, presence: Option<&Presence>) {
         if !self.has_announcers.load(Ordering::Acquire) {
             return;
         }
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            announcer.announce(
-                id,
-                // A worker that has not answered may be on level 0. This is meant for everybody, so it is announced.
-                presence.running().any(|running| running.requested_on() == here && running.notice() != Notice::Direct),
-            );
+            // A worker that has not answered may be on level 0. An offline mark concerns all workers, so it is announced.
+            let needs_announcement =
+                |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() != Notice::Direct;
+            announcer.announce(id, presence.into_iter().flat_map(Presence::running).any(needs_announcement));
         }
     }
 
-    /// Tells the watchers. Called with the client's entry locked, so that their events come in the order of the changes.
-    fn tell(&self, kind: Kind, id: &str) {
+    /// Adds an event to the watchers' queues. Called with the client's entry locked, so that the events come in the order of
+    /// the changes.
+    fn notify_watchers(&self, kind: Kind, id: &str) {
         if self.is_watched.load(Ordering::Acquire) {
             for (queue, tag) in self.watchers.read().iter() {
                 if let Some(queue) = queue.upgrade() {
@@ -469,11 +474,11 @@ impl Registry {
 
 /// One of several connections of the same client. Dropping it closes it.
 pub struct Session {
-    number: u64,
-    id: Box<str>,
-    /// The client's life that it belongs to: an offline mark ends it, and with it the session.
-    life: u64,
-    closed: AtomicBool,
+    handle_id: u64,
+    client: Box<str>,
+    /// The client's entry that it belongs to: an offline mark ends the entry, and with it the session.
+    entry_id: u64,
+    is_closed: AtomicBool,
 }
 
 impl Session {
@@ -483,43 +488,43 @@ impl Session {
     /// `Status::Invalid` for an invalid id.
     pub fn open(id: &[u8]) -> Result<Session> {
         let id = client_id::id(id)?;
-        let open = |life: &mut Life| {
-            life.sessions += 1;
-            life.grace = None;
-            life.number
-        };
-        let life = if id.is_empty() { 0 } else { registry().enter(id, open) };
-        Ok(Session { number: fork::next_handle_id(), id: id.into(), life, closed: AtomicBool::new(false) })
+        let mut entry_id = 0;
+        if !id.is_empty() {
+            let registry = registry();
+            let mut entry = registry.clients.lock(id);
+            let client = registry.enter(&mut entry);
+            client.sessions += 1;
+            client.grace = None;
+            entry_id = client.entry_id;
+        }
+        let handle_id = fork::next_handle_id();
+        Ok(Session { handle_id, client: id.into(), entry_id, is_closed: AtomicBool::new(false) })
     }
 
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
-    /// Closes it; once more has no effect.
+    /// Closes it; a second call has no effect.
     pub fn close(&self) {
-        if fork::check(self.number).is_err() || self.closed.swap(true, Ordering::AcqRel) {
+        if fork::check(self.handle_id).is_err() || self.is_closed.swap(true, Ordering::AcqRel) {
             return;
         }
         let registry = registry();
         let grace = Duration::from_millis(registry.session_grace_ms.load(Ordering::Relaxed));
-        let mut begins_grace = false;
-        registry.end_sessions(&self.id, |life| {
-            if life.number != self.life {
-                return false;
-            }
-            life.sessions -= 1;
-            if life.sessions > 0 || life.marked {
-                return false;
-            }
-            begins_grace = !grace.is_zero();
-            life.grace = NonZeroU64::new(self.number).filter(|_| begins_grace);
-            !begins_grace
-        });
-        if begins_grace {
-            let (id, life, number) = (self.id.clone(), self.life, self.number);
-            runtime::later(grace, move || end_grace(&id, life, number));
+        let mut entry = registry.clients.lock(&self.client);
+        let Some(client) = active_as(&mut entry, self.entry_id) else { return };
+        client.sessions -= 1;
+        if client.sessions > 0 || client.is_marked {
+            return;
         }
+        if grace.is_zero() {
+            return registry.end_sessions(entry);
+        }
+        client.grace = NonZeroU64::new(self.handle_id);
+        drop(entry);
+        let (client, entry_id, session) = (self.client.clone(), self.entry_id, self.handle_id);
+        runtime::later(grace, move || end_grace(&client, entry_id, session));
     }
 }
 
@@ -529,15 +534,22 @@ impl Drop for Session {
     }
 }
 
-/// Takes a client offline whose grace is over, unless something happened in the meantime.
-fn end_grace(id: &str, life: u64, session: u64) {
-    registry().end_sessions(id, |own| {
-        let is_over = own.number == life && own.grace.is_some_and(|own| own.get() == session);
-        if is_over {
-            own.grace = None;
+/// Ends the client's sessions when the grace period is over that `session` began, unless another session has ended it.
+fn end_grace(client: &str, entry_id: u64, session: u64) {
+    let registry = registry();
+    let mut entry = registry.clients.lock(client);
+    let Some(client) = active_as(&mut entry, entry_id) else { return };
+    if client.grace.is_some_and(|began| began.get() == session) {
+        client.grace = None;
+        if !client.is_marked {
+            registry.end_sessions(entry);
         }
-        is_over && !own.marked
-    });
+    }
+}
+
+/// The client's sessions and streams, if they are still those with this number.
+fn active_as<'e>(entry: &'e mut Entry<'_, Presence>, entry_id: u64) -> Option<&'e mut ClientEntry> {
+    entry.get_mut()?.active().filter(|client| client.entry_id == entry_id)
 }
 
 #[cfg(test)]
@@ -551,37 +563,37 @@ mod tests {
 
     /// A stream, or a sender if nobody requested it here.
     pub(super) struct Probe {
-        pub(super) number: u64,
+        pub(super) handle_id: u64,
         pub(super) requested_on: Option<u64>,
         pub(super) answers_to: Option<u64>,
         pub(super) notice: Notice,
-        pub(super) forbidden: AtomicBool,
+        pub(super) word: StatusWord,
         pub(super) stopped: AtomicBool,
     }
 
     impl Probe {
         pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, notice: Notice) -> Arc<Probe> {
-            let (forbidden, stopped) = (AtomicBool::new(false), AtomicBool::new(false));
-            let number = fork::next_handle_id();
-            Arc::new(Probe { number, requested_on, answers_to, notice, forbidden, stopped })
+            let (word, stopped) = (StatusWord::default(), AtomicBool::new(false));
+            let handle_id = fork::next_handle_id();
+            Arc::new(Probe { handle_id, requested_on, answers_to, notice, word, stopped })
         }
 
         fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
             let probe = Probe::new(requested_on, answers_to, Notice::Announcement);
-            attach(id, probe.number, Arc::clone(&probe) as _);
+            attach(id, probe.handle_id, Arc::clone(&probe) as _);
             probe
         }
 
         fn is_stopped(&self) -> bool {
             let stopped = self.stopped.load(Ordering::Relaxed);
-            assert_eq!(self.forbidden.load(Ordering::Relaxed), stopped);
+            assert_eq!(self.word.check().is_err(), stopped);
             stopped
         }
     }
 
     impl Stoppable for Probe {
-        fn try_stop(&self, _why: Status) -> bool {
-            !self.forbidden.swap(true, Ordering::Relaxed)
+        fn status_word(&self) -> &StatusWord {
+            &self.word
         }
 
         fn stopped(&self, why: Status, _is_announced: bool) {
@@ -657,10 +669,10 @@ mod tests {
         let probe = Probe::attach("streams", None, None);
         let second = Probe::attach("streams", Some(1), None);
         assert!(online("streams"));
-        detach("streams", probe.number);
+        detach("streams", probe.handle_id);
         assert!(online("streams"));
-        detach("streams", second.number);
-        detach("streams", second.number);
+        detach("streams", second.handle_id);
+        detach("streams", second.handle_id);
         assert!(!online("streams") && !probe.is_stopped() && !second.is_stopped());
     }
 
@@ -716,7 +728,7 @@ mod tests {
         let ear = Ear::new();
         let attach = |id: &str, requested_on, answers_to, notice| {
             let probe = Probe::new(requested_on, answers_to, notice);
-            super::attach(id, probe.number, Arc::clone(&probe) as _);
+            super::attach(id, probe.handle_id, Arc::clone(&probe) as _);
             probe
         };
         let here = Some(ear.number);
@@ -731,7 +743,7 @@ mod tests {
         session.close();
         assert!(own.iter().all(|probe| probe.is_stopped()) && !elsewhere.is_stopped() && online("elsewhere"));
         assert!(ear.of("elsewhere").is_empty(), "announced, though each worker is notified directly");
-        detach("elsewhere", elsewhere.number);
+        detach("elsewhere", elsewhere.handle_id);
         assert!(!online("elsewhere"));
         // A worker on level 0 cannot be notified otherwise.
         let session = Session::open(b"level 0").unwrap();
@@ -746,7 +758,7 @@ mod tests {
     #[test]
     fn a_stream_can_be_attached_to_an_online_client_only() {
         let probe = Probe::new(Some(1), None, Notice::Direct);
-        let attach = |id: &str| attach_if_online(id, probe.number, Arc::clone(&probe) as _);
+        let attach = |id: &str| attach_if_online(id, probe.handle_id, Arc::clone(&probe) as _);
         assert!(!attach("only online") && !online("only online") && attach(""));
         mark_online(b"only online").unwrap();
         assert!(attach("only online"));
@@ -773,7 +785,7 @@ mod tests {
     #[test]
     fn who_gives_up_a_stream_announces_only_a_client_without_other_reasons() {
         let ear = Ear::new();
-        let give_up = |id: &str, stream: &Probe| give_up(id, stream.number, &*ear);
+        let give_up = |id: &str, stream: &Probe| give_up(id, stream.handle_id, &*ear);
         let stream = |id: &str| Probe::attach(id, Some(ear.number), None);
 
         let (first, second) = (stream("two streams"), stream("two streams"));
@@ -811,7 +823,7 @@ mod tests {
         let other = Probe::attach("own", None, None);
         apply_own_offline("own", ear.number);
         assert!(own.is_stopped() && !other.is_stopped() && online("own"));
-        detach("own", other.number);
+        detach("own", other.handle_id);
         let last = Probe::attach("own", None, Some(ear.number));
         apply_own_offline("own", ear.number);
         assert!(last.is_stopped() && !online("own"));
@@ -838,7 +850,7 @@ mod tests {
         mark_offline(b"watched").unwrap();
         session.close();
         let sender = Probe::attach("watched", None, None);
-        detach("watched", sender.number);
+        detach("watched", sender.handle_id);
         let mut heard = Vec::new();
         let note = |event: Event<'_>| {
             if event.client == "watched" {
@@ -861,9 +873,9 @@ mod tests {
                         mark_online(b"race").unwrap();
                         let session = Session::open(b"race").unwrap();
                         mark_offline(b"race").unwrap();
-                        assert!(sender.forbidden.load(Ordering::Relaxed));
+                        assert!(sender.word.check().is_err());
                         session.close();
-                        detach("race", sender.number);
+                        detach("race", sender.handle_id);
                     }
                 });
             }

@@ -28,7 +28,7 @@ pub struct Sender {
     /// Of its events REQUEST and STOPPED, those that have come, or are due.
     due: AtomicU8,
     sent: AtomicU64,
-    number: u64,
+    handle_id: u64,
     reply: Subject,
     /// Where it sends, and its share in it, if the requester offered a lane; else to `reply`.
     lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
@@ -53,7 +53,7 @@ impl Sender {
             is_freed: AtomicBool::new(false),
             due: AtomicU8::new(0),
             sent: AtomicU64::new(0),
-            number: fork::next_handle_id(),
+            handle_id: fork::next_handle_id(),
             reply,
             lane: OnceCell::new(),
             client,
@@ -225,8 +225,8 @@ impl Sender {
     }
 
     fn stop(&self, why: Status) {
-        if self.try_stop(why) {
-            registry::detach(&self.client, self.number);
+        if self.word.try_stop(why) {
+            registry::detach(&self.client, self.handle_id);
             self.stopped(why, true);
         }
     }
@@ -261,7 +261,7 @@ impl Sender {
             })?,
         }
         self.leave_service();
-        registry::detach(&self.client, self.number);
+        registry::detach(&self.client, self.handle_id);
         Ok(())
     }
 
@@ -290,7 +290,7 @@ impl Sender {
 
     /// It has ended: said once.
     fn leave_service(&self) {
-        self.service.forget(self.number);
+        self.service.forget(self.handle_id);
         self.leave(ENDED);
     }
 
@@ -321,8 +321,8 @@ fn reason(why: Status) -> &'static str {
 }
 
 impl Stoppable for Sender {
-    fn try_stop(&self, why: Status) -> bool {
-        self.word.try_stop(why)
+    fn status_word(&self) -> &StatusWord {
+        &self.word
     }
 
     fn stopped(&self, why: Status, _is_announced: bool) {
@@ -389,8 +389,8 @@ impl BlockedSender for Sender {
 }
 
 impl EventSource for Sender {
-    fn number(&self) -> u64 {
-        self.number
+    fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
     fn tag(&self) -> u64 {

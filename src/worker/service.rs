@@ -22,7 +22,7 @@ const DEFAULT_MAX_STREAMS: u32 = 10_000;
 
 /// A subject that this process serves.
 pub struct Service {
-    number: u64,
+    handle_id: u64,
     this: Weak<Service>,
     connection: Arc<Connection>,
     queue: Arc<Queue>,
@@ -73,7 +73,7 @@ impl Connection {
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
         let service = Arc::new_cyclic(|this| Service {
-            number: fork::next_handle_id(),
+            handle_id: fork::next_handle_id(),
             this: this.clone(),
             connection,
             queue: Arc::clone(queue),
@@ -85,12 +85,12 @@ impl Connection {
             subject: subject.into(),
             subscription: Mutex::default(),
         });
-        self.subscribe(service.number, subject.into(), group, Arc::clone(&service) as Arc<dyn MessageHandler>);
-        let settled = self.flush_subscription(service.number).and_then(|()| {
+        self.subscribe(service.handle_id, subject.into(), group, Arc::clone(&service) as Arc<dyn MessageHandler>);
+        let settled = self.flush_subscription(service.handle_id).and_then(|()| {
             let mut state = service.subscription.lock();
             // It may have come just now.
             if state.is_refused {
-                return Err(self.refusal(service.number).unwrap_or(Status::Disconnected.into()));
+                return Err(self.refusal(service.handle_id).unwrap_or(Status::Disconnected.into()));
             }
             state.is_served = true;
             Ok(())
@@ -106,8 +106,8 @@ impl Connection {
 }
 
 impl Service {
-    pub(crate) fn number(&self) -> u64 {
-        self.number
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
     }
 
     pub(crate) fn connection(&self) -> &Connection {
@@ -140,14 +140,14 @@ impl Service {
         if is_first {
             // A request that was not refused, because it came before, is in the queue when this returns.
             self.connection.inbound().finish_message();
-            self.connection.unsubscribe(self.number);
+            self.connection.unsubscribe(self.handle_id);
         }
         is_first
     }
 
     /// A sender of this service has ended: each says so once.
-    pub(crate) fn forget(&self, number: u64) {
-        self.running.remove(&number);
+    pub(crate) fn forget(&self, handle_id: u64) {
+        self.running.remove(&handle_id);
         self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
     }
 
@@ -195,7 +195,7 @@ impl Service {
         let sender = Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
-        registry::attach(&id, sender.number(), Arc::clone(&sender) as _);
+        registry::attach(&id, sender.handle_id(), Arc::clone(&sender) as _);
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
             let party: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
             match lanes.open(&offer, &party) {
@@ -206,7 +206,7 @@ impl Service {
             }
         }
         if !sender.is_on_lane() {
-            self.running.insert(sender.number(), Arc::clone(&sender));
+            self.running.insert(sender.handle_id(), Arc::clone(&sender));
         }
         if connection.check_open().is_err() {
             // Closed since it arrived: whoever closed it may not have seen this sender.
@@ -214,8 +214,8 @@ impl Service {
         }
         if sender.is_closed() {
             // Ended before it was attached.
-            registry::detach(&id, sender.number());
-            self.running.remove(&sender.number());
+            registry::detach(&id, sender.handle_id());
+            self.running.remove(&sender.handle_id());
         }
         let event = Single {
             client: Some(id),

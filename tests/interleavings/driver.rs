@@ -45,7 +45,7 @@ impl Probe {
 }
 
 impl EventSource for Probe {
-    fn number(&self) -> u64 {
+    fn handle_id(&self) -> u64 {
         1
     }
     fn tag(&self) -> u64 {

@@ -5,31 +5,31 @@ use crate::nats::outbox::interleavings::search;
 use shuttle::thread;
 
 struct Probe {
-    number: u64,
-    forbidden: AtomicU64,
+    handle_id: u64,
+    word: StatusWord,
     stopped: AtomicU64,
 }
 
 impl Probe {
     fn attach(id: &str) -> Arc<Probe> {
         let probe =
-            Arc::new(Probe { number: fork::next_handle_id(), forbidden: AtomicU64::new(0), stopped: AtomicU64::new(0) });
-        attach(id, probe.number, Arc::clone(&probe) as _);
+            Arc::new(Probe { handle_id: fork::next_handle_id(), word: StatusWord::default(), stopped: AtomicU64::new(0) });
+        attach(id, probe.handle_id, Arc::clone(&probe) as _);
         probe
     }
 
-    fn is_forbidden(&self) -> bool {
-        self.forbidden.load(Ordering::SeqCst) != 0
+    fn is_stopped(&self) -> bool {
+        self.word.check().is_err()
     }
 }
 
 impl Stoppable for Probe {
-    fn try_stop(&self, _why: Status) -> bool {
-        self.forbidden.swap(1, Ordering::SeqCst) == 0
+    fn status_word(&self) -> &StatusWord {
+        &self.word
     }
     fn stopped(&self, _why: Status, _is_announced: bool) {
         assert_eq!(self.stopped.fetch_add(1, Ordering::SeqCst), 0, "stopped twice");
-        assert!(self.is_forbidden());
+        assert!(self.is_stopped());
     }
     fn requested_on(&self) -> Option<u64> {
         None
@@ -51,7 +51,7 @@ fn a_mark_stops_all_that_was_there() {
             let probe = Arc::clone(&probe);
             move || {
                 mark_offline(b"a").unwrap();
-                assert!(probe.is_forbidden());
+                assert!(probe.is_stopped());
             }
         });
         let late = thread::spawn(|| {
@@ -60,15 +60,15 @@ fn a_mark_stops_all_that_was_there() {
             late
         });
         mark_offline(b"a").unwrap();
-        assert!(probe.is_forbidden());
+        assert!(probe.is_stopped());
         marker.join().unwrap();
         let late = late.join().unwrap();
         mark_offline(b"a").unwrap();
-        assert!(late.is_forbidden());
+        assert!(late.is_stopped());
         assert_eq!(probe.stopped.load(Ordering::SeqCst), 1);
         assert_eq!(late.stopped.load(Ordering::SeqCst), 1);
-        detach("a", probe.number);
-        detach("a", late.number);
+        detach("a", probe.handle_id);
+        detach("a", late.handle_id);
         assert!(!is_online(b"a") && online_count() == 0);
     });
 }
@@ -81,8 +81,8 @@ fn an_end_against_a_mark() {
         let ender = thread::spawn({
             let probe = Arc::clone(&probe);
             move || {
-                let ended = probe.try_stop(Status::Closed);
-                detach("a", probe.number);
+                let ended = probe.word.try_stop(Status::Closed);
+                detach("a", probe.handle_id);
                 ended
             }
         });

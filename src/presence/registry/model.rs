@@ -203,9 +203,9 @@ impl World {
             11 | 12 if !self.sessions.is_empty() => {
                 let at = self.below(self.sessions.len());
                 let (session, client, _) = &self.sessions[at];
-                let (client, number) = (*client, session.number());
+                let (client, number) = (*client, session.handle_id());
                 // As its timer does, now or never, also when it has nothing to end.
-                end_grace(&session.id, session.life, number);
+                end_grace(&session.client, session.entry_id, number);
                 let Some(life) = self.lives[client].as_mut().filter(|life| life.grace == Some(number)) else { return };
                 life.grace = None;
                 if !life.marked {
@@ -219,11 +219,11 @@ impl World {
                 let client = self.streams[stream].client;
                 if self.below(2) == 0 {
                     // It ends by itself, and is detached at once or later.
-                    assert_eq!(probe.try_stop(Status::Closed), !self.streams[stream].is_over);
+                    assert_eq!(probe.word.try_stop(Status::Closed), !self.streams[stream].is_over);
                     self.streams[stream].is_over = true;
                 }
                 if self.below(3) > 0 {
-                    detach(&self.ids[client], probe.number);
+                    detach(&self.ids[client], probe.handle_id);
                     if self.take_out(stream) && !self.runs_something(client) && self.is_left(client) {
                         self.leave(client);
                     }
@@ -235,7 +235,7 @@ impl World {
                 let client = self.streams[stream].client;
                 let is_here = |connected: &Connected| probe.requested_on == Some(connected.ear.number);
                 let Some(at) = self.connected.iter().position(is_here) else { return };
-                give_up(&self.ids[client], probe.number, &*self.connected[at].ear);
+                give_up(&self.ids[client], probe.handle_id, &*self.connected[at].ear);
                 if self.take_out(stream) && self.is_left(client) {
                     self.connected[at].expected.push((self.ids[client].clone(), true));
                     self.leave(client);
@@ -255,8 +255,8 @@ impl World {
 
     fn close(&mut self, at: usize) {
         let (session, client, life) = &self.sessions[at];
-        let (client, life, number) = (*client, *life, session.number());
-        let was_closed = session.closed.load(Ordering::Relaxed);
+        let (client, life, number) = (*client, *life, session.handle_id());
+        let was_closed = session.is_closed.load(Ordering::Relaxed);
         session.close();
         let has_grace = self.has_grace;
         let Some(own) = self.lives[client].as_mut().filter(|own| own.number == life && !was_closed) else { return };
@@ -276,7 +276,7 @@ impl World {
         let (requested_on, answers_to) = if at < 3 { (ear, None) } else { (None, ear) };
         let notice = [Notice::Direct, Notice::Announcement, Notice::Unknown][self.below(3)];
         let probe = Probe::new(requested_on, answers_to, notice);
-        attach(&self.ids[client], probe.number, Arc::clone(&probe) as _);
+        attach(&self.ids[client], probe.handle_id, Arc::clone(&probe) as _);
         let stream = self.streams.len();
         self.streams.push(Stream { probe, client, is_over: false, is_stopped: false });
         self.enter(client).running.push(stream);
@@ -287,8 +287,8 @@ impl World {
             assert_eq!(is_online(id.as_bytes()), life.is_some(), "{id}");
         }
         for stream in &self.streams {
-            let told = [&stream.probe.forbidden, &stream.probe.stopped].map(|flag| flag.load(Ordering::Relaxed));
-            assert_eq!(told, [stream.is_over, stream.is_stopped]);
+            let (probe, is_over) = (&stream.probe, stream.probe.word.check().is_err());
+            assert_eq!([is_over, probe.stopped.load(Ordering::Relaxed)], [stream.is_over, stream.is_stopped]);
         }
         for Connected { ear, expected } in &mut self.connected {
             let mut heard = ear.heard.lock();
