@@ -1,11 +1,11 @@
-//! The worker's end of a stream. It refuses to send the moment its client is gone: each send reads one word.
+//! The worker's end of a stream. Each send reads its status word, so it refuses to send as soon as its client has left.
 
 use crate::connection::Connection;
 use crate::error::{Result, Status};
 use crate::events::queue::{Event, EventSource, Kind, Queue, Single};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::Credit;
-use crate::nats::outbox::{BlockedSender, DurableMessage, LOST};
+use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::status_word::StatusWord;
@@ -21,16 +21,18 @@ use std::time::Duration;
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
     word: StatusWord,
-    is_waiting_for_room: AtomicBool,
-    /// A WRITABLE is in the queue.
+    /// It is registered to be told when it can send again.
+    is_blocked: AtomicBool,
+    /// A WRITABLE event is in the queue.
     writable_queued: AtomicBool,
     is_freed: AtomicBool,
-    /// Of its events REQUEST and STOPPED, those that have come, or are due.
-    due: AtomicU8,
+    /// What has happened: the bits below.
+    steps: AtomicU8,
+    /// Messages sent on level 0.
     sent: AtomicU64,
     handle_id: u64,
     reply: Subject,
-    /// Where it sends, and its share in it, if the requester offered a lane; else to `reply`.
+    /// The lane that the requester offered, and the stream's share of it.
     lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
     client: Arc<str>,
     headers: Headers,
@@ -38,20 +40,28 @@ pub struct Sender {
     this: Weak<Sender>,
 }
 
-const REQUEST: u8 = 1;
+/// The REQUEST event is in the queue, and the sender was stopped: after both, STOPPED is queued.
+const REQUEST_QUEUED: u8 = 1;
 const STOPPED: u8 = 2;
-/// Its REQUEST is in the queue no longer; it has ended: with both its place is free.
-const SHOWN: u8 = 4;
+/// The REQUEST event has left the queue, and the stream has ended: after both, the service has capacity for another one.
+const REQUEST_TAKEN: u8 = 4;
 const ENDED: u8 = 8;
+
+/// How the messages of a stream are sent.
+enum Route<'a> {
+    /// As plain NATS messages to the reply subject.
+    Level0(&'a Outbox),
+    Lane(&'a Lane, &'a Credit),
+}
 
 impl Sender {
     pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
             word: StatusWord::default(),
-            is_waiting_for_room: AtomicBool::new(false),
+            is_blocked: AtomicBool::new(false),
             writable_queued: AtomicBool::new(false),
             is_freed: AtomicBool::new(false),
-            due: AtomicU8::new(0),
+            steps: AtomicU8::new(0),
             sent: AtomicU64::new(0),
             handle_id: fork::next_handle_id(),
             reply,
@@ -63,7 +73,7 @@ impl Sender {
         })
     }
 
-    /// Has it send on a lane from now on, before anybody uses it.
+    /// Switches to a lane. Called before the worker gets the sender.
     pub(crate) fn use_lane(&self, lane: Arc<Lane>, credit: Arc<Credit>) {
         let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
         if let Err(why) = self.word.check_after_publishing() {
@@ -72,34 +82,46 @@ impl Sender {
         }
     }
 
-    /// The REQUEST is in the queue: now STOPPED may come, and does, if it was due before.
+    #[inline]
+    fn route(&self) -> Route<'_> {
+        match self.lane.get() {
+            Some((lane, credit)) => Route::Lane(lane, credit),
+            None => Route::Level0(self.connection().outbox()),
+        }
+    }
+
+    /// The REQUEST event is in the queue: STOPPED may follow it, and is queued now if the sender was stopped before.
     pub(crate) fn request_queued(&self) {
-        self.mark_due(REQUEST);
+        self.queue_stopped_after(REQUEST_QUEUED);
     }
 
     pub(crate) fn is_on_lane(&self) -> bool {
-        self.lane.get().is_some()
+        matches!(self.route(), Route::Lane(..))
     }
 
-    /// Sends one message; `Full` when there is no room now, and a `Writable` event when there is again.
+    /// Sends one message. After `Full`, a `Writable` event says when to try again.
     ///
     /// # Errors
-    /// Why it may send no more; `TooLarge`, `Reserved`, `Full`.
+    /// Why the stream has ended; `TooLarge`, `Reserved`, `Full`.
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
-        if let Some((lane, credit)) = self.lane.get() {
-            return lane.send(&self.word, credit, data).inspect_err(|why| self.stop_if_peer_gone(*why));
+        match self.route() {
+            Route::Lane(lane, credit) => {
+                lane.send(&self.word, credit, data).inspect_err(|why| self.stop_if_peer_gone(*why))
+            }
+            Route::Level0(outbox) => {
+                self.check(data)?;
+                outbox.send(&self.word, &self.reply, data, || self.register_blocked())?;
+                self.sent.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
         }
-        self.check(data)?;
-        self.connection().outbox().send(&self.word, &self.reply, data, || self.wait_for_room())?;
-        self.sent.fetch_add(1, Ordering::Relaxed);
-        Ok(())
     }
 
-    /// Sends messages that stand one behind the other in `data`, up to the first that is refused: how many were sent.
+    /// Sends several messages, which are concatenated in `data`, up to the first that is refused. Returns how many were sent.
     ///
     /// # Errors
-    /// As `send`, when the first is refused; `Invalid` when the lengths are not those of `data`.
+    /// As `send` if the first is refused; `Invalid` if the lengths do not add up to that of `data`.
     pub fn send_many(&self, data: &[u8], lengths: &[usize]) -> Result<usize, Status> {
         if lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length)) != Some(data.len()) {
             return Err(Status::Invalid);
@@ -107,14 +129,14 @@ impl Sender {
         if lengths.is_empty() {
             return Ok(0);
         }
-        if let Some((lane, credit)) = self.lane.get() {
+        if let Route::Lane(lane, credit) = self.route() {
             return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.stop_if_peer_gone(*why));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
-            let (message, behind) = rest.split_at(*length);
+            let (message, following) = rest.split_at(*length);
             match self.send(message) {
-                Ok(()) => rest = behind,
+                Ok(()) => rest = following,
                 Err(status) if sent == 0 => return Err(status),
                 Err(_) => return Ok(sent),
             }
@@ -122,22 +144,26 @@ impl Sender {
         Ok(lengths.len())
     }
 
-    /// Sends one message, waiting for room (`None`: without limit).
+    /// Sends one message. Where `send` would return `Full`, waits until it is sent (`None`: without limit).
     ///
     /// # Errors
     /// As `send`, with `Timeout` in place of `Full`.
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
-        if let Some((lane, credit)) = self.lane.get() {
-            return lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why));
+        match self.route() {
+            Route::Lane(lane, credit) => {
+                lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why))
+            }
+            Route::Level0(outbox) => {
+                self.check(data)?;
+                outbox.send_wait(&self.word, &self.reply, data, timeout)?;
+                self.sent.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
         }
-        self.check(data)?;
-        self.connection().outbox().send_wait(&self.word, &self.reply, data, timeout)?;
-        self.sent.fetch_add(1, Ordering::Relaxed);
-        Ok(())
     }
 
-    /// Ends the stream. Once more is fine.
+    /// Ends the stream. A second call has no effect.
     ///
     /// # Errors
     /// Why it was stopped.
@@ -151,27 +177,30 @@ impl Sender {
     /// Ends the stream with an error, whose text the reader gets.
     ///
     /// # Errors
-    /// `Closed` when it had ended; why it was stopped.
+    /// `Closed` if it had ended; why it was stopped.
     pub fn error(&self, text: &[u8]) -> Result<(), Status> {
         self.finish(Some(text))
     }
 
-    /// Whether it may send no more.
+    /// Whether the stream has ended, so that no message can be sent.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.word.check().is_err()
     }
 
-    /// How large a message may be, in bytes. It depends on the server of the present connection.
+    /// The size limit of a message, in bytes. It depends on the nats-server of the present connection.
     #[must_use]
     pub fn max_message(&self) -> usize {
         level0::max_message(self.connection().max_payload())
     }
 
-    /// How many messages it sent.
+    /// How many messages were sent.
     #[must_use]
     pub fn send_count(&self) -> u64 {
-        self.lane.get().map_or_else(|| self.sent.load(Ordering::Relaxed), |(_, credit)| credit.sent())
+        match self.route() {
+            Route::Lane(_, credit) => credit.sent(),
+            Route::Level0(_) => self.sent.load(Ordering::Relaxed),
+        }
     }
 
     /// Says whether it may send, and why not.
@@ -189,35 +218,35 @@ impl Sender {
         self.headers.iter().find(|(own, _)| **own == *name).map(|(_, value)| &**value)
     }
 
-    /// Wants no more events of it. A stream that was not ended ends with an error.
+    /// Drops the events that are still queued for it. A stream that has not ended ends with an error.
     pub fn free(&self) {
         self.is_freed.store(true, Ordering::Release);
         self.abandon();
     }
 
-    /// Ends a stream that nobody answers any longer.
+    /// Ends a stream that no worker will answer.
     pub(crate) fn abandon(&self) {
         let _ = self.error(b"the worker left the stream unfinished");
     }
 
-    /// Its connection was lost or closed: a loss concerns only what is not on a lane.
+    /// Ends the stream because its connection was lost or closed. A lane outlives a lost connection.
     pub(crate) fn connection_ended(&self, why: Status) {
-        if why == Status::Closed || self.lane.get().is_none() {
+        if why == Status::Closed || !self.is_on_lane() {
             self.stop(why);
         }
     }
 
-    /// Whether it answers at this subject, on level 0.
-    pub(crate) fn answers(&self, subject: &str) -> bool {
+    /// Whether it sends to this subject, on level 0.
+    pub(crate) fn sends_to(&self, subject: &str) -> bool {
         self.reply.as_str() == subject
     }
 
-    /// nats-server does not pass on what it sends.
+    /// Ends the stream because nats-server refuses its messages.
     pub(crate) fn refused(&self) {
         self.stop(Status::Disconnected);
     }
 
-    /// A call may find the other end gone before we are told: what it said is the stream's end.
+    /// A call may learn that the peer is gone before the lane reports it: the status that it returns is the stream's end.
     fn stop_if_peer_gone(&self, why: Status) {
         if why == Status::PeerGone {
             self.stop(why);
@@ -248,16 +277,16 @@ impl Sender {
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
         self.word.check()?;
-        // Before the reader can see the end: its next request is to find a free place.
-        self.leave(ENDED);
-        match self.lane.get() {
-            Some((lane, credit)) => {
+        // Before the reader can see the end, so that the service has capacity for the reader's next request.
+        self.free_capacity_after(ENDED);
+        match self.route() {
+            Route::Lane(lane, credit) => {
                 lane.finish(&self.word, Status::Closed, credit, error)
                     .inspect_err(|why| self.stop_if_peer_gone(*why))?;
             }
-            None => self.connection().outbox().finish(&self.word, Status::Closed, || match error {
+            Route::Level0(outbox) => outbox.finish(&self.word, Status::Closed, || match error {
                 None => DurableMessage::End(self.reply.clone()),
-                Some(text) => self.error_note(text),
+                Some(text) => self.error_message(text),
             })?,
         }
         self.leave_service();
@@ -265,44 +294,47 @@ impl Sender {
         Ok(())
     }
 
-    fn error_note(&self, text: &[u8]) -> DurableMessage {
+    fn error_message(&self, text: &[u8]) -> DurableMessage {
         DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
     }
 
-    /// Registers it as waiting for room, once.
-    fn wait_for_room(&self) -> Option<Arc<dyn BlockedSender>> {
-        if self.is_waiting_for_room.swap(true, Ordering::AcqRel) {
+    /// Itself, to be told when it can send again; None if it is registered for that already.
+    fn register_blocked(&self) -> Option<Arc<dyn BlockedSender>> {
+        if self.is_blocked.swap(true, Ordering::AcqRel) {
             return None;
         }
         self.this.upgrade().map(|this| this as Arc<dyn BlockedSender>)
     }
 
-    /// Whichever of both comes second tells of the stop: no STOPPED comes before its REQUEST.
-    fn mark_due(&self, event: u8) {
-        let before = self.due.fetch_or(event, Ordering::AcqRel);
-        if before & event == 0
-            && (before | event) & (REQUEST | STOPPED) == (REQUEST | STOPPED)
+    /// Notes a step. Returns true if it is the last of `all` and was not noted before.
+    fn completes(&self, step: u8, all: u8) -> bool {
+        let before = self.steps.fetch_or(step, Ordering::AcqRel);
+        before & step == 0 && (before | step) & all == all
+    }
+
+    /// Queues STOPPED after the second of two steps, so that it never comes before the REQUEST.
+    fn queue_stopped_after(&self, step: u8) {
+        if self.completes(step, REQUEST_QUEUED | STOPPED)
             && let Err(why) = self.word.check()
         {
-            self.event(Kind::Stopped, why);
+            self.push_event(Kind::Stopped, why);
         }
     }
 
-    /// It has ended: said once.
+    /// Frees its capacity in the service after the second of two steps.
+    fn free_capacity_after(&self, step: u8) {
+        if self.completes(step, REQUEST_TAKEN | ENDED) {
+            self.service.free_capacity();
+        }
+    }
+
+    /// Called once, when the stream has ended.
     fn leave_service(&self) {
         self.service.forget(self.handle_id);
-        self.leave(ENDED);
+        self.free_capacity_after(ENDED);
     }
 
-    /// Whichever of both comes second frees its place among the service's streams.
-    fn leave(&self, event: u8) {
-        let before = self.due.fetch_or(event, Ordering::AcqRel);
-        if before & event == 0 && (before | event) & (SHOWN | ENDED) == (SHOWN | ENDED) {
-            self.service.free_place();
-        }
-    }
-
-    fn event(&self, kind: Kind, status: Status) {
+    fn push_event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, Bytes::new());
             self.service.queue().push(Single { client: Some(Arc::clone(&self.client)), ..event });
@@ -310,7 +342,7 @@ impl Sender {
     }
 }
 
-/// What its reader is told of why a sender was stopped.
+/// The text that the reader gets when a sender is stopped.
 fn reason(why: Status) -> &'static str {
     match why {
         Status::Offline => level0::OFFLINE,
@@ -326,14 +358,14 @@ impl Stoppable for Sender {
     }
 
     fn stopped(&self, why: Status, _is_announced: bool) {
-        let text = reason(why);
-        // Either wakes a thread that waits for room, too.
-        match self.lane.get() {
-            Some((lane, credit)) => lane.stop(credit, text.as_bytes()),
-            None => self.connection().outbox().push(self.error_note(text.as_bytes()).into()),
+        let text = reason(why).as_bytes();
+        // Both also wake a thread that is blocked in `send_wait`.
+        match self.route() {
+            Route::Lane(lane, credit) => lane.stop(credit, text),
+            Route::Level0(outbox) => outbox.push(self.error_message(text).into()),
         }
         self.leave_service();
-        self.mark_due(STOPPED);
+        self.queue_stopped_after(STOPPED);
     }
 
     fn requested_on(&self) -> Option<u64> {
@@ -370,8 +402,8 @@ impl StreamObserver for Sender {
     }
 
     fn unheard(&self) {
-        // Should the gateway be there after all, it waits for an answer.
-        self.connection().outbox().push(self.error_note(LOST.as_bytes()).into());
+        // If the gateway is there after all, it waits for an answer.
+        self.connection().outbox().push(self.error_message(LOST.as_bytes()).into());
     }
 
     fn ended_here(&self, why: Status) {
@@ -381,9 +413,9 @@ impl StreamObserver for Sender {
 
 impl BlockedSender for Sender {
     fn room(&self) {
-        self.is_waiting_for_room.store(false, Ordering::Release);
+        self.is_blocked.store(false, Ordering::Release);
         if !self.is_closed() && !self.writable_queued.swap(true, Ordering::AcqRel) {
-            self.event(Kind::Writable, Status::Ok);
+            self.push_event(Kind::Writable, Status::Ok);
         }
     }
 }
@@ -408,12 +440,12 @@ impl EventSource for Sender {
     fn shown(&self, kind: Kind) {
         match kind {
             Kind::Writable => self.writable_queued.store(false, Ordering::Release),
-            _ => self.leave(SHOWN),
+            _ => self.free_capacity_after(REQUEST_TAKEN),
         }
     }
 
     fn abandoned(&self) {
-        self.leave(SHOWN);
+        self.free_capacity_after(REQUEST_TAKEN);
         self.abandon();
     }
 }

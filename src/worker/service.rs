@@ -1,4 +1,4 @@
-//! The worker's side: a subject that is served, and what becomes of its requests.
+//! The worker's side: a subject that is served, and its requests.
 
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
@@ -17,7 +17,7 @@ use dashmap::DashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
-/// How many streams run at once where the caller gives no number.
+/// How many streams may run at once if the caller sets no limit.
 const DEFAULT_MAX_STREAMS: u32 = 10_000;
 
 /// A subject that this process serves.
@@ -29,7 +29,7 @@ pub struct Service {
     tag: u64,
     subject: Box<str>,
     max_streams: usize,
-    /// Senders on level 0, which end with the connection. (Lanes know theirs.)
+    /// Senders on level 0, which end with the connection. (Lanes keep their own.)
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
     stopped: AtomicBool,
@@ -39,19 +39,20 @@ pub struct Service {
 /// The state of a service's subscription at nats-server.
 #[derive(Default)]
 struct SubscriptionState {
-    /// `serve` has returned: later refusals are reported by events.
+    /// `serve` has returned, so later refusals are reported by events.
     is_served: bool,
     is_refused: bool,
 }
 
 impl Connection {
-    /// Serves a subject: each request is a `Request` event with `tag` on `queue`.
+    /// Serves a subject: each request becomes a `Request` event with `tag` in `queue`.
     ///
-    /// `group`: requests are spread over all that serve in it; empty: each gets all. `max_streams`: run at once; 0: 10,000.
+    /// `group`: each request goes to one of the processes that serve in the same group; with the empty group, to all
+    /// processes that serve. `max_streams`: how many streams may run at once; 0 stands for 10,000.
     ///
     /// # Errors
-    /// `Invalid`, `Closed`, `Timeout`; where nats-server refuses the subscription, `Disconnected`, or `Full` when
-    /// there are too many.
+    /// `Invalid`, `Closed`, `Timeout`; if nats-server refuses the subscription, `Disconnected`, or `Full` when it has too
+    /// many.
     pub fn serve(
         &self,
         queue: &Arc<Queue>,
@@ -64,11 +65,11 @@ impl Connection {
         level0::check_length("group", group, level0::MAX_PREFIX)?;
         if group.contains(|c: char| c.is_whitespace() || c.is_control()) {
             return Err(Error::invalid(format!(
-                "group {group:?} has white space or a control character: it may have none"
+                "group {group:?} has white space or a control character, which are not allowed"
             )));
         }
-        // First, so that no announcement about a request's client is missed. A worker without the right to it
-        // works all the same; a LOG event reports it.
+        // First, so that no announcement about a request's client is missed. A worker that may not subscribe to it works
+        // all the same; a LOG event reports it.
         self.subscribe_offline()?;
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
@@ -86,16 +87,16 @@ impl Connection {
             subscription: Mutex::default(),
         });
         self.subscribe(service.handle_id, subject.into(), group, Arc::clone(&service) as Arc<dyn MessageHandler>);
-        let settled = self.flush_subscription(service.handle_id).and_then(|()| {
+        let accepted = self.flush_subscription(service.handle_id).and_then(|()| {
             let mut state = service.subscription.lock();
-            // It may have come just now.
+            // It may have been refused just now.
             if state.is_refused {
                 return Err(self.refusal(service.handle_id).unwrap_or(Status::Disconnected.into()));
             }
             state.is_served = true;
             Ok(())
         });
-        match settled {
+        match accepted {
             Ok(()) => Ok(service),
             Err(error) => {
                 service.close();
@@ -125,7 +126,7 @@ impl Service {
     /// Takes no more requests. Streams that run go on.
     ///
     /// # Errors
-    /// `Closed` when it was stopped before, or its connection closed.
+    /// `Closed` if it was stopped before, or its connection was closed.
     pub fn stop(&self) -> Result<()> {
         self.connection.check_open()?;
         if !self.close() {
@@ -134,25 +135,25 @@ impl Service {
         Ok(())
     }
 
-    /// `stop`, whatever there was before; false when it had no effect.
+    /// As `stop`, also on a closed connection. Returns false if it was stopped before.
     pub fn close(&self) -> bool {
         let is_first = !self.stopped.swap(true, Ordering::AcqRel);
         if is_first {
-            // A request that was not refused, because it came before, is in the queue when this returns.
+            // A request that came before this call, and so is not refused, is in the queue when this returns.
             self.connection.inbound().finish_message();
             self.connection.unsubscribe(self.handle_id);
         }
         is_first
     }
 
-    /// A sender of this service has ended: each says so once.
+    /// Each sender of this service calls this once, when it has ended.
     pub(crate) fn forget(&self, handle_id: u64) {
         self.running.remove(&handle_id);
         self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A sender has ended, and its REQUEST does not wait in the queue any longer.
-    pub(crate) fn free_place(&self) {
+    /// Called when a sender has ended and its REQUEST event has left the queue.
+    pub(crate) fn free_capacity(&self) {
         self.running_count.fetch_sub(1, Ordering::AcqRel);
     }
 
@@ -165,7 +166,7 @@ impl Service {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
-                    "a request on {} was ignored: it has no reply subject, or one that must not be answered to",
+                    "a request on {} was ignored: it has no reply subject, or an answer to it is not allowed",
                     message.subject
                 )
             });
@@ -180,15 +181,15 @@ impl Service {
                 return;
             }
         };
-        // Only this task adds, so there is no race between the question and the answer. One that was on its way when the
-        // service stopped is refused in the same way: another worker may have room.
+        // Only this task adds senders, so the check is not outdated. A request that was on its way when the service stopped
+        // is refused in the same way, as another worker may have capacity.
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
             count(&connection.counters.requests_busy);
             self.refuse(&reply, level0::BUSY);
             return;
         }
-        // Copied: what came is a part of the NATS client's read buffer, all of which would be kept as long as the sender.
+        // A copy, because a slice would keep the NATS client's whole read buffer as long as the sender exists.
         let reply = Subject::from(reply.as_str().to_owned());
         let headers = level0::own_headers(message.headers.as_ref());
         let offer = level0::header(message.headers.as_ref(), level0::LANE).map(str::to_owned);
@@ -197,11 +198,11 @@ impl Service {
         count(&connection.counters.senders);
         registry::attach(&id, sender.handle_id(), Arc::clone(&sender) as _);
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
-            let party: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
-            match lanes.open(&offer, &party) {
+            let observer: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
+            match lanes.open(&offer, &observer) {
                 Ok(Some((lane, credit))) => sender.use_lane(lane, credit),
                 Ok(None) => {}
-                // Another version's, or nonsense: level 0 is always there.
+                // The offer is of another version, or malformed. Level 0 always works.
                 Err(error) => connection.log(error.status, || format!("a request is answered on level 0: {error}")),
             }
         }
@@ -209,11 +210,11 @@ impl Service {
             self.running.insert(sender.handle_id(), Arc::clone(&sender));
         }
         if connection.check_open().is_err() {
-            // Closed since it arrived: whoever closed it may not have seen this sender.
+            // The connection was closed since the request arrived, and `close` may not have seen this sender.
             sender.connection_ended(Status::Closed);
         }
         if sender.is_closed() {
-            // Ended before it was attached.
+            // It may have ended before it was attached.
             registry::detach(&id, sender.handle_id());
             self.running.remove(&sender.handle_id());
         }
@@ -229,7 +230,7 @@ impl Service {
         }
     }
 
-    /// Answers a request with an error. Where so much waits that there is no room for it, it is dropped.
+    /// Answers a request with an error. The answer is dropped if the outbox is full.
     fn refuse(&self, reply: &Subject, text: &str) {
         let payload = level0::error(text.as_bytes(), self.connection.max_payload());
         let _ = self.connection.outbox().send(&StatusWord::default(), reply, &payload, || None);
@@ -244,7 +245,7 @@ impl MessageHandler for Service {
     }
 
     fn ended(&self, why: Status) {
-        // Not while iterating: each forgets itself.
+        // Collected first, because each removes itself from the map.
         let running: Vec<_> = self.running.iter().map(|entry| Arc::clone(entry.value())).collect();
         running.iter().for_each(|sender| sender.connection_ended(why));
     }
@@ -271,7 +272,7 @@ impl MessageHandler for Service {
         let refused: Vec<_> = self
             .running
             .iter()
-            .filter(|sender| sender.answers(subject))
+            .filter(|sender| sender.sends_to(subject))
             .map(|entry| Arc::clone(entry.value()))
             .collect();
         refused.iter().for_each(|sender| sender.refused());
