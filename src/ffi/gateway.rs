@@ -49,7 +49,7 @@ pub unsafe extern "C" fn presence_request(
             let (subject, data, client) =
                 (c_text("subject", subject)?, bytes("data", data, len)?, bytes("client_id", client_id.cast(), id_len)?);
             handle_known(out, |known| {
-                borrow(conn)?.request_known(&borrow(queue)?, subject, data, client, config, tag, known)
+                borrow(conn)?.request_registered(&borrow(queue)?, subject, data, client, config, tag, known)
             })
         })
     }

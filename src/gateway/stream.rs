@@ -24,15 +24,15 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 
-/// The most that a worker may send on a lane before its reader has taken something.
+/// The largest window: how far a worker on a lane may be ahead of the reader, in bytes.
 const MAX_WINDOW: u32 = 4 << 20;
-/// The same unless `stream_buffer_bytes` is set.
+/// The window unless `stream_buffer_bytes` is set.
 const WINDOW: u32 = 256 << 10;
-/// The same once the windows of the connection's streams add up to `receive_buffer_bytes`.
+/// The window once the windows of the connection's streams add up to `receive_buffer_bytes`.
 const SMALL_WINDOW: u32 = 8 << 10;
-/// What may wait for a reader on level 0, where nothing holds the worker back, unless `stream_buffer_bytes` is set.
+/// How much may be unread on level 0, where nothing slows the worker down, unless `stream_buffer_bytes` is set.
 const LEVEL_0_LIMIT: u64 = 64 << 20;
-/// With more than `receive_buffer_bytes` unread, streams of level 0 end that have this part of it waiting.
+/// While more than `receive_buffer_bytes` is unread, a level-0 stream ends if it has more than this fraction of it.
 const LARGE_PART: u64 = 64;
 
 /// A stream that this process requested.
@@ -45,53 +45,53 @@ pub struct Stream {
     client: Box<str>,
     word: StatusWord,
     is_freed: AtomicBool,
-    /// NOT_ASKED, ASKED, LEVEL_0 or LANE: what its worker has answered so far.
+    /// What its worker has answered so far: the constants below.
     answer: AtomicU8,
     /// Whether the request offered a lane.
     offers_lane: bool,
-    /// JetStream's acknowledgement has come, and was ignored: there is one for each request.
+    /// JetStream's acknowledgement of the request has come, and was ignored. There is one for each request.
     was_stored: AtomicBool,
-    /// What was received and not yet taken (or, with manual credit, used), and how much that may be.
-    waiting: AtomicU64,
+    /// On level 0: what was received and is still unread (with manual credit: not consumed), and its limit, in bytes.
+    unread: AtomicU64,
     limit: u64,
-    /// How far a worker on a lane may be ahead.
+    /// How far a worker on a lane may be ahead, in bytes.
     window: u32,
-    /// With manual credit: what has left the queue and was not used yet.
-    held: Option<Box<Mutex<Held>>>,
-    /// Its number in the inbox, which only those know who were asked.
+    /// With manual credit: what was delivered to the reader and is not consumed yet.
+    unconsumed: Option<Box<Mutex<Unconsumed>>>,
+    /// The request's number in the inbox, which is random, and known only to the workers that got the request.
     key: u64,
     /// The lane that it runs on, and its number there.
     lane: OnceCell<(Arc<Lane>, u32)>,
     grant: Grant,
-    /// Until a worker accepts it on a lane.
-    asking: Mutex<Option<Box<Asking>>>,
+    /// The request, until a worker accepts it on a lane.
+    pending: Mutex<Option<Box<Pending>>>,
     timer: Mutex<Option<AbortHandle>>,
 }
 
-/// No worker has the request: it was not sent, or was refused.
-const NOT_ASKED: u8 = 0;
+/// No worker has the request: it was refused, and is to be sent again later.
+const NOT_SENT: u8 = 0;
 /// The request was sent, and no worker has answered.
-const ASKED: u8 = 1;
+const SENT: u8 = 1;
 /// A worker has answered on level 0.
-const LEVEL_0: u8 = 2;
+const ON_LEVEL_0: u8 = 2;
 /// A worker has accepted on a lane.
-const LANE: u8 = 3;
+const ON_LANE: u8 = 3;
 
-/// Messages in the hands of a reader who tells when they are used.
+/// Messages that a reader has, and has not reported as consumed.
 #[derive(Default)]
-struct Held {
+struct Unconsumed {
     count: u64,
     bytes: u64,
 }
 
-impl Held {
+impl Unconsumed {
     fn add(&mut self, count: u64, bytes: u64) {
         self.count += count;
         self.bytes += bytes;
     }
 
-    /// What was taken with so many bytes used: as large a part of the messages as of their bytes. All of them are when all
-    /// bytes are, so that a reader need not count messages, and those without bytes are held back too.
+    /// Returns the credit for so many consumed bytes. The same fraction of the messages counts as consumed, and all of them
+    /// with the last byte: so a reader need not count messages, and empty messages are counted too.
     fn take(&mut self, bytes: u64) -> u64 {
         let bytes = bytes.min(self.bytes);
         let count = if bytes == self.bytes { self.count } else { self.count * bytes / self.bytes };
@@ -101,8 +101,8 @@ impl Held {
     }
 }
 
-/// Whom it asks, and how to ask again.
-struct Asking {
+/// A request that no worker has accepted on a lane.
+struct Pending {
     subject: Box<str>,
     retry: Option<Box<Retry>>,
 }
@@ -114,8 +114,8 @@ struct Retry {
 }
 
 impl Connection {
-    /// Requests a stream for a client (empty id: for nobody): its messages are `Data` events with `tag` on `queue`, and
-    /// then exactly one `End` or `Error`.
+    /// Requests a stream for a client (empty id: for no client). Its messages become `Data` events with `tag` in `queue`,
+    /// followed by exactly one `End` or `Error`.
     ///
     /// # Errors
     /// `Invalid`, `TooLarge`, `Full`, `Disconnected`, `Closed`.
@@ -128,12 +128,12 @@ impl Connection {
         config: &Config,
         tag: u64,
     ) -> Result<Arc<Stream>> {
-        self.request_known(queue, subject, data, client, config, tag, |_| {})
+        self.request_registered(queue, subject, data, client, config, tag, |_| {})
     }
 
-    /// As `request`; `known` hears of the stream before any event of it can come.
+    /// As `request`. Calls `register` with the stream before there can be an event of it.
     #[allow(clippy::too_many_arguments)]
-    pub(crate) fn request_known(
+    pub(crate) fn request_registered(
         &self,
         queue: &Arc<Queue>,
         subject: &str,
@@ -141,7 +141,7 @@ impl Connection {
         client: &[u8],
         config: &Config,
         tag: u64,
-        known: impl FnOnce(&Arc<Stream>),
+        register: impl FnOnce(&Arc<Stream>),
     ) -> Result<Arc<Stream>> {
         level0::check_subject("subject", subject, Use::Publish)?;
         let client = client_id::id(client)?;
@@ -158,13 +158,13 @@ impl Connection {
         let size = data.len() + headers.as_ref().map_or(0, wire_len);
         if size > self.max_payload() {
             let text = format!(
-                "request of {size} bytes, headers included, is too large: the server takes {}",
+                "the request is {size} bytes, headers included; the limit of nats-server (max_payload) is {}",
                 self.max_payload()
             );
             return Err(Error::new(Status::TooLarge, text));
         }
         let connection = self.shared()?;
-        // Subtracted again when the stream is dropped.
+        // `drop` subtracts it.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
             handle_id: fork::next_handle_id(),
@@ -175,27 +175,27 @@ impl Connection {
             client: client.into(),
             word: StatusWord::default(),
             is_freed: AtomicBool::new(false),
-            answer: AtomicU8::new(ASKED),
+            answer: AtomicU8::new(SENT),
             offers_lane,
             was_stored: AtomicBool::new(false),
-            waiting: AtomicU64::new(0),
+            unread: AtomicU64::new(0),
             limit: options.stream_buffer.map_or(LEVEL_0_LIMIT, |limit| limit as u64),
             window,
-            held: options.manual_credit.then(Box::default),
+            unconsumed: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
             grant: Grant::new(window.into()),
-            asking: Mutex::new(None),
+            pending: Mutex::new(None),
             timer: Mutex::new(None),
         });
-        known(&stream);
+        register(&stream);
         let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
         let (left, delay) = (options.retries, options.retry_delay);
         let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
-        *stream.asking.lock() = Some(Box::new(Asking { subject: subject.into(), retry }));
-        // Before it is sent: an offline mark from now on finds the stream.
+        *stream.pending.lock() = Some(Box::new(Pending { subject: subject.into(), retry }));
+        // Before the request is sent, so that an offline mark from now on stops the stream.
         if options.only_online {
             if !registry::attach_if_online(client, stream.handle_id, Arc::clone(&stream) as _) && stream.withdraw() {
                 let text = format!("client {client:?} is offline in this process, and only_online is set");
@@ -205,24 +205,24 @@ impl Connection {
             registry::attach(client, stream.handle_id, Arc::clone(&stream) as _);
         }
         if stream.word.check().is_err() {
-            // Ended before it was attached.
+            // It may have ended before it was attached.
             registry::detach(client, stream.handle_id);
         }
-        // After `expect`: a connection lost before has not ended this stream.
+        // After `expect`, as a connection that was lost before it has not ended this stream.
         let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
         if let Err(error) = sent
             && stream.withdraw()
         {
             return Err(error);
         }
-        // Where somebody ended it meanwhile its last event is in the queue, and tells why.
+        // If it was ended meanwhile, its last event is in the queue with the reason.
         if let Some(timeout) = options.timeout {
             stream.end_after(timeout);
         }
         Ok(stream)
     }
 
-    /// How far a worker on a lane may be ahead of the reader of a stream that is requested now.
+    /// The window of a stream that is requested now.
     fn window(&self, stream_buffer: Option<usize>) -> u32 {
         let wanted = stream_buffer.map_or(WINDOW, |limit| u32::try_from(limit).unwrap_or(MAX_WINDOW).min(MAX_WINDOW));
         let taken = self.counters.windows.load(Ordering::Relaxed);
@@ -230,7 +230,7 @@ impl Connection {
     }
 }
 
-/// The status of a stream that the other end ended with this text.
+/// The status of a stream that its worker ended with this text.
 fn error_status(text: &[u8]) -> Status {
     if text == level0::BUSY.as_bytes() {
         Status::Busy
@@ -247,7 +247,7 @@ fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
     if !client.is_empty() {
         if client.trim() != client {
             return Err(Error::invalid(format!(
-                "client id {client:?} begins or ends with white space, which is lost in a header: it may not in a request"
+                "client id {client:?} begins or ends with white space, which a request's header would lose"
             )));
         }
         headers.insert(level0::CONNECT_ID, level0::value_of(client)?);
@@ -255,7 +255,7 @@ fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
     Ok(headers)
 }
 
-/// What headers add to a payload, as the server counts.
+/// How many bytes headers add to a payload, as nats-server counts them.
 fn wire_len(headers: &HeaderMap) -> usize {
     let lines = headers.iter().flat_map(|(name, values)| {
         let name: &str = name.as_ref();
@@ -269,10 +269,10 @@ impl Stream {
         self.handle_id
     }
 
-    /// Cancels it: it ends with `Cancelled`, and its worker is told as far as the wire can.
+    /// Cancels it: it ends with `Cancelled`, and its worker is notified if the wire allows it.
     ///
     /// # Errors
-    /// `Closed` when it had ended.
+    /// `Closed` if it had ended.
     pub fn cancel(&self) -> Result<()> {
         if !self.end_here(Status::Cancelled, "the stream was cancelled") {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
@@ -280,45 +280,46 @@ impl Stream {
         Ok(())
     }
 
-    /// With `manual_credit`: so many bytes of its messages were used, and the worker may send as many more. Without it has
-    /// no effect.
+    /// With `manual_credit`: so many bytes of its messages were consumed, and the worker may send as many more. Without
+    /// `manual_credit` this has no effect.
     ///
     /// # Errors
-    /// `Closed` when it has ended.
+    /// `Closed` if it has ended.
     pub fn consumed(&self, bytes: u64) -> Result<()> {
         if self.word.check().is_err() {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
         }
-        if let Some(held) = &self.held {
-            let used = held.lock().take(bytes);
-            self.give_room(used);
+        if let Some(unconsumed) = &self.unconsumed {
+            let credit = unconsumed.lock().take(bytes);
+            self.return_credit(credit);
         }
         Ok(())
     }
 
-    fn give_room(&self, weight: u64) {
+    /// Lets the worker send so much more, in bytes with the overhead of each message.
+    fn return_credit(&self, credit: u64) {
         match self.lane.get() {
             Some((lane, stream)) => {
-                if let Some(told) = self.grant.take(weight) {
-                    lane.grant(*stream, told);
+                if let Some(due) = self.grant.take(credit) {
+                    lane.grant(*stream, due);
                 }
             }
             None => {
-                let less = |waiting: u64| Some(waiting.saturating_sub(weight));
-                if let Ok(waiting) = self.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
-                    self.connection.counters.unread.fetch_sub(weight.min(waiting), Ordering::Relaxed);
+                let less = |unread: u64| Some(unread.saturating_sub(credit));
+                if let Ok(unread) = self.unread.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
+                    self.connection.counters.unread.fetch_sub(credit.min(unread), Ordering::Relaxed);
                 }
             }
         }
     }
 
-    /// Wants no more events of it. One that runs is cancelled.
+    /// Drops the events that are still queued for it. A stream that has not ended is cancelled.
     pub fn free(&self) {
         self.is_freed.store(true, Ordering::Release);
         self.end_here(Status::Cancelled, "");
     }
 
-    /// Takes it all back: nobody has heard of it. False if it was ended meanwhile, and that was told.
+    /// Undoes the request before it was sent. Returns false if the stream was ended meanwhile, which has queued its last event.
     fn withdraw(&self) -> bool {
         let is_first = self.word.try_stop(Status::Cancelled);
         if is_first {
@@ -379,14 +380,14 @@ impl Stream {
         true
     }
 
-    /// Cancels it on its lane, if it has one. A worker that accepts it from now on is cancelled then.
+    /// Cancels it on its lane, if it has one. `accepted` cancels a worker that accepts it later.
     fn cancel_on_lane(&self, why: Status) {
         if let Some((lane, stream)) = self.lane.get() {
             lane.cancel(*stream, why);
         }
     }
 
-    /// Expects no more messages, or only the first answer where that decides how the worker can be notified.
+    /// Expects no more messages, but the first answer if that decides how the worker can be notified.
     fn leave_inbox(&self) {
         if self.notice() == Notice::Direct || self.client.is_empty() {
             self.connection.inbox().forget(self.key);
@@ -411,7 +412,7 @@ impl Stream {
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
-        *self.asking.lock() = None;
+        *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
             self.connection.wakeups().push(&self.queue, || self.is_wanted().then_some(event));
@@ -420,20 +421,19 @@ impl Stream {
 
     fn data(&self, payload: Bytes) {
         let weight = payload.len() as u64 + OVERHEAD;
-        let waiting = self.waiting.load(Ordering::Relaxed) + weight;
-        let (unread, most) =
-            (self.connection.counters.unread.load(Ordering::Relaxed), self.connection.receive_buffer());
-        let is_crowded = unread + weight > most && waiting > most / LARGE_PART;
-        if waiting > self.limit || is_crowded {
+        let unread = self.unread.load(Ordering::Relaxed) + weight;
+        let (total, most) = (self.connection.counters.unread.load(Ordering::Relaxed), self.connection.receive_buffer());
+        let is_connection_full = total + weight > most && unread > most / LARGE_PART;
+        if unread > self.limit || is_connection_full {
             let subject = self.subject();
-            let text = if is_crowded {
+            let text = if is_connection_full {
                 format!(
-                    "the reader of a stream of {subject} was too slow: {waiting} bytes waited for it when more than {most} \
-                     (receive_buffer_bytes) waited on the connection"
+                    "the reader of a stream of {subject} was too slow: {unread} of its bytes were unread while more than \
+                     {most} (receive_buffer_bytes) were unread on the connection"
                 )
             } else {
                 format!(
-                    "the reader of a stream of {subject} was too slow: more than {} bytes waited for it",
+                    "the reader of a stream of {subject} was too slow: more than {} bytes (stream_buffer_bytes) were unread",
                     self.limit
                 )
             };
@@ -444,9 +444,9 @@ impl Stream {
         }
         let Some(this) = self.this.upgrade() else { return };
         self.connection.wakeups().push(&self.queue, || {
-            // Asked with the queue locked: nothing comes after the last event.
+            // With the queue locked, so that no event follows the last one.
             self.word.check().ok()?;
-            self.waiting.fetch_add(weight, Ordering::Relaxed);
+            self.unread.fetch_add(weight, Ordering::Relaxed);
             self.connection.counters.unread.fetch_add(weight, Ordering::Relaxed);
             Some(Single::of(Kind::Data, Status::Ok, this, unpin(payload)))
         });
@@ -454,33 +454,33 @@ impl Stream {
 
     /// Whether a worker has answered.
     fn has_begun(&self) -> bool {
-        self.answer.load(Ordering::Relaxed) >= LEVEL_0
+        self.answer.load(Ordering::Relaxed) >= ON_LEVEL_0
     }
 
-    /// What it asked for, in messages.
+    /// The subject of the request, for texts.
     fn subject(&self) -> String {
-        self.asking.lock().as_ref().map_or_else(String::new, |asking| asking.subject.to_string())
+        self.pending.lock().as_ref().map_or_else(String::new, |pending| pending.subject.to_string())
     }
 
-    /// Asks again later, if it may; false if it may not, or a worker has answered.
-    fn ask_again(&self) -> bool {
+    /// Sends the request again after `retry_delay_ms`. Returns false if no retries are left, or a worker has answered.
+    fn retry(&self) -> bool {
         if self.has_begun() {
             return false;
         }
         // The worker has refused the request.
-        let _ = self.answer.compare_exchange(ASKED, NOT_ASKED, Ordering::Relaxed, Ordering::Relaxed);
-        let mut asking = self.asking.lock();
-        let retry = asking.as_mut().and_then(|asking| asking.retry.as_mut()).filter(|retry| retry.left > 0);
+        let _ = self.answer.compare_exchange(SENT, NOT_SENT, Ordering::Relaxed, Ordering::Relaxed);
+        let mut pending = self.pending.lock();
+        let retry = pending.as_mut().and_then(|pending| pending.retry.as_mut()).filter(|retry| retry.left > 0);
         let Some(Retry { request, left, delay }) = retry.map(|retry| &mut **retry) else { return false };
         *left -= 1;
         let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
         self.connection.runtime().spawn(async move {
             tokio::time::sleep(delay).await;
             if let Some(this) = this.upgrade() {
-                let _ = this.answer.compare_exchange(NOT_ASKED, ASKED, Ordering::Relaxed, Ordering::Relaxed);
+                let _ = this.answer.compare_exchange(NOT_SENT, SENT, Ordering::Relaxed, Ordering::Relaxed);
                 if this.connection.outbox().request(&this.word, request) == Err(Status::Full) {
-                    let _ = this.answer.compare_exchange(ASKED, NOT_ASKED, Ordering::Relaxed, Ordering::Relaxed);
-                    this.end_here(Status::Full, "there was no room to send the request again");
+                    let _ = this.answer.compare_exchange(SENT, NOT_SENT, Ordering::Relaxed, Ordering::Relaxed);
+                    this.end_here(Status::Full, "cannot send the request again: the send buffer is full");
                 }
             }
         });
@@ -492,30 +492,30 @@ impl Drop for Stream {
     fn drop(&mut self) {
         let counters = &self.connection.counters;
         counters.windows.fetch_sub(self.window.into(), Ordering::Relaxed);
-        counters.unread.fetch_sub(self.waiting.load(Ordering::Relaxed), Ordering::Relaxed);
+        counters.unread.fetch_sub(self.unread.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
 impl MessageHandler for Stream {
     fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
-        // Only a worker knows the key, so an answer on level 0 that came before does not count: somebody else may have sent
-        // it. Another worker's ACCEPT does: two of them serve the subject without a group.
-        if self.answer.swap(LANE, Ordering::Relaxed) == LANE {
+        // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it. Another
+        // worker's ACCEPT does: several workers serve the subject without a group.
+        if self.answer.swap(ON_LANE, Ordering::Relaxed) == ON_LANE {
             return None;
         }
         let _ = self.lane.set((Arc::clone(lane), stream));
-        // Neither this stream nor the `Unanswered` in its place, if it was ended meanwhile, expects more on level 0.
+        // This stream, or the `Unanswered` in its place if it was ended meanwhile, expects no more messages on level 0.
         self.connection.inbox().forget(self.key);
         self.word.check_after_publishing().ok()?;
-        *self.asking.lock() = None;
+        *self.pending.lock() = None;
         let window = self.window;
         Some((self, window))
     }
 
     fn message(&self, message: Message) {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
-            // Once messages have come this is not about our request, but somebody's lie.
-            if !self.has_begun() && !self.ask_again() {
+            // Once a worker has answered, nats-server did not send this: it is forged.
+            if !self.has_begun() && !self.retry() {
                 self.end_by_worker(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));
             }
             return;
@@ -525,14 +525,14 @@ impl MessageHandler for Stream {
                 count(&self.connection.inbox().ignored);
             }
             Answer::Data | Answer::JetStreamAck => {
-                self.answer.fetch_max(LEVEL_0, Ordering::Relaxed);
+                self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed);
                 self.data(message.payload);
             }
             Answer::End => {
                 self.end_by_worker(Kind::End, Status::Ok, "");
             }
             Answer::Error(text) => {
-                if text != level0::BUSY.as_bytes() || !self.ask_again() {
+                if text != level0::BUSY.as_bytes() || !self.retry() {
                     self.end_by_worker(Kind::Error, error_status(text), unpin(message.payload.slice_ref(text)));
                 }
             }
@@ -540,8 +540,8 @@ impl MessageHandler for Stream {
     }
 
     fn refused(&self, subject: &str) -> Option<&'static str> {
-        let is_asked = self.asking.lock().as_ref().is_some_and(|asking| *asking.subject == *subject);
-        if !is_asked || self.has_begun() {
+        let is_pending = self.pending.lock().as_ref().is_some_and(|pending| *pending.subject == *subject);
+        if !is_pending || self.has_begun() {
             return None;
         }
         let text = format!("nats-server does not allow requests to {subject}");
@@ -581,8 +581,8 @@ impl Stoppable for Stream {
 
     fn notice(&self) -> Notice {
         match self.answer.load(Ordering::Relaxed) {
-            ASKED if self.offers_lane => Notice::Unknown,
-            ASKED | LEVEL_0 => Notice::Announcement,
+            SENT if self.offers_lane => Notice::Unknown,
+            SENT | ON_LEVEL_0 => Notice::Announcement,
             _ => Notice::Direct,
         }
     }
@@ -636,14 +636,14 @@ impl EventSource for Stream {
     }
 
     fn taken(&self, count: u64, bytes: u64) {
-        match &self.held {
-            Some(held) => held.lock().add(count, bytes),
-            None => self.give_room(count * OVERHEAD + bytes),
+        match &self.unconsumed {
+            Some(unconsumed) => unconsumed.lock().add(count, bytes),
+            None => self.return_credit(count * OVERHEAD + bytes),
         }
     }
 
     fn dropped(&self, count: u64, bytes: u64) {
-        self.give_room(count * OVERHEAD + bytes);
+        self.return_credit(count * OVERHEAD + bytes);
     }
 }
 

@@ -1,8 +1,8 @@
 //! Streams that were ended here before their workers answered.
 //!
-//! A worker that accepts on a lane is sent CANCEL, which stops this stream only. A worker on level 0 can be stopped by an
-//! announcement only, which stops the client's streams from all gateways. So nothing is announced until the first answer
-//! shows that the worker is on level 0, or none has come for some time.
+//! If the worker accepts on a lane, it is sent CANCEL, which stops this stream only. A worker on level 0 can be stopped
+//! only by an announcement, which stops the client's streams at all gateways. So nothing is announced until the first
+//! answer shows that the worker is on level 0, or until there was no answer for some time.
 
 use crate::connection::{Connection, count};
 use crate::error::Status;
@@ -16,10 +16,10 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// How long to wait for the first answer, while there is a connection. A worker on a lane accepts within a round trip,
-/// before its host has done anything; a worker on level 0 that answers nothing is stopped so much later.
+/// before its host has done anything. A worker on level 0 that does not answer is stopped after this time.
 const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
-/// Takes the stream's place in the inbox, and expects the first answer.
+/// Handles the first answer in place of the stream.
 pub(crate) struct Unanswered {
     key: u64,
     client: Box<str>,
@@ -27,31 +27,31 @@ pub(crate) struct Unanswered {
 }
 
 impl Unanswered {
-    /// Expects the answer to the request with this key from now on.
+    /// Handles the answer to the request with this key from now on.
     pub(crate) fn expect(connection: &Arc<Connection>, key: u64, client: &str) {
         let this = Arc::new(Unanswered { key, client: client.into(), connection: Arc::downgrade(connection) });
         connection.inbox().expect(key, Arc::clone(&this) as Arc<dyn MessageHandler>);
-        let waits = Arc::downgrade(&this);
+        let waiting = Arc::downgrade(&this);
         connection.runtime().spawn(async move {
             loop {
-                let before = connects(&waits);
+                let before = connects(&waiting);
                 tokio::time::sleep(ANSWER_WAIT).await;
-                let Some(this) = waits.upgrade() else { return };
-                // While there is no connection the answer cannot come; it comes after the reconnect.
-                if before.is_some() && before == connects(&waits) {
+                let Some(this) = waiting.upgrade() else { return };
+                // Without a connection the answer cannot come. It comes after the reconnect.
+                if before.is_some() && before == connects(&waiting) {
                     return this.no_answer();
                 }
             }
         });
     }
 
-    /// Takes the request out of the inbox. Returns the connection if this was the first call.
+    /// Removes the request from the inbox. Returns the connection if this was the first call.
     fn forget(&self) -> Option<Arc<Connection>> {
         let connection = self.connection.upgrade()?;
         connection.inbox().forget(self.key).then_some(connection)
     }
 
-    /// The worker needs an announcement.
+    /// Announces the client offline, unless it is online for another reason: the worker can be stopped in no other way.
     fn announce(&self) {
         if let Some(connection) = self.forget() {
             registry::give_up_detached(&self.client, &*connection);
@@ -59,7 +59,7 @@ impl Unanswered {
     }
 }
 
-/// Counts the connections to nats-server that were made; None while there is none.
+/// How many connections to nats-server were made; None while there is none.
 fn connects(this: &Weak<Unanswered>) -> Option<u64> {
     let connection = this.upgrade()?.connection.upgrade()?;
     connection.is_connected().then(|| connection.counters.connects.load(Ordering::Relaxed))
@@ -73,7 +73,7 @@ impl MessageHandler for Unanswered {
         }
         match level0::answer(&message.payload) {
             Answer::Data => self.announce(),
-            // It has ended by itself.
+            // The stream has ended by itself.
             Answer::End | Answer::Error(_) => {
                 self.forget();
             }

@@ -434,9 +434,8 @@ impl Registry {
                 |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() == Notice::Announcement;
             is_announced |= client.running.iter().any(needs_announcement) && announcer.announce(id, true);
         }
-        let stopped = client.running.stop(|stream| {
-            is_announced || stream.requested_on().is_some() || stream.answers_to().is_some()
-        });
+        let is_own = |stream: &dyn Stoppable| stream.requested_on().is_some() || stream.answers_to().is_some();
+        let stopped = client.running.stop(|stream| is_announced || is_own(stream));
         if client.running.is_empty() {
             self.remove(entry);
         } else {
