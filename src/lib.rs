@@ -49,7 +49,7 @@ mod worker;
 pub use config::Config;
 pub use connection::{Connection, Stats};
 pub use error::{Error, Result, Status};
-pub use events::queue::{Event, Kind, Queue};
+pub use events::{Event, Kind, Queue};
 pub use gateway::stream::Stream;
 pub use presence::client_id::MAX_ID;
 pub use presence::registry::{Session, is_online, mark_offline, mark_online, online_count, watch};

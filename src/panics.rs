@@ -4,7 +4,7 @@ use crate::Config;
 use crate::Connection;
 use crate::Sender;
 use crate::Status;
-use crate::events::queue::{Kind, Queue};
+use crate::events::{Kind, Queue};
 use crate::is_online;
 use crate::mark_online;
 use crate::sync::Mutex;

@@ -9,8 +9,7 @@
 
 use crate::config::{Announce, Config, ConnectOptions, SUCCESSFUL_ATTEMPT};
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{Kind, Queue};
-use crate::events::wakeups::Wakeups;
+use crate::events::{Kind, Queue, Wakeups};
 use crate::lane::lanes::Lanes;
 use crate::lane::state::PeerTimeouts;
 use crate::nats::dial::{self, Dialer};
@@ -366,7 +365,7 @@ impl Connection {
         let mut watchers = self.watchers.write();
         registry::add_watcher(&mut watchers, queue, tag);
         for (status, text) in self.early_logs.lock().drain(..) {
-            queue.push_news(Kind::Log, status, tag, text);
+            queue.push_connection("", Kind::Log, status, tag, text);
         }
         Ok(())
     }
@@ -669,7 +668,7 @@ impl Connection {
 fn tell(watchers: &[(Weak<Queue>, u64)], kind: Kind, status: Status, text: &str) {
     for (queue, tag) in watchers {
         if let Some(queue) = queue.upgrade() {
-            queue.push_news(kind, status, *tag, text.to_owned());
+            queue.push_connection("", kind, status, *tag, text.to_owned());
         }
     }
 }

@@ -1,4 +1,10 @@
 //! Events for the caller: the queue that holds them, and the wakeups of threads that wait on it.
 
-pub(crate) mod queue;
-pub(crate) mod wakeups;
+mod event;
+mod queue;
+mod wakeups;
+
+pub use event::{Event, Kind};
+pub(crate) use event::{EventSource, LaneBatch, Single, unpin};
+pub use queue::Queue;
+pub(crate) use wakeups::Wakeups;

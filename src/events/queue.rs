@@ -1,226 +1,27 @@
-//! Events out of the library: any number of services, streams and watches put them in, one thread takes them out.
+//! The queue: services, streams and watches push events, one thread takes them out.
 
+use super::event::{Event, EventSource, Kind, LaneBatch, Single};
 use crate::error::{Error, Result, Status};
 use crate::process::fork;
 use crate::sync::{Condvar, Mutex};
-use crate::wire::frame::Run;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use std::any::Any;
 use std::collections::VecDeque;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How many ONLINE and OFFLINE events may wait in one queue.
-const MAX_WATCH_EVENTS: usize = 65_536;
-/// How many CONNECTED, DISCONNECTED and LOG events may wait in one queue.
-const MAX_NEWS: usize = 1024;
-/// What of a lane message needs fewer bytes is copied out of the NATS client's read buffer: if it waits, it would keep all
-/// of that, which is 64 KiB and more.
-const COPY_BELOW: usize = 4096;
-/// The same for what is alone in its message.
-const COPY_ALONE_BELOW: usize = 32 << 10;
-/// For how many events room is kept when all are taken.
+/// How many ONLINE and OFFLINE events one queue holds.
+const MAX_PRESENCE_EVENTS: usize = 65_536;
+/// How many CONNECTED, DISCONNECTED and LOG events one queue holds.
+const MAX_CONNECTION_EVENTS: usize = 1024;
+/// For how many events memory is kept when all are taken.
 const KEPT: usize = 4096;
-/// How many events may gather before the waiting thread is called in any case.
-const PATIENCE: usize = 64;
-/// The same for events that come by the thousand.
-const PATIENCE_WITH_BATCHES: usize = 8192;
-
-/// What an event tells.
-#[repr(i32)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A request arrived at a service.
-    Request = 1,
-    /// A message of a stream.
-    Data = 2,
-    /// The worker ended the stream.
-    End = 3,
-    /// The stream ended otherwise.
-    Error = 4,
-    /// A sender may send no more.
-    Stopped = 5,
-    /// A sender that had no room may try again.
-    Writable = 6,
-    /// A client came online in this process.
-    Online = 7,
-    /// A client went offline in this process.
-    Offline = 8,
-    /// The connection has reached nats-server.
-    Connected = 9,
-    /// The connection to nats-server is lost.
-    Disconnected = 10,
-    /// Something that people should know.
-    Log = 11,
-}
-
-/// The sender or stream that an event is about.
-pub(crate) trait EventSource: Any + Send + Sync {
-    /// The number of its handle.
-    fn handle_id(&self) -> u64;
-    /// The caller's number, for its events.
-    fn tag(&self) -> u64;
-    /// Whether somebody still wants its events: it was not freed.
-    fn is_wanted(&self) -> bool;
-    /// Whether it has not ended: after its last event there are no more.
-    fn is_running(&self) -> bool;
-    /// So many DATA events of it, with so many bytes in all, have left the queue.
-    fn taken(&self, _count: u64, _bytes: u64) {}
-    /// So many DATA events were dropped with a queue, or for want of one.
-    fn dropped(&self, _count: u64, _bytes: u64) {}
-    /// Its REQUEST or WRITABLE has left the queue.
-    fn shown(&self, _kind: Kind) {}
-    /// Its request was dropped with the queue: nobody will answer it.
-    fn abandoned(&self) {}
-}
-
-/// Something that happened, as it is shown to whoever waits.
-#[derive(Clone, Copy)]
-pub struct Event<'a> {
-    /// What.
-    pub kind: Kind,
-    /// Why, for Error, Stopped, Disconnected and Log; else Ok.
-    pub status: Status,
-    /// The number that the caller gave to serve, request or watch.
-    pub tag: u64,
-    /// The client's id, where the event is about one; empty for an anonymous one.
-    pub client: &'a str,
-    /// Request: the subject it came on.
-    pub subject: &'a [u8],
-    /// A payload or a text.
-    pub data: &'a [u8],
-    handle_id: u64,
-    origin: Option<&'a Arc<dyn EventSource>>,
-}
-
-impl Event<'_> {
-    /// The sender or stream it is about, if it is a `T`.
-    pub(crate) fn origin<T: EventSource>(&self) -> Option<Arc<T>> {
-        let origin: Arc<dyn Any + Send + Sync> = Arc::clone(self.origin?) as _;
-        origin.downcast().ok()
-    }
-
-    /// The number of the sender or stream it is about; 0: of none.
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
-    }
-}
-
-/// What waits for one event.
-pub(crate) struct Single {
-    pub(crate) kind: Kind,
-    pub(crate) status: Status,
-    pub(crate) tag: u64,
-    pub(crate) client: Option<Arc<str>>,
-    pub(crate) subject: Bytes,
-    pub(crate) data: Bytes,
-    pub(crate) origin: Option<Arc<dyn EventSource>>,
-}
-
-impl Single {
-    /// An event about no sender or stream.
-    pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Single {
-        Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), origin: None }
-    }
-
-    pub(crate) fn of(kind: Kind, status: Status, origin: Arc<dyn EventSource>, data: Bytes) -> Single {
-        let tag = origin.tag();
-        Single { origin: Some(origin), ..Single::new(kind, status, tag, data) }
-    }
-
-    fn is_wanted(&self) -> bool {
-        self.origin.as_ref().is_none_or(|origin| origin.is_wanted())
-    }
-
-    fn show(&self) -> Event<'_> {
-        Event {
-            kind: self.kind,
-            status: self.status,
-            tag: self.tag,
-            client: self.client.as_deref().unwrap_or_default(),
-            subject: &self.subject,
-            data: &self.data,
-            handle_id: self.origin.as_ref().map_or(0, |origin| origin.handle_id()),
-            origin: self.origin.as_ref(),
-        }
-    }
-}
-
-/// DATA events that came in one lane message: nothing is made for each of them before it is shown.
-pub(crate) struct LaneBatch {
-    message: Bytes,
-    parts: VecDeque<(Arc<dyn EventSource>, Run)>,
-    /// Events in all parts.
-    count: usize,
-}
-
-impl LaneBatch {
-    pub(crate) fn new(message: Bytes) -> LaneBatch {
-        LaneBatch { message, parts: VecDeque::new(), count: 0 }
-    }
-
-    pub(crate) fn add(&mut self, origin: Arc<dyn EventSource>, run: Run) {
-        self.count += run.count as usize;
-        self.parts.push_back((origin, run));
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.parts.is_empty()
-    }
-
-    fn retain(&mut self, is_kept: impl Fn(&Arc<dyn EventSource>) -> bool) {
-        let count = &mut self.count;
-        self.parts.retain(|(origin, run)| {
-            let is_kept = is_kept(origin);
-            if !is_kept {
-                *count -= run.count as usize;
-            }
-            is_kept
-        });
-    }
-
-    /// Keeps no more of a NATS client's buffer than is worth it: what waits here may wait long.
-    fn compact(&mut self) {
-        let needed: usize = self.parts.iter().map(|(_, run)| (run.end - run.start) as usize).sum();
-        if needed >= COPY_BELOW && needed >= self.message.len() / 2 {
-            return;
-        }
-        let mut copy = BytesMut::with_capacity(needed);
-        for (_, run) in &mut self.parts {
-            let start = copy.len() as u32;
-            copy.extend_from_slice(self.message.get(run.start as usize..run.end as usize).unwrap_or_default());
-            (run.start, run.end) = (start, copy.len() as u32);
-        }
-        self.message = copy.freeze();
-    }
-
-    /// Nobody will read it: its workers are not to wait for that.
-    fn drop_all(&self) {
-        self.parts.iter().for_each(|(origin, run)| origin.dropped(run.count.into(), run.bytes));
-    }
-
-    /// Cuts off the first `count` events.
-    fn split(&mut self, count: usize) -> LaneBatch {
-        let mut first = LaneBatch::new(self.message.clone());
-        let mut left = count.min(self.count);
-        self.count -= left;
-        while left > 0
-            && let Some((origin, mut run)) = self.parts.pop_front()
-        {
-            if run.count as usize > left {
-                first.add(Arc::clone(&origin), run.split(&self.message, left as u32));
-                self.parts.push_front((origin, run));
-                break;
-            }
-            left -= run.count as usize;
-            first.add(origin, run);
-        }
-        first
-    }
-}
+/// With so many events in the queue, the waiting thread is woken without waiting for `flush`.
+const MAX_DEFERRED: usize = 64;
+/// The same where the events come in lane messages, with many events each.
+const MAX_DEFERRED_IN_BATCHES: usize = 8192;
 
 enum Entry {
     Single(Single),
@@ -231,31 +32,37 @@ impl Entry {
     fn count(&self) -> usize {
         match self {
             Entry::Single(_) => 1,
-            Entry::LaneBatch(batch) => batch.count,
+            Entry::LaneBatch(batch) => batch.count(),
         }
     }
 
-    fn note_taken(&self) {
+    /// Calls `report` for each sender or stream, with the kind of its events, their number and their bytes.
+    fn report(&self, report: impl Fn(&dyn EventSource, Kind, u64, u64)) {
         match self {
-            Entry::Single(Single { kind: Kind::Data, origin: Some(origin), data, .. }) => {
-                origin.taken(1, data.len() as u64);
+            Entry::Single(Single { source: None, .. }) => {}
+            Entry::Single(Single { kind, source: Some(source), data, .. }) => {
+                report(&**source, *kind, 1, data.len() as u64);
             }
-            Entry::Single(Single { kind: kind @ (Kind::Request | Kind::Writable), origin: Some(origin), .. }) => {
-                origin.shown(*kind);
-            }
-            Entry::Single(_) => {}
             Entry::LaneBatch(batch) => {
-                batch.parts.iter().for_each(|(origin, run)| origin.taken(run.count.into(), run.bytes))
+                batch.parts().for_each(|(source, count, bytes)| report(&**source, Kind::Data, count, bytes));
             }
         }
     }
 
-    /// Leaves out what nobody wants any longer; false when nothing is left.
-    fn keep_wanted(&mut self) -> bool {
+    fn delivered(&self) {
+        self.report(|source, kind, count, bytes| source.delivered(kind, count, bytes));
+    }
+
+    fn discarded(&self) {
+        self.report(|source, kind, count, bytes| source.discarded(kind, count, bytes));
+    }
+
+    /// Drops the events of freed senders and streams; returns false if no event is left.
+    fn retain_unfreed(&mut self) -> bool {
         match self {
-            Entry::Single(event) => event.is_wanted(),
+            Entry::Single(event) => event.source.as_ref().is_none_or(|source| !source.is_freed()),
             Entry::LaneBatch(batch) => {
-                batch.retain(|origin| origin.is_wanted());
+                batch.retain(|source| !source.is_freed());
                 !batch.is_empty()
             }
         }
@@ -265,36 +72,23 @@ impl Entry {
     fn show(&self, show: &mut impl FnMut(Event<'_>)) {
         match self {
             Entry::Single(event) => show(event.show()),
-            Entry::LaneBatch(batch) => {
-                for (origin, run) in &batch.parts {
-                    let (tag, handle_id) = (origin.tag(), origin.handle_id());
-                    for data in run.bodies(&batch.message) {
-                        let (kind, status, origin) = (Kind::Data, Status::Ok, Some(origin));
-                        show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, origin });
-                    }
-                }
-            }
+            Entry::LaneBatch(batch) => batch.show(show),
         }
     }
 
-    fn is_watch(&self) -> bool {
+    fn is_presence_event(&self) -> bool {
         matches!(self, Entry::Single(Single { kind: Kind::Online | Kind::Offline, .. }))
     }
 
-    fn is_news(&self) -> bool {
+    fn is_connection_event(&self) -> bool {
         matches!(self, Entry::Single(Single { kind: Kind::Connected | Kind::Disconnected | Kind::Log, .. }))
     }
-}
-
-/// A payload as it may wait: without the NATS client's read buffer around it, but where that is mostly payload.
-pub(crate) fn unpin(payload: Bytes) -> Bytes {
-    if payload.len() < COPY_ALONE_BELOW { Bytes::copy_from_slice(&payload) } else { payload }
 }
 
 /// Until when to wait.
 #[derive(Clone, Copy)]
 enum Deadline {
-    /// Not at all: not even the clock is read.
+    /// Do not wait, and do not read the clock.
     Now,
     At(Instant),
     Never,
@@ -304,74 +98,74 @@ impl Deadline {
     fn new(timeout: Option<Duration>) -> Deadline {
         match timeout {
             Some(Duration::ZERO) => Deadline::Now,
-            // A time too far away to be told is no limit.
+            // A time that an `Instant` cannot express is no limit.
             Some(timeout) => Instant::now().checked_add(timeout).map_or(Deadline::Never, Deadline::At),
             None => Deadline::Never,
         }
     }
 }
 
-/// Where events arrive.
+/// Holds events until a thread waits for them.
 pub struct Queue {
     handle_id: u64,
     inner: Mutex<Inner>,
     arrived: Condvar,
-    /// What the last wait gave, kept until the next; locked by whoever waits.
-    given: Mutex<VecDeque<Entry>>,
+    /// The events of the last wait, kept until the next one; locked by the thread that waits.
+    shown: Mutex<VecDeque<Entry>>,
 }
 
 #[derive(Default)]
 struct Inner {
     entries: VecDeque<Entry>,
-    /// Events that all entries give.
+    /// The events in all entries.
     count: usize,
-    watch_events: usize,
-    /// Some were dropped, and a LOG says so; until half of them have been taken.
-    drops_watch: bool,
-    news: usize,
+    presence_events: usize,
+    /// Presence events were dropped, and a LOG says so. The limit is half as high until there is room again.
+    drops_presence: bool,
+    connection_events: usize,
     woken: bool,
     closed: bool,
-    /// A thread waits and nobody has called it yet.
-    sleeps: bool,
-    /// Somebody has promised to `flush`.
-    deferred: bool,
-    /// Made when first asked for: a queue that is only waited on needs no system calls to signal it.
-    fd: Option<Signal>,
+    /// A thread waits and was not notified yet.
+    has_waiter: bool,
+    /// A caller of `push_deferred` is going to call `flush`.
+    flush_pending: bool,
+    /// Created on the first call of `fd`: a queue without it needs no system calls.
+    fd: Option<Descriptor>,
 }
 
-struct Signal {
+struct Descriptor {
     event_fd: EventFd,
-    raised: bool,
+    readable: bool,
 }
 
 impl Inner {
-    /// Whether somebody is to be called when there is something.
+    /// Whether a thread has to be woken for a new event.
     fn is_awaited(&self) -> bool {
-        self.sleeps || self.fd.as_ref().is_some_and(|signal| !signal.raised)
+        self.has_waiter || self.fd.as_ref().is_some_and(|fd| !fd.readable)
     }
 
     /// Makes the file descriptor readable exactly while a wait would return at once.
-    fn signal(&mut self) {
+    fn update_fd(&mut self) {
         let ready = self.woken || self.closed || !self.entries.is_empty();
-        if let Some(signal) = &mut self.fd
-            && signal.raised != ready
+        if let Some(fd) = &mut self.fd
+            && fd.readable != ready
         {
             // Neither can fail: the counter is 0 or 1, and the descriptor is ours and does not block.
-            let _ = if ready { signal.event_fd.write(1).map(drop) } else { signal.event_fd.read().map(drop) };
-            signal.raised = ready;
+            let _ = if ready { fd.event_fd.write(1).map(drop) } else { fd.event_fd.read().map(drop) };
+            fd.readable = ready;
         }
     }
 }
 
 impl Queue {
-    /// Makes a queue.
+    /// Creates a queue.
     #[must_use]
     pub fn new() -> Arc<Queue> {
         Arc::new(Queue {
             handle_id: fork::next_handle_id(),
             inner: Mutex::default(),
             arrived: Condvar::default(),
-            given: Mutex::default(),
+            shown: Mutex::default(),
         })
     }
 
@@ -382,49 +176,49 @@ impl Queue {
     /// A file descriptor that is readable as long as a wait would return at once. It belongs to the queue.
     ///
     /// # Errors
-    /// `Status::Internal` when the system gives none.
+    /// `Status::Full` if the system has no file descriptor left.
     pub fn fd(&self) -> Result<RawFd> {
         let mut inner = self.inner.lock();
         if inner.fd.is_none() {
             let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
             let event_fd = EventFd::from_value_and_flags(0, flags).map_err(|error| {
-                Error::new(Status::Full, format!("no file descriptor to be had for the queue: {error}"))
+                Error::new(Status::Full, format!("cannot create an eventfd for the queue: {error}"))
             })?;
-            inner.fd = Some(Signal { event_fd, raised: false });
-            inner.signal();
+            inner.fd = Some(Descriptor { event_fd, readable: false });
+            inner.update_fd();
         }
         match &inner.fd {
-            Some(signal) => Ok(signal.event_fd.as_fd().as_raw_fd()),
+            Some(fd) => Ok(fd.event_fd.as_fd().as_raw_fd()),
             None => Err(Status::Internal.into()),
         }
     }
 
-    /// Waits for events (`None`: without limit) and shows up to `max` of them, in their order, to `show`.
+    /// Waits for events (`None`: without limit) and calls `show` with up to `max` of them, in order.
     ///
-    /// Returns how many; 0 when the time passed or the queue was woken. What it showed stays allocated until the next wait.
+    /// Returns how many; 0 if the time passed or the queue was woken. The events stay allocated until the next wait.
     ///
     /// # Errors
-    /// `Status::Busy` while another thread waits, `Status::Closed` when the queue was closed.
+    /// `Status::Busy` while another thread waits, `Status::Closed` if the queue was closed.
     pub fn wait(&self, max: usize, timeout: Option<Duration>, mut show: impl FnMut(Event<'_>)) -> Result<usize> {
         if max == 0 {
-            return Err(Error::invalid("max is 0: a wait takes at least one event"));
+            return Err(Error::invalid("max is 0; it must be at least 1"));
         }
-        let Some(mut given) = self.given.try_lock() else {
+        let Some(mut shown) = self.shown.try_lock() else {
             Self::check_open(&self.inner.lock())?;
-            return Err(Error::new(Status::Busy, "another thread waits on this queue: it has one waiter at a time"));
+            return Err(Error::new(Status::Busy, "another thread waits on this queue; only one may at a time"));
         };
-        given.clear();
-        given.shrink_to(KEPT);
+        shown.clear();
+        shown.shrink_to(KEPT);
         let deadline = Deadline::new(timeout);
         loop {
-            if !self.take(max, deadline, &mut given)? {
+            if !self.take(max, deadline, &mut shown)? {
                 return Ok(0);
             }
-            given.iter().for_each(Entry::note_taken);
-            given.retain_mut(Entry::keep_wanted);
-            if !given.is_empty() {
+            shown.iter().for_each(Entry::delivered);
+            shown.retain_mut(Entry::retain_unfreed);
+            if !shown.is_empty() {
                 let mut count = 0;
-                given.iter().for_each(|entry| {
+                shown.iter().for_each(|entry| {
                     entry.show(&mut |event| {
                         count += 1;
                         show(event);
@@ -442,8 +236,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits, and moves up to `max` events into the empty `given`; false when there is none.
-    fn take(&self, max: usize, deadline: Deadline, given: &mut VecDeque<Entry>) -> Result<bool> {
+    /// Waits, and moves up to `max` events into the empty `taken`. Returns false if there are none.
+    fn take(&self, max: usize, deadline: Deadline, taken: &mut VecDeque<Entry>) -> Result<bool> {
         let mut inner = self.inner.lock();
         loop {
             Self::check_open(&inner)?;
@@ -451,21 +245,21 @@ impl Queue {
                 break;
             }
             if mem::take(&mut inner.woken) {
-                inner.signal();
+                inner.update_fd();
                 return Ok(false);
             }
             match deadline {
                 Deadline::Never => {
-                    inner.sleeps = true;
+                    inner.has_waiter = true;
                     inner = self.arrived.wait(inner);
-                    inner.sleeps = false;
+                    inner.has_waiter = false;
                 }
                 Deadline::Now => return Ok(false),
                 Deadline::At(deadline) => {
-                    inner.sleeps = true;
+                    inner.has_waiter = true;
                     let timed_out;
                     (inner, timed_out) = self.arrived.wait_until(inner, deadline);
-                    inner.sleeps = false;
+                    inner.has_waiter = false;
                     if timed_out && inner.entries.is_empty() && !inner.woken && !inner.closed {
                         return Ok(false);
                     }
@@ -473,29 +267,30 @@ impl Queue {
             }
         }
         if inner.count <= max {
-            mem::swap(&mut inner.entries, given);
-            (inner.count, inner.watch_events, inner.news) = (0, 0, 0);
+            mem::swap(&mut inner.entries, taken);
+            (inner.count, inner.presence_events, inner.connection_events) = (0, 0, 0);
         } else {
             let mut left = max;
             while left > 0
                 && let Some(mut entry) = inner.entries.pop_front()
             {
                 if let Entry::LaneBatch(batch) = &mut entry
-                    && batch.count > left
+                    && batch.count() > left
                 {
-                    given.push_back(Entry::LaneBatch(batch.split(left)));
+                    taken.push_back(Entry::LaneBatch(batch.split(left)));
                     inner.entries.push_front(entry);
                     break;
                 }
                 left -= entry.count();
-                given.push_back(entry);
+                taken.push_back(entry);
             }
             inner.count -= max;
-            inner.watch_events =
-                inner.watch_events.saturating_sub(given.iter().filter(|entry| entry.is_watch()).count());
-            inner.news = inner.news.saturating_sub(given.iter().filter(|entry| entry.is_news()).count());
+            let presence_events = taken.iter().filter(|entry| entry.is_presence_event()).count();
+            let connection_events = taken.iter().filter(|entry| entry.is_connection_event()).count();
+            inner.presence_events = inner.presence_events.saturating_sub(presence_events);
+            inner.connection_events = inner.connection_events.saturating_sub(connection_events);
         }
-        inner.signal();
+        inner.update_fd();
         Ok(true)
     }
 
@@ -503,136 +298,117 @@ impl Queue {
     pub fn wake(&self) {
         let mut inner = self.inner.lock();
         inner.woken = true;
-        self.call(&mut inner);
+        self.wake_waiter(&mut inner);
     }
 
-    /// Drops all events and takes no more. Returns when a waiting thread has left.
+    /// Drops all events and accepts no more. Returns when the waiting thread has left.
     pub fn close(&self) {
         let entries = {
             let mut inner = self.inner.lock();
             inner.closed = true;
-            self.call(&mut inner);
+            self.wake_waiter(&mut inner);
             inner.count = 0;
             mem::take(&mut inner.entries)
         };
-        for entry in entries {
-            match entry {
-                Entry::Single(Single { kind: Kind::Request, origin: Some(origin), .. }) => origin.abandoned(),
-                Entry::Single(Single { kind: Kind::Data, origin: Some(origin), data, .. }) => {
-                    origin.dropped(1, data.len() as u64);
-                }
-                Entry::Single(_) => {}
-                Entry::LaneBatch(batch) => batch.drop_all(),
-            }
-        }
-        self.given.lock().clear();
+        entries.iter().for_each(Entry::discarded);
+        drop(entries);
+        self.shown.lock().clear();
     }
 
-    /// Adds an event. False when the queue is closed.
+    /// Adds an event. Returns false if the queue is closed.
     pub(crate) fn push(&self, event: Single) -> bool {
-        self.push_if(|| Some(event))
-    }
-
-    /// Adds the event that `make` gives, if it gives one: it is asked with the queue locked, so that what it looks at and
-    /// the event's place in the queue agree. False when the queue is closed.
-    pub(crate) fn push_if(&self, make: impl FnOnce() -> Option<Single>) -> bool {
         let mut inner = self.inner.lock();
-        if inner.closed {
-            return false;
-        }
-        if let Some(event) = make() {
+        if !inner.closed {
             self.put(&mut inner, event);
         }
-        true
+        !inner.closed
     }
 
-    /// As `push_if`, for events that come in crowds: to call the waiting thread for each costs more than the event. None
-    /// when the queue is closed, and true when `flush` must be called once the crowd is over.
-    pub(crate) fn push_patiently(&self, make: impl FnOnce() -> Option<Single>) -> Option<bool> {
+    /// Adds the event that `make` returns, without waking the waiting thread, as a wakeup for each event would cost more than
+    /// the event. `make` is called with the queue locked, so that what it reads agrees with the event's position.
+    ///
+    /// Returns None if the queue is closed, and true if the caller must call `flush` after its last event.
+    pub(crate) fn push_deferred(&self, make: impl FnOnce() -> Option<Single>) -> Option<bool> {
         let mut inner = self.inner.lock();
         if inner.closed {
             return None;
         }
         let Some(event) = make() else { return Some(false) };
-        Some(self.put_patiently(&mut inner, Entry::Single(event), PATIENCE))
+        Some(self.put_deferred(&mut inner, Entry::Single(event), MAX_DEFERRED))
     }
 
-    /// As `push_patiently`, for what came in one lane message.
+    /// As `push_deferred`, for the events of one lane message.
     pub(crate) fn push_batch(&self, mut batch: LaneBatch) -> Option<bool> {
         batch.compact();
         let mut inner = self.inner.lock();
         if inner.closed {
             drop(inner);
-            batch.drop_all();
+            Entry::LaneBatch(batch).discarded();
             return None;
         }
-        // Asked with the queue locked: nothing comes after a stream's last event.
-        batch.retain(|origin| origin.is_running());
+        // With the queue locked, so that no event follows a stream's last one.
+        batch.retain(|source| source.is_running());
         if batch.is_empty() {
             return Some(false);
         }
-        Some(self.put_patiently(&mut inner, Entry::LaneBatch(batch), PATIENCE_WITH_BATCHES))
+        Some(self.put_deferred(&mut inner, Entry::LaneBatch(batch), MAX_DEFERRED_IN_BATCHES))
     }
 
-    fn put_patiently(&self, inner: &mut Inner, entry: Entry, patience: usize) -> bool {
+    fn put_deferred(&self, inner: &mut Inner, entry: Entry, max_deferred: usize) -> bool {
         inner.count += entry.count();
         inner.entries.push_back(entry);
-        if inner.count < patience {
-            return inner.is_awaited() && !mem::replace(&mut inner.deferred, true);
+        if inner.count < max_deferred {
+            return inner.is_awaited() && !mem::replace(&mut inner.flush_pending, true);
         }
-        self.call(inner);
+        self.wake_waiter(inner);
         false
     }
 
-    /// Calls the waiting thread, if there is something for it.
+    /// Wakes the waiting thread for the events that were pushed without waking it.
     pub(crate) fn flush(&self) {
         let mut inner = self.inner.lock();
-        if mem::take(&mut inner.deferred) {
-            self.call(&mut inner);
+        if mem::take(&mut inner.flush_pending) {
+            self.wake_waiter(&mut inner);
         }
     }
 
     fn put(&self, inner: &mut Inner, event: Single) {
         inner.count += 1;
         inner.entries.push_back(Entry::Single(event));
-        self.call(inner);
+        self.wake_waiter(inner);
     }
 
-    fn call(&self, inner: &mut Inner) {
-        inner.signal();
-        if mem::take(&mut inner.sleeps) {
+    fn wake_waiter(&self, inner: &mut Inner) {
+        inner.update_fd();
+        if mem::take(&mut inner.has_waiter) {
             self.arrived.notify_one();
         }
     }
 
-    /// Adds an ONLINE or OFFLINE event. Over the limit it is dropped, and a LOG event says so once.
-    pub(crate) fn push_watch(&self, kind: Kind, tag: u64, client: &str) {
+    /// Adds an ONLINE or OFFLINE event. Above the limit it is dropped, and one LOG event says so.
+    pub(crate) fn push_presence(&self, kind: Kind, tag: u64, client: &str) {
         let mut inner = self.inner.lock();
         if inner.closed {
             return;
         }
-        let most = if inner.drops_watch { MAX_WATCH_EVENTS / 2 } else { MAX_WATCH_EVENTS };
-        if inner.watch_events < most {
-            inner.drops_watch = false;
-            inner.watch_events += 1;
+        let most = if inner.drops_presence { MAX_PRESENCE_EVENTS / 2 } else { MAX_PRESENCE_EVENTS };
+        if inner.presence_events < most {
+            inner.drops_presence = false;
+            inner.presence_events += 1;
             let event = Single { client: Some(client.into()), ..Single::new(kind, Status::Ok, tag, "") };
             self.put(&mut inner, event);
-        } else if !mem::replace(&mut inner.drops_watch, true) {
-            let text = format!("{MAX_WATCH_EVENTS} presence events wait in the queue: further ones were dropped");
+        } else if !mem::replace(&mut inner.drops_presence, true) {
+            let text = format!("presence events were dropped: the queue holds {MAX_PRESENCE_EVENTS} at most");
             self.put(&mut inner, Single::new(Kind::Log, Status::Full, tag, text));
         }
     }
 
-    /// Adds a CONNECTED, DISCONNECTED or LOG event. Over the limit it is dropped: nobody reads them.
-    pub(crate) fn push_news(&self, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
-        self.push_news_about("", kind, status, tag, text);
-    }
-
-    /// The same about a service's subject.
-    pub(crate) fn push_news_about(&self, subject: &str, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
+    /// Adds a CONNECTED, DISCONNECTED or LOG event of a connection, or of a service if `subject` is not empty. Above the limit
+    /// it is dropped.
+    pub(crate) fn push_connection(&self, subject: &str, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
         let mut inner = self.inner.lock();
-        if inner.news < MAX_NEWS && !inner.closed {
-            inner.news += 1;
+        if inner.connection_events < MAX_CONNECTION_EVENTS && !inner.closed {
+            inner.connection_events += 1;
             let subject = Bytes::copy_from_slice(subject.as_bytes());
             self.put(&mut inner, Single { subject, ..Single::new(kind, status, tag, text) });
         }
@@ -646,18 +422,22 @@ pub(crate) mod tests {
     use std::thread;
 
     struct Probe {
-        wanted: AtomicBool,
-        taken: AtomicUsize,
-        dropped: AtomicUsize,
-        shown: Mutex<Vec<Kind>>,
-        abandoned: AtomicBool,
+        is_freed: AtomicBool,
+        delivered_bytes: AtomicUsize,
+        discarded_bytes: AtomicUsize,
+        delivered: Mutex<Vec<Kind>>,
+        discarded: Mutex<Vec<Kind>>,
     }
 
     impl Probe {
         fn new() -> Arc<Probe> {
-            let (wanted, abandoned) = (AtomicBool::new(true), AtomicBool::new(false));
-            let zero = || AtomicUsize::new(0);
-            Arc::new(Probe { wanted, taken: zero(), dropped: zero(), shown: Mutex::default(), abandoned })
+            Arc::new(Probe {
+                is_freed: AtomicBool::new(false),
+                delivered_bytes: AtomicUsize::new(0),
+                discarded_bytes: AtomicUsize::new(0),
+                delivered: Mutex::default(),
+                discarded: Mutex::default(),
+            })
         }
 
         fn event(self: &Arc<Self>, kind: Kind, data: &'static str) -> Single {
@@ -674,28 +454,24 @@ pub(crate) mod tests {
             7
         }
 
-        fn is_wanted(&self) -> bool {
-            self.wanted.load(Ordering::Relaxed)
+        fn is_freed(&self) -> bool {
+            self.is_freed.load(Ordering::Relaxed)
         }
 
         fn is_running(&self) -> bool {
             true
         }
 
-        fn taken(&self, _count: u64, bytes: u64) {
-            self.taken.fetch_add(bytes as usize, Ordering::Relaxed);
+        fn delivered(&self, kind: Kind, count: u64, bytes: u64) {
+            assert_eq!(count, 1);
+            self.delivered_bytes.fetch_add(bytes as usize, Ordering::Relaxed);
+            self.delivered.lock().push(kind);
         }
 
-        fn dropped(&self, _count: u64, bytes: u64) {
-            self.dropped.fetch_add(bytes as usize, Ordering::Relaxed);
-        }
-
-        fn shown(&self, kind: Kind) {
-            self.shown.lock().push(kind);
-        }
-
-        fn abandoned(&self) {
-            self.abandoned.store(true, Ordering::Relaxed);
+        fn discarded(&self, kind: Kind, count: u64, bytes: u64) {
+            assert_eq!(count, 1);
+            self.discarded_bytes.fetch_add(bytes as usize, Ordering::Relaxed);
+            self.discarded.lock().push(kind);
         }
     }
 
@@ -707,11 +483,11 @@ pub(crate) mod tests {
 
     pub(crate) fn is_readable(queue: &Queue) -> bool {
         let inner = queue.inner.lock();
-        inner.fd.as_ref().unwrap().raised
+        inner.fd.as_ref().unwrap().readable
     }
 
     #[test]
-    fn events_come_in_order_and_in_portions() {
+    fn events_come_in_order_and_at_most_max_at_once() {
         let queue = Queue::new();
         for text in ["a", "b", "c"] {
             assert!(queue.push(Single::new(Kind::Data, Status::Ok, 0, text)));
@@ -723,32 +499,32 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn unwanted_events_are_left_out_but_accounted_for() {
+    fn events_of_a_freed_source_are_dropped_but_reported_as_delivered() {
         let (queue, probe) = (Queue::new(), Probe::new());
         queue.push(probe.event(Kind::Data, "12345"));
-        probe.wanted.store(false, Ordering::Relaxed);
+        probe.is_freed.store(true, Ordering::Relaxed);
         assert_eq!(taken(&queue, 8), [""; 0]);
-        assert_eq!(probe.taken.load(Ordering::Relaxed), 5);
+        assert_eq!(probe.delivered_bytes.load(Ordering::Relaxed), 5);
     }
 
     #[test]
-    fn close_abandons_requests_frees_the_waiter_and_takes_no_more() {
+    fn close_discards_requests_wakes_the_waiter_and_accepts_no_more() {
         let (queue, probe) = (Queue::new(), Probe::new());
         let waiting = Arc::clone(&queue);
         let waiter = thread::spawn(move || waiting.wait(8, None, |_| ()).unwrap_err().status);
-        while queue.given.try_lock().is_some() {
+        while queue.shown.try_lock().is_some() {
             thread::yield_now();
         }
         assert_eq!(queue.wait(8, Some(Duration::ZERO), |_| ()).unwrap_err().status, Status::Busy);
         queue.close();
         assert_eq!(waiter.join().unwrap(), Status::Closed);
         assert!(!queue.push(probe.event(Kind::Request, "")));
-        assert_eq!(queue.push_patiently(|| None), None);
+        assert_eq!(queue.push_deferred(|| None), None);
 
         let queue = Queue::new();
         queue.push(probe.event(Kind::Request, ""));
         queue.close();
-        assert!(probe.abandoned.load(Ordering::Relaxed));
+        assert_eq!(*probe.discarded.lock(), [Kind::Request]);
     }
 
     #[test]
@@ -781,53 +557,53 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn patient_events_ask_for_one_flush_or_call_when_there_are_many() {
+    fn deferred_events_ask_for_one_flush_and_many_wake_without_it() {
         let queue = Queue::new();
         let event = || Some(Single::new(Kind::Data, Status::Ok, 0, ""));
-        assert_eq!(queue.push_patiently(event), Some(false), "nobody waits");
+        assert_eq!(queue.push_deferred(event), Some(false), "nobody waits");
         taken(&queue, 8);
         queue.fd().unwrap();
-        assert_eq!(queue.push_patiently(event), Some(true));
-        assert_eq!(queue.push_patiently(event), Some(false), "a flush is promised already");
+        assert_eq!(queue.push_deferred(event), Some(true));
+        assert_eq!(queue.push_deferred(event), Some(false), "a flush is pending already");
         assert!(!is_readable(&queue));
         queue.flush();
         assert!(is_readable(&queue));
         taken(&queue, 8);
-        assert_eq!(queue.push_patiently(event), Some(true));
-        for _ in 1..PATIENCE {
-            queue.push_patiently(event);
+        assert_eq!(queue.push_deferred(event), Some(true));
+        for _ in 1..MAX_DEFERRED {
+            queue.push_deferred(event);
         }
-        assert!(is_readable(&queue), "too many to be patient");
+        assert!(is_readable(&queue), "too many to be deferred");
     }
 
     #[test]
-    fn watch_events_and_news_are_bounded() {
+    fn presence_and_connection_events_are_bounded() {
         let queue = Queue::new();
-        for _ in 0..MAX_WATCH_EVENTS + 10 {
-            queue.push_watch(Kind::Online, 0, "a");
+        for _ in 0..MAX_PRESENCE_EVENTS + 10 {
+            queue.push_presence(Kind::Online, 0, "a");
         }
-        for _ in 0..MAX_NEWS + 10 {
-            queue.push_news(Kind::Log, Status::Ok, 0, "a");
+        for _ in 0..MAX_CONNECTION_EVENTS + 10 {
+            queue.push_connection("", Kind::Log, Status::Ok, 0, "a");
         }
         let mut kinds = Vec::new();
         queue.wait(usize::MAX, None, |event| kinds.push((event.kind, event.status))).unwrap();
         let count = |kind| kinds.iter().filter(|(other, _)| *other == kind).count();
-        assert_eq!(count(Kind::Online), MAX_WATCH_EVENTS);
-        assert_eq!(count(Kind::Log), MAX_NEWS + 1);
+        assert_eq!(count(Kind::Online), MAX_PRESENCE_EVENTS);
+        assert_eq!(count(Kind::Log), MAX_CONNECTION_EVENTS + 1);
         assert_eq!(kinds.iter().filter(|event| **event == (Kind::Log, Status::Full)).count(), 1);
-        queue.push_watch(Kind::Offline, 0, "a");
+        queue.push_presence(Kind::Offline, 0, "a");
         assert_eq!(taken(&queue, 8).len(), 1, "there is room again");
 
-        // A reader that is slow for ever hears of it once for each half of them that it takes.
-        for _ in 0..MAX_WATCH_EVENTS + 10 {
-            queue.push_watch(Kind::Online, 0, "a");
+        // A reader that is always too slow gets one LOG for each half of the limit that it takes.
+        for _ in 0..MAX_PRESENCE_EVENTS + 10 {
+            queue.push_presence(Kind::Online, 0, "a");
         }
         let (mut logs, mut events) = (0, 0);
-        for _ in 0..MAX_WATCH_EVENTS / 2 + 10 {
+        for _ in 0..MAX_PRESENCE_EVENTS / 2 + 10 {
             queue.wait(1, None, |event| if event.kind == Kind::Log { logs += 1 } else { events += 1 }).unwrap();
-            queue.push_watch(Kind::Online, 0, "a");
+            queue.push_presence(Kind::Online, 0, "a");
         }
-        assert_eq!((logs, events), (0, MAX_WATCH_EVENTS / 2 + 10));
+        assert_eq!((logs, events), (0, MAX_PRESENCE_EVENTS / 2 + 10));
         while queue.wait(1024, Some(Duration::ZERO), |event| logs += usize::from(event.kind == Kind::Log)).unwrap() > 0
         {
         }
@@ -835,25 +611,17 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn who_waits_in_a_queue_hears_what_becomes_of_it() {
+    fn a_source_learns_whether_its_events_are_delivered_or_discarded() {
         let (queue, probe) = (Queue::new(), Probe::new());
         for kind in [Kind::Request, Kind::Writable, Kind::Stopped] {
             queue.push(probe.event(kind, ""));
         }
         taken(&queue, 2);
-        assert_eq!(*probe.shown.lock(), [Kind::Request, Kind::Writable]);
+        assert_eq!(*probe.delivered.lock(), [Kind::Request, Kind::Writable]);
         queue.push(probe.event(Kind::Data, "12345"));
         queue.close();
-        assert_eq!((probe.taken.load(Ordering::Relaxed), probe.dropped.load(Ordering::Relaxed)), (0, 5));
-    }
-
-    #[test]
-    fn what_waits_keeps_no_more_than_it_is() {
-        let buffer = Bytes::from(vec![7; 64 << 10]);
-        for (length, is_copied) in [(0, true), (10, true), (COPY_ALONE_BELOW - 1, true), (COPY_ALONE_BELOW, false)] {
-            let part = buffer.slice(100..100 + length);
-            assert_eq!(unpin(part.clone()), part);
-            assert_eq!(unpin(part.clone()).as_ptr() != part.as_ptr(), is_copied, "{length}");
-        }
+        let bytes = |bytes: &AtomicUsize| bytes.load(Ordering::Relaxed);
+        assert_eq!((bytes(&probe.delivered_bytes), bytes(&probe.discarded_bytes)), (0, 5));
+        assert_eq!(*probe.discarded.lock(), [Kind::Stopped, Kind::Data]);
     }
 }

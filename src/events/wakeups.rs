@@ -1,35 +1,36 @@
-//! Whom to call when messages have come: threads that wait on queues, once for all that comes together.
+//! Wakes threads that wait on queues: once for all messages that the NATS client hands over together.
 
-use crate::events::queue::{LaneBatch, Queue, Single};
+use super::event::{LaneBatch, Single};
+use super::queue::Queue;
 use crate::sync::Mutex;
 use std::mem;
 use std::sync::Arc;
 use tokio::sync::Notify;
 
-/// Queues whose threads are to be called when the NATS client has handed over what it has.
+/// Queues whose threads are woken after the NATS client has handed over what it has.
 #[derive(Default)]
 pub(crate) struct Wakeups {
-    pending: Mutex<Uncalled>,
+    pending: Mutex<Pending>,
     arrived: Notify,
 }
 
 #[derive(Default)]
-struct Uncalled {
+struct Pending {
     queues: Vec<Arc<Queue>>,
-    /// Nobody calls them any longer: whoever adds one calls it.
+    /// The task that wakes the threads has ended: `defer` wakes them.
     is_over: bool,
 }
 
 impl Wakeups {
-    /// Adds an event that came with a message, and has the queue's thread called once no more messages are at hand.
-    /// False when the queue is closed.
+    /// Adds the event that `make` returns, and wakes the queue's thread when no more messages are at hand. Returns false if
+    /// the queue is closed.
     pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Single>) -> bool {
-        let pushed = queue.push_patiently(make);
+        let pushed = queue.push_deferred(make);
         self.defer(queue, pushed);
         pushed.is_some()
     }
 
-    /// As `push`, for what came in one lane message.
+    /// As `push`, for the events of one lane message.
     pub(crate) fn push_batch(&self, queue: &Arc<Queue>, batch: LaneBatch) {
         self.defer(queue, queue.push_batch(batch));
     }
@@ -47,7 +48,7 @@ impl Wakeups {
         }
     }
 
-    /// Calls them. A task of its own: it gets its turn when the client's task has handed over all it has.
+    /// Wakes the threads. This is a task of its own, so that it runs after the client's task has handed over all it has.
     pub(crate) async fn run(&self) {
         loop {
             self.arrived.notified().await;
@@ -55,7 +56,7 @@ impl Wakeups {
         }
     }
 
-    /// The task ends.
+    /// Called when the task has ended.
     pub(crate) fn end(&self) {
         self.pending.lock().is_over = true;
         self.wake_all();
@@ -71,12 +72,12 @@ impl Wakeups {
 mod tests {
     use super::*;
     use crate::error::Status;
-    use crate::events::queue::Kind;
+    use crate::events::Kind;
     use crate::events::queue::tests::is_readable;
     use std::time::Duration;
 
     #[test]
-    fn when_the_task_is_over_who_adds_an_event_calls() {
+    fn after_the_task_has_ended_a_push_wakes_at_once() {
         let (wakeups, queue) = (Wakeups::default(), Queue::new());
         queue.fd().unwrap();
         let push = || wakeups.push(&queue, || Some(Single::new(Kind::Data, Status::Ok, 0, "")));

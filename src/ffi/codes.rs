@@ -1,7 +1,7 @@
 //! The numbers of the ABI, under the names that C sees. They are the core's, checked at compile time.
 
 use crate::error::Status;
-use crate::events::queue::Kind;
+use crate::events::Kind;
 use std::ffi::{CStr, c_char};
 
 /// How a call ended, or why a stream did. The numbers are fixed for ever.

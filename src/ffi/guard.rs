@@ -7,7 +7,7 @@
 use crate::config::Config;
 use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{EventSource, Queue};
+use crate::events::{EventSource, Queue};
 use crate::gateway::stream::Stream;
 use crate::presence::registry::Session;
 use crate::process::fork::{self, PerProcess};

@@ -6,7 +6,7 @@ use super::guard::{
 };
 use super::worker::presence_sender;
 use crate::error::Result;
-use crate::events::queue::{Event, Kind, Queue};
+use crate::events::{Event, Kind, Queue};
 use crate::presence::registry;
 use std::ffi::{c_char, c_int};
 use std::ptr;

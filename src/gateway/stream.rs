@@ -3,7 +3,7 @@
 use crate::config::{Config, RequestOptions};
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{Event, EventSource, Kind, Queue, Single, unpin};
+use crate::events::{Event, EventSource, Kind, Queue, Single, unpin};
 use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
 use crate::lane::state::{Grant, OVERHEAD};
@@ -415,7 +415,7 @@ impl Stream {
         *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.wakeups().push(&self.queue, || self.is_wanted().then_some(event));
+            self.connection.wakeups().push(&self.queue, || (!self.is_freed()).then_some(event));
         }
     }
 
@@ -623,8 +623,8 @@ impl EventSource for Stream {
         self.handle_id
     }
 
-    fn is_wanted(&self) -> bool {
-        !self.is_freed.load(Ordering::Acquire)
+    fn is_freed(&self) -> bool {
+        self.is_freed.load(Ordering::Acquire)
     }
 
     fn tag(&self) -> u64 {
@@ -635,15 +635,17 @@ impl EventSource for Stream {
         self.word.check().is_ok()
     }
 
-    fn taken(&self, count: u64, bytes: u64) {
+    fn delivered(&self, kind: Kind, count: u64, bytes: u64) {
         match &self.unconsumed {
-            Some(unconsumed) => unconsumed.lock().add(count, bytes),
-            None => self.return_credit(count * OVERHEAD + bytes),
+            Some(unconsumed) if kind == Kind::Data => unconsumed.lock().add(count, bytes),
+            _ => self.discarded(kind, count, bytes),
         }
     }
 
-    fn dropped(&self, count: u64, bytes: u64) {
-        self.return_credit(count * OVERHEAD + bytes);
+    fn discarded(&self, kind: Kind, count: u64, bytes: u64) {
+        if kind == Kind::Data {
+            self.return_credit(count * OVERHEAD + bytes);
+        }
     }
 }
 
@@ -651,6 +653,6 @@ impl Event<'_> {
     /// The stream it is about.
     #[must_use]
     pub fn stream(&self) -> Option<Arc<Stream>> {
-        self.origin()
+        self.source()
     }
 }

@@ -3,8 +3,7 @@
 //! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
 
 use crate::error::Status;
-use crate::events::queue::{EventSource, LaneBatch, Queue};
-use crate::events::wakeups::Wakeups;
+use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
 use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
 use crate::status_word::StatusWord;
 use crate::sync::{Condvar, Mutex};

@@ -5,7 +5,7 @@
 //! connection's own: nats-server answers 503 as soon as its process is gone.
 
 use crate::error::{Error, Result, Status};
-use crate::events::wakeups::Wakeups;
+use crate::events::Wakeups;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
 use crate::lane::state::{Credit, PeerTimeouts};
 use crate::nats::inbound::{Inbox, MessageHandler};

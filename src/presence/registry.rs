@@ -9,7 +9,7 @@
 //! What takes longer is done after the lock is released.
 
 use crate::error::{Result, Status};
-use crate::events::queue::{Kind, Queue};
+use crate::events::{Kind, Queue};
 use crate::presence::client_id;
 use crate::presence::id_map::{Entry, IdMap};
 use crate::process::fork::{self, PerProcess};
@@ -464,7 +464,7 @@ impl Registry {
         if self.is_watched.load(Ordering::Acquire) {
             for (queue, tag) in self.watchers.read().iter() {
                 if let Some(queue) = queue.upgrade() {
-                    queue.push_watch(kind, *tag, id);
+                    queue.push_presence(kind, *tag, id);
                 }
             }
         }
@@ -557,7 +557,7 @@ mod model;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::queue::Event;
+    use crate::events::Event;
     use crate::sync::Mutex;
 
     /// A stream, or a sender if nobody requested it here.

@@ -2,7 +2,7 @@
 
 use crate::connection::Connection;
 use crate::error::{Result, Status};
-use crate::events::queue::{Event, EventSource, Kind, Queue, Single};
+use crate::events::{Event, EventSource, Kind, Queue, Single};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::Credit;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
@@ -224,8 +224,7 @@ impl Sender {
         self.abandon();
     }
 
-    /// Ends a stream that no worker will answer.
-    pub(crate) fn abandon(&self) {
+    fn abandon(&self) {
         let _ = self.error(b"the worker left the stream unfinished");
     }
 
@@ -433,20 +432,23 @@ impl EventSource for Sender {
         !self.is_closed()
     }
 
-    fn is_wanted(&self) -> bool {
-        !self.is_freed.load(Ordering::Acquire)
+    fn is_freed(&self) -> bool {
+        self.is_freed.load(Ordering::Acquire)
     }
 
-    fn shown(&self, kind: Kind) {
+    fn delivered(&self, kind: Kind, _count: u64, _bytes: u64) {
         match kind {
+            Kind::Request => self.free_capacity_after(REQUEST_TAKEN),
             Kind::Writable => self.writable_queued.store(false, Ordering::Release),
-            _ => self.free_capacity_after(REQUEST_TAKEN),
+            _ => {}
         }
     }
 
-    fn abandoned(&self) {
-        self.free_capacity_after(REQUEST_TAKEN);
-        self.abandon();
+    fn discarded(&self, kind: Kind, _count: u64, _bytes: u64) {
+        if kind == Kind::Request {
+            self.free_capacity_after(REQUEST_TAKEN);
+            self.abandon();
+        }
     }
 }
 
@@ -454,6 +456,6 @@ impl Event<'_> {
     /// The sender it is about.
     #[must_use]
     pub fn sender(&self) -> Option<Arc<Sender>> {
-        self.origin()
+        self.source()
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::events::queue::{EventSource, Kind, Queue, Single, unpin};
+use crate::events::{EventSource, Kind, Queue, Single, unpin};
 use crate::lane::driver::StreamObserver;
 use crate::nats::inbound::MessageHandler;
 use crate::presence::client_id;
@@ -226,7 +226,7 @@ impl Service {
         if connection.wakeups().push(&self.queue, || Some(event)) {
             sender.request_queued();
         } else {
-            EventSource::abandoned(&*sender);
+            sender.discarded(Kind::Request, 1, 0);
         }
     }
 
@@ -255,7 +255,7 @@ impl MessageHandler for Service {
         state.is_refused = true;
         if state.is_served {
             let text = why.message.clone().into_owned();
-            self.queue.push_news_about(&self.subject, Kind::Disconnected, why.status, self.tag, text);
+            self.queue.push_connection(&self.subject, Kind::Disconnected, why.status, self.tag, text);
         }
     }
 
@@ -264,7 +264,7 @@ impl MessageHandler for Service {
         state.is_refused = false;
         if state.is_served {
             let text = "nats-server has the subscription again";
-            self.queue.push_news_about(&self.subject, Kind::Connected, Status::Ok, self.tag, text);
+            self.queue.push_connection(&self.subject, Kind::Connected, Status::Ok, self.tag, text);
         }
     }
 

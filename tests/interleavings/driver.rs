@@ -1,8 +1,8 @@
 //! Stop, send, end, wait and receive, on a lane: both ends, and what is between them.
 
 use super::*;
+use crate::events::{Kind, Single};
 use crate::nats::outbox::interleavings::search;
-use crate::events::queue::{Kind, Single};
 use shuttle::sync::atomic::{AtomicBool, AtomicU32};
 use shuttle::thread;
 
@@ -51,8 +51,8 @@ impl EventSource for Probe {
     fn tag(&self) -> u64 {
         0
     }
-    fn is_wanted(&self) -> bool {
-        true
+    fn is_freed(&self) -> bool {
+        false
     }
     fn is_running(&self) -> bool {
         true

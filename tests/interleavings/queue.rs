@@ -6,8 +6,8 @@ use shuttle::sync::atomic::{AtomicU32, Ordering};
 use shuttle::thread;
 
 struct Probe {
-    taken: AtomicU32,
-    abandoned: AtomicU32,
+    delivered: AtomicU32,
+    discarded: AtomicU32,
 }
 
 impl EventSource for Probe {
@@ -17,27 +17,27 @@ impl EventSource for Probe {
     fn tag(&self) -> u64 {
         0
     }
-    fn is_wanted(&self) -> bool {
-        true
+    fn is_freed(&self) -> bool {
+        false
     }
     fn is_running(&self) -> bool {
         true
     }
-    fn taken(&self, count: u64, _bytes: u64) {
-        self.taken.fetch_add(count as u32, Ordering::SeqCst);
+    fn delivered(&self, _kind: Kind, count: u64, _bytes: u64) {
+        self.delivered.fetch_add(count as u32, Ordering::SeqCst);
     }
-    fn abandoned(&self) {
-        self.abandoned.fetch_add(1, Ordering::SeqCst);
+    fn discarded(&self, _kind: Kind, count: u64, _bytes: u64) {
+        self.discarded.fetch_add(count as u32, Ordering::SeqCst);
     }
 }
 
 fn probe() -> Arc<Probe> {
-    Arc::new(Probe { taken: AtomicU32::new(0), abandoned: AtomicU32::new(0) })
+    Arc::new(Probe { delivered: AtomicU32::new(0), discarded: AtomicU32::new(0) })
 }
 
-/// Whoever waits gets all that was pushed, in the order of each that pushes, with patience or without.
+/// A wait gets all events, in the order of each thread that pushes, deferred or not.
 #[test]
-fn all_events_come() {
+fn no_event_is_lost() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pushers: Vec<_> = (0..2)
@@ -49,7 +49,7 @@ fn all_events_come() {
                         let event = Single::of(Kind::Data, Status::Ok, Arc::clone(&probe) as _, data);
                         if pusher == 0 {
                             assert!(queue.push(event));
-                        } else if queue.push_patiently(|| Some(event)) == Some(true) {
+                        } else if queue.push_deferred(|| Some(event)) == Some(true) {
                             thread::yield_now();
                             queue.flush();
                         }
@@ -68,13 +68,13 @@ fn all_events_come() {
                 .unwrap();
         }
         pushers.into_iter().for_each(|pusher| pusher.join().unwrap());
-        assert_eq!(probe.taken.load(Ordering::SeqCst), 4);
+        assert_eq!(probe.delivered.load(Ordering::SeqCst), 4);
     });
 }
 
-/// Close against push against wait: the waiter leaves, each request is either taken or abandoned, and none waits on.
+/// Close races with push and wait: the wait returns, and each request is either delivered or discarded.
 #[test]
-fn close_leaves_nobody_waiting() {
+fn close_ends_the_wait_and_loses_no_request() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pusher = {
@@ -103,13 +103,13 @@ fn close_leaves_nobody_waiting() {
             })
         };
         queue.close();
-        assert!(queue.given.lock().is_empty());
+        assert!(queue.shown.lock().is_empty());
         let (pushed, taken) = (pusher.join().unwrap(), waiter.join().unwrap());
-        assert_eq!(taken + probe.abandoned.load(Ordering::SeqCst) as usize, pushed);
+        assert_eq!(taken + probe.discarded.load(Ordering::SeqCst) as usize, pushed);
     });
 }
 
-/// A wake is never lost, and two who wait exclude each other.
+/// A wait returns for a wake that came before it or during it.
 #[test]
 fn a_wake_is_not_lost() {
     let test = || {
@@ -122,9 +122,9 @@ fn a_wake_is_not_lost() {
     shuttle::check_dfs(test, None);
 }
 
-/// A call that is left to the flush of others is made once for all of them.
+/// One of several threads that push deferred events is told to flush, and its flush wakes the waiter for all of them.
 #[test]
-fn who_promised_to_flush_wakes_the_waiter() {
+fn a_flush_wakes_the_waiter_for_all_deferred_events() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pushers: Vec<_> = (0..2)
@@ -132,7 +132,7 @@ fn who_promised_to_flush_wakes_the_waiter() {
                 let (queue, probe) = (Arc::clone(&queue), Arc::clone(&probe));
                 thread::spawn(move || {
                     let event = Single::of(Kind::Data, Status::Ok, probe as _, Bytes::new());
-                    if queue.push_patiently(|| Some(event)) == Some(true) {
+                    if queue.push_deferred(|| Some(event)) == Some(true) {
                         queue.flush();
                     }
                 })

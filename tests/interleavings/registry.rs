@@ -12,8 +12,11 @@ struct Probe {
 
 impl Probe {
     fn attach(id: &str) -> Arc<Probe> {
-        let probe =
-            Arc::new(Probe { handle_id: fork::next_handle_id(), word: StatusWord::default(), stopped: AtomicU64::new(0) });
+        let probe = Arc::new(Probe {
+            handle_id: fork::next_handle_id(),
+            word: StatusWord::default(),
+            stopped: AtomicU64::new(0),
+        });
         attach(id, probe.handle_id, Arc::clone(&probe) as _);
         probe
     }
@@ -124,7 +127,7 @@ fn watchers_hear_in_turn() {
         mark_offline(b"a").unwrap();
         other.join().unwrap();
         let mut online = false;
-        let note = |event: crate::events::queue::Event<'_>| {
+        let note = |event: crate::events::Event<'_>| {
             assert_eq!(event.kind, if online { Kind::Offline } else { Kind::Online });
             online = !online;
         };

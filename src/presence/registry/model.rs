@@ -2,7 +2,7 @@
 
 use super::tests::{Ear, Probe};
 use super::*;
-use crate::events::queue::Event;
+use crate::events::Event;
 use std::env;
 use std::process::Command;
 use std::thread;

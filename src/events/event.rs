@@ -1,0 +1,233 @@
+//! Events: what the caller sees, what a queue stores, and the senders and streams that they come from.
+
+use crate::error::Status;
+use crate::wire::frame::Run;
+use bytes::{Bytes, BytesMut};
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// If less than this of a lane message is needed, it is copied. Otherwise an event that stays in the queue would keep the
+/// NATS client's whole read buffer, which is 64 KiB or more.
+const COPY_BELOW: usize = 4096;
+/// The same for a payload that is alone in its message.
+const COPY_ALONE_BELOW: usize = 32 << 10;
+
+/// What happened.
+#[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A request arrived at a service.
+    Request = 1,
+    /// A message of a stream.
+    Data = 2,
+    /// The worker ended the stream.
+    End = 3,
+    /// The stream ended in another way.
+    Error = 4,
+    /// A sender was stopped.
+    Stopped = 5,
+    /// A sender that returned `Full` can send again.
+    Writable = 6,
+    /// A client came online in this process.
+    Online = 7,
+    /// A client went offline in this process.
+    Offline = 8,
+    /// The connection to nats-server was made.
+    Connected = 9,
+    /// The connection to nats-server is lost.
+    Disconnected = 10,
+    /// Something that an operator should know.
+    Log = 11,
+}
+
+/// A sender or stream that events are about.
+pub(crate) trait EventSource: Any + Send + Sync {
+    fn handle_id(&self) -> u64;
+    /// The caller's number for its events.
+    fn tag(&self) -> u64;
+    /// Whether the caller has freed it, so that its events are dropped.
+    fn is_freed(&self) -> bool;
+    /// Whether it has not ended. No event follows its last one.
+    fn is_running(&self) -> bool;
+    /// A wait has taken so many of its events, with so many bytes of payload, out of the queue.
+    fn delivered(&self, _kind: Kind, _count: u64, _bytes: u64) {}
+    /// So many of its events, with so many bytes of payload, were dropped with the queue, or because it was closed.
+    fn discarded(&self, _kind: Kind, _count: u64, _bytes: u64) {}
+}
+
+/// Something that happened, as a wait shows it.
+#[derive(Clone, Copy)]
+pub struct Event<'a> {
+    /// What happened.
+    pub kind: Kind,
+    /// Why, for Error, Stopped, Disconnected and Log; otherwise Ok.
+    pub status: Status,
+    /// The number that the caller passed to serve, request or watch.
+    pub tag: u64,
+    /// The client's id, if the event is about one; empty for a request without a client.
+    pub client: &'a str,
+    /// Request: the subject that it was sent to.
+    pub subject: &'a [u8],
+    /// A payload or a text.
+    pub data: &'a [u8],
+    pub(super) handle_id: u64,
+    pub(super) source: Option<&'a Arc<dyn EventSource>>,
+}
+
+impl Event<'_> {
+    /// The sender or stream that it is about, if it is a `T`.
+    pub(crate) fn source<T: EventSource>(&self) -> Option<Arc<T>> {
+        let source: Arc<dyn Any + Send + Sync> = Arc::clone(self.source?) as _;
+        source.downcast().ok()
+    }
+
+    /// The handle id of the sender or stream that it is about; 0 if there is none.
+    pub(crate) fn handle_id(&self) -> u64 {
+        self.handle_id
+    }
+}
+
+/// A queued event.
+pub(crate) struct Single {
+    pub(crate) kind: Kind,
+    pub(crate) status: Status,
+    pub(crate) tag: u64,
+    pub(crate) client: Option<Arc<str>>,
+    pub(crate) subject: Bytes,
+    pub(crate) data: Bytes,
+    pub(crate) source: Option<Arc<dyn EventSource>>,
+}
+
+impl Single {
+    /// An event about no sender or stream.
+    pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Single {
+        Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), source: None }
+    }
+
+    pub(crate) fn of(kind: Kind, status: Status, source: Arc<dyn EventSource>, data: Bytes) -> Single {
+        let tag = source.tag();
+        Single { source: Some(source), ..Single::new(kind, status, tag, data) }
+    }
+
+    pub(super) fn show(&self) -> Event<'_> {
+        Event {
+            kind: self.kind,
+            status: self.status,
+            tag: self.tag,
+            client: self.client.as_deref().unwrap_or_default(),
+            subject: &self.subject,
+            data: &self.data,
+            handle_id: self.source.as_ref().map_or(0, |source| source.handle_id()),
+            source: self.source.as_ref(),
+        }
+    }
+}
+
+/// The queued DATA events of one lane message. The events themselves are made when a wait shows them.
+pub(crate) struct LaneBatch {
+    message: Bytes,
+    parts: VecDeque<(Arc<dyn EventSource>, Run)>,
+    /// The events in all parts.
+    count: usize,
+}
+
+impl LaneBatch {
+    pub(crate) fn new(message: Bytes) -> LaneBatch {
+        LaneBatch { message, parts: VecDeque::new(), count: 0 }
+    }
+
+    pub(crate) fn add(&mut self, source: Arc<dyn EventSource>, run: Run) {
+        self.count += run.count as usize;
+        self.parts.push_back((source, run));
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.count
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    pub(super) fn retain(&mut self, is_kept: impl Fn(&Arc<dyn EventSource>) -> bool) {
+        let count = &mut self.count;
+        self.parts.retain(|(source, run)| {
+            let is_kept = is_kept(source);
+            if !is_kept {
+                *count -= run.count as usize;
+            }
+            is_kept
+        });
+    }
+
+    /// Copies what is needed of the message, unless that is most of it: it may stay in the queue for long.
+    pub(super) fn compact(&mut self) {
+        let needed: usize = self.parts.iter().map(|(_, run)| (run.end - run.start) as usize).sum();
+        if needed >= COPY_BELOW && needed >= self.message.len() / 2 {
+            return;
+        }
+        let mut copy = BytesMut::with_capacity(needed);
+        for (_, run) in &mut self.parts {
+            let start = copy.len() as u32;
+            copy.extend_from_slice(self.message.get(run.start as usize..run.end as usize).unwrap_or_default());
+            (run.start, run.end) = (start, copy.len() as u32);
+        }
+        self.message = copy.freeze();
+    }
+
+    /// The senders or streams, each with its number of events and their bytes.
+    pub(super) fn parts(&self) -> impl Iterator<Item = (&Arc<dyn EventSource>, u64, u64)> {
+        self.parts.iter().map(|(source, run)| (source, run.count.into(), run.bytes))
+    }
+
+    /// Cuts off the first `count` events.
+    pub(super) fn split(&mut self, count: usize) -> LaneBatch {
+        let mut first = LaneBatch::new(self.message.clone());
+        let mut left = count.min(self.count);
+        self.count -= left;
+        while left > 0
+            && let Some((source, mut run)) = self.parts.pop_front()
+        {
+            if run.count as usize > left {
+                first.add(Arc::clone(&source), run.split(&self.message, left as u32));
+                self.parts.push_front((source, run));
+                break;
+            }
+            left -= run.count as usize;
+            first.add(source, run);
+        }
+        first
+    }
+
+    #[inline]
+    pub(super) fn show(&self, show: &mut impl FnMut(Event<'_>)) {
+        for (source, run) in &self.parts {
+            let (tag, handle_id) = (source.tag(), source.handle_id());
+            for data in run.bodies(&self.message) {
+                let (kind, status, source) = (Kind::Data, Status::Ok, Some(source));
+                show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, source });
+            }
+        }
+    }
+}
+
+/// A payload that may stay in the queue for long: a copy, unless it is most of the NATS client's read buffer.
+pub(crate) fn unpin(payload: Bytes) -> Bytes {
+    if payload.len() < COPY_ALONE_BELOW { Bytes::copy_from_slice(&payload) } else { payload }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_queued_payload_does_not_keep_a_larger_buffer() {
+        let buffer = Bytes::from(vec![7; 64 << 10]);
+        for (length, is_copied) in [(0, true), (10, true), (COPY_ALONE_BELOW - 1, true), (COPY_ALONE_BELOW, false)] {
+            let part = buffer.slice(100..100 + length);
+            assert_eq!(unpin(part.clone()), part);
+            assert_eq!(unpin(part.clone()).as_ptr() != part.as_ptr(), is_copied, "{length}");
+        }
+    }
+}
