@@ -1,10 +1,22 @@
-//! Generates `include/nats_presence.h` and gives the shared library its name and its permanence.
+//! Generates `include/nats_presence.h`, and sets the name and the permanence of the shared library.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs};
 
 const ABI: u32 = 0;
+
+/// The header's groups of functions, each with its first function.
+const GROUPS: [(&str, &str); 8] = [
+    ("presence_status_text", "Texts"),
+    ("presence_connect", "Connect"),
+    ("presence_queue_new", "Read events"),
+    ("presence_serve", "Serve: the worker's side"),
+    ("presence_request", "Request: the gateway's side"),
+    ("mark_client_online", "Presence: who is online"),
+    ("presence_config_new", "Options"),
+    ("presence_conn_stats", "Statistics"),
+];
 
 fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=src/ffi");
@@ -24,7 +36,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes the header where it is checked in, and only when it changed, so that a build from a clean checkout leaves it clean.
+/// Writes the header to where it is checked in, but only if it changed, so that a build from a clean checkout leaves it clean.
 fn header() -> Result<(), String> {
     let root = env::var("CARGO_MANIFEST_DIR").map_err(|error| error.to_string())?;
     let root = Path::new(&root);
@@ -33,9 +45,15 @@ fn header() -> Result<(), String> {
     let builder = cbindgen::Builder::new().with_config(config).with_src(root.join("src/ffi/mod.rs"));
     let mut text = Vec::new();
     builder.generate().map_err(|error| error.to_string())?.write(&mut text);
-    // Read-only sources (a registry's copy) are built with the header they came with.
-    if fs::read(&path).ok().as_deref() != Some(&text[..]) && fs::write(&path, &text).is_err() {
-        println!("cargo:warning=include/nats_presence.h is stale and cannot be written");
+    let mut text = String::from_utf8(text).map_err(|error| error.to_string())?;
+    for (function, title) in GROUPS {
+        let declaration = text.rfind(&format!("{function}(")).ok_or_else(|| format!("{function} is missing"))?;
+        let comment = text[..declaration].rfind("/**\n").ok_or_else(|| format!("{function} has no comment"))?;
+        text.insert_str(comment, &format!("/* ---- {title} {} */\n\n", "-".repeat(100 - title.len())));
+    }
+    // Read-only sources (a registry's copy) are built with the header that they contain.
+    if fs::read_to_string(&path).ok().as_deref() != Some(&text[..]) && fs::write(&path, &text).is_err() {
+        println!("cargo:warning=include/nats_presence.h is outdated and cannot be written");
     }
     Ok(())
 }

@@ -1,83 +1,86 @@
-//! The numbers of the ABI, under the names that C sees. They are the core's, checked at compile time.
+//! The constants of the ABI. At compile time they are compared with the core's.
 
 use crate::error::Status;
 use crate::events::Kind;
 use std::ffi::{CStr, c_char};
 
-/// How a call ended, or why a stream did. The numbers are fixed for ever.
+/// The result of a call, or why a stream has ended. The values never change.
 #[repr(i32)]
 #[allow(missing_docs)]
 pub enum presence_status {
-    /// Done.
+    /// Success.
     PRESENCE_OK = 0,
-    /// An argument is wrong: NULL, not UTF-8, empty, too long, or with a character that may not be there.
+    /// An argument is invalid: NULL, not UTF-8, empty, too long, or with a character that is not allowed.
     PRESENCE_INVALID = -1,
-    /// The client is offline: it was marked so in this process, its last session here was closed, or another process announced
-    /// or reported it.
+    /// The client is offline: it was marked offline in this process, its last session here was closed, or another process
+    /// announced or reported it.
     PRESENCE_OFFLINE = -2,
     /// The sender, stream, service, connection or queue has ended already.
     PRESENCE_CLOSED = -3,
-    /// The stream was cancelled by its reader. A worker sees it, too, where the client left before the stream had begun.
+    /// The reader cancelled the stream. A worker gets it also if the client left before the stream had begun.
     PRESENCE_CANCELLED = -4,
-    /// No room. A sender has it again at PRESENCE_EVENT_WRITABLE; a stream whose reader was too slow ends with it.
+    /// A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its reader
+    /// is too slow.
     PRESENCE_FULL = -5,
-    /// The message is larger than presence_sender_max_message, or the request larger than nats-server's max_payload.
+    /// The message is larger than presence_sender_max_message, or the request larger than max_payload of nats-server.
     PRESENCE_TOO_LARGE = -6,
-    /// The stream is on level 0 of the wire, and the other end would take the payload for something else: it begins with
-    /// "__STREAM_END__" or "__STREAM_ERROR__", or has the form of a JetStream acknowledgement. On a lane any payload is sent.
+    /// The stream is on level 0, and the reader would mistake the payload for something else: it begins with
+    /// "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be sent.
     PRESENCE_RESERVED = -7,
-    /// There is no connection to nats-server now, or it was lost while the stream ran.
+    /// There is no connection to nats-server, or it was lost while the stream ran.
     PRESENCE_DISCONNECTED = -8,
     /// The process at the other end is gone.
     PRESENCE_PEER_GONE = -9,
-    /// Nobody serves the subject.
+    /// No worker serves the subject.
     PRESENCE_NO_RESPONDERS = -10,
-    /// In use: a queue has one waiter at a time. As the status of a PRESENCE_EVENT_ERROR: the worker runs as many streams as it
-    /// may, and refused this one.
+    /// In use: only one thread at a time may wait on a queue. As the status of a PRESENCE_EVENT_ERROR: the worker has
+    /// reached its limit of running streams and refused this one.
     PRESENCE_BUSY = -11,
-    /// The time given was over.
+    /// The timeout has passed.
     PRESENCE_TIMEOUT = -12,
-    /// The worker ended the stream with an error; the event's data is its text.
+    /// The worker ended the stream with an error; the event's `data` is its text.
     PRESENCE_REMOTE = -13,
     /// The handle belongs to the parent of this forked process, or the parent had connected before the fork.
     PRESENCE_FORKED = -14,
-    /// A defect of this library. It remains usable.
+    /// A defect of this library, which remains usable.
     PRESENCE_INTERNAL = -15,
 }
 
-/// What an event tells.
+/// The kind of an event, with the fields that it sets besides `kind`, `status` and `tag`.
 #[repr(i32)]
 #[allow(missing_docs)]
 pub enum presence_event_kind {
-    /// A request arrived at a service: `sender` belongs to the receiver from now on, who frees it; `client` is the
-    /// request's client (empty: anonymous), `subject` the one it came on, `data` its payload.
+    /// A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free. `client` is
+    /// the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
     PRESENCE_EVENT_REQUEST = 1,
     /// A message of a stream: `stream`, `data`.
     PRESENCE_EVENT_DATA = 2,
-    /// The worker ended the stream. Nothing follows for it.
+    /// The worker ended the stream: `stream`. It is the stream's last event.
     PRESENCE_EVENT_END = 3,
-    /// The stream ended otherwise: `status` is why, `data` a text for people. Nothing follows for it.
+    /// The stream ended in another way: `stream`; `status` is why, and `data` a text. It is the stream's last event.
     PRESENCE_EVENT_ERROR = 4,
-    /// A sender may send no more: `sender`, `client`, and `status` is why. It still has to be freed. Comes once, behind its
-    /// REQUEST; not where the sender was ended here.
+    /// A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for a
+    /// sender that you ended yourself. The sender must still be freed.
     PRESENCE_EVENT_STOPPED = 5,
-    /// A sender that was refused with PRESENCE_FULL may try again: `sender`.
+    /// A sender that returned PRESENCE_FULL can send again: `sender`, `client`.
     PRESENCE_EVENT_WRITABLE = 6,
-    /// A client came online in this process: `client`. Only on queues given to presence_watch.
+    /// A client came online in this process: `client`. Only in queues that were passed to presence_watch.
     PRESENCE_EVENT_ONLINE = 7,
-    /// A client went offline in this process: `client`. Only on queues given to presence_watch.
+    /// A client went offline in this process: `client`. Only in queues that were passed to presence_watch.
     PRESENCE_EVENT_OFFLINE = 8,
-    /// The connection has reached nats-server: `data` is its address, as host:port. Only on queues given to presence_conn_watch, as the next.
+    /// The connection to nats-server was made: `data` is the server's host:port. Only in queues that were passed to
+    /// presence_conn_watch.
     ///
-    /// With a `subject`, on a service's queue and with its `tag`: nats-server has the service's subscription again.
+    /// With a `subject`, in a service's queue: nats-server has accepted the service's subscription again.
     PRESENCE_EVENT_CONNECTED = 9,
-    /// The connection to nats-server is lost: `data` is why. Until it was made again, streams and senders end with
-    /// PRESENCE_DISCONNECTED. With `status` PRESENCE_CLOSED it will not be made again.
+    /// The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no worker has
+    /// accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED. Only in queues
+    /// that were passed to presence_conn_watch.
     ///
-    /// With a `subject`, on a service's queue and with its `tag`: nats-server refuses the service's subscription or has
-    /// taken it back, and no requests come; `data` is why. See presence_serve.
+    /// With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so no
+    /// requests come; `data` is why. See presence_serve.
     PRESENCE_EVENT_DISCONNECTED = 10,
-    /// Something that people should know: `data` is a text; `status` and `tag` say what it is about.
+    /// Something that an operator should know: `data` is a text; `status` and `tag` say what it is about.
     PRESENCE_EVENT_LOG = 11,
 }
 
@@ -134,13 +137,13 @@ const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_V
     Err(_) => c"",
 };
 
-/// What a status means, in a few English words. Never NULL; static, not to be freed.
+/// Returns a short English text for a status. It is never NULL and need not be freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_status_text(status: i32) -> *const c_char {
     Status::from_code(status).map_or(UNKNOWN, Status::c_text).as_ptr()
 }
 
-/// The library's version, "major.minor.patch". Static, not to be freed.
+/// Returns the library's version, "major.minor.patch". It need not be freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_version() -> *const c_char {
     VERSION.as_ptr()

@@ -1,68 +1,27 @@
-//! Events out of the library: the queue, what it delivers, and whom to ask for it.
+//! The queue that events are read from.
 
-use super::gateway::presence_stream;
-use super::guard::{
-    borrow, give_sender, guard, guard_or, guard_value, handle, limit, pointer, release, sender_pointer, slice_out,
-};
-use super::worker::presence_sender;
+use super::boundary::{guard, guard_or, guard_value, limit};
+use super::handles::{borrow, create, pointer, release};
+use super::raw::{into_sender_pointer, sender_pointer, slice_out};
+use super::types::{presence_event, presence_queue};
 use crate::error::Result;
 use crate::events::{Event, Kind, Queue};
-use crate::presence::registry;
-use std::ffi::{c_char, c_int};
+use std::ffi::c_int;
 use std::ptr;
 
-/// Where events arrive. Any number of services, streams and watches may share one. Made by presence_queue_new.
-pub struct presence_queue {
-    _opaque: [u8; 0],
-}
-
-/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. What is set is not NULL, even
-/// where its length is 0.
+/// Creates a queue.
 ///
-/// `client`, `subject` and `data` (none of them NUL-terminated), and `sender` and `stream` as names of handles already
-/// freed, are valid until the next wait on the same queue, or until the queue is freed.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct presence_event {
-    /// A presence_event_kind. More may come: ignore what you do not know.
-    pub kind: i32,
-    /// A presence_status.
-    pub status: i32,
-    /// The caller's number, from presence_serve, presence_request, presence_watch or presence_conn_watch.
-    pub tag: u64,
-    /// REQUEST: belongs to the receiver from now on. STOPPED, WRITABLE: which.
-    pub sender: *mut presence_sender,
-    /// DATA, END, ERROR: which.
-    pub stream: *mut presence_stream,
-    /// REQUEST, STOPPED, WRITABLE, ONLINE, OFFLINE: the client's id; empty for an anonymous one.
-    pub client: *const c_char,
-    /// Bytes in `client`.
-    pub client_len: usize,
-    /// REQUEST: the subject it came on. CONNECTED, DISCONNECTED: the service's subject; NULL where the connection is meant.
-    pub subject: *const c_char,
-    /// Bytes in `subject`.
-    pub subject_len: usize,
-    /// REQUEST, DATA: the payload. ERROR, DISCONNECTED, LOG: a text.
-    pub data: *const u8,
-    /// Bytes in `data`.
-    pub data_len: usize,
-    /// 0.
-    pub reserved: [u64; 2],
-}
-
-/// Makes a queue.
-///
-/// # Safety
-/// `out` is NULL (PRESENCE_INVALID) or writable.
+/// Returns PRESENCE_OK. The caller owns `*out` and must call presence_queue_free.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> i32 {
-    // SAFETY: the caller's promise is handle's.
-    guard(|| unsafe { handle(out, || Ok(Queue::new())) })
+    // SAFETY: the caller's promise is create's.
+    guard(|| unsafe { create(out, || Ok(Queue::new())) })
 }
 
-/// A file descriptor that is readable (poll, epoll, kqueue, asyncio, libuv) as long as events wait in the queue.
+/// Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a negative
+/// presence_status: PRESENCE_FULL if the system has no file descriptor left.
 ///
-/// It belongs to the queue: do not read, write or close it. A negative presence_status when there is none to be had.
+/// The queue owns it: do not read, write or close it.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_queue_fd(queue: *const presence_queue) -> c_int {
     match guard_value(|| borrow(queue)?.fd()) {
@@ -71,13 +30,12 @@ pub extern "C" fn presence_queue_fd(queue: *const presence_queue) -> c_int {
     }
 }
 
-/// Waits for events, and takes up to `max` of them into `events`. What an earlier wait gave becomes invalid now.
+/// Waits for events, and fills `events` with up to `max` of them. The events of the last wait become invalid.
 ///
-/// Returns how many were taken; 0 when `timeout_ms` passed or presence_queue_wake was called; or PRESENCE_INVALID,
-/// PRESENCE_BUSY (another thread is waiting), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
+/// Returns how many there are; 0 if `timeout_ms` passed or presence_queue_wake was called; or PRESENCE_INVALID,
+/// PRESENCE_BUSY (another thread waits), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
 ///
-/// # Safety
-/// `events` is writable for `max` elements. While another thread still reads what an earlier wait gave, do not wait.
+/// *Thread safety*: one thread at a time may wait, and not while another one still reads the events of the last wait.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_queue_wait(
     queue: *mut presence_queue,
@@ -101,57 +59,41 @@ pub unsafe extern "C" fn presence_queue_wait(
     }
 }
 
-/// Makes the thread that waits on the queue return, or the next one that would.
+/// Makes the thread that waits on the queue return 0, or else the next wait.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_queue_wake(queue: *mut presence_queue) {
-    guard_or((), || {
+    guard_or((), || -> Result<()> {
         borrow(queue)?.wake();
         Ok(())
     });
 }
 
-/// Frees a queue with all that waits in it. A thread waiting on it gets PRESENCE_CLOSED, and has left when this returns. What
-/// its last wait gave is valid no longer: no thread may be at its events.
+/// Frees a queue and the events in it. A thread that waits on it gets PRESENCE_CLOSED, and has left when this returns.
 ///
-/// Services and streams that use it go on without telling anybody; requests that arrive are answered with an error.
+/// Services and streams that use the queue go on without events. Requests, queued and new, are answered with an error.
+///
+/// *Thread safety*: no thread may still read the events of the last wait.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_queue_free(queue: *mut presence_queue) {
-    guard_or((), || {
-        if let Some(queue) = release(queue) {
-            queue.close();
-        }
-        Ok(())
-    });
+    guard_or((), || release(queue, Queue::close));
 }
 
-/// Has the queue tell from now on, with `tag`, when clients come online and go offline in this process.
-///
-/// A queue watches once; a second call changes its tag. At most 65,536 such events wait; then they are dropped, and a
-/// PRESENCE_EVENT_LOG with PRESENCE_FULL says so.
-#[unsafe(no_mangle)]
-pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
-    guard(|| -> Result<()> {
-        registry::watch(&borrow(queue)?, tag);
-        Ok(())
-    })
-}
-
-/// Where a field's bytes are. An empty slice of Rust's has an address that is none, which Go, for one, does not bear: it is
-/// that of an empty text in a field that this kind of event has, and NULL in one that it has not.
+/// The address of a field's bytes. That of an empty slice in Rust is no valid address, which Go, for one, rejects: so an
+/// empty field has the address of an empty text if this kind of event has the field, and NULL otherwise.
 #[inline]
-fn start(bytes: &[u8], is_meant: bool) -> *const u8 {
-    match (bytes.is_empty(), is_meant) {
+fn start(bytes: &[u8], has_field: bool) -> *const u8 {
+    match (bytes.is_empty(), has_field) {
         (false, _) => bytes.as_ptr(),
         (true, true) => c"".as_ptr().cast(),
         (true, false) => ptr::null(),
     }
 }
 
-/// An event as C sees it. The sender of a request passes to the receiver here.
+/// An event for C. The caller owns the sender of a request from here on.
 #[inline]
 fn export(event: &Event<'_>) -> presence_event {
     let sender = match event.kind {
-        Kind::Request => event.sender().map(give_sender),
+        Kind::Request => event.sender().map(into_sender_pointer),
         Kind::Stopped | Kind::Writable => event.sender().as_ref().map(sender_pointer),
         _ => None,
     };

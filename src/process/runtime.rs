@@ -107,7 +107,7 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
 pub(crate) async fn catch_panic<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
     #[cfg(test)]
     let work = crate::panics::forcible(what, work);
-    // Unwind safe as in `ffi::guard`.
+    // Unwind safe as in `ffi::boundary`.
     let done = AssertUnwindSafe(work).catch_unwind().await;
     done.map_err(|panic| {
         // It is told here.

@@ -1,0 +1,128 @@
+//! The types of the ABI: handles, and the structures that functions fill.
+
+use std::ffi::c_char;
+
+/// A connection to nats-server. It reconnects whenever it is lost, until presence_close.
+pub struct presence_conn {
+    _opaque: [u8; 0],
+}
+
+/// A queue of events. Any number of services, streams and watches may use the same queue.
+pub struct presence_queue {
+    _opaque: [u8; 0],
+}
+
+/// A subject that this process serves.
+pub struct presence_service {
+    _opaque: [u8; 0],
+}
+
+/// The worker's end of one stream. Each PRESENCE_EVENT_REQUEST has one.
+///
+/// The caller owns it and must call presence_sender_free. It may be used from any thread, before and after the next wait
+/// on the queue. Once it has ended, it never sends again.
+pub struct presence_sender {
+    _opaque: [u8; 0],
+}
+
+/// The gateway's end of one stream, which this process requested.
+pub struct presence_stream {
+    _opaque: [u8; 0],
+}
+
+/// One of a client's connections to this process, such as a browser tab.
+pub struct presence_session {
+    _opaque: [u8; 0],
+}
+
+/// Options for presence_connect and presence_request.
+///
+/// *Thread safety*: only one thread at a time may use it.
+pub struct presence_config {
+    _opaque: [u8; 0],
+}
+
+/// The size of a presence_error's message, including the NUL.
+pub const PRESENCE_ERROR_MESSAGE: usize = 508;
+
+/// Filled by a call that fails.
+#[repr(C)]
+pub struct presence_error {
+    /// The presence_status that the call returned.
+    pub status: i32,
+    /// Which value was wrong and what would be right. UTF-8, NUL-terminated, truncated if it is too long.
+    pub message: [c_char; PRESENCE_ERROR_MESSAGE],
+}
+
+/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. A field that is set is not
+/// NULL, even if its length is 0.
+///
+/// `client`, `subject` and `data` are not NUL-terminated. They are valid until the next wait on the same queue, or until
+/// the queue is freed. For as long, `sender` and `stream` name the handles that the event is about, which the caller may
+/// have freed.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct presence_event {
+    /// A presence_event_kind. Later versions may add kinds: ignore those that you do not know.
+    pub kind: i32,
+    /// A presence_status.
+    pub status: i32,
+    /// The number that was passed to presence_serve, presence_request, presence_watch or presence_conn_watch.
+    pub tag: u64,
+    /// REQUEST: a new sender, which the caller owns. STOPPED, WRITABLE: the sender that the event is about.
+    pub sender: *mut presence_sender,
+    /// DATA, END, ERROR: the stream that the event is about.
+    pub stream: *mut presence_stream,
+    /// REQUEST, STOPPED, WRITABLE, ONLINE, OFFLINE: the client's id. It is empty for a request without a client.
+    pub client: *const c_char,
+    /// The length of `client`.
+    pub client_len: usize,
+    /// REQUEST: the subject that the request was sent to. CONNECTED, DISCONNECTED: the service's subject, or NULL if the
+    /// event is about the connection.
+    pub subject: *const c_char,
+    /// The length of `subject`.
+    pub subject_len: usize,
+    /// REQUEST, DATA: the payload. ERROR, CONNECTED, DISCONNECTED, LOG: a text.
+    pub data: *const u8,
+    /// The length of `data`.
+    pub data_len: usize,
+    /// 0.
+    pub reserved: [u64; 2],
+}
+
+/// What a connection has done since presence_connect, and its present state.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct presence_stats {
+    /// 1 while there is a connection to nats-server, otherwise 0.
+    pub connected: u64,
+    /// How often a connection to nats-server was made. Above 1, it was lost in between.
+    pub connects: u64,
+    /// Running streams that were requested here.
+    pub streams: u64,
+    /// Running streams that are served here.
+    pub senders: u64,
+    /// Requests that services here received.
+    pub requests: u64,
+    /// Requests that were answered with "server busy".
+    pub requests_busy: u64,
+    /// Requests that were ignored or refused: without a reply subject, with one that may not be answered, or with an
+    /// invalid Connect-ID header.
+    pub requests_ignored: u64,
+    /// Messages of all kinds that were handed to the NATS client.
+    pub messages_out: u64,
+    /// Messages of all kinds that were received.
+    pub messages_in: u64,
+    /// Messages that were received for no running stream, or that no peer should have sent.
+    pub messages_ignored: u64,
+    /// Offline announcements sent.
+    pub offline_out: u64,
+    /// Offline announcements received from other processes.
+    pub offline_in: u64,
+    /// Bytes that wait to be handed to the NATS client or, on lanes, to be acknowledged.
+    pub bytes_waiting: u64,
+    /// Lanes, each of which connects this process to another one with this library.
+    pub lanes: u64,
+    /// 0.
+    pub reserved: [u64; 6],
+}
