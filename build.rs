@@ -36,7 +36,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes the header to where it is checked in, but only if it changed, so that a build from a clean checkout leaves it clean.
+/// Writes the header to where it is checked in, but only if it changed, so that a build of a clean checkout leaves it
+/// clean.
 fn header() -> Result<(), String> {
     let root = env::var("CARGO_MANIFEST_DIR").map_err(|error| error.to_string())?;
     let root = Path::new(&root);

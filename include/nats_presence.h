@@ -26,35 +26,37 @@
  * This file is generated from src/ffi by cbindgen; do not edit it.
  *
  * Words
- *   - Client: whom a gateway serves, such as a browser. Its id is 1 to 1024 bytes of UTF-8 without control characters. The
- *     empty id stands for no client, and is always online.
- *   - Level 0: the protocol of plain NATS messages, which peers without this library speak too. A stream on level 0 is not
- *     resumed after a connection was lost. Its worker can be stopped only by announcing the client offline to all processes.
+ *   - Client: whom a gateway serves, such as a browser. Its id is 1 to 1024 bytes of UTF-8 without control characters.
+ *     The empty id stands for no client, and is always online.
+ *   - Level 0: the protocol of plain NATS messages, which peers without this library speak too. A stream on level 0 is
+ *     not resumed after a connection was lost. Its worker can be stopped only by announcing the client offline to all
+ *     processes.
  *   - Lane: what all streams between two processes share if both run this library. Messages on a lane are batched,
  *     flow-controlled, and resumed after a reconnect, and each stream can be stopped by itself.
  *
  * Rules for all functions
- *   - Threads: every function may be called from any thread at any time, unless its comment says otherwise. There are no
- *     callbacks. No function may be called in a signal handler, where it could wait for the thread that was interrupted; a
- *     status word may be read there. (Handle signals with sigwait in a thread of their own, or with signalfd.) No thread may
- *     be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal handler.
- *   - Results: a function that returns int32_t returns PRESENCE_OK (0) or a negative presence_status. A call that fails has
- *     changed nothing, but presence_close always closes the connection. Any call can also return PRESENCE_INVALID for an
- *     invalid argument, PRESENCE_CLOSED for a handle that has ended, PRESENCE_FORKED and PRESENCE_INTERNAL.
+ *   - Threads: every function may be called from any thread at any time, unless its comment says otherwise. There are
+ *     no callbacks. No function may be called in a signal handler, where it could wait for the thread that was
+ *     interrupted; a status word may be read there. (Handle signals with sigwait in a thread of their own, or with
+ *     signalfd.) No thread may be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal
+ *     handler.
+ *   - Results: a function that returns int32_t returns PRESENCE_OK (0) or a negative presence_status. A call that fails
+ *     has changed nothing, but presence_close always closes the connection. Any call can also return PRESENCE_INVALID
+ *     for an invalid argument, PRESENCE_CLOSED for a handle that has ended, PRESENCE_FORKED and PRESENCE_INTERNAL.
  *   - `error` may be NULL. It is filled if the call fails, and otherwise left unchanged.
- *   - Handles are opaque. Each is ended by one call of its _free or _close function; ending NULL has no effect. A handle that
- *     has ended is recognised, with PRESENCE_CLOSED; but the use of a presence_sender or presence_config after it was freed
- *     is undefined (a debug build of the library refuses it).
- *   - Pointers: the caller promises that text without a length is NUL-terminated, that data is readable for its length, and
- *     that results are writable. NULL and pointers that are not aligned for their type are PRESENCE_INVALID, except where a
- *     comment allows NULL, and NULL data with length 0. (An `error` that is not aligned is left unchanged.)
+ *   - Handles are opaque. Each is ended by one call of its _free or _close function; ending NULL has no effect. A
+ *     handle that has ended is recognised, with PRESENCE_CLOSED; but the use of a presence_sender or presence_config
+ *     after it was freed is undefined (a debug build of the library refuses it).
+ *   - Pointers: the caller promises that text without a length is NUL-terminated, that data is readable for its length,
+ *     and that results are writable. NULL and pointers that are not aligned for their type are PRESENCE_INVALID, except
+ *     where a comment allows NULL, and NULL data with length 0. (An `error` that is not aligned is left unchanged.)
  *   - Data that is passed in is copied before the call returns. Text is UTF-8.
  *   - Subjects are at most 2048 bytes long, inbox prefixes and groups 1024.
  *   - Times are milliseconds. A negative timeout is no limit; 0 does not wait.
  *   - Stack: presence_connect needs 64 KiB, all other functions 16 KiB.
  *   - Out of memory: Rust's allocator aborts the process.
- *   - fork: in the child, inherited handles return PRESENCE_FORKED, and freeing them has no effect. (A presence_config is
- *     only memory, and remains usable.)
+ *   - fork: in the child, inherited handles return PRESENCE_FORKED, and freeing them has no effect. (A presence_config
+ *     is only memory, and remains usable.)
  */
 
 
@@ -91,8 +93,8 @@ enum presence_status
    */
   PRESENCE_INVALID = -1,
   /**
-   * The client is offline: it was marked offline in this process, its last session here was closed, or another process
-   * announced or reported it.
+   * The client is offline: it was marked offline in this process, its last session here was closed, or another
+   * process announced or reported it.
    */
   PRESENCE_OFFLINE = -2,
   /**
@@ -104,8 +106,8 @@ enum presence_status
    */
   PRESENCE_CANCELLED = -4,
   /**
-   * A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its reader
-   * is too slow.
+   * A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its
+   * reader is too slow.
    */
   PRESENCE_FULL = -5,
   /**
@@ -114,7 +116,8 @@ enum presence_status
   PRESENCE_TOO_LARGE = -6,
   /**
    * The stream is on level 0, and the reader would mistake the payload for something else: it begins with
-   * "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be sent.
+   * "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be
+   * sent.
    */
   PRESENCE_RESERVED = -7,
   /**
@@ -168,8 +171,8 @@ enum presence_event_kind
 #endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
  {
   /**
-   * A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free. `client` is
-   * the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
+   * A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free.
+   * `client` is the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
    */
   PRESENCE_EVENT_REQUEST = 1,
   /**
@@ -185,8 +188,8 @@ enum presence_event_kind
    */
   PRESENCE_EVENT_ERROR = 4,
   /**
-   * A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for a
-   * sender that you ended yourself. The sender must still be freed.
+   * A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for
+   * a sender that you ended yourself. The sender must still be freed.
    */
   PRESENCE_EVENT_STOPPED = 5,
   /**
@@ -209,12 +212,12 @@ enum presence_event_kind
    */
   PRESENCE_EVENT_CONNECTED = 9,
   /**
-   * The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no worker has
-   * accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED. Only in queues
-   * that were passed to presence_conn_watch.
+   * The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no
+   * worker has accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED.
+   * Only in queues that were passed to presence_conn_watch.
    *
-   * With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so no
-   * requests come; `data` is why. See presence_serve.
+   * With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so
+   * no requests come; `data` is why. See presence_serve.
    */
   PRESENCE_EVENT_DISCONNECTED = 10,
   /**
@@ -250,8 +253,8 @@ typedef struct presence_queue presence_queue;
 /**
  * The worker's end of one stream. Each PRESENCE_EVENT_REQUEST has one.
  *
- * The caller owns it and must call presence_sender_free. It may be used from any thread, before and after the next wait
- * on the queue. Once it has ended, it never sends again.
+ * The caller owns it and must call presence_sender_free. It may be used from any thread, before and after the next
+ * wait on the queue. Once it has ended, it never sends again.
  */
 typedef struct presence_sender presence_sender;
 
@@ -285,12 +288,12 @@ typedef struct presence_error {
 } presence_error;
 
 /**
- * Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. A field that is set is not
- * NULL, even if its length is 0.
+ * Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. A field that is set is
+ * not NULL, even if its length is 0.
  *
- * `client`, `subject` and `data` are not NUL-terminated. They are valid until the next wait on the same queue, or until
- * the queue is freed. For as long, `sender` and `stream` name the handles that the event is about, which the caller may
- * have freed.
+ * `client`, `subject` and `data` are not NUL-terminated. They are valid until the next wait on the same queue, or
+ * until the queue is freed. For as long, `sender` and `stream` name the handles that the event is about, which the
+ * caller may have freed.
  */
 typedef struct presence_event {
   /**
@@ -322,8 +325,8 @@ typedef struct presence_event {
    */
   size_t client_len;
   /**
-   * REQUEST: the subject that the request was sent to. CONNECTED, DISCONNECTED: the service's subject, or NULL if the
-   * event is about the connection.
+   * REQUEST: the subject that the request was sent to. CONNECTED, DISCONNECTED: the service's subject, or NULL if
+   * the event is about the connection.
    */
   const char *subject;
   /**
@@ -436,9 +439,9 @@ const char *presence_version(void);
  * password, or a token. `config` is NULL for the defaults; the library does not keep it.
  *
  * Servers, and the addresses of a server's name, are tried in random order, those that failed in the last minute after
- * the others. The next one is tried as well when one has not answered for 250 ms. The other servers of a cluster, which
- * nats-server names, are tried too; the certificate of one that is named by its address may be for the host name in the
- * URL. The library reconnects whenever the connection is lost.
+ * the others. The next one is tried as well when one has not answered for 250 ms. The other servers of a cluster,
+ * which nats-server names, are tried too; the certificate of one that is named by its address may be for the host name
+ * in the URL. The library reconnects whenever the connection is lost.
  *
  * Returns PRESENCE_OK; PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (no server is reached, or all refuse),
  * PRESENCE_TIMEOUT, PRESENCE_FULL (the system gives no thread or file descriptor), PRESENCE_FORKED.
@@ -479,12 +482,11 @@ int32_t presence_conn_watch(struct presence_conn *conn, struct presence_queue *q
  * waits, for at most `drain_ms`, until nats-server and the other ends of lanes have all that was sent before. It never
  * waits for a reconnect. The handles of the connection's services, senders and streams must still be freed.
  *
- * Returns PRESENCE_OK if all was delivered. After PRESENCE_TIMEOUT and PRESENCE_DISCONNECTED (there is no connection, or
- * it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was closed
- * before.
+ * Returns PRESENCE_OK if all was delivered. After PRESENCE_TIMEOUT and PRESENCE_DISCONNECTED (there is no connection,
+ * or it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was
+ * closed before.
  */
-int32_t presence_close(struct presence_conn *conn,
-                       int64_t drain_ms);
+int32_t presence_close(struct presence_conn *conn, int64_t drain_ms);
 
 /* ---- Read events ----------------------------------------------------------------------------------------- */
 
@@ -496,8 +498,8 @@ int32_t presence_close(struct presence_conn *conn,
 int32_t presence_queue_new(struct presence_queue **out);
 
 /**
- * Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a negative
- * presence_status: PRESENCE_FULL if the system has no file descriptor left.
+ * Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a
+ * negative presence_status: PRESENCE_FULL if the system has no file descriptor left.
  *
  * The queue owns it: do not read, write or close it.
  */
@@ -533,18 +535,18 @@ void presence_queue_free(struct presence_queue *queue);
 /* ---- Serve: the worker's side ---------------------------------------------------------------------------- */
 
 /**
- * Serves a subject: each request is a PRESENCE_EVENT_REQUEST with `tag` in `queue`. The subject may have wildcards. Also
- * does what presence_listen_offline does.
+ * Serves a subject: each request is a PRESENCE_EVENT_REQUEST with `tag` in `queue`. The subject may have wildcards.
+ * Also does what presence_listen_offline does.
  *
- * Processes that serve the subject in the same `group` share the requests: each request goes to one of them. NULL or ""
- * is no group: each request goes to all. At most `max_streams` streams run at once (0: 10,000); further requests are
- * answered with "server busy".
+ * Processes that serve the subject in the same `group` share the requests: each request goes to one of them. NULL or
+ * "" is no group: each request goes to all. At most `max_streams` streams run at once (0: 10,000); further requests
+ * are answered with "server busy".
  *
  * Waits until nats-server has the subscription. Without a connection it returns at once, and the subscription is made
  * after the reconnect. If nats-server refuses the subscription later, or takes it back when its configuration changes,
- * one PRESENCE_EVENT_DISCONNECTED with `tag` and the subject comes to `queue`. The subscription is tried again with the
- * delays of a reconnect, and a PRESENCE_EVENT_CONNECTED with `tag` and the subject reports success. Running streams go
- * on.
+ * one PRESENCE_EVENT_DISCONNECTED with `tag` and the subject comes to `queue`. The subscription is tried again with
+ * the delays of a reconnect, and a PRESENCE_EVENT_CONNECTED with `tag` and the subject reports success. Running
+ * streams go on.
  *
  * Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TIMEOUT, PRESENCE_CLOSED; PRESENCE_DISCONNECTED (permissions) or
  * PRESENCE_FULL (max_subscriptions), with the text of nats-server, if it refuses the subscription.
@@ -575,17 +577,15 @@ void presence_service_free(struct presence_service *service);
 /**
  * Sends one message of the stream. Never blocks.
  *
- * Returns PRESENCE_OK; PRESENCE_OFFLINE once the client is offline, and for ever after; PRESENCE_FULL if the message does
- * not fit now: a PRESENCE_EVENT_WRITABLE comes when to try again, which is when the reader has taken some messages, or
- * when half of send_buffer_bytes is free.
+ * Returns PRESENCE_OK; PRESENCE_OFFLINE once the client is offline, and for ever after; PRESENCE_FULL if the message
+ * does not fit now: a PRESENCE_EVENT_WRITABLE comes when to try again, which is when the reader has taken some
+ * messages, or when half of send_buffer_bytes is free.
  *
- * PRESENCE_TOO_LARGE (see presence_sender_max_message) and, on level 0, PRESENCE_RESERVED concern this message only, and
- * the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
+ * PRESENCE_TOO_LARGE (see presence_sender_max_message) and, on level 0, PRESENCE_RESERVED concern this message only,
+ * and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
  * PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
  */
-int32_t presence_sender_send(struct presence_sender *sender,
-                             const void *data,
-                             size_t len);
+int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
 
 /**
  * Sends several messages of the stream, up to the first that is refused. Never blocks.
@@ -598,22 +598,20 @@ int32_t presence_sender_send(struct presence_sender *sender,
 int64_t presence_sender_send_many(struct presence_sender *sender, const void *data, const size_t *lens, size_t count);
 
 /**
- * As presence_sender_send, but where that would return PRESENCE_FULL this blocks until the message is sent, for at most
- * `timeout_ms`. The end of the stream ends the wait too.
+ * As presence_sender_send, but where that would return PRESENCE_FULL this blocks until the message is sent, for at
+ * most `timeout_ms`. The end of the stream ends the wait too.
  *
  * Returns what presence_sender_send returns, but PRESENCE_TIMEOUT in place of PRESENCE_FULL.
  */
 int32_t presence_sender_send_wait(struct presence_sender *sender, const void *data, size_t len, int64_t timeout_ms);
 
 /**
- * Ends the stream with an error. The reader gets `message`, which may be any bytes, or NULL with `len` 0 for no text. It is
- * truncated to what nats-server takes in one message, and on a lane without capacity for more to 256 bytes.
+ * Ends the stream with an error. The reader gets `message`, which may be any bytes, or NULL with `len` 0 for no text.
+ * It is truncated to what nats-server takes in one message, and on a lane without capacity for more to 256 bytes.
  *
  * Returns PRESENCE_OK; PRESENCE_CLOSED if the stream has ended already; why it was stopped, if it was.
  */
-int32_t presence_sender_error(struct presence_sender *sender,
-                              const char *message,
-                              size_t len);
+int32_t presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
 
 /**
  * Ends the stream.
@@ -628,8 +626,8 @@ int32_t presence_sender_end(struct presence_sender *sender);
 bool presence_sender_is_closed(const struct presence_sender *sender);
 
 /**
- * Returns the size limit of a message, in bytes: max_payload of the present nats-server, less 64. It is the same on lanes
- * and on level 0. 0 for NULL.
+ * Returns the size limit of a message, in bytes: max_payload of the present nats-server, less 64. It is the same on
+ * lanes and on level 0. 0 for NULL.
  */
 size_t presence_sender_max_message(const struct presence_sender *sender);
 
@@ -639,8 +637,8 @@ size_t presence_sender_max_message(const struct presence_sender *sender);
 uint64_t presence_sender_send_count(const struct presence_sender *sender);
 
 /**
- * Returns the address of the sender's status word, or NULL for NULL. The word is 0 while the stream runs. When the stream
- * ends, it becomes, for ever, the presence_status that says why, as a uint32_t.
+ * Returns the address of the sender's status word, or NULL for NULL. The word is 0 while the stream runs. When the
+ * stream ends, it becomes, for ever, the presence_status that says why, as a uint32_t.
  *
  * Reading it is the cheapest way to see whether the client has left: use a relaxed atomic load of 32 bits, from any
  * thread, until the sender is freed.
@@ -648,16 +646,14 @@ uint64_t presence_sender_send_count(const struct presence_sender *sender);
 const uint32_t *presence_sender_status_word(const struct presence_sender *sender);
 
 /**
- * Reads a header of the request. `name` is compared as it was sent. If there are several with this name, reads the first.
+ * Reads a header of the request. `name` is compared as it was sent. If there are several with this name, reads the
+ * first.
  *
  * `*value` is not NUL-terminated, and valid until the sender is freed. It is NULL if there is no such header.
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
-int32_t presence_sender_header(const struct presence_sender *sender,
-                               const char *name,
-                               const char **value,
-                               size_t *len);
+int32_t presence_sender_header(const struct presence_sender *sender, const char *name, const char **value, size_t *len);
 
 /**
  * Frees a sender. A stream that has not ended ends with an error at the reader.
@@ -672,20 +668,20 @@ void presence_sender_free(struct presence_sender *sender);
  * Requests a stream for a client from a worker that serves `subject`. Does not wait for the worker.
  *
  * Each message of the stream is a PRESENCE_EVENT_DATA with `tag` in `queue`. Exactly one PRESENCE_EVENT_END or
- * PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does not
- * keep it.
+ * PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does
+ * not keep it.
  *
  * The request tells the worker the client's id. The client is online in this process while the stream runs, and
- * mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no mark
- * stops its worker.
+ * mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no
+ * mark stops its worker.
  *
  * Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (the send buffer is full),
  * PRESENCE_DISCONNECTED, PRESENCE_CLOSED; with the option only_online PRESENCE_OFFLINE.
  *
  * Later errors are the `status` of the PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS (no worker serves the subject),
- * PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the worker's),
- * PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT, PRESENCE_PEER_GONE,
- * PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
+ * PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the
+ * worker's), PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT,
+ * PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
  *
  * The caller owns `*out` and must call presence_stream_free.
  */
@@ -702,27 +698,26 @@ int32_t presence_request(struct presence_conn *conn,
                          struct presence_error *error);
 
 /**
- * Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send as
- * many more. Only for streams with the option manual_credit: for others, messages that leave the queue are consumed, and
- * this has no effect.
+ * Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send
+ * as many more. Only for streams with the option manual_credit: for others, messages that leave the queue are
+ * consumed, and this has no effect.
  *
  * One call may report many messages; the 64 bytes that each counts in addition are added here. Report 0 for messages
  * without bytes. More than there was counts as all.
  *
  * Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended.
  */
-int32_t presence_stream_consumed(struct presence_stream *stream,
-                                 size_t bytes);
+int32_t presence_stream_consumed(struct presence_stream *stream, size_t bytes);
 
 /**
  * Cancels a running stream: it ends with a PRESENCE_EVENT_ERROR whose status is PRESENCE_CANCELLED, and the worker is
  * notified.
  *
- * On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 can be stopped
- * only by announcing the client offline, which also stops the client's streams at other gateways. The announcement is
- * made unless another stream, a session or a mark keeps the client online here; then the worker goes on. Before the
- * worker's first answer it is not known which of the two it is: the announcement, if there is one, follows that answer,
- * or 5 seconds without one.
+ * On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 can be
+ * stopped only by announcing the client offline, which also stops the client's streams at other gateways. The
+ * announcement is made unless another stream, a session or a mark keeps the client online here; then the worker goes
+ * on. Before the worker's first answer it is not known which of the two it is: the announcement, if there is one,
+ * follows that answer, or 5 seconds without one.
  *
  * Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended already.
  */
@@ -738,8 +733,8 @@ void presence_stream_free(struct presence_stream *stream);
 /**
  * Marks a client online in this process, until mark_client_offline or an announcement marks it offline.
  *
- * A second mark has no effect, and neither has the empty id. The mark is not announced: a request tells the worker which
- * client it is for.
+ * A second mark has no effect, and neither has the empty id. The mark is not announced: a request tells the worker
+ * which client it is for.
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
@@ -750,15 +745,16 @@ int32_t mark_client_online(const char *client_id);
  * sessions are over: no send to this client is accepted any more. Every open connection announces it to the other
  * processes, unless its option announce says otherwise.
  *
- * A client that is unknown here is announced too, because other processes may know it. The empty id has no effect. This
- * never blocks: without a connection to nats-server the announcement waits for the reconnect.
+ * A client that is unknown here is announced too, because other processes may know it. The empty id has no effect.
+ * This never blocks: without a connection to nats-server the announcement waits for the reconnect.
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
 int32_t mark_client_offline(const char *client_id);
 
 /**
- * Returns true if a client is online in this process: it is marked online, has an open session, or has a running stream.
+ * Returns true if a client is online in this process: it is marked online, has an open session, or has a running
+ * stream.
  *
  * The empty id is always online. NULL, an invalid id and an unknown id are not.
  */
@@ -803,9 +799,9 @@ int32_t presence_session_open(const char *id, size_t len, struct presence_sessio
  * marked online. Streams that other processes requested go on, because the client may be connected to those processes;
  * mark_client_offline ends them too.
  *
- * **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the streams
- * that end here is on level 0, the client's streams at all other gateways end too. If clients are connected to several
- * gateways at a time, run this library in all workers, with lanes.
+ * **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the
+ * streams that end here is on level 0, the client's streams at all other gateways end too. If clients are connected to
+ * several gateways at a time, run this library in all workers, with lanes.
  */
 void presence_session_close(struct presence_session *session);
 
@@ -837,58 +833,58 @@ struct presence_config *presence_config_new(void);
  *
  * Options for presence_connect
  *   - name: the connection's name in the monitoring of nats-server. Default "nats-presence".
- *   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password, or a
- *     token, instead.
+ *   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password,
+ *     or a token, instead.
  *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each of
  *     these except tls_required implies tls_required.
- *   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and presence_listen_offline
- *     to get an answer of nats-server. Default 5000.
+ *   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and
+ *     presence_listen_offline to get an answer of nats-server. Default 5000.
  *   - retry_on_initial_connect: true: presence_connect returns at once and connects in the background. Default false.
- *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles from the one to the other; a random half
- *     of it is jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was lost as soon
- *     as it was made.
+ *   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles from the one to the other; a random
+ *     half of it is jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was lost as
+ *     soon as it was made.
  *   - max_reconnects: the connection is closed after so many failed attempts in a row. Default 0: never.
- *   - ping_interval_ms: how often nats-server is pinged. The connection is lost after two unanswered pings. Default 20000.
+ *   - ping_interval_ms: how often nats-server is pinged. The connection is lost after two unanswered pings. Default
+ *     20000.
  *   - inbox_prefix: the prefix of the subjects that answers are sent to. Default "_INBOX".
  *   - offline_subject: the subject of offline announcements, the same in all processes. Default "client.offline".
- *   - announce: which calls of mark_client_offline are announced to other processes: always (default): all; streams: those
- *     for clients with running streams that were requested here and are not on a lane; never: none. With always and
- *     streams, the ends of level-0 streams, and of sessions with such streams, are announced too.
- *   - lanes: true (default): streams use a lane if the other end runs this library; false: all streams of the connection
- *     use level 0.
- *   - heartbeat_ms: how often the peer of a lane that sends nothing is probed while streams run. It is gone after three
- *     intervals without a message. Default 5000.
- *   - peer_grace_ms: how long the peer of a lane may be away after nats-server has reported that it is not there (it was
- *     killed, or it reconnects), before it is gone. Set 0 to stop at once. Default 1000 for a peer on the same
+ *   - announce: which calls of mark_client_offline are announced to other processes: always (default): all; streams:
+ *     those for clients with running streams that were requested here and are not on a lane; never: none. With always
+ *     and streams, the ends of level-0 streams, and of sessions with such streams, are announced too.
+ *   - lanes: true (default): streams use a lane if the other end runs this library; false: all streams of the
+ *     connection use level 0.
+ *   - heartbeat_ms: how often the peer of a lane that sends nothing is probed while streams run. It is gone after
+ *     three intervals without a message. Default 5000.
+ *   - peer_grace_ms: how long the peer of a lane may be away after nats-server has reported that it is not there (it
+ *     was killed, or it reconnects), before it is gone. Set 0 to stop at once. Default 1000 for a peer on the same
  *     nats-server, and 3000 for others, because servers need a little over a second to restore a broken link.
- *   - send_buffer_bytes: how many bytes may wait to be sent and, on each lane, to be acknowledged. Above it, sends return
- *     PRESENCE_FULL. Default 4194304.
- *   - receive_buffer_bytes: how many bytes may be unread on the connection. Default 67108864. On lanes: once the windows
- *     of its streams (stream_buffer_bytes) add up to it, further streams get windows of 8192 bytes. On level 0: while so
- *     much is unread, a stream that has more than a 64th of it ends with PRESENCE_FULL.
- *   - session_grace_ms: how long a client stays online after its last session. It applies to all sessions of the process;
- *     the last presence_connect that sets it wins. Default 0.
+ *   - send_buffer_bytes: how many bytes may wait to be sent and, on each lane, to be acknowledged. Above it, sends
+ *     return PRESENCE_FULL. Default 4194304.
+ *   - receive_buffer_bytes: how many bytes may be unread on the connection. Default 67108864. On lanes: once the
+ *     windows of its streams (stream_buffer_bytes) add up to it, further streams get windows of 8192 bytes. On level
+ *     0: while so much is unread, a stream that has more than a 64th of it ends with PRESENCE_FULL.
+ *   - session_grace_ms: how long a client stays online after its last session. It applies to all sessions of the
+ *     process; the last presence_connect that sets it wins. Default 0.
  *   - worker_threads: how many threads the library runs in this process, 1 to 64. The first presence_connect decides.
  *     Default 1.
  *
  * Options for presence_request
- *   - timeout_ms: the limit from the request to the end of the stream, which then ends with PRESENCE_TIMEOUT. Default 0: no
- *     limit.
+ *   - timeout_ms: the limit from the request to the end of the stream, which then ends with PRESENCE_TIMEOUT. Default
+ *     0: no limit.
  *   - retries, retry_delay_ms: how often, and after what delay, the request is sent again while no worker serves the
  *     subject or the worker is busy, and no message has come. Defaults 0 and 100.
- *   - stream_buffer_bytes: how many bytes of the stream may wait in the queue, plus 64 for each message. On a lane it is
- *     the stream's window: the worker is slowed down, and a stream carries at most so much per round trip. Default 262144,
- *     at most 4194304. Each slow reader keeps up to so much in memory. On level 0 nothing slows the worker down, and the
- *     stream ends with PRESENCE_FULL. Default 67108864.
- *   - manual_credit: true: a message counts towards stream_buffer_bytes until presence_stream_consumed reports it; false
- *     (default): until it has left the queue.
- *   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. Use it for
- *     clients that are marked online or have a session, so that a late request does not bring them back. Default false.
+ *   - stream_buffer_bytes: how many bytes of the stream may wait in the queue, plus 64 for each message. On a lane it
+ *     is the stream's window: the worker is slowed down, and a stream carries at most so much per round trip. Default
+ *     262144, at most 4194304. Each slow reader keeps up to so much in memory. On level 0 nothing slows the worker
+ *     down, and the stream ends with PRESENCE_FULL. Default 67108864.
+ *   - manual_credit: true: a message counts towards stream_buffer_bytes until presence_stream_consumed reports it;
+ *     false (default): until it has left the queue.
+ *   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. Use it
+ *     for clients that are marked online or have a session, so that a late request does not bring them back. Default
+ *     false.
  *   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
  */
-int32_t presence_config_set(struct presence_config *config,
-                            const char *key,
-                            const char *value);
+int32_t presence_config_set(struct presence_config *config, const char *key, const char *value);
 
 /**
  * Fills `error` with what was wrong in the last presence_config_set that failed on these options.

@@ -7,8 +7,8 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// If less than this of a lane message is needed, it is copied. Otherwise an event that stays in the queue would keep the
-/// NATS client's whole read buffer, which is 64 KiB or more.
+/// If less than this of a lane message is needed, it is copied. Otherwise an event that stays in the queue would keep
+/// the NATS client's whole read buffer, which is 64 KiB or more.
 const COPY_BELOW: usize = 4096;
 /// The same for a payload that is alone in its message.
 const COPY_ALONE_BELOW: usize = 32 << 10;

@@ -324,8 +324,9 @@ impl Queue {
         !inner.closed
     }
 
-    /// Adds the event that `make` returns, without waking the waiting thread, as a wakeup for each event would cost more than
-    /// the event. `make` is called with the queue locked, so that what it reads agrees with the event's position.
+    /// Adds the event that `make` returns, without waking the waiting thread, as a wakeup for each event would cost
+    /// more than the event. `make` is called with the queue locked, so that what it reads agrees with the event's
+    /// position.
     ///
     /// Returns None if the queue is closed, and true if the caller must call `flush` after its last event.
     pub(crate) fn push_deferred(&self, make: impl FnOnce() -> Option<Single>) -> Option<bool> {
@@ -403,8 +404,8 @@ impl Queue {
         }
     }
 
-    /// Adds a CONNECTED, DISCONNECTED or LOG event of a connection, or of a service if `subject` is not empty. Above the limit
-    /// it is dropped.
+    /// Adds a CONNECTED, DISCONNECTED or LOG event of a connection, or of a service if `subject` is not empty. Above
+    /// the limit it is dropped.
     pub(crate) fn push_connection(&self, subject: &str, kind: Kind, status: Status, tag: u64, text: impl Into<Bytes>) {
         let mut inner = self.inner.lock();
         if inner.connection_events < MAX_CONNECTION_EVENTS && !inner.closed {

@@ -22,8 +22,8 @@ struct Pending {
 }
 
 impl Wakeups {
-    /// Adds the event that `make` returns, and wakes the queue's thread when no more messages are at hand. Returns false if
-    /// the queue is closed.
+    /// Adds the event that `make` returns, and wakes the queue's thread when no more messages are at hand. Returns
+    /// false if the queue is closed.
     pub(crate) fn push(&self, queue: &Arc<Queue>, make: impl FnOnce() -> Option<Single>) -> bool {
         let pushed = queue.push_deferred(make);
         self.defer(queue, pushed);
@@ -48,7 +48,8 @@ impl Wakeups {
         }
     }
 
-    /// Wakes the threads. This is a task of its own, so that it runs after the client's task has handed over all it has.
+    /// Wakes the threads. This is a task of its own, so that it runs after the client's task has handed over all it
+    /// has.
     pub(crate) async fn run(&self) {
         loop {
             self.arrived.notified().await;

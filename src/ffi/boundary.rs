@@ -55,7 +55,8 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
 
 fn catch<T>(body: impl FnOnce() -> T) -> thread::Result<T> {
     watch_forks();
-    // Unwind safe: the core's locks do not poison, and what they protect is valid between any two statements that may panic.
+    // Unwind safe: the core's locks do not poison, and what they protect is valid between any two statements that may
+    // panic.
     catch_unwind(AssertUnwindSafe(|| {
         #[cfg(test)]
         super::panics::if_forced();

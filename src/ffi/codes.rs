@@ -12,20 +12,21 @@ pub enum presence_status {
     PRESENCE_OK = 0,
     /// An argument is invalid: NULL, not UTF-8, empty, too long, or with a character that is not allowed.
     PRESENCE_INVALID = -1,
-    /// The client is offline: it was marked offline in this process, its last session here was closed, or another process
-    /// announced or reported it.
+    /// The client is offline: it was marked offline in this process, its last session here was closed, or another
+    /// process announced or reported it.
     PRESENCE_OFFLINE = -2,
     /// The sender, stream, service, connection or queue has ended already.
     PRESENCE_CLOSED = -3,
     /// The reader cancelled the stream. A worker gets it also if the client left before the stream had begun.
     PRESENCE_CANCELLED = -4,
-    /// A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its reader
-    /// is too slow.
+    /// A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its
+    /// reader is too slow.
     PRESENCE_FULL = -5,
     /// The message is larger than presence_sender_max_message, or the request larger than max_payload of nats-server.
     PRESENCE_TOO_LARGE = -6,
     /// The stream is on level 0, and the reader would mistake the payload for something else: it begins with
-    /// "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be sent.
+    /// "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be
+    /// sent.
     PRESENCE_RESERVED = -7,
     /// There is no connection to nats-server, or it was lost while the stream ran.
     PRESENCE_DISCONNECTED = -8,
@@ -50,8 +51,8 @@ pub enum presence_status {
 #[repr(i32)]
 #[allow(missing_docs)]
 pub enum presence_event_kind {
-    /// A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free. `client` is
-    /// the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
+    /// A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free.
+    /// `client` is the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
     PRESENCE_EVENT_REQUEST = 1,
     /// A message of a stream: `stream`, `data`.
     PRESENCE_EVENT_DATA = 2,
@@ -59,8 +60,8 @@ pub enum presence_event_kind {
     PRESENCE_EVENT_END = 3,
     /// The stream ended in another way: `stream`; `status` is why, and `data` a text. It is the stream's last event.
     PRESENCE_EVENT_ERROR = 4,
-    /// A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for a
-    /// sender that you ended yourself. The sender must still be freed.
+    /// A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for
+    /// a sender that you ended yourself. The sender must still be freed.
     PRESENCE_EVENT_STOPPED = 5,
     /// A sender that returned PRESENCE_FULL can send again: `sender`, `client`.
     PRESENCE_EVENT_WRITABLE = 6,
@@ -73,12 +74,12 @@ pub enum presence_event_kind {
     ///
     /// With a `subject`, in a service's queue: nats-server has accepted the service's subscription again.
     PRESENCE_EVENT_CONNECTED = 9,
-    /// The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no worker has
-    /// accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED. Only in queues
-    /// that were passed to presence_conn_watch.
+    /// The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no
+    /// worker has accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED.
+    /// Only in queues that were passed to presence_conn_watch.
     ///
-    /// With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so no
-    /// requests come; `data` is why. See presence_serve.
+    /// With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so
+    /// no requests come; `data` is why. See presence_serve.
     PRESENCE_EVENT_DISCONNECTED = 10,
     /// Something that an operator should know: `data` is a text; `status` and `tag` say what it is about.
     PRESENCE_EVENT_LOG = 11,

@@ -15,9 +15,9 @@ use std::ffi::c_char;
 /// password, or a token. `config` is NULL for the defaults; the library does not keep it.
 ///
 /// Servers, and the addresses of a server's name, are tried in random order, those that failed in the last minute after
-/// the others. The next one is tried as well when one has not answered for 250 ms. The other servers of a cluster, which
-/// nats-server names, are tried too; the certificate of one that is named by its address may be for the host name in the
-/// URL. The library reconnects whenever the connection is lost.
+/// the others. The next one is tried as well when one has not answered for 250 ms. The other servers of a cluster,
+/// which nats-server names, are tried too; the certificate of one that is named by its address may be for the host name
+/// in the URL. The library reconnects whenever the connection is lost.
 ///
 /// Returns PRESENCE_OK; PRESENCE_INVALID (URL, options), PRESENCE_DISCONNECTED (no server is reached, or all refuse),
 /// PRESENCE_TIMEOUT, PRESENCE_FULL (the system gives no thread or file descriptor), PRESENCE_FORKED.
@@ -70,9 +70,9 @@ pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut pres
 /// waits, for at most `drain_ms`, until nats-server and the other ends of lanes have all that was sent before. It never
 /// waits for a reconnect. The handles of the connection's services, senders and streams must still be freed.
 ///
-/// Returns PRESENCE_OK if all was delivered. After PRESENCE_TIMEOUT and PRESENCE_DISCONNECTED (there is no connection, or
-/// it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was closed
-/// before.
+/// Returns PRESENCE_OK if all was delivered. After PRESENCE_TIMEOUT and PRESENCE_DISCONNECTED (there is no connection,
+/// or it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was
+/// closed before.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> i32 {
     guard(|| take(conn)?.close(limit(drain_ms)))

@@ -11,20 +11,20 @@ use std::ffi::{c_char, c_void};
 /// Requests a stream for a client from a worker that serves `subject`. Does not wait for the worker.
 ///
 /// Each message of the stream is a PRESENCE_EVENT_DATA with `tag` in `queue`. Exactly one PRESENCE_EVENT_END or
-/// PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does not
-/// keep it.
+/// PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does
+/// not keep it.
 ///
 /// The request tells the worker the client's id. The client is online in this process while the stream runs, and
-/// mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no mark
-/// stops its worker.
+/// mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no
+/// mark stops its worker.
 ///
 /// Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (the send buffer is full),
 /// PRESENCE_DISCONNECTED, PRESENCE_CLOSED; with the option only_online PRESENCE_OFFLINE.
 ///
 /// Later errors are the `status` of the PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS (no worker serves the subject),
-/// PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the worker's),
-/// PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT, PRESENCE_PEER_GONE,
-/// PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
+/// PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the
+/// worker's), PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT,
+/// PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
 ///
 /// The caller owns `*out` and must call presence_stream_free.
 #[unsafe(no_mangle)]
@@ -54,9 +54,9 @@ pub unsafe extern "C" fn presence_request(
     }
 }
 
-/// Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send as
-/// many more. Only for streams with the option manual_credit: for others, messages that leave the queue are consumed, and
-/// this has no effect.
+/// Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send
+/// as many more. Only for streams with the option manual_credit: for others, messages that leave the queue are
+/// consumed, and this has no effect.
 ///
 /// One call may report many messages; the 64 bytes that each counts in addition are added here. Report 0 for messages
 /// without bytes. More than there was counts as all.
@@ -70,11 +70,11 @@ pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: 
 /// Cancels a running stream: it ends with a PRESENCE_EVENT_ERROR whose status is PRESENCE_CANCELLED, and the worker is
 /// notified.
 ///
-/// On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 can be stopped
-/// only by announcing the client offline, which also stops the client's streams at other gateways. The announcement is
-/// made unless another stream, a session or a mark keeps the client online here; then the worker goes on. Before the
-/// worker's first answer it is not known which of the two it is: the announcement, if there is one, follows that answer,
-/// or 5 seconds without one.
+/// On a lane this stops the stream's sender, with PRESENCE_CANCELLED, and nothing else. A worker on level 0 can be
+/// stopped only by announcing the client offline, which also stops the client's streams at other gateways. The
+/// announcement is made unless another stream, a session or a mark keeps the client online here; then the worker goes
+/// on. Before the worker's first answer it is not known which of the two it is: the announcement, if there is one,
+/// follows that answer, or 5 seconds without one.
 ///
 /// Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended already.
 #[unsafe(no_mangle)]

@@ -1,8 +1,8 @@
 //! Handles that are looked up: numbers in the form of pointers, and a table for each type.
 //!
 //! A number that is not in the table was freed. So a handle can be freed twice and used after it was freed, from any
-//! thread, and no freed memory is read. (Senders and options are real pointers, see `raw`: senders for the speed of sends,
-//! options for simplicity.)
+//! thread, and no freed memory is read. (Senders and options are real pointers, see `raw`: senders for the speed of
+//! sends, options for simplicity.)
 
 use super::raw::check_out;
 use super::types::{presence_conn, presence_queue, presence_service, presence_session, presence_stream};
@@ -118,7 +118,8 @@ pub(super) unsafe fn create<H: Handle, O: Into<Arc<H::Object>>>(
     }
 }
 
-/// As `create`, for an object that events may name before `make` returns: `make` calls its argument before there can be one.
+/// As `create`, for an object that events may name before `make` returns: `make` calls its argument before there can be
+/// one.
 ///
 /// # Safety
 /// `out` is NULL or writable.

@@ -1,5 +1,5 @@
-//! What the runtime's threads would take over from the thread that starts them, and must not: the CPUs that it is pinned
-//! to, and its real-time priority. A thread of the host's that spins there would keep them from running at all.
+//! What the runtime's threads would take over from the thread that starts them, and must not: the CPUs that it is
+//! pinned to, and its real-time priority. A thread of the host's that spins there would keep them from running at all.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;

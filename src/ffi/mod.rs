@@ -1,8 +1,8 @@
-//! The C ABI. Each function is one call into the core. `boundary` catches panics, `handles` and `raw` turn pointers into
-//! Rust values.
+//! The C ABI. Each function is one call into the core. `boundary` catches panics, `handles` and `raw` turn pointers
+//! into Rust values.
 //!
-//! The doc comments here are the documentation of `include/nats_presence.h`, which build.rs generates. The modules are in
-//! the order of the header, which rustfmt keeps because of the blank lines.
+//! The doc comments here are the documentation of `include/nats_presence.h`, which build.rs generates. The modules are
+//! in the order of the header, which rustfmt keeps because of the blank lines.
 #![allow(unsafe_code, non_camel_case_types)]
 // The header states the preconditions of all functions once, at its top.
 #![allow(clippy::missing_safety_doc)]

@@ -21,53 +21,55 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///
 /// Options for presence_connect
 ///   - name: the connection's name in the monitoring of nats-server. Default "nats-presence".
-///   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password, or a
-///     token, instead.
+///   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password,
+///     or a token, instead.
 ///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each of
 ///     these except tls_required implies tls_required.
-///   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and presence_listen_offline
-///     to get an answer of nats-server. Default 5000.
+///   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and
+///     presence_listen_offline to get an answer of nats-server. Default 5000.
 ///   - retry_on_initial_connect: true: presence_connect returns at once and connects in the background. Default false.
-///   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles from the one to the other; a random half
-///     of it is jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was lost as soon
-///     as it was made.
+///   - reconnect_min_ms, reconnect_max_ms: the delay before a reconnect doubles from the one to the other; a random
+///     half of it is jitter. Defaults 50 and 4000. The first attempt is made at once, unless the connection was lost as
+///     soon as it was made.
 ///   - max_reconnects: the connection is closed after so many failed attempts in a row. Default 0: never.
-///   - ping_interval_ms: how often nats-server is pinged. The connection is lost after two unanswered pings. Default 20000.
+///   - ping_interval_ms: how often nats-server is pinged. The connection is lost after two unanswered pings. Default
+///     20000.
 ///   - inbox_prefix: the prefix of the subjects that answers are sent to. Default "_INBOX".
 ///   - offline_subject: the subject of offline announcements, the same in all processes. Default "client.offline".
-///   - announce: which calls of mark_client_offline are announced to other processes: always (default): all; streams: those
-///     for clients with running streams that were requested here and are not on a lane; never: none. With always and
-///     streams, the ends of level-0 streams, and of sessions with such streams, are announced too.
-///   - lanes: true (default): streams use a lane if the other end runs this library; false: all streams of the connection
-///     use level 0.
-///   - heartbeat_ms: how often the peer of a lane that sends nothing is probed while streams run. It is gone after three
-///     intervals without a message. Default 5000.
-///   - peer_grace_ms: how long the peer of a lane may be away after nats-server has reported that it is not there (it was
-///     killed, or it reconnects), before it is gone. Set 0 to stop at once. Default 1000 for a peer on the same
+///   - announce: which calls of mark_client_offline are announced to other processes: always (default): all; streams:
+///     those for clients with running streams that were requested here and are not on a lane; never: none. With always
+///     and streams, the ends of level-0 streams, and of sessions with such streams, are announced too.
+///   - lanes: true (default): streams use a lane if the other end runs this library; false: all streams of the
+///     connection use level 0.
+///   - heartbeat_ms: how often the peer of a lane that sends nothing is probed while streams run. It is gone after
+///     three intervals without a message. Default 5000.
+///   - peer_grace_ms: how long the peer of a lane may be away after nats-server has reported that it is not there (it
+///     was killed, or it reconnects), before it is gone. Set 0 to stop at once. Default 1000 for a peer on the same
 ///     nats-server, and 3000 for others, because servers need a little over a second to restore a broken link.
-///   - send_buffer_bytes: how many bytes may wait to be sent and, on each lane, to be acknowledged. Above it, sends return
-///     PRESENCE_FULL. Default 4194304.
-///   - receive_buffer_bytes: how many bytes may be unread on the connection. Default 67108864. On lanes: once the windows
-///     of its streams (stream_buffer_bytes) add up to it, further streams get windows of 8192 bytes. On level 0: while so
-///     much is unread, a stream that has more than a 64th of it ends with PRESENCE_FULL.
-///   - session_grace_ms: how long a client stays online after its last session. It applies to all sessions of the process;
-///     the last presence_connect that sets it wins. Default 0.
+///   - send_buffer_bytes: how many bytes may wait to be sent and, on each lane, to be acknowledged. Above it, sends
+///     return PRESENCE_FULL. Default 4194304.
+///   - receive_buffer_bytes: how many bytes may be unread on the connection. Default 67108864. On lanes: once the
+///     windows of its streams (stream_buffer_bytes) add up to it, further streams get windows of 8192 bytes. On level
+///     0: while so much is unread, a stream that has more than a 64th of it ends with PRESENCE_FULL.
+///   - session_grace_ms: how long a client stays online after its last session. It applies to all sessions of the
+///     process; the last presence_connect that sets it wins. Default 0.
 ///   - worker_threads: how many threads the library runs in this process, 1 to 64. The first presence_connect decides.
 ///     Default 1.
 ///
 /// Options for presence_request
-///   - timeout_ms: the limit from the request to the end of the stream, which then ends with PRESENCE_TIMEOUT. Default 0: no
-///     limit.
+///   - timeout_ms: the limit from the request to the end of the stream, which then ends with PRESENCE_TIMEOUT. Default
+///     0: no limit.
 ///   - retries, retry_delay_ms: how often, and after what delay, the request is sent again while no worker serves the
 ///     subject or the worker is busy, and no message has come. Defaults 0 and 100.
-///   - stream_buffer_bytes: how many bytes of the stream may wait in the queue, plus 64 for each message. On a lane it is
-///     the stream's window: the worker is slowed down, and a stream carries at most so much per round trip. Default 262144,
-///     at most 4194304. Each slow reader keeps up to so much in memory. On level 0 nothing slows the worker down, and the
-///     stream ends with PRESENCE_FULL. Default 67108864.
-///   - manual_credit: true: a message counts towards stream_buffer_bytes until presence_stream_consumed reports it; false
-///     (default): until it has left the queue.
-///   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. Use it for
-///     clients that are marked online or have a session, so that a late request does not bring them back. Default false.
+///   - stream_buffer_bytes: how many bytes of the stream may wait in the queue, plus 64 for each message. On a lane it
+///     is the stream's window: the worker is slowed down, and a stream carries at most so much per round trip. Default
+///     262144, at most 4194304. Each slow reader keeps up to so much in memory. On level 0 nothing slows the worker
+///     down, and the stream ends with PRESENCE_FULL. Default 67108864.
+///   - manual_credit: true: a message counts towards stream_buffer_bytes until presence_stream_consumed reports it;
+///     false (default): until it has left the queue.
+///   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. Use it
+///     for clients that are marked online or have a session, so that a late request does not bring them back. Default
+///     false.
 ///   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_config_set(

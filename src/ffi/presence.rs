@@ -10,8 +10,8 @@ use std::ffi::c_char;
 
 /// Marks a client online in this process, until mark_client_offline or an announcement marks it offline.
 ///
-/// A second mark has no effect, and neither has the empty id. The mark is not announced: a request tells the worker which
-/// client it is for.
+/// A second mark has no effect, and neither has the empty id. The mark is not announced: a request tells the worker
+/// which client it is for.
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]
@@ -24,8 +24,8 @@ pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> i32 {
 /// sessions are over: no send to this client is accepted any more. Every open connection announces it to the other
 /// processes, unless its option announce says otherwise.
 ///
-/// A client that is unknown here is announced too, because other processes may know it. The empty id has no effect. This
-/// never blocks: without a connection to nats-server the announcement waits for the reconnect.
+/// A client that is unknown here is announced too, because other processes may know it. The empty id has no effect.
+/// This never blocks: without a connection to nats-server the announcement waits for the reconnect.
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]
@@ -34,7 +34,8 @@ pub unsafe extern "C" fn mark_client_offline(client_id: *const c_char) -> i32 {
     guard(|| registry::mark_offline(unsafe { c_bytes("client_id", client_id) }?))
 }
 
-/// Returns true if a client is online in this process: it is marked online, has an open session, or has a running stream.
+/// Returns true if a client is online in this process: it is marked online, has an open session, or has a running
+/// stream.
 ///
 /// The empty id is always online. NULL, an invalid id and an unknown id are not.
 #[unsafe(no_mangle)]
@@ -90,9 +91,9 @@ pub unsafe extern "C" fn presence_session_open(id: *const c_char, len: usize, ou
 /// marked online. Streams that other processes requested go on, because the client may be connected to those processes;
 /// mark_client_offline ends them too.
 ///
-/// **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the streams
-/// that end here is on level 0, the client's streams at all other gateways end too. If clients are connected to several
-/// gateways at a time, run this library in all workers, with lanes.
+/// **A worker on level 0 can be stopped only by announcing the client offline to all processes.** So if one of the
+/// streams that end here is on level 0, the client's streams at all other gateways end too. If clients are connected to
+/// several gateways at a time, run this library in all workers, with lanes.
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_session_close(session: *mut presence_session) {
     guard_or((), || release(session, Session::close));

@@ -18,8 +18,8 @@ pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> i3
     guard(|| unsafe { create(out, || Ok(Queue::new())) })
 }
 
-/// Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a negative
-/// presence_status: PRESENCE_FULL if the system has no file descriptor left.
+/// Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a
+/// negative presence_status: PRESENCE_FULL if the system has no file descriptor left.
 ///
 /// The queue owns it: do not read, write or close it.
 #[unsafe(no_mangle)]
@@ -78,8 +78,8 @@ pub extern "C" fn presence_queue_free(queue: *mut presence_queue) {
     guard_or((), || release(queue, Queue::close));
 }
 
-/// The address of a field's bytes. That of an empty slice in Rust is no valid address, which Go, for one, rejects: so an
-/// empty field has the address of an empty text if this kind of event has the field, and NULL otherwise.
+/// The address of a field's bytes. That of an empty slice in Rust is no valid address, which Go, for one, rejects: so
+/// an empty field has the address of an empty text if this kind of event has the field, and NULL otherwise.
 #[inline]
 fn start(bytes: &[u8], has_field: bool) -> *const u8 {
     match (bytes.is_empty(), has_field) {

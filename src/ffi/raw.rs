@@ -10,7 +10,8 @@ use std::ffi::{CStr, c_char, c_void};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
-/// The addresses of the senders and options that this process created and did not free. A debug build follows no others.
+/// The addresses of the senders and options that this process created and did not free. A debug build follows no
+/// others.
 #[cfg(any(debug_assertions, test))]
 fn live() -> crate::sync::MutexGuard<'static, std::collections::HashSet<usize>> {
     use crate::sync::Mutex;

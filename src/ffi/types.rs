@@ -19,8 +19,8 @@ pub struct presence_service {
 
 /// The worker's end of one stream. Each PRESENCE_EVENT_REQUEST has one.
 ///
-/// The caller owns it and must call presence_sender_free. It may be used from any thread, before and after the next wait
-/// on the queue. Once it has ended, it never sends again.
+/// The caller owns it and must call presence_sender_free. It may be used from any thread, before and after the next
+/// wait on the queue. Once it has ended, it never sends again.
 pub struct presence_sender {
     _opaque: [u8; 0],
 }
@@ -54,12 +54,12 @@ pub struct presence_error {
     pub message: [c_char; PRESENCE_ERROR_MESSAGE],
 }
 
-/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. A field that is set is not
-/// NULL, even if its length is 0.
+/// Something that happened. Which fields are set depends on `kind`; the others are 0 or NULL. A field that is set is
+/// not NULL, even if its length is 0.
 ///
-/// `client`, `subject` and `data` are not NUL-terminated. They are valid until the next wait on the same queue, or until
-/// the queue is freed. For as long, `sender` and `stream` name the handles that the event is about, which the caller may
-/// have freed.
+/// `client`, `subject` and `data` are not NUL-terminated. They are valid until the next wait on the same queue, or
+/// until the queue is freed. For as long, `sender` and `stream` name the handles that the event is about, which the
+/// caller may have freed.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct presence_event {
@@ -77,8 +77,8 @@ pub struct presence_event {
     pub client: *const c_char,
     /// The length of `client`.
     pub client_len: usize,
-    /// REQUEST: the subject that the request was sent to. CONNECTED, DISCONNECTED: the service's subject, or NULL if the
-    /// event is about the connection.
+    /// REQUEST: the subject that the request was sent to. CONNECTED, DISCONNECTED: the service's subject, or NULL if
+    /// the event is about the connection.
     pub subject: *const c_char,
     /// The length of `subject`.
     pub subject_len: usize,

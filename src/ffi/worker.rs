@@ -9,18 +9,18 @@ use crate::worker::service::Service;
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
-/// Serves a subject: each request is a PRESENCE_EVENT_REQUEST with `tag` in `queue`. The subject may have wildcards. Also
-/// does what presence_listen_offline does.
+/// Serves a subject: each request is a PRESENCE_EVENT_REQUEST with `tag` in `queue`. The subject may have wildcards.
+/// Also does what presence_listen_offline does.
 ///
-/// Processes that serve the subject in the same `group` share the requests: each request goes to one of them. NULL or ""
-/// is no group: each request goes to all. At most `max_streams` streams run at once (0: 10,000); further requests are
-/// answered with "server busy".
+/// Processes that serve the subject in the same `group` share the requests: each request goes to one of them. NULL or
+/// "" is no group: each request goes to all. At most `max_streams` streams run at once (0: 10,000); further requests
+/// are answered with "server busy".
 ///
 /// Waits until nats-server has the subscription. Without a connection it returns at once, and the subscription is made
 /// after the reconnect. If nats-server refuses the subscription later, or takes it back when its configuration changes,
-/// one PRESENCE_EVENT_DISCONNECTED with `tag` and the subject comes to `queue`. The subscription is tried again with the
-/// delays of a reconnect, and a PRESENCE_EVENT_CONNECTED with `tag` and the subject reports success. Running streams go
-/// on.
+/// one PRESENCE_EVENT_DISCONNECTED with `tag` and the subject comes to `queue`. The subscription is tried again with
+/// the delays of a reconnect, and a PRESENCE_EVENT_CONNECTED with `tag` and the subject reports success. Running
+/// streams go on.
 ///
 /// Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TIMEOUT, PRESENCE_CLOSED; PRESENCE_DISCONNECTED (permissions) or
 /// PRESENCE_FULL (max_subscriptions), with the text of nats-server, if it refuses the subscription.
@@ -65,12 +65,12 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 
 /// Sends one message of the stream. Never blocks.
 ///
-/// Returns PRESENCE_OK; PRESENCE_OFFLINE once the client is offline, and for ever after; PRESENCE_FULL if the message does
-/// not fit now: a PRESENCE_EVENT_WRITABLE comes when to try again, which is when the reader has taken some messages, or
-/// when half of send_buffer_bytes is free.
+/// Returns PRESENCE_OK; PRESENCE_OFFLINE once the client is offline, and for ever after; PRESENCE_FULL if the message
+/// does not fit now: a PRESENCE_EVENT_WRITABLE comes when to try again, which is when the reader has taken some
+/// messages, or when half of send_buffer_bytes is free.
 ///
-/// PRESENCE_TOO_LARGE (see presence_sender_max_message) and, on level 0, PRESENCE_RESERVED concern this message only, and
-/// the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
+/// PRESENCE_TOO_LARGE (see presence_sender_max_message) and, on level 0, PRESENCE_RESERVED concern this message only,
+/// and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
 /// PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send(sender: *mut presence_sender, data: *const c_void, len: usize) -> i32 {
@@ -106,8 +106,8 @@ pub unsafe extern "C" fn presence_sender_send_many(
     }
 }
 
-/// As presence_sender_send, but where that would return PRESENCE_FULL this blocks until the message is sent, for at most
-/// `timeout_ms`. The end of the stream ends the wait too.
+/// As presence_sender_send, but where that would return PRESENCE_FULL this blocks until the message is sent, for at
+/// most `timeout_ms`. The end of the stream ends the wait too.
 ///
 /// Returns what presence_sender_send returns, but PRESENCE_TIMEOUT in place of PRESENCE_FULL.
 #[unsafe(no_mangle)]
@@ -121,8 +121,8 @@ pub unsafe extern "C" fn presence_sender_send_wait(
     guard(|| unsafe { sender_ref(sender)?.send_wait(bytes("data", data, len)?, limit(timeout_ms)) })
 }
 
-/// Ends the stream with an error. The reader gets `message`, which may be any bytes, or NULL with `len` 0 for no text. It is
-/// truncated to what nats-server takes in one message, and on a lane without capacity for more to 256 bytes.
+/// Ends the stream with an error. The reader gets `message`, which may be any bytes, or NULL with `len` 0 for no text.
+/// It is truncated to what nats-server takes in one message, and on a lane without capacity for more to 256 bytes.
 ///
 /// Returns PRESENCE_OK; PRESENCE_CLOSED if the stream has ended already; why it was stopped, if it was.
 #[unsafe(no_mangle)]
@@ -151,8 +151,8 @@ pub unsafe extern "C" fn presence_sender_is_closed(sender: *const presence_sende
     guard_or(true, || unsafe { Ok(sender_ref(sender)?.is_closed()) })
 }
 
-/// Returns the size limit of a message, in bytes: max_payload of the present nats-server, less 64. It is the same on lanes
-/// and on level 0. 0 for NULL.
+/// Returns the size limit of a message, in bytes: max_payload of the present nats-server, less 64. It is the same on
+/// lanes and on level 0. 0 for NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_max_message(sender: *const presence_sender) -> usize {
     // SAFETY: the caller's promise is sender_ref's.
@@ -166,8 +166,8 @@ pub unsafe extern "C" fn presence_sender_send_count(sender: *const presence_send
     guard_or(0, || unsafe { Ok(sender_ref(sender)?.send_count()) })
 }
 
-/// Returns the address of the sender's status word, or NULL for NULL. The word is 0 while the stream runs. When the stream
-/// ends, it becomes, for ever, the presence_status that says why, as a uint32_t.
+/// Returns the address of the sender's status word, or NULL for NULL. The word is 0 while the stream runs. When the
+/// stream ends, it becomes, for ever, the presence_status that says why, as a uint32_t.
 ///
 /// Reading it is the cheapest way to see whether the client has left: use a relaxed atomic load of 32 bits, from any
 /// thread, until the sender is freed.
@@ -177,7 +177,8 @@ pub unsafe extern "C" fn presence_sender_status_word(sender: *const presence_sen
     guard_or(ptr::null(), || unsafe { Ok(sender_ref(sender)?.status_word().as_ptr()) })
 }
 
-/// Reads a header of the request. `name` is compared as it was sent. If there are several with this name, reads the first.
+/// Reads a header of the request. `name` is compared as it was sent. If there are several with this name, reads the
+/// first.
 ///
 /// `*value` is not NUL-terminated, and valid until the sender is freed. It is NULL if there is no such header.
 ///

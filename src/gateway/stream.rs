@@ -90,8 +90,8 @@ impl Unconsumed {
         self.bytes += bytes;
     }
 
-    /// Returns the credit for so many consumed bytes. The same fraction of the messages counts as consumed, and all of them
-    /// with the last byte: so a reader need not count messages, and empty messages are counted too.
+    /// Returns the credit for so many consumed bytes. The same fraction of the messages counts as consumed, and all of
+    /// them with the last byte: so a reader need not count messages, and empty messages are counted too.
     fn take(&mut self, bytes: u64) -> u64 {
         let bytes = bytes.min(self.bytes);
         let count = if bytes == self.bytes { self.count } else { self.count * bytes / self.bytes };
@@ -114,8 +114,8 @@ struct Retry {
 }
 
 impl Connection {
-    /// Requests a stream for a client (empty id: for no client). Its messages become `Data` events with `tag` in `queue`,
-    /// followed by exactly one `End` or `Error`.
+    /// Requests a stream for a client (empty id: for no client). Its messages become `Data` events with `tag` in
+    /// `queue`, followed by exactly one `End` or `Error`.
     ///
     /// # Errors
     /// `Invalid`, `TooLarge`, `Full`, `Disconnected`, `Closed`.
@@ -319,7 +319,8 @@ impl Stream {
         self.end_here(Status::Cancelled, "");
     }
 
-    /// Undoes the request before it was sent. Returns false if the stream was ended meanwhile, which has queued its last event.
+    /// Undoes the request before it was sent. Returns false if the stream was ended meanwhile, which has queued its
+    /// last event.
     fn withdraw(&self) -> bool {
         let is_first = self.word.try_stop(Status::Cancelled);
         if is_first {
@@ -363,7 +364,8 @@ impl Stream {
         true
     }
 
-    /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had ended.
+    /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had
+    /// ended.
     fn end_here(&self, why: Status, text: impl Into<Bytes>) -> bool {
         if !self.word.try_stop(why) {
             return false;
@@ -428,12 +430,13 @@ impl Stream {
             let subject = self.subject();
             let text = if is_connection_full {
                 format!(
-                    "the reader of a stream of {subject} was too slow: {unread} of its bytes were unread while more than \
-                     {most} (receive_buffer_bytes) were unread on the connection"
+                    "the reader of a stream of {subject} was too slow: {unread} of its bytes were unread, and more than \
+                     {most} (receive_buffer_bytes) on the connection"
                 )
             } else {
                 format!(
-                    "the reader of a stream of {subject} was too slow: more than {} bytes (stream_buffer_bytes) were unread",
+                    "the reader of a stream of {subject} was too slow: more than {} bytes (stream_buffer_bytes) were \
+                     unread",
                     self.limit
                 )
             };
@@ -498,8 +501,8 @@ impl Drop for Stream {
 
 impl MessageHandler for Stream {
     fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
-        // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it. Another
-        // worker's ACCEPT does: several workers serve the subject without a group.
+        // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it.
+        // Another worker's ACCEPT does: several workers serve the subject without a group.
         if self.answer.swap(ON_LANE, Ordering::Relaxed) == ON_LANE {
             return None;
         }

@@ -1,8 +1,8 @@
 //! The registry's map from client ids: many threads, a million entries, and one cache miss to find one of them.
 //!
-//! DashMap, which the rest of the library uses, takes two misses in a row (a control byte, then the entry), and twice the
-//! time to mark one of a million clients. Here an entry is 32 bytes, ids of up to 24 bytes included. It is in the slot
-//! that its hash chooses, or in one of the next (linear probing; a removal moves the followers up, so there are no
+//! DashMap, which the rest of the library uses, takes two misses in a row (a control byte, then the entry), and twice
+//! the time to mark one of a million clients. Here an entry is 32 bytes, ids of up to 24 bytes included. It is in the
+//! slot that its hash chooses, or in one of the next (linear probing; a removal moves the followers up, so there are no
 //! tombstones).
 
 use crate::sync::{Mutex, MutexGuard};
@@ -119,7 +119,8 @@ impl<V> Shard<V> {
         }
     }
 
-    /// Counts one more id, and returns the slot for it: `free`, where `find` would put it, unless the shard has to grow.
+    /// Counts one more id, and returns the slot for it: `free`, where `find` would put it, unless the shard has to
+    /// grow.
     fn reserve(&mut self, free: usize, id: &str, hash: u64, hash_of: impl Fn(&str) -> u64) -> usize {
         self.used += 1;
         // At most 13 of 16 slots are used: beyond that, free slots become far apart.

@@ -1,12 +1,12 @@
 //! Who is online in this process, and which streams to stop when a client leaves.
 //!
-//! A client is online here while it is marked online, has an open session, or has a running stream. An offline mark ends
-//! all three at once, in every process. The end of the last session ends what this process requested for the client, and
-//! nothing that other processes requested, because the client may be connected to them.
+//! A client is online here while it is marked online, has an open session, or has a running stream. An offline mark
+//! ends all three at once, in every process. The end of the last session ends what this process requested for the
+//! client, and nothing that other processes requested, because the client may be connected to them.
 //!
-//! There is one map, and the only lock held is that of the client's entry. What must agree with the map is written under
-//! that lock: the senders' status words, the order of announcements and requests, the order of ONLINE and OFFLINE events.
-//! What takes longer is done after the lock is released.
+//! There is one map, and the only lock held is that of the client's entry. What must agree with the map is written
+//! under that lock: the senders' status words, the order of announcements and requests, the order of ONLINE and OFFLINE
+//! events. What takes longer is done after the lock is released.
 
 use crate::error::{Result, Status};
 use crate::events::{Kind, Queue};
@@ -26,14 +26,15 @@ use std::time::Duration;
 pub(crate) trait Stoppable: Send + Sync {
     /// The word that ends it. The registry stops it with the client's entry locked.
     fn status_word(&self) -> &StatusWord;
-    /// Notifies the other end and the queue after the registry stopped it, without a lock. `is_announced`: the client is
-    /// announced offline as well.
+    /// Notifies the other end and the queue after the registry stopped it, without a lock. `is_announced`: the client
+    /// is announced offline as well.
     fn stopped(&self, why: Status, is_announced: bool);
     /// The connection on which this process requested it, or `None` if another process requested it.
     fn requested_on(&self) -> Option<u64>;
     /// How its worker learns that the client has left, if this process requested it.
     fn notice(&self) -> Notice;
-    /// The connection of this process whose request it answers, if it is a sender and this process is also the requester.
+    /// The connection of this process whose request it answers, if it is a sender and this process is also the
+    /// requester.
     fn answers_to(&self) -> Option<u64>;
 }
 
@@ -94,7 +95,8 @@ struct ClientEntry {
     running: Streams,
 }
 
-/// The running streams and senders of a client: the first one, the only one for nearly all clients, needs no allocation.
+/// The running streams and senders of a client: the first one, the only one for nearly all clients, needs no
+/// allocation.
 #[derive(Default)]
 struct Streams {
     first: Option<(u64, Arc<dyn Stoppable>)>,
@@ -207,7 +209,8 @@ pub fn mark_online(id: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Marks a client offline: stops its senders and streams here, ends its sessions, announces it. The empty id has no effect.
+/// Marks a client offline: stops its senders and streams here, ends its sessions, announces it. The empty id has no
+/// effect.
 ///
 /// # Errors
 /// `Status::Invalid` for an invalid id.
@@ -233,8 +236,8 @@ pub(crate) fn apply_offline(id: &str) {
     registry.take_offline(registry.clients.lock(id));
 }
 
-/// Applies another process's announcement that this one missed when it was made. It does not concern a client whose first
-/// session or stream since is newer: its number is `since` or higher.
+/// Applies another process's announcement that this one missed when it was made. It does not concern a client whose
+/// first session or stream since is newer: its number is `since` or higher.
 pub(crate) fn apply_missed_offline(id: &str, since: u64) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
@@ -244,8 +247,8 @@ pub(crate) fn apply_missed_offline(id: &str, since: u64) {
     }
 }
 
-/// Applies an announcement that this process made on `connection`, when it comes back. All was done when it was made, and
-/// the client may be back; but a request that was sent before the announcement may have arrived after it was made.
+/// Applies an announcement that this process made on `connection`, when it comes back. All was done when it was made,
+/// and the client may be back; but a request that was sent before the announcement may have arrived after it was made.
 pub(crate) fn apply_own_offline(id: &str, connection: u64) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
@@ -419,11 +422,11 @@ impl Registry {
         notify_stopped(&stopped, true);
     }
 
-    /// Ends the streams that this process requested for a client whose last session here is over, and their senders in this
-    /// process. What other processes requested goes on, because the client may be connected to them.
+    /// Ends the streams that this process requested for a client whose last session here is over, and their senders in
+    /// this process. What other processes requested goes on, because the client may be connected to them.
     ///
-    /// Workers on level 0 can learn of it by an announcement only, which all processes receive and apply. So if there is
-    /// one, the client is offline here too, and everything stops.
+    /// Workers on level 0 can learn of it by an announcement only, which all processes receive and apply. So if there
+    /// is one, the client is offline here too, and everything stops.
     fn end_sessions(&self, mut entry: Entry<'_, Presence>) {
         let id = entry.id();
         let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
@@ -451,15 +454,16 @@ impl Registry {
         }
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            // A worker that has not answered may be on level 0. An offline mark concerns all workers, so it is announced.
+            // A worker that has not answered may be on level 0. An offline mark concerns all workers, so it is
+            // announced.
             let needs_announcement =
                 |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() != Notice::Direct;
             announcer.announce(id, presence.into_iter().flat_map(Presence::running).any(needs_announcement));
         }
     }
 
-    /// Adds an event to the watchers' queues. Called with the client's entry locked, so that the events come in the order of
-    /// the changes.
+    /// Adds an event to the watchers' queues. Called with the client's entry locked, so that the events come in the
+    /// order of the changes.
     fn notify_watchers(&self, kind: Kind, id: &str) {
         if self.is_watched.load(Ordering::Acquire) {
             for (queue, tag) in self.watchers.read().iter() {
@@ -690,7 +694,8 @@ mod tests {
         assert!(online("all"));
         next.close();
         assert!(!online("all"));
-        // The end of a session with no streams is not announced; a mark of an unknown client is, and an announcement is not announced again.
+        // The end of a session with no streams is not announced; a mark of an unknown client is, and an announcement is
+        // not announced again.
         mark_offline(b"all").unwrap();
         assert_eq!(ear.of("all"), [true, false]);
         mark_online(b"all").unwrap();

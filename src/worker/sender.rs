@@ -43,7 +43,8 @@ pub struct Sender {
 /// The REQUEST event is in the queue, and the sender was stopped: after both, STOPPED is queued.
 const REQUEST_QUEUED: u8 = 1;
 const STOPPED: u8 = 2;
-/// The REQUEST event has left the queue, and the stream has ended: after both, the service has capacity for another one.
+/// The REQUEST event has left the queue, and the stream has ended: after both, the service has capacity for another
+/// one.
 const REQUEST_TAKEN: u8 = 4;
 const ENDED: u8 = 8;
 
@@ -118,7 +119,8 @@ impl Sender {
         }
     }
 
-    /// Sends several messages, which are concatenated in `data`, up to the first that is refused. Returns how many were sent.
+    /// Sends several messages, which are concatenated in `data`, up to the first that is refused. Returns how many were
+    /// sent.
     ///
     /// # Errors
     /// As `send` if the first is refused; `Invalid` if the lengths do not add up to that of `data`.
@@ -245,7 +247,8 @@ impl Sender {
         self.stop(Status::Disconnected);
     }
 
-    /// A call may learn that the peer is gone before the lane reports it: the status that it returns is the stream's end.
+    /// A call may learn that the peer is gone before the lane reports it: the status that it returns is the stream's
+    /// end.
     fn stop_if_peer_gone(&self, why: Status) {
         if why == Status::PeerGone {
             self.stop(why);

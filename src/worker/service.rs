@@ -50,9 +50,8 @@ impl Connection {
     /// `group`: each request goes to one of the processes that serve in the same group; with the empty group, to all
     /// processes that serve. `max_streams`: how many streams may run at once; 0 stands for 10,000.
     ///
-    /// # Errors
-    /// `Invalid`, `Closed`, `Timeout`; if nats-server refuses the subscription, `Disconnected`, or `Full` when it has too
-    /// many.
+    /// # Errors `Invalid`, `Closed`, `Timeout`; if nats-server refuses the subscription, `Disconnected`, or `Full` when
+    /// it has too many.
     pub fn serve(
         &self,
         queue: &Arc<Queue>,
@@ -68,8 +67,8 @@ impl Connection {
                 "group {group:?} has white space or a control character, which are not allowed"
             )));
         }
-        // First, so that no announcement about a request's client is missed. A worker that may not subscribe to it works
-        // all the same; a LOG event reports it.
+        // First, so that no announcement about a request's client is missed. A worker that may not subscribe to it
+        // works all the same; a LOG event reports it.
         self.subscribe_offline()?;
         let connection = self.shared()?;
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
@@ -181,8 +180,8 @@ impl Service {
                 return;
             }
         };
-        // Only this task adds senders, so the check is not outdated. A request that was on its way when the service stopped
-        // is refused in the same way, as another worker may have capacity.
+        // Only this task adds senders, so the check is not outdated. A request that was on its way when the service
+        // stopped is refused in the same way, as another worker may have capacity.
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
             count(&connection.counters.requests_busy);

@@ -274,8 +274,8 @@ fn a_cancel_against_an_end() {
     });
 }
 
-/// A lane's end against a send and an end: who was told that the other end is gone cannot end the stream well, and who ended
-/// it well was not told.
+/// A lane's end against a send and an end: who was told that the other end is gone cannot end the stream well, and who
+/// ended it well was not told.
 #[test]
 fn a_lanes_end_against_an_end() {
     search(|| {
