@@ -51,7 +51,7 @@ pub fn frames(data: &[u8]) {
     assert!(again.len() <= data.len());
     let bodies: Vec<&[u8]> = frames.iter().map(|frame| frame.body).collect();
     let bytes = bodies.iter().map(|body| body.len() as u64).sum();
-    let whole = Run { start: 0, end: again.len() as u32, count: frames.len() as u32, bytes };
+    let whole = Run::new(0, again.len(), frames.len() as u32, bytes);
     for count in 0..=frames.len().min(8) {
         let (mut rest, (before, behind)) = (whole, bodies.split_at(count));
         let first = rest.split(&again, count as u32);

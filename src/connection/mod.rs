@@ -258,6 +258,12 @@ impl Connection {
         (self.options.lanes && !self.lanes.is_forbidden()).then_some(&*self.lanes)
     }
 
+    /// Expects no more answers to the request with this key. Returns false if that was done before.
+    pub(crate) fn forget_request(&self, key: u64) -> bool {
+        self.lanes.forget_accept(key);
+        self.inbox.forget(key)
+    }
+
     pub(crate) fn receive_buffer(&self) -> u64 {
         self.options.receive_buffer
     }

@@ -163,15 +163,13 @@ impl LaneBatch {
 
     /// Copies what is needed of the message, unless that is most of it: it may stay in the queue for long.
     pub(super) fn compact(&mut self) {
-        let needed: usize = self.parts.iter().map(|(_, run)| (run.end - run.start) as usize).sum();
+        let needed: usize = self.parts.iter().map(|(_, run)| run.size()).sum();
         if needed >= COPY_BELOW && needed >= self.message.len() / 2 {
             return;
         }
         let mut copy = BytesMut::with_capacity(needed);
         for (_, run) in &mut self.parts {
-            let start = copy.len() as u32;
-            copy.extend_from_slice(self.message.get(run.start as usize..run.end as usize).unwrap_or_default());
-            (run.start, run.end) = (start, copy.len() as u32);
+            run.move_to(&mut copy, &self.message);
         }
         self.message = copy.freeze();
     }

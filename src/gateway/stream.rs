@@ -5,7 +5,7 @@ use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, unpin};
 use crate::gateway::unanswered::Unanswered;
-use crate::lane::driver::{Accepted, Lane, StreamObserver};
+use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::{Grant, OVERHEAD};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
@@ -148,7 +148,8 @@ impl Connection {
         let options = config.for_request()?;
         let mut headers = headers(client, options)?;
         let (key, window) = (random::random_u64(), self.window(options.stream_buffer));
-        let offer = self.lanes().and_then(|lanes| lanes.offer(key, window));
+        let lanes = self.lanes();
+        let offer = lanes.and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
         if let Some(offer) = offer {
             headers.insert(level0::LANE, offer);
@@ -190,6 +191,9 @@ impl Connection {
         });
         register(&stream);
         let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
+        if let Some(lanes) = lanes.filter(|_| offers_lane) {
+            lanes.expect_accept(key, window, stream.this.clone());
+        }
         count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
         let (left, delay) = (options.retries, options.retry_delay);
@@ -327,7 +331,7 @@ impl Stream {
             self.is_freed.store(true, Ordering::Release);
             registry::detach(&self.client, self.handle_id);
             self.cancel_on_lane(Status::Cancelled);
-            self.connection.inbox().forget(self.key);
+            self.connection.forget_request(self.key);
             self.conclude(Kind::Error, Status::Cancelled, "");
         }
         is_first
@@ -358,7 +362,7 @@ impl Stream {
         if !self.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
-        self.connection.inbox().forget(self.key);
+        self.connection.forget_request(self.key);
         registry::detach(&self.client, self.handle_id);
         self.conclude(kind, status, text);
         true
@@ -373,7 +377,7 @@ impl Stream {
         self.cancel_on_lane(why);
         if self.notice() == Notice::Announcement {
             registry::give_up(&self.client, self.handle_id, &*self.connection);
-            self.connection.inbox().forget(self.key);
+            self.connection.forget_request(self.key);
         } else {
             registry::detach(&self.client, self.handle_id);
             self.leave_inbox();
@@ -392,7 +396,7 @@ impl Stream {
     /// Expects no more messages, but the first answer if that decides how the worker can be notified.
     fn leave_inbox(&self) {
         if self.notice() == Notice::Direct || self.client.is_empty() {
-            self.connection.inbox().forget(self.key);
+            self.connection.forget_request(self.key);
             return;
         }
         Unanswered::expect(&self.connection, self.key, &self.client);
@@ -401,10 +405,10 @@ impl Stream {
         match self.notice() {
             Notice::Unknown => {}
             Notice::Direct => {
-                self.connection.inbox().forget(self.key);
+                self.connection.forget_request(self.key);
             }
             Notice::Announcement => {
-                if self.connection.inbox().forget(self.key) {
+                if self.connection.forget_request(self.key) {
                     registry::give_up_detached(&self.client, &*self.connection);
                 }
             }
@@ -500,21 +504,6 @@ impl Drop for Stream {
 }
 
 impl MessageHandler for Stream {
-    fn accepted(self: Arc<Self>, lane: &Arc<Lane>, stream: u32) -> Accepted {
-        // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it.
-        // Another worker's ACCEPT does: several workers serve the subject without a group.
-        if self.answer.swap(ON_LANE, Ordering::Relaxed) == ON_LANE {
-            return None;
-        }
-        let _ = self.lane.set((Arc::clone(lane), stream));
-        // This stream, or the `Unanswered` in its place if it was ended meanwhile, expects no more messages on level 0.
-        self.connection.inbox().forget(self.key);
-        self.word.check_after_publishing().ok()?;
-        *self.pending.lock() = None;
-        let window = self.window;
-        Some((self, window))
-    }
-
     fn message(&self, message: Message) {
         if message.status == Some(StatusCode::NO_RESPONDERS) {
             // Once a worker has answered, nats-server did not send this: it is forged.
@@ -571,7 +560,7 @@ impl Stoppable for Stream {
     fn stopped(&self, why: Status, is_announced: bool) {
         self.cancel_on_lane(why);
         if is_announced {
-            self.connection.inbox().forget(self.key);
+            self.connection.forget_request(self.key);
         } else {
             self.leave_inbox();
         }
@@ -598,6 +587,17 @@ impl Stoppable for Stream {
 impl StreamObserver for Stream {
     fn queue(&self) -> &Arc<Queue> {
         &self.queue
+    }
+
+    fn accepted(&self, lane: &Arc<Lane>, stream: u32) -> bool {
+        // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it.
+        self.answer.store(ON_LANE, Ordering::Relaxed);
+        let _ = self.lane.set((Arc::clone(lane), stream));
+        let is_running = self.word.check_after_publishing().is_ok();
+        if is_running {
+            *self.pending.lock() = None;
+        }
+        is_running
     }
 
     fn ended(&self) {

@@ -6,7 +6,6 @@
 
 use crate::connection::{Connection, count};
 use crate::error::Status;
-use crate::lane::driver::{Accepted, Lane};
 use crate::nats::inbound::MessageHandler;
 use crate::presence::registry;
 use crate::wire::level0::{self, Answer};
@@ -48,7 +47,7 @@ impl Unanswered {
     /// Removes the request from the inbox. Returns the connection if this was the first call.
     fn forget(&self) -> Option<Arc<Connection>> {
         let connection = self.connection.upgrade()?;
-        connection.inbox().forget(self.key).then_some(connection)
+        connection.forget_request(self.key).then_some(connection)
     }
 
     /// Announces the client offline, unless it is online for another reason: the worker can be stopped in no other way.
@@ -83,12 +82,6 @@ impl MessageHandler for Unanswered {
                 }
             }
         }
-    }
-
-    fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
-        // The lane sends CANCEL.
-        self.forget();
-        None
     }
 
     fn ended(&self, _why: Status) {}

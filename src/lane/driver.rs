@@ -20,6 +20,10 @@ use tokio::sync::{Notify, watch};
 pub(crate) trait StreamObserver: EventSource {
     /// Where its messages go.
     fn queue(&self) -> &Arc<Queue>;
+    /// A worker accepted the request as this stream of the lane. Returns false if the stream is no longer wanted.
+    fn accepted(&self, _lane: &Arc<Lane>, _stream: u32) -> bool {
+        false
+    }
     /// The worker ended it.
     fn ended(&self) {}
     /// The worker ended it with an error.
@@ -38,7 +42,7 @@ pub(crate) trait StreamObserver: EventSource {
     fn ended_here(&self, why: Status);
 }
 
-/// Accepted: who asked with this key, and the stream's window.
+/// The stream that a worker accepted, and its window; None if nobody wants it.
 pub(crate) type Accepted = Option<(Arc<dyn StreamObserver>, u32)>;
 
 /// One end of a lane.

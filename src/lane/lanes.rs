@@ -17,7 +17,7 @@ use crate::wire::level0;
 use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
 use futures_util::FutureExt;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
@@ -26,6 +26,9 @@ use tokio::task::coop::unconstrained;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
 const MAX_LANES: usize = 8192;
+
+/// More requests than this that wait for an ACCEPT at once are unusual: their memory is freed afterwards.
+const MANY_PENDING: usize = 1024;
 
 /// How many gateways are remembered that cannot be reached on a lane.
 const MAX_UNREACHABLE: usize = 1024;
@@ -51,6 +54,8 @@ pub(crate) struct Lanes {
     /// The same lanes by the other end's subject.
     by_peer: DashMap<String, Arc<Lane>>,
     inbox: Arc<Inbox>,
+    /// Requests that offered a lane and were not accepted on one yet, by their keys.
+    pending: Mutex<HashMap<u64, Pending, ahash::RandomState>>,
     /// nats-server does not allow them.
     forbidden: AtomicBool,
     /// Offers that led nowhere: nothing was ever heard from there. Requests with one are answered on level 0.
@@ -59,6 +64,12 @@ pub(crate) struct Lanes {
     log: Box<dyn Fn(String) + Send + Sync>,
     pub(crate) sent: Arc<AtomicU64>,
     pub(crate) ignored: AtomicU64,
+}
+
+/// A request that offered a lane.
+struct Pending {
+    observer: Weak<dyn StreamObserver>,
+    window: u32,
 }
 
 impl Lanes {
@@ -85,6 +96,7 @@ impl Lanes {
             own: DashMap::new(),
             by_peer: DashMap::new(),
             inbox,
+            pending: Mutex::default(),
             forbidden: AtomicBool::new(false),
             unreachable: Mutex::default(),
             log: Box::new(log),
@@ -170,8 +182,31 @@ impl Lanes {
         self.has_room().then(|| format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer))
     }
 
+    /// Expects an ACCEPT with this key, until one comes or `forget_accept` is called.
+    pub(crate) fn expect_accept(&self, key: u64, window: u32, observer: Weak<dyn StreamObserver>) {
+        self.pending.lock().insert(key, Pending { observer, window });
+    }
+
+    pub(crate) fn forget_accept(&self, key: u64) {
+        self.take_pending(key);
+    }
+
+    fn take_pending(&self, key: u64) -> Option<Pending> {
+        let mut pending = self.pending.lock();
+        let taken = pending.remove(&key);
+        if pending.is_empty() && pending.capacity() > MANY_PENDING {
+            pending.shrink_to_fit();
+        }
+        taken
+    }
+
+    /// A worker accepts a request. Only the first ACCEPT counts: two workers may serve the subject without a group.
     fn accept(&self, lane: &Arc<Lane>, key: u64, stream: u32) -> Accepted {
-        self.inbox.expected(key)?.accepted(lane, stream)
+        let Pending { observer, window } = self.take_pending(key)?;
+        let accepted = observer.upgrade().filter(|observer| observer.accepted(lane, stream));
+        // Neither the stream nor the `Unanswered` in its place, if it has ended, expects an answer on level 0 now.
+        self.inbox.forget(key);
+        Some((accepted?, window))
     }
 
     /// Begins the lane of a worker that we do not know, if this is its first message.
@@ -333,8 +368,10 @@ impl MessageHandler for Lanes {
                 self.reject_unknown_lane(message.subject.clone(), peer, &message.payload);
             } else if token == self.offer {
                 // The worker cannot be told, so no other answer comes to the requests that it accepts.
-                let accepted = frame::accepts(&message.payload).filter_map(|(key, _)| self.inbox.expected(key));
-                accepted.for_each(|receiver| receiver.ended(Status::PeerGone));
+                let accepted = frame::accepts(&message.payload).filter_map(|(key, _)| {
+                    self.pending.lock().get(&key).and_then(|pending| pending.observer.upgrade())
+                });
+                accepted.for_each(|observer| observer.ended_here(Status::PeerGone));
             }
             return;
         };

@@ -981,7 +981,7 @@ impl<S: Clone> State<S> {
             let frame = frame?;
             match (frame.kind, self.serves) {
                 (frame::DATA, false) => {
-                    let mut run = Run { start: start as u32, end: 0, count: 0, bytes: 0 };
+                    let (mut count, mut bytes) = (0, 0);
                     let mut body = Some(frame.body);
                     let own = self.ins.get_mut(&frame.stream);
                     let mut room = own.as_ref().map(|own| (own.unconsumed, own.window.into()));
@@ -992,8 +992,8 @@ impl<S: Clone> State<S> {
                             is_overrun |= !has_room(*unconsumed, *window, weight);
                             *unconsumed += weight;
                         }
-                        run.count += 1;
-                        run.bytes += data.len() as u64;
+                        count += 1;
+                        bytes += data.len() as u64;
                         let mut ahead = frames.clone();
                         if let Some(Ok(next)) = ahead.next()
                             && next.kind == frame::DATA
@@ -1003,7 +1003,7 @@ impl<S: Clone> State<S> {
                             body = Some(next.body);
                         }
                     }
-                    run.end = (message.len() - frames.left()) as u32;
+                    let run = Run::new(start, message.len() - frames.left(), count, bytes);
                     if let (Some(own), Some((unconsumed, _))) = (own, room) {
                         own.unconsumed = unconsumed;
                         let to = own.to.clone();

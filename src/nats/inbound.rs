@@ -18,7 +18,6 @@ use tokio::sync::Notify;
 use tokio::task::coop::unconstrained;
 
 use crate::error::{Error, Status};
-use crate::lane::driver::{Accepted, Lane};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 
 /// Whom messages are for: a service, a stream, or whoever waits for an echo.
@@ -37,10 +36,6 @@ pub(crate) trait MessageHandler: Send + Sync {
     fn subscription_refused(&self, _why: &Error) {}
     /// nats-server has the subscription after it had refused it.
     fn subscription_accepted(&self) {}
-    /// A worker accepts what was asked for with a stream's number on a lane; the party and its window, if it wants that.
-    fn accepted(self: Arc<Self>, _lane: &Arc<Lane>, _stream: u32) -> Accepted {
-        None
-    }
 }
 
 /// What is to be subscribed as long as there is a connection.

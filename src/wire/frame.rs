@@ -170,14 +170,31 @@ impl<'a> Iterator for Frames<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     /// Where in the message they stand.
-    pub(crate) start: u32,
-    pub(crate) end: u32,
+    start: u32,
+    end: u32,
     pub(crate) count: u32,
     /// The bytes of all their bodies.
     pub(crate) bytes: u64,
 }
 
 impl Run {
+    /// The run of `count` frames between two positions of a message, with `bytes` in their bodies.
+    pub(crate) fn new(start: usize, end: usize, count: u32, bytes: u64) -> Run {
+        Run { start: start as u32, end: end as u32, count, bytes }
+    }
+
+    /// How many bytes it takes in its message.
+    pub(crate) fn size(&self) -> usize {
+        (self.end - self.start) as usize
+    }
+
+    /// Copies the frames from `message` to the end of `copy`, and refers to them there from now on.
+    pub(crate) fn move_to(&mut self, copy: &mut BytesMut, message: &[u8]) {
+        let start = copy.len();
+        copy.extend_from_slice(message.get(self.start as usize..self.end as usize).unwrap_or_default());
+        (self.start, self.end) = (start as u32, copy.len() as u32);
+    }
+
     /// The frames' bodies, of the message that it is a run of.
     #[inline]
     pub(crate) fn bodies<'a>(&self, message: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
