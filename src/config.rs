@@ -1,8 +1,7 @@
-//! Options, by key and value. `presence_config_set` documents them to people.
+//! Options, by key and value. `presence_config_set` documents them.
 
 use crate::error::{Error, Result, Status};
 use crate::wire::level0::{self, Use};
-use async_nats::HeaderMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,7 +15,7 @@ pub(crate) enum Announce {
     Never,
 }
 
-/// A secret, which is not to be seen in any output.
+/// A secret: its `Debug` output hides it.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct Secret(pub(crate) String);
 
@@ -26,7 +25,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// For a connection.
+/// The options of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectOptions {
     pub(crate) name: String,
@@ -61,41 +60,42 @@ pub(crate) struct ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// How long the other end of a lane may take for its reconnect once we had ours: an attempt that was begun too early
-    /// and fails by its time, the delay after it, and one that succeeds at one of several servers. It has the same options,
-    /// as far as we know.
+    /// Returns how long the other end of a lane may take to reconnect after this connection has reconnected: one attempt that
+    /// began too early and times out, the delay after it, and one that succeeds at one of several servers. This assumes that
+    /// the other end has the same options.
     pub(crate) fn peer_reconnect(&self) -> Duration {
         self.connect_timeout + self.reconnect_max + SUCCESSFUL_ATTEMPT
     }
 
-    /// Whoever says whom to trust, or who it is, by a certificate does not go on without.
-    pub(crate) fn wants_tls(&self) -> bool {
+    /// Returns true if a connection must use TLS: an option with a certificate implies it.
+    pub(crate) fn needs_tls(&self) -> bool {
         self.tls_required || self.tls_first || self.tls_ca_file.is_some() || self.tls_cert_file.is_some()
     }
 }
 
-/// How long an attempt to connect may take that succeeds, while other servers do not answer.
+/// How long a successful attempt to connect may take while other servers do not answer.
 pub(crate) const SUCCESSFUL_ATTEMPT: Duration = Duration::from_secs(2);
 
-/// For a request.
+/// The options of a request.
 #[derive(Clone, Debug)]
 pub(crate) struct RequestOptions {
     pub(crate) timeout: Option<Duration>,
     pub(crate) retries: u32,
     pub(crate) retry_delay: Duration,
-    /// What may wait for a stream's reader, if it was set.
+    /// How many bytes may be queued for the reader of the stream, if it was set.
     pub(crate) stream_buffer: Option<usize>,
     pub(crate) manual_credit: bool,
     pub(crate) only_online: bool,
-    pub(crate) headers: HeaderMap,
+    /// The caller's own, checked.
+    pub(crate) headers: Vec<(String, String)>,
 }
 
-/// A set of options: each has its default until it is set.
+/// A set of options. Each has its default value until it is set.
 #[derive(Clone, Debug)]
 pub struct Config {
     connect: ConnectOptions,
     request: RequestOptions,
-    /// The first key that was set of each kind.
+    /// The first option of each kind that was set.
     connect_key: Option<String>,
     request_key: Option<String>,
     last_error: Option<Error>,
@@ -103,8 +103,8 @@ pub struct Config {
 
 const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
      tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
-     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads, \
-     timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, only_online, header.NAME";
+     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, \
+     receive_buffer_bytes, session_grace_ms, worker_threads, timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, only_online, header.NAME";
 
 impl Default for Config {
     fn default() -> Config {
@@ -154,7 +154,7 @@ impl Config {
                 stream_buffer: None,
                 manual_credit: false,
                 only_online: false,
-                headers: HeaderMap::new(),
+                headers: Vec::new(),
             },
             connect_key: None,
             request_key: None,
@@ -165,38 +165,38 @@ impl Config {
     /// Sets one option.
     ///
     /// # Errors
-    /// `Status::Invalid` for an unknown key or a wrong value, which the message names (but for secrets).
+    /// `Status::Invalid` for an unknown key or a wrong value. The message has the value, unless it is a secret.
     pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
-        self.try_set(key, value).map_err(|error| self.note(error))
+        self.try_set(key, value).map_err(|error| self.keep_error(error))
     }
 
-    /// Notes what went wrong before `set` could be called.
-    pub(crate) fn note(&mut self, error: Error) -> Error {
+    /// Keeps the error of a call that failed before it could call `set`, for `last_error`.
+    pub(crate) fn keep_error(&mut self, error: Error) -> Error {
         self.last_error = Some(error.clone());
         error
     }
 
-    /// What the last failed `set` found wrong.
+    /// Returns the error of the last `set` that failed.
     #[must_use]
     pub fn last_error(&self) -> Option<Error> {
         self.last_error.clone()
     }
 
-    /// The options of a connection; fails when others were set.
+    /// Returns the options of a connection. Fails if an option of a request was set.
     pub(crate) fn for_connect(&self) -> Result<&ConnectOptions> {
         match &self.request_key {
-            Some(key) => Err(Error::invalid(format!("option {key} is for a request, not for connecting"))),
+            Some(key) => Err(Error::invalid(format!("option {key} is an option of a request, not of a connection"))),
             None if self.connect.tls_cert_file.is_some() != self.connect.tls_key_file.is_some() => {
-                Err(Error::invalid("tls_cert_file and tls_key_file go together: one is missing"))
+                Err(Error::invalid("tls_cert_file and tls_key_file must both be set"))
             }
             None => Ok(&self.connect),
         }
     }
 
-    /// The options of a request; fails when others were set.
+    /// Returns the options of a request. Fails if an option of a connection was set.
     pub(crate) fn for_request(&self) -> Result<&RequestOptions> {
         match &self.connect_key {
-            Some(key) => Err(Error::invalid(format!("option {key} is for connecting, not for a request"))),
+            Some(key) => Err(Error::invalid(format!("option {key} is an option of a connection, not of a request"))),
             None => Ok(&self.request),
         }
     }
@@ -259,10 +259,13 @@ impl Config {
                     "only_online" => request.only_online = boolean(key, value)?,
                     "stream_buffer_bytes" => request.stream_buffer = Some(number(key, value, 1, 1 << 40)?),
                     _ => match key.strip_prefix("header.") {
-                        Some(name) => level0::add_header(&mut request.headers, name, value)?,
+                        Some(name) => {
+                            level0::check_header(name, value)?;
+                            request.headers.push((name.into(), value.into()));
+                        }
                         None => {
                             return Err(Error::invalid(format!(
-                                "option {key:?} is unknown; known are {}",
+                                "option {key:?} is unknown; the options are {}",
                                 KEYS.replace(',', "")
                             )));
                         }
@@ -291,7 +294,7 @@ fn number<T: TryFrom<u64>>(key: &str, value: &str, min: u64, max: u64) -> Result
         .ok_or_else(|| wrong(key, value, &format!("a whole number from {min} to {max}")))
 }
 
-/// At most ten years, so that no sum of times can overflow.
+/// The limit is ten years, so that no sum of times can overflow.
 fn millis(key: &str, value: &str, min: u64) -> Result<Duration> {
     number(key, value, min, 10 * 366 * 86_400_000).map(Duration::from_millis)
 }
@@ -311,12 +314,12 @@ fn subject(key: &str, value: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nats::dial::STAGGER;
+    use crate::nats::dial::ATTEMPT_DELAY;
 
     #[test]
-    fn wrong_values_are_named_and_change_nothing() {
-        for (key, value, told) in [
-            ("nonsense", "1", "\"nonsense\" is unknown; known are name user"),
+    fn wrong_values_are_in_the_error_and_change_nothing() {
+        for (key, value, text) in [
+            ("nonsense", "1", "\"nonsense\" is unknown; the options are name user"),
             ("tls_first", "yes", "option tls_first is \"yes\": it must be true or false"),
             ("connect_timeout_ms", "-1", "option connect_timeout_ms is \"-1\": it must be a whole number from 1"),
             ("connect_timeout_ms", "5s", "\"5s\""),
@@ -325,13 +328,13 @@ mod tests {
             ("offline_subject", "client.*", "option offline_subject \"client.*\" has a wildcard"),
             ("inbox_prefix", "", "is empty"),
             ("creds_file", "", "a file's path"),
-            ("header.Connect-ID", "x", "not for callers"),
+            ("header.Connect-ID", "x", "is reserved"),
             ("header.", "x", "header name"),
         ] {
             let mut config = Config::new();
             let error = config.set(key, value).unwrap_err();
             assert_eq!(error.status, Status::Invalid);
-            assert!(error.message.contains(told), "{key}: {error} does not tell {told}");
+            assert!(error.message.contains(text), "{key}: {error} does not have {text:?}");
             assert_eq!(config.last_error(), Some(error));
             assert!(config.for_connect().is_ok() && config.for_request().is_ok());
         }
@@ -347,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn every_key_in_the_list_is_known() {
+    fn every_option_in_the_list_can_be_set() {
         for key in KEYS.split(", ").map(str::trim) {
             let key = key.replace("NAME", "X");
             let values = ["x", "1", "20", "true", "always"];
@@ -355,7 +358,7 @@ mod tests {
         }
     }
 
-    /// docs/times.md says why.
+    /// docs/times.md gives the reasons.
     #[test]
     fn default_times_fit_together() {
         let config = Config::new();
@@ -369,39 +372,39 @@ mod tests {
             session_grace,
             ..
         } = config.connect;
-        let patience = config.connect.peer_reconnect();
-        // The servers of a cluster, all but the last of which do not answer, are tried within one attempt.
+        let peer_reconnect = config.connect.peer_reconnect();
+        // All servers of a cluster are tried within one attempt, even if only the last of them answers.
         let servers = 8;
-        let dialing = STAGGER * (servers - 1);
+        let dialing = ATTEMPT_DELAY * (servers - 1);
         assert!(dialing < SUCCESSFUL_ATTEMPT && dialing < connect_timeout);
-        assert!(STAGGER < connect_timeout && reconnect_min <= reconnect_max);
-        assert!(patience >= connect_timeout + reconnect_max + dialing, "a peer that reconnects is waited for");
-        assert!(reconnect_max < patience && peer_grace < patience);
-        // A silent peer is found before a silent server is, or the answer would be another end's.
+        assert!(ATTEMPT_DELAY < connect_timeout && reconnect_min <= reconnect_max);
+        assert!(peer_reconnect >= connect_timeout + reconnect_max + dialing, "a peer has time to reconnect");
+        assert!(reconnect_max < peer_reconnect && peer_grace < peer_reconnect);
+        // A silent peer is detected before a silent server, or the lane would end for the wrong reason.
         assert!(3 * heartbeat < 2 * ping_interval);
-        assert!(peer_grace < 3 * heartbeat, "a peer that nats-server does not know is found before one that is silent");
-        assert!(session_grace.is_none() && config.request.timeout.is_none(), "neither cuts a reconnect short");
+        assert!(peer_grace < 3 * heartbeat, "a peer that nats-server does not know is detected before a silent one");
+        assert!(session_grace.is_none() && config.request.timeout.is_none(), "neither ends during a reconnect");
         assert!(config.request.retry_delay < connect_timeout);
     }
 
-    /// docs/times.md says how they fit together.
+    /// docs/times.md gives the reasons.
     #[test]
     fn default_times_of_lanes_fit_together() {
         let config = Config::new();
         let connect = config.for_connect().unwrap();
-        // nats-server makes a broken link to another server again 1 s later, or after a second try.
+        // nats-server restores a broken link to another server after 1 s, or with its second attempt.
         assert!(connect.remote_peer_grace >= Duration::from_millis(2500));
         assert!(connect.remote_peer_grace >= connect.peer_grace);
-        // A peer whose connection broke is back in time: its first attempts come after half of the delay to all of it.
+        // A peer whose connection broke reconnects in time: it waits between half of each delay and all of it.
         let attempts = connect.reconnect_min * (1 + 2 + 4);
         assert!(attempts < connect.peer_grace);
-        // Silence is slower than the server's word: it does not cut the grace short.
+        // The heartbeat timeout does not end the lane before the grace period has passed.
         assert!(3 * connect.heartbeat > connect.remote_peer_grace);
-        // Who has reconnected waits for a peer that does the same, as late as its delays allow.
+        // After a reconnect of this end, the peer has time to reconnect, too, with its longest delay.
         assert!(connect.peer_reconnect() > connect.remote_peer_grace);
-        // A silent server is found by PINGs after two intervals; till then the lane counts the peer's silence.
+        // Two unanswered PINGs detect a silent server; the lane detects a silent peer before that.
         assert!(2 * connect.ping_interval > 3 * connect.heartbeat);
-        // Each stream's window fits, and so do many.
+        // The windows of many streams fit.
         assert!(connect.receive_buffer >= 100 * (256 << 10));
     }
 

@@ -1,20 +1,20 @@
-//! What must hold for any bytes whatever: driven by `fuzz/`, and replayed in `cargo test` over what that has found.
+//! Properties that must hold for any input bytes. `fuzz/` drives them, and `cargo test` replays the inputs it has found.
 
 use crate::MAX_ID;
 use crate::config::Config;
 use crate::lane::state::{LaneEvent, PeerTimeouts, State};
 use crate::nats::dial;
+use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
 use crate::wire::frame::{self, Frame, Frames, Header, Run};
 use crate::wire::level0::{self, Answer, Use};
-use async_nats::HeaderMap;
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 pub use crate::ffi::fuzz::abi;
 
-/// Takes numbers and slices off the bytes; 0 and nothing when they are used up.
+/// Takes numbers and slices from the input; 0 and empty slices when it is used up.
 pub(crate) struct Choices<'a>(pub(crate) &'a [u8]);
 
 impl<'a> Choices<'a> {
@@ -38,7 +38,7 @@ impl<'a> Choices<'a> {
     }
 }
 
-/// The encoding of lanes: what can be read is written the same, and runs are cut where frames end.
+/// The encoding of lane messages: what can be parsed is written the same again, and runs are split between frames.
 pub fn frames(data: &[u8]) {
     if let Ok(header) = Header::read(data) {
         assert_eq!(header.bytes(), data[..frame::HEADER]);
@@ -47,7 +47,7 @@ pub fn frames(data: &[u8]) {
     let mut again = BytesMut::new();
     frames.iter().for_each(|frame| frame::write(&mut again, frame.kind, frame.stream, frame.body));
     assert_eq!(Frames::new(&again).collect::<Result<Vec<_>, _>>().as_deref(), Ok(&frames[..]));
-    // Numbers may be longer than they need to be, so it is only not longer than what was read.
+    // The input may have numbers that are longer than necessary.
     assert!(again.len() <= data.len());
     let bodies: Vec<&[u8]> = frames.iter().map(|frame| frame.body).collect();
     let bytes = bodies.iter().map(|body| body.len() as u64).sum();
@@ -60,7 +60,7 @@ pub fn frames(data: &[u8]) {
     }
 }
 
-/// An end of a lane, whatever comes and whatever is called: it keeps little, and each stream ends once.
+/// One end of a lane, with any messages and calls: its memory is bounded, and each stream ends once.
 pub fn lane(data: &[u8]) {
     let mut choices = Choices(data);
     let serves = choices.below(2) == 0;
@@ -80,12 +80,12 @@ pub fn lane(data: &[u8]) {
                 received += u64::from(Header::read(&message).is_ok_and(|header| header.sequence == received + 1));
                 let _ = state.receive(&message, now, &mut tells, |_, _| None);
             }
-            // Nearly right: the next number, or one beside it, and some frames.
+            // An almost valid message: the next number, or one close to it, and some frames.
             1..=5 => {
                 let (flags, ahead) = (choices.byte(), choices.below(4));
                 let sequence = (received + u64::from(ahead)).saturating_sub(1);
                 let ack = sent.saturating_sub(choices.below(3).into());
-                // Numbers of PINGs are small: some of them were sent.
+                // Small PING numbers, so that some of them were sent.
                 let (ping, pong) = (choices.below(4).into(), choices.below(16).into());
                 let server = choices.below(3).into();
                 let header = Header { ping, pong, server, ..Header::of(flags, sequence, ack) };
@@ -126,7 +126,7 @@ pub fn lane(data: &[u8]) {
             }
             9 => {
                 if let Some(credit) = credits.get(usize::from(choices.byte())) {
-                    // Nobody sends on it any longer; what it tells of this one is no end.
+                    // Its observer gets no end.
                     state.finish(credit, [None, Some(&b"text"[..])][usize::from(choices.below(2))]);
                 }
             }
@@ -151,8 +151,8 @@ pub fn lane(data: &[u8]) {
                 assert!(state.is_over() || state.deadline().is_none_or(|at| at > now) || state.must_wake());
                 break;
             };
-            let Ok(header) = Header::read(&message) else { unreachable!("what we write") };
-            assert!(header.ack <= received, "acknowledges what never came");
+            let Ok(header) = Header::read(&message) else { unreachable!("the state wrote it") };
+            assert!(header.ack <= received, "acknowledges a message that never came");
             assert!(Frames::new(&message[frame::HEADER..]).all(|frame| frame.is_ok()));
             sent = sent.max(header.sequence);
         }
@@ -162,7 +162,7 @@ pub fn lane(data: &[u8]) {
                 LaneEvent::End(who) | LaneEvent::Error(who, _) | LaneEvent::Overrun(who) => (*who, true),
                 LaneEvent::Cancelled(who, _) | LaneEvent::Gone(who, _) | LaneEvent::Unheard(who) => (*who, true),
             };
-            assert!(who < begun && !ended.contains(&who), "{tell:?} of one who has ended");
+            assert!(who < begun && !ended.contains(&who), "{tell:?} for a stream that has ended");
             if is_last {
                 ended.insert(who);
             }
@@ -182,30 +182,31 @@ pub fn level0(data: &[u8]) {
     let Ok(text) = std::str::from_utf8(data) else { return };
     let (publish, subscribe) =
         (level0::check_subject("x", text, Use::Publish), level0::check_subject("x", text, Use::Subscribe));
-    assert!(publish.is_err() || subscribe.is_ok(), "what may be published to may be subscribed to");
+    assert!(publish.is_err() || subscribe.is_ok(), "a subject to publish to can be subscribed to");
     if subscribe.is_ok() {
         assert!(text.len() <= level0::MAX_SUBJECT && !text.contains([' ', '\t', '\r', '\n', '\0']));
         assert!(text.split('.').all(|token| !token.is_empty()));
     }
     assert!(!level0::is_valid_reply_subject(text, "client.offline") || (publish.is_ok() && text != "client.offline"));
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
-    let mut headers = HeaderMap::new();
-    if level0::add_header(&mut headers, name, value).is_ok() {
+    if level0::check_header(name, value).is_ok() {
         assert!(!name.contains([':', '\r', '\n', ' ']) && !value.contains(['\r', '\n', '\0']));
-        assert_eq!(level0::header(Some(&headers), name), Some(value));
+        let mut headers = HeaderMap::new();
+        headers.append(name, header_value(value).unwrap_or_else(|error| unreachable!("{error}")));
+        assert_eq!(Message::from_headers(headers).header(name), Some(value));
         assert!(!name.eq_ignore_ascii_case(level0::CONNECT_ID));
     }
 }
 
-/// Clients' ids: what is taken is what was given, and can be a header's value.
+/// Client ids: a valid id is its input, and can be a header value.
 pub fn ids(data: &[u8]) {
     if let Ok(id) = client_id::id(data) {
         assert!(id.as_bytes() == data && data.len() <= MAX_ID && !id.chars().any(char::is_control));
-        assert!(level0::value_of(id).is_ok());
+        assert!(header_value(id).is_ok());
     }
 }
 
-/// Options and URLs: nothing of them breaks, and no secret is in an error.
+/// Options and URLs: no error has a secret.
 pub fn options(data: &[u8]) {
     let mut config = Config::new();
     let mut choices = Choices(data);
@@ -227,13 +228,13 @@ pub fn options(data: &[u8]) {
     let _ = (config.for_connect().is_ok(), config.for_request().is_ok());
     let text = String::from_utf8_lossy(data);
     let _ = dial::parse_servers(&text);
-    // Whatever stands around it.
+    // With a secret before it.
     if let Err(error) = dial::parse_servers(&format!("nats://someone:hunter2{text}@host:1")) {
         assert!(!error.message.contains("hunter2"), "{error}");
     }
 }
 
-/// What `fuzz/` has found worth keeping, once more.
+/// Replays the inputs that `fuzz/` has kept.
 #[cfg(test)]
 #[test]
 fn replay() {
@@ -241,7 +242,7 @@ fn replay() {
     for (name, target) in names.into_iter().zip([frames, lane, level0, ids, options, abi]) {
         let folder = format!("{}/fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
         let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|file| file.unwrap().path()).collect();
-        assert!(files.len() > 10, "{folder} is all but empty");
+        assert!(files.len() > 10, "{folder} has too few files");
         for file in files {
             target(&std::fs::read(&file).unwrap());
         }

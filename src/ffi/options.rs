@@ -82,7 +82,7 @@ pub unsafe extern "C" fn presence_config_set(
         let config = config_mut(config)?;
         match (c_text("key", key), c_text("value", value)) {
             (Ok(key), Ok(value)) => config.set(key, value),
-            (Err(error), _) | (_, Err(error)) => Err(config.note(error)),
+            (Err(error), _) | (_, Err(error)) => Err(config.keep_error(error)),
         }
     })
 }

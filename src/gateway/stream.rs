@@ -9,6 +9,7 @@ use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::{Grant, OVERHEAD};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
+use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
@@ -16,7 +17,6 @@ use crate::process::random;
 use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::wire::level0::{self, Answer, Use};
-use async_nats::{HeaderMap, Message, StatusCode};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -247,14 +247,17 @@ fn error_status(text: &[u8]) -> Status {
 
 /// The request's headers: the client's id, and the caller's own.
 fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
-    let mut headers = options.headers.clone();
+    let mut headers = HeaderMap::new();
+    for (name, value) in &options.headers {
+        headers.append(&**name, header_value(value)?);
+    }
     if !client.is_empty() {
         if client.trim() != client {
             return Err(Error::invalid(format!(
                 "client id {client:?} begins or ends with white space, which a request's header would lose"
             )));
         }
-        headers.insert(level0::CONNECT_ID, level0::value_of(client)?);
+        headers.insert(level0::CONNECT_ID, header_value(client)?);
     }
     Ok(headers)
 }
@@ -505,7 +508,7 @@ impl Drop for Stream {
 
 impl MessageHandler for Stream {
     fn message(&self, message: Message) {
-        if message.status == Some(StatusCode::NO_RESPONDERS) {
+        if message.is_no_responders {
             // Once a worker has answered, nats-server did not send this: it is forged.
             if !self.has_begun() && !self.retry() {
                 self.end_by_worker(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));

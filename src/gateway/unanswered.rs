@@ -6,10 +6,10 @@
 
 use crate::connection::{Connection, count};
 use crate::error::Status;
+use crate::nats::Message;
 use crate::nats::inbound::MessageHandler;
 use crate::presence::registry;
 use crate::wire::level0::{self, Answer};
-use async_nats::{Message, StatusCode};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -66,7 +66,7 @@ fn connects(this: &Weak<Unanswered>) -> Option<u64> {
 
 impl MessageHandler for Unanswered {
     fn message(&self, message: Message) {
-        if message.status == Some(StatusCode::NO_RESPONDERS) {
+        if message.is_no_responders {
             self.forget();
             return;
         }

@@ -5,10 +5,11 @@
 use crate::error::Status;
 use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
 use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
+use crate::nats::Subject;
+use crate::nats::client::{Client, PublishError};
 use crate::status_word::StatusWord;
 use crate::sync::{Condvar, Mutex};
 use crate::wire::frame::{self, Malformed};
-use async_nats::{Client, PublishErrorKind, Subject};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::Arc;
@@ -358,7 +359,7 @@ impl Lane {
         if let Some(client) = &client {
             let mut state = self.state.lock();
             state.set_max_payload(client.max_payload());
-            state.begin(frame::server(&client.server_info().server_id));
+            state.begin(frame::server(&client.server_id()));
         }
         loop {
             // Before there is something to send: what is sealed for a dead client is sent again.
@@ -423,24 +424,24 @@ impl Lane {
         state.link_down();
         if let Some(client) = &client {
             state.set_max_payload(client.max_payload());
-            state.link_up(frame::server(&client.server_info().server_id), Instant::now());
+            state.link_up(frame::server(&client.server_id()), Instant::now());
         }
         client
     }
 
     /// Fails when the message can never be sent; one that a lost connection took with it is sent again later.
     async fn publish(&self, client: &Client, message: Bytes) -> Result<(), ()> {
-        match client.publish_with_reply(self.peer.clone(), self.own.clone(), message).await {
+        match client.publish_with(self.peer.clone(), Some(self.own.clone()), None, message).await {
             Ok(()) => {
                 // Only what was written has made room for the next batch.
                 let _ = client.flush().await;
                 Ok(())
             }
-            Err(error) if error.kind() == PublishErrorKind::Send => {
+            Err(PublishError::Closed) => {
                 // The client is dead; its supervisor replaces it.
                 std::future::pending().await
             }
-            Err(_) => Err(()),
+            Err(PublishError::Rejected(_)) => Err(()),
         }
     }
 }

@@ -8,21 +8,21 @@ use crate::error::{Error, Result, Status};
 use crate::events::Wakeups;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
 use crate::lane::state::{Credit, PeerTimeouts};
-use crate::nats::inbound::{Inbox, MessageHandler};
+use crate::nats::client::Client;
+use crate::nats::inbound::MessageHandler;
+use crate::nats::inbox::Inbox;
+use crate::nats::{Message, Subject, detach};
 use crate::process::random;
 use crate::process::runtime;
 use crate::sync::Mutex;
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
-use async_nats::{Client, Message, StatusCode, Subject};
 use dashmap::DashMap;
-use futures_util::FutureExt;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::task::coop::unconstrained;
 
 /// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
 const MAX_LANES: usize = 8192;
@@ -214,7 +214,7 @@ impl Lanes {
         let header = Header::read(payload).ok()?;
         let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
         (is_first && self.has_room() && level0::is_valid_reply_subject(peer, &self.offline_subject))
-            .then(|| self.make(format!("{}-{}", self.offer, random::random_u64()), peer.clone(), false))
+            .then(|| self.make(format!("{}-{}", self.offer, random::random_u64()), detach(peer), false))
     }
 
     // The worker's side -----------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ impl Lanes {
         let message = header.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
             // At once or not at all: whoever sends faster than the server takes the answers would have us keep them all.
-            let _ = unconstrained(client.publish_with_reply(peer, own, message)).now_or_never();
+            client.try_publish(peer, own, message);
         }
     }
 
@@ -349,7 +349,7 @@ impl MessageHandler for Lanes {
 
     fn message(&self, message: Message) {
         let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
-        if message.status == Some(StatusCode::NO_RESPONDERS) {
+        if message.is_no_responders {
             return match find(&self.own, token) {
                 Some(lane) => lane.nobody_there(&self.wakeups),
                 None => self.ignore(),

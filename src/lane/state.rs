@@ -426,7 +426,7 @@ impl<S: Clone> State<S> {
                 Some(text) => {
                     // It need not wait for room. So where there is none it is short: thousands may end at once.
                     let most = if self.has_room(text.len()) { self.max_message() } else { SHORT };
-                    self.append(frame::ERROR, credit.stream, level0::cut(text, most.min(self.max_message())));
+                    self.append(frame::ERROR, credit.stream, level0::truncate_utf8(text, most.min(self.max_message())));
                 }
             }
         }

@@ -1,5 +1,5 @@
-//! Certificates and keys: checked before they are used, so that an error says what is wrong with which file, and a
-//! verifier for servers that are reached by an address instead of their name.
+//! Certificates and keys, which are checked before they are used, so that an error says what is wrong with which file; and a
+//! certificate verifier for servers that are connected by an address instead of their name.
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The object identifier of the curve P-521, as it stands in keys and certificates.
+/// The object identifier of the curve P-521 in keys and certificates.
 const P_521: &[u8] = &[0x06, 0x05, 0x2b, 0x81, 0x04, 0x00, 0x23];
 
 /// The certificates and keys that the options name.
@@ -38,8 +38,8 @@ impl Files {
         Ok(Files { roots, client })
     }
 
-    /// For a server that is reached by its address: its certificate must be for `name`. None where that is not a host's
-    /// name.
+    /// Returns the TLS configuration for a server that is connected by its address, and must have a certificate for `name`. None
+    /// if `name` is no host name.
     pub(crate) fn config_for(&self, name: &str) -> Option<ClientConfig> {
         let provider = Arc::new(ring::default_provider());
         let name = ServerName::try_from(name.to_owned()).ok()?;
@@ -59,13 +59,13 @@ impl Files {
     }
 }
 
-/// Checks a server's certificate as ever, but against the name that led to the server, not against its address.
+/// Checks a server's certificate against the name that was resolved to its address, not against the address.
 #[derive(Debug)]
 struct NameVerifier {
     name: ServerName<'static>,
-    /// None: the system's.
+    /// None: those of the system.
     roots: Option<Arc<RootCertStore>>,
-    /// Made when there is a certificate: a server in the clear needs none, and the system's authorities take some time.
+    /// Made for the first certificate: a server without TLS needs none, and loading the system's authorities takes time.
     verifier: OnceCell<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
 }
@@ -80,7 +80,7 @@ impl NameVerifier {
     }
 }
 
-/// The system's authorities, as the NATS client finds them.
+/// Loads the system's authorities, as async-nats does.
 fn system_roots() -> RootCertStore {
     let mut roots = RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
@@ -132,7 +132,7 @@ impl ServerCertVerifier for NameVerifier {
     }
 }
 
-/// The error for a file that an option names.
+/// The error for the file of an option.
 fn wrong(option: &str, file: &Path, why: &str) -> Error {
     Error::invalid(format!("{option} {}: {why}", file.display()))
 }
@@ -145,24 +145,24 @@ fn read(option: &str, file: &Path) -> Result<Vec<u8>> {
     Ok(text)
 }
 
-/// What the sections of a PEM file are called, as in "-----BEGIN CERTIFICATE-----".
+/// Returns the labels of the sections of a PEM file, as in "-----BEGIN CERTIFICATE-----".
 fn sections(text: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(text);
     let labels = text.lines().filter_map(|line| line.trim().strip_prefix("-----BEGIN ")?.strip_suffix("-----"));
     labels.map(str::to_owned).collect()
 }
 
-/// The error for a file that holds something else than it should; it says what it holds.
+/// The error for a file without the right section. It says what the file has instead.
 fn missing(option: &str, file: &Path, text: &[u8], what: &str) -> Error {
     let found = sections(text);
     let instead = match found.first() {
         Some(label) => format!("its first section is {label}"),
         None if text.starts_with(&[0x30]) => {
-            "it looks like DER: `openssl x509 -inform der` or `openssl pkey -inform der` makes PEM of it".into()
+            "it looks like DER; convert it to PEM by `openssl x509 -inform der` or `openssl pkey -inform der`".into()
         }
-        None => "it has no PEM section at all".into(),
+        None => "it has no PEM section".into(),
     };
-    wrong(option, file, &format!("there is no {what} in it, as PEM; {instead}"))
+    wrong(option, file, &format!("there is no {what} in PEM form in it; {instead}"))
 }
 
 fn read_certificates(option: &str, file: &Path) -> Result<Vec<CertificateDer<'static>>> {
@@ -197,33 +197,33 @@ fn read_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
         return Err(wrong(
             option,
             file,
-            "the key is encrypted by a passphrase, which cannot be given; `openssl pkey -in FILE -out NEW` makes a plain \
-             one, to be protected by the file's permissions",
+            "the key is encrypted by a passphrase, which is not supported; decrypt it by `openssl pkey -in FILE -out NEW`, \
+             and protect it by the permissions of the file",
         ));
     }
     if !sections(&text).iter().any(|label| label.ends_with("PRIVATE KEY")) {
         return Err(missing(option, file, &text, "private key"));
     }
     PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
-        wrong(option, file, &format!("the key cannot be read: {error}; right is PKCS#8, PKCS#1 or SEC1, as PEM"))
+        wrong(option, file, &format!("the key cannot be read: {error}; use PKCS#8, PKCS#1 or SEC1 in PEM form"))
     })
 }
 
-/// A certificate, those that vouch for it, and its key.
+/// Reads a certificate, with its chain, and its key.
 fn read_client(certificate_file: &Path, key_file: &Path) -> Result<CertifiedKey> {
-    const USABLE: &str = "right are ECDSA on P-256 or P-384, Ed25519, and RSA of 2048 to 8192 bits";
+    const USABLE: &str = "use ECDSA on P-256 or P-384, Ed25519, or RSA of 2048 to 8192 bits";
     let certificates = read_certificates("tls_cert_file", certificate_file)?;
     let key = read_key(key_file)?;
     let signing_key = ring::sign::any_supported_type(&key).map_err(|_| {
         let is_p_521 = contains(key.secret_der(), P_521) || contains(&certificates[0], P_521);
-        let what = if is_p_521 { "the key is on the curve P-521" } else { "the key is of a kind" };
+        let what = if is_p_521 { "the key is on the curve P-521" } else { "the key is of a type" };
         wrong("tls_key_file", key_file, &format!("{what}, which is not supported; {USABLE}"))
     })?;
     let client = CertifiedKey::new(certificates, signing_key);
     match client.keys_match() {
         Ok(()) | Err(rustls::Error::InconsistentKeys(InconsistentKeys::Unknown)) => Ok(client),
         Err(rustls::Error::InconsistentKeys(_)) => {
-            // Of a chain the first is used.
+            // The first certificate of the chain must be that of the key.
             let fits = |certificate: &CertificateDer<'static>| {
                 CertifiedKey::new(vec![certificate.clone()], Arc::clone(&client.key)).keys_match().is_ok()
             };
@@ -232,8 +232,8 @@ fn read_client(certificate_file: &Path, key_file: &Path) -> Result<CertifiedKey>
                     "tls_cert_file",
                     certificate_file,
                     &format!(
-                        "the certificate of the key in tls_key_file is number {} in it; it must be the first, before \
-                         those that vouch for it",
+                        "the certificate of the key in tls_key_file is number {} in it; it must be the first, before its \
+                         issuers",
                         index + 1
                     ),
                 )),
@@ -256,41 +256,41 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
     text.windows(part.len()).any(|window| window == part)
 }
 
-/// Adds to an error of a TLS handshake what people can do about it.
+/// Adds to an error of a TLS handshake what to do about it.
 pub(crate) fn explain(error: &str, options: &ConnectOptions) -> String {
     let ca = if options.tls_ca_file.is_some() { "tls_ca_file" } else { "the system's authorities (set tls_ca_file)" };
     let hint = if error.contains("InvalidContentType") {
         if options.tls_first {
-            "the server does not speak TLS, or not from the beginning (tls_first)".to_owned()
+            "the server does not speak TLS, or not from the start of the connection (tls_first)".to_owned()
         } else {
             "the server does not speak TLS".to_owned()
         }
     } else if error.contains("CaUsedAsEndEntity") {
-        "the server shows an authority's certificate as its own, such as `openssl req -x509` makes; give it one that the \
-         authority has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and named in tls_ca_file"
+        "the server uses the certificate of an authority, such as `openssl req -x509` makes; give it one that the authority \
+         has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and set that as tls_ca_file"
             .to_owned()
     } else if error.contains("UnknownIssuer") {
         format!(
-            "who issued the server's certificate is not in {ca}, or the server does not send the certificates between"
+            "the issuer of the server's certificate is not in {ca}, or the server does not send the intermediate certificates"
         )
     } else if error.contains("BadSignature") {
-        format!("the server's certificate was signed by another key than that of the authority of this name in {ca}")
+        format!("the server's certificate was signed by another key than that of the authority with this name in {ca}")
     } else if error.contains("UnsupportedSignatureAlgorithm") || error.contains("UnsupportedCertVersion") {
-        "the server's certificate has a key or a signature of a kind that is not supported (P-521, SHA-1, RSA below 2048 \
+        "the server's certificate has a type of key or signature that is not supported (P-521, SHA-1, RSA below 2048 \
          bits, X.509 before version 3)"
             .to_owned()
     } else if error.contains("HandshakeFailure") || error.contains("ProtocolVersion") {
-        "the server has no version or kind of key in common with us: it needs TLS 1.3, and ECDSA on P-256 or P-384, \
-         Ed25519 or RSA from 2048 bits"
+        "this client and the server have no TLS version or type of key in common: the server needs TLS 1.3, and ECDSA on \
+         P-256 or P-384, Ed25519, or RSA of at least 2048 bits"
             .to_owned()
     } else if error.contains("certificate expired") || error.contains("not valid yet") {
-        "compare the server's certificate and this machine's clock".to_owned()
+        "check the dates of the server's certificate and the clock of this machine".to_owned()
     } else if error.contains("failed signing nonce") {
-        "nkey_seed or creds_file has no seed of a user".to_owned()
+        "nkey_seed or creds_file does not have the seed of a user".to_owned()
     } else if error.contains("received fatal alert") {
-        "the server refuses our certificate, or that we have none (tls_cert_file, tls_key_file)".to_owned()
-    } else if error.contains("timed out") && options.wants_tls() && !options.tls_first {
-        "a server with handshake_first needs tls_first".to_owned()
+        "the server refuses our certificate, or requires one (tls_cert_file, tls_key_file)".to_owned()
+    } else if error.contains("timed out") && options.needs_tls() && !options.tls_first {
+        "set tls_first for a server with handshake_first".to_owned()
     } else {
         return error.to_owned();
     };

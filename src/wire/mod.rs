@@ -1,4 +1,4 @@
-//! Byte formats on the wire. Nothing here does input or output.
+//! Byte formats on the wire. Nothing here does I/O.
 
 pub(crate) mod frame;
 pub(crate) mod level0;

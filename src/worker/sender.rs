@@ -5,13 +5,13 @@ use crate::error::{Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::state::Credit;
+use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::status_word::StatusWord;
 use crate::wire::level0::{self, Headers};
 use crate::worker::service::Service;
-use async_nats::Subject;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -393,7 +393,7 @@ impl StreamObserver for Sender {
     }
 
     fn room(&self) {
-        BlockedSender::room(self);
+        BlockedSender::writable(self);
     }
 
     fn peer_gone(&self, knew: bool) {
@@ -414,7 +414,7 @@ impl StreamObserver for Sender {
 }
 
 impl BlockedSender for Sender {
-    fn room(&self) {
+    fn writable(&self) {
         self.is_blocked.store(false, Ordering::Release);
         if !self.is_closed() && !self.writable_queued.swap(true, Ordering::AcqRel) {
             self.push_event(Kind::Writable, Status::Ok);

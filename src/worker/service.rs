@@ -5,6 +5,7 @@ use crate::error::{Error, Result, Status};
 use crate::events::{EventSource, Kind, Queue, Single, unpin};
 use crate::lane::driver::StreamObserver;
 use crate::nats::inbound::MessageHandler;
+use crate::nats::{self, Message, Subject};
 use crate::presence::client_id;
 use crate::presence::registry;
 use crate::process::fork;
@@ -12,7 +13,6 @@ use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::wire::level0::{self, Use};
 use crate::worker::sender::Sender;
-use async_nats::{Message, Subject};
 use dashmap::DashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -160,7 +160,7 @@ impl Service {
         let connection = &self.connection;
         count(&connection.counters.requests);
         let Some(reply) =
-            message.reply.filter(|reply| level0::is_valid_reply_subject(reply, connection.offline_subject()))
+            message.reply.as_ref().filter(|reply| level0::is_valid_reply_subject(reply, connection.offline_subject()))
         else {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
@@ -171,12 +171,12 @@ impl Service {
             });
             return;
         };
-        let id = level0::header(message.headers.as_ref(), level0::CONNECT_ID).unwrap_or_default();
+        let id = message.header(level0::CONNECT_ID).unwrap_or_default();
         let id = match client_id::id(id.as_bytes()) {
             Ok(id) => Arc::from(id),
             Err(error) => {
                 count(&connection.counters.requests_ignored);
-                self.refuse(&reply, &format!("invalid {}: {error}", level0::CONNECT_ID));
+                self.refuse(reply, &format!("invalid {}: {error}", level0::CONNECT_ID));
                 return;
             }
         };
@@ -185,14 +185,13 @@ impl Service {
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
             count(&connection.counters.requests_busy);
-            self.refuse(&reply, level0::BUSY);
+            self.refuse(reply, level0::BUSY);
             return;
         }
+        let headers = message.copy_headers(&[level0::CONNECT_ID, level0::LANE]);
+        let offer = message.header(level0::LANE).map(str::to_owned);
         // A copy, because a slice would keep the NATS client's whole read buffer as long as the sender exists.
-        let reply = Subject::from(reply.as_str().to_owned());
-        let headers = level0::own_headers(message.headers.as_ref());
-        let offer = level0::header(message.headers.as_ref(), level0::LANE).map(str::to_owned);
-        let sender = Sender::new(Arc::clone(&self), reply, Arc::clone(&id), headers);
+        let sender = Sender::new(Arc::clone(&self), nats::detach(reply), Arc::clone(&id), headers);
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
         registry::attach(&id, sender.handle_id(), Arc::clone(&sender) as _);

@@ -176,7 +176,7 @@ static void malformed_urls(void) {
   };
   for (size_t i = 0; i < sizeof urls / sizeof *urls; i++) {
     CHECK_ERROR(try_connect(urls[i].value, NULL), PRESENCE_INVALID, urls[i].told);
-    if (strcmp(urls[i].told, "UTF-8") != 0) CHECK_TELLS(error.message, "right is nats://host:port");
+    if (strcmp(urls[i].told, "UTF-8") != 0) CHECK_TELLS(error.message, "use nats://host:port");
   }
 }
 

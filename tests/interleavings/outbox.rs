@@ -19,14 +19,14 @@ fn written(outbox: &Outbox) -> String {
     use futures_util::FutureExt;
     let mut all = String::new();
     while let Some(mut batch) = outbox.take().now_or_never() {
-        let weight = batch.items.iter().map(Item::weight).sum();
+        let weight = batch.items.iter().map(OutgoingItem::weight).sum();
         for item in batch.items {
             match item {
-                Item::Message(_, length) => all += str::from_utf8(&batch.bytes.split_to(length)).unwrap(),
+                OutgoingItem::Message(_, length) => all += str::from_utf8(&batch.bytes.split_to(length)).unwrap(),
                 _ => all += "E",
             }
         }
-        outbox.handed_over(weight);
+        outbox.release(weight);
     }
     all
 }
@@ -121,14 +121,14 @@ fn who_waits_leaves() {
                 }
                 _ => {
                     // With the connection goes what waited for it: there is room.
-                    outbox.lost([]);
+                    outbox.connection_lost([]);
                 }
             }
             for waiter in waiters {
                 let sent = waiter.join().unwrap();
                 assert!(case == 1 || sent == Ok(()), "{sent:?}");
             }
-            assert_eq!(outbox.wanted.load(Ordering::SeqCst), 0);
+            assert_eq!(outbox.blocked.load(Ordering::SeqCst), 0);
         });
     }
 }
@@ -136,7 +136,7 @@ fn who_waits_leaves() {
 struct Told(RealMutex<u32>);
 
 impl BlockedSender for Told {
-    fn room(&self) {
+    fn writable(&self) {
         *self.0.lock().unwrap() += 1;
     }
 }
@@ -157,7 +157,7 @@ fn who_was_refused_is_told() {
         hand_over.join().unwrap();
         let count = *told.0.lock().unwrap();
         assert_eq!(count, u32::from(sent == Err(Status::Full)));
-        assert_eq!(outbox.wanted.load(Ordering::SeqCst), 0);
+        assert_eq!(outbox.blocked.load(Ordering::SeqCst), 0);
     });
 }
 
@@ -174,7 +174,7 @@ fn the_task_takes_all() {
                 while all < 4 {
                     let batch = outbox.take().await;
                     all += batch.items.len();
-                    outbox.handed_over(batch.items.iter().map(Item::weight).sum());
+                    outbox.release(batch.items.iter().map(OutgoingItem::weight).sum());
                 }
             })
         };

@@ -1,0 +1,125 @@
+//! Round trips to nats-server: waits until it has what was subscribed and sent, and ends subscriptions without a loss.
+//!
+//! An *echo* is an empty message to the connection's own inbox. When it comes back the server has all that was sent before
+//! it, and all that the server had sent before it has come.
+
+use crate::connection::Connection;
+use crate::connection::writer::EchoNotifier;
+use crate::error::{Error, Result, Status};
+use crate::nats::inbound::{MessageHandler, Subscription};
+use crate::nats::outbox::OutgoingItem;
+use crate::nats::{Message, Subject};
+use crate::process::random;
+use std::sync::{Arc, Weak, mpsc};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+impl Connection {
+    /// Keeps a subject subscribed from now on.
+    pub(crate) fn subscribe(&self, id: u64, subject: Subject, group: &str, receiver: Arc<dyn MessageHandler>) {
+        self.subscriptions.insert(id, Subscription { subject, group: group.into(), receiver });
+        self.outbox.push(OutgoingItem::Subscribe(id));
+    }
+
+    /// Ends a subscription when all messages that the server has sent for it have come. The service has stopped, and refuses
+    /// them.
+    pub(crate) fn unsubscribe(&self, id: u64) {
+        if self.subscriptions.remove(id) {
+            let echo = random::random_u64();
+            let barrier = UnsubscribeBarrier { connection: self.this.clone(), subscription: id, echo };
+            let subject = self.inbox.expect(echo, Arc::new(barrier));
+            self.outbox.push(OutgoingItem::SendUnsub(id));
+            self.outbox.push(OutgoingItem::Echo(subject));
+        }
+    }
+
+    /// Waits until the server has a subscription, or refuses it. Without a connection it is made later.
+    pub(crate) fn flush_subscription(&self, id: u64) -> Result<()> {
+        self.flush_subscriptions()?;
+        // nats-server sends a refusal before the echo, but another task handles it. That task has run when the second echo comes.
+        self.flush_subscriptions()?;
+        self.refusal(id).map_or(Ok(()), Err)
+    }
+
+    /// Waits until the server has all subscriptions. Without a connection they are made later.
+    pub(crate) fn flush_subscriptions(&self) -> Result<()> {
+        match self.flush(Some(self.options.connect_timeout)) {
+            Err(error) if error.status == Status::Disconnected => self.check_open(),
+            other => other,
+        }
+    }
+
+    /// Waits until the server has all that was sent so far (`limit` None: without limit).
+    pub(super) fn flush(&self, limit: Option<Duration>) -> Result<()> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let key = random::random_u64();
+        let subject = self.inbox.expect(key, Arc::new(FlushWaiter(sender)));
+        // After `expect`: the loss of a connection first changes the state, and then ends what the inbox expects.
+        let flushed = if self.is_connected() {
+            self.outbox.push(OutgoingItem::Echo(subject));
+            match limit {
+                None => receiver.recv().map_err(|_| Status::Internal),
+                Some(limit) => receiver.recv_timeout(limit).map_err(|_| Status::Timeout),
+            }
+        } else {
+            Ok(Err(Status::Disconnected))
+        };
+        self.inbox.forget(key);
+        flushed.flatten().map_err(|status| match (status, limit) {
+            (Status::Timeout, Some(limit)) => {
+                Error::new(Status::Timeout, format!("nats-server did not answer within {limit:?}"))
+            }
+            _ => Error::new(status, "there is no connection to nats-server, or it was lost just now"),
+        })
+    }
+
+    /// Returns true if the server answers within the connect timeout: it has all that was sent so far.
+    pub(super) async fn is_flushed(&self) -> bool {
+        let echo = Arc::new(Notify::new());
+        let key = random::random_u64();
+        let subject = self.inbox.expect(key, Arc::new(EchoNotifier(Arc::clone(&echo))));
+        self.outbox.push(OutgoingItem::Echo(subject));
+        let is_flushed = timeout(self.options.connect_timeout, echo.notified()).await.is_ok();
+        self.inbox.forget(key);
+        is_flushed
+    }
+}
+
+/// Wakes a thread that waits in `flush`.
+struct FlushWaiter(mpsc::SyncSender<Result<(), Status>>);
+
+impl MessageHandler for FlushWaiter {
+    fn message(&self, _message: Message) {
+        let _ = self.0.try_send(Ok(()));
+    }
+
+    fn ended(&self, why: Status) {
+        // `close` flushes, too.
+        if why != Status::Closed {
+            let _ = self.0.try_send(Err(why));
+        }
+    }
+}
+
+/// Unsubscribes at the client when its echo comes, for then no more messages are on their way.
+struct UnsubscribeBarrier {
+    connection: Weak<Connection>,
+    subscription: u64,
+    echo: u64,
+}
+
+impl MessageHandler for UnsubscribeBarrier {
+    fn message(&self, _message: Message) {
+        if let Some(connection) = self.connection.upgrade() {
+            connection.inbox.forget(self.echo);
+            connection.outbox.push(OutgoingItem::Unsubscribe(self.subscription));
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        if let Some(connection) = self.connection.upgrade().filter(|_| why != Status::Closed) {
+            connection.inbox.forget(self.echo);
+        }
+    }
+}
