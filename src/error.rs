@@ -1,13 +1,13 @@
-//! What can go wrong, told as a fixed status and a message that names the value at fault.
+//! Errors: a fixed status, and a message that has the wrong value.
 
 use std::borrow::Cow;
 use std::fmt;
 
-/// How a call ended, or why a stream did. 0 is success; the errors are negative and fixed for ever.
+/// The result of a call, or why a stream ended. 0 is success. The numbers of errors are negative and never change.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {
-    /// Done.
+    /// Success.
     Ok = 0,
     /// An argument is wrong.
     Invalid = -1,
@@ -15,13 +15,13 @@ pub enum Status {
     Offline = -2,
     /// The sender, stream, service, connection or queue has ended already.
     Closed = -3,
-    /// The stream was cancelled by its reader; at a worker also: the client left before the stream had begun.
+    /// The reader cancelled the stream. At a worker also: the client left before the stream began.
     Cancelled = -4,
     /// A buffer or a limit is reached.
     Full = -5,
     /// The payload is larger than the server takes.
     TooLarge = -6,
-    /// The payload begins like a marker of the wire's level 0.
+    /// The payload begins like a marker of level 0.
     Reserved = -7,
     /// There is no connection to nats-server, or it was lost while the stream ran.
     Disconnected = -8,
@@ -29,9 +29,9 @@ pub enum Status {
     PeerGone = -9,
     /// Nobody serves the subject.
     NoResponders = -10,
-    /// Somebody else is using it.
+    /// Another thread is using it, or it is at its limit.
     Busy = -11,
-    /// The time given was over.
+    /// The time limit was reached.
     Timeout = -12,
     /// The worker ended the stream with an error.
     Remote = -13,
@@ -42,7 +42,7 @@ pub enum Status {
 }
 
 impl Status {
-    /// Every status; the one with code `-n` stands at index `n`.
+    /// Every status: the one with code `-n` is at index `n`.
     pub const ALL: [Status; 16] = [
         Status::Ok,
         Status::Invalid,
@@ -62,20 +62,20 @@ impl Status {
         Status::Internal,
     ];
 
-    /// The number that crosses the C ABI.
+    /// Returns the number of this status in the C ABI.
     #[must_use]
     pub const fn code(self) -> i32 {
         self as i32
     }
 
-    /// The status with this number, if there is one.
+    /// Returns the status with this number.
     #[must_use]
     pub fn from_code(code: i32) -> Option<Status> {
         let index = usize::try_from(code.checked_neg()?).ok()?;
         Status::ALL.get(index).copied()
     }
 
-    /// What it means, in a few words without a full stop, NUL-terminated for C.
+    /// Returns its meaning in a few words, NUL-terminated for C.
     pub(crate) const fn c_text(self) -> &'static std::ffi::CStr {
         match self {
             Status::Ok => c"ok",
@@ -83,9 +83,9 @@ impl Status {
             Status::Offline => c"client is offline",
             Status::Closed => c"already ended",
             Status::Cancelled => c"cancelled",
-            Status::Full => c"no room",
+            Status::Full => c"buffer or limit is full",
             Status::TooLarge => c"payload too large",
-            Status::Reserved => c"payload begins like a marker of the wire",
+            Status::Reserved => c"payload begins like a marker of level 0",
             Status::Disconnected => c"not connected to nats-server",
             Status::PeerGone => c"the process at the other end is gone",
             Status::NoResponders => c"nobody serves the subject",
@@ -104,12 +104,12 @@ impl fmt::Display for Status {
     }
 }
 
-/// A status, and a message that says which value was wrong and what would be right. It never holds a secret.
+/// A status, and a message that says which value was wrong and what would be right. It never has a secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error {
     /// What kind of error it is.
     pub status: Status,
-    /// For people; its wording may change.
+    /// For people: its wording may change.
     pub message: Cow<'static, str>,
 }
 

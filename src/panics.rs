@@ -1,4 +1,4 @@
-//! A panic in each task of the runtime: what depends on it is told, and all else goes on.
+//! A panic in each task of the runtime: what depends on that task ends with an error, and everything else goes on.
 
 use crate::Config;
 use crate::Connection;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 static FORCED: Mutex<Option<&str>> = Mutex::new(None);
 
-/// The same work, but it panics when next polled after `force` named it.
+/// Does the same work, but panics in the first poll after `force` was called with `what`.
 pub(crate) async fn forcible<T>(what: &'static str, work: impl Future<Output = T>) -> T {
     let mut work = pin!(work);
     poll_fn(|context| {
@@ -38,7 +38,7 @@ fn was_forced() -> bool {
     FORCED.lock().is_none()
 }
 
-/// A nats-server, ended with the test.
+/// A nats-server, which is killed at the end of the test.
 struct Server(Child, String);
 
 impl Server {
@@ -54,7 +54,7 @@ impl Server {
                 line.split_once("Listening for client connections on ").map(|(_, address)| address.to_owned())
             })
             .unwrap();
-        // Should nobody read on, the server would get a SIGPIPE.
+        // Without a reader the server would get a SIGPIPE.
         std::thread::spawn(move || lines.for_each(drop));
         Server(child, format!("nats://{address}"))
     }
@@ -67,7 +67,7 @@ impl Drop for Server {
     }
 }
 
-/// The next event of one of these kinds: what is of no other kind is passed over.
+/// Returns the next event of one of these kinds, and drops the events before it.
 fn next(queue: &Queue, kinds: &[Kind]) -> (Kind, Status, String, Option<Arc<Sender>>) {
     loop {
         let mut found = None;
@@ -84,11 +84,11 @@ fn next(queue: &Queue, kinds: &[Kind]) -> (Kind, Status, String, Option<Arc<Send
     }
 }
 
-/// One process as gateway and worker, on two connections.
+/// A gateway and a worker, each with its connection.
 struct World {
     server: Server,
-    asks: End,
-    serves: End,
+    gateway: End,
+    worker: End,
 }
 
 struct End {
@@ -111,30 +111,30 @@ impl End {
 impl World {
     fn new(lanes: &str) -> World {
         let server = Server::start();
-        let (asks, serves) = (End::new(&server.1, lanes), End::new(&server.1, lanes));
-        serves.connection.serve(&serves.queue, "work", "", 0, 0).unwrap();
-        World { server, asks, serves }
+        let (gateway, worker) = (End::new(&server.1, lanes), End::new(&server.1, lanes));
+        worker.connection.serve(&worker.queue, "work", "", 0, 0).unwrap();
+        World { server, gateway, worker }
     }
 
-    /// A stream that runs.
+    /// Starts a stream, and returns its sender.
     fn stream(&self) -> Arc<Sender> {
-        let End { queue, connection } = &self.asks;
+        let End { queue, connection } = &self.gateway;
         connection.request(queue, "work", b"", b"somebody", &Config::new(), 0).unwrap();
-        let sender = next(&self.serves.queue, &[Kind::Request]).3.unwrap();
+        let sender = next(&self.worker.queue, &[Kind::Request]).3.unwrap();
         sender.send(b"first").unwrap();
         assert_eq!(next(queue, &[Kind::Data]).2, "first");
         sender
     }
 
-    /// All works as if nothing had been.
+    /// Checks that everything works.
     fn check(&self) {
         let sender = self.stream();
         sender.end().unwrap();
-        assert_eq!(next(&self.asks.queue, &[Kind::End, Kind::Error]).0, Kind::End);
+        assert_eq!(next(&self.gateway.queue, &[Kind::End, Kind::Error]).0, Kind::End);
     }
 
     fn close(self) {
-        for End { connection, queue } in [&self.asks, &self.serves] {
+        for End { connection, queue } in [&self.gateway, &self.worker] {
             connection.close(Some(Duration::from_secs(10))).unwrap();
             queue.close();
         }
@@ -144,70 +144,70 @@ impl World {
 
 const ENDS: [Kind; 2] = [Kind::End, Kind::Error];
 
-/// One test: what is forced is forced for the whole process.
+/// One test, because `force` is for the whole process.
 #[test]
-fn a_panic_in_a_task_is_told_and_all_else_goes_on() {
+fn panic_in_a_task_ends_what_depends_on_it_and_nothing_else() {
     mark_online(b"bystander").unwrap();
 
-    // A lane fails at the worker's end.
+    // The worker's end of a lane.
     let world = World::new("true");
     let sender = world.stream();
     force("a worker's lane");
     let _ = sender.send(b"second");
-    let (_, status, ..) = next(&world.serves.queue, &[Kind::Stopped]);
+    let (_, status, ..) = next(&world.worker.queue, &[Kind::Stopped]);
     assert!(was_forced());
     assert_eq!((status, sender.send(b"third")), (Status::Internal, Err(Status::Internal)));
-    assert_eq!(next(&world.asks.queue, &ENDS).0, Kind::Error);
+    assert_eq!(next(&world.gateway.queue, &ENDS).0, Kind::Error);
     world.check();
 
-    // A lane fails at the gateway's end.
+    // The gateway's end of a lane.
     let sender = world.stream();
     let stream = {
-        let End { queue, connection } = &world.asks;
+        let End { queue, connection } = &world.gateway;
         connection.request(queue, "work", b"", b"somebody", &Config::new(), 0).unwrap()
     };
-    let second = next(&world.serves.queue, &[Kind::Request]).3.unwrap();
+    let second = next(&world.worker.queue, &[Kind::Request]).3.unwrap();
     second.send(b"x").unwrap();
-    next(&world.asks.queue, &[Kind::Data]);
+    next(&world.gateway.queue, &[Kind::Data]);
     force("a gateway's lane");
     stream.cancel().unwrap();
-    let mut ends = [next(&world.asks.queue, &ENDS).1, next(&world.asks.queue, &ENDS).1];
+    let mut ends = [next(&world.gateway.queue, &ENDS).1, next(&world.gateway.queue, &ENDS).1];
     ends.sort_by_key(|status| status.code());
     assert_eq!(ends, [Status::Internal, Status::Cancelled]);
     assert!(was_forced());
     for _ in 0..2 {
-        next(&world.serves.queue, &[Kind::Stopped]);
+        next(&world.worker.queue, &[Kind::Stopped]);
     }
     assert!(sender.is_closed() && second.is_closed());
     world.check();
     world.close();
 
-    // The task that sends, on a level that it serves.
+    // The task that sends, on level 0.
     let world = World::new("false");
     let sender = world.stream();
     force("sending");
     let _ = sender.send(b"second");
-    let (_, _, text, _) = next(&world.serves.queue, &[Kind::Disconnected]);
+    let (_, _, text, _) = next(&world.worker.queue, &[Kind::Disconnected]);
     assert!(was_forced() && text.contains("sending has failed: forced"), "{text}");
     assert_eq!(sender.send(b"third"), Err(Status::Disconnected));
-    assert_eq!(next(&world.asks.queue, &ENDS).0, Kind::Error);
-    next(&world.serves.queue, &[Kind::Connected]);
-    world.serves.connection.flush_subscriptions().unwrap();
+    assert_eq!(next(&world.gateway.queue, &ENDS).0, Kind::Error);
+    next(&world.worker.queue, &[Kind::Connected]);
+    world.worker.connection.flush_subscriptions().unwrap();
     world.check();
 
-    // What is done for a new connection: each is tried again.
+    // The parts of making a connection, which is tried again.
     for what in ["the NATS client", "subscribing"] {
         force("sending");
-        world.serves.connection.listen_offline().unwrap();
+        world.worker.connection.listen_offline().unwrap();
         force(what);
-        next(&world.serves.queue, &[Kind::Disconnected]);
-        next(&world.serves.queue, &[Kind::Connected]);
+        next(&world.worker.queue, &[Kind::Disconnected]);
+        next(&world.worker.queue, &[Kind::Connected]);
         assert!(was_forced(), "{what}");
-        world.serves.connection.flush_subscriptions().unwrap();
+        world.worker.connection.flush_subscriptions().unwrap();
         world.check();
     }
 
-    // Calling threads that wait.
+    // Waking threads that wait for events.
     force("calling wakeups");
     while !was_forced() {
         world.check();

@@ -1,4 +1,4 @@
-//! The standard library's locks, without poisoning: a panic while a lock is held is contained and reported elsewhere.
+//! The standard library's locks without poisoning: a panic while a lock is held is caught and reported elsewhere.
 //!
 //! They are futexes, each complete in itself. Locks that park threads in one table for the whole process
 //! (parking_lot's, and DashMap's) are not safe to use after fork: the child inherits the table with entries for threads
@@ -74,10 +74,10 @@ impl<T> RwLock<T> {
     }
 }
 
-/// A mutex that the thread that holds it may ask for again: it gets `None` then, instead of a deadlock.
+/// A mutex that returns None, instead of a deadlock, to the thread that has locked it already.
 #[derive(Default)]
 pub(crate) struct OwnedMutex<T> {
-    /// Identifies the thread that holds it; 0: none.
+    /// Identifies the thread that has locked it; 0: none.
     owner: AtomicUsize,
     inner: Mutex<T>,
 }
@@ -88,7 +88,7 @@ pub(crate) struct OwnedMutexGuard<'a, T> {
 }
 
 impl<T> OwnedMutex<T> {
-    /// Locks it. None if this thread has locked it already.
+    /// Locks it. Returns None if this thread has locked it already.
     pub(crate) fn lock(&self) -> Option<OwnedMutexGuard<'_, T>> {
         thread_local! {
             static THREAD: u8 = const { 0 };
@@ -133,7 +133,7 @@ mod tests {
     use std::time::Duration;
 
     #[test]
-    fn a_panic_does_not_poison() {
+    fn panic_does_not_poison() {
         let (mutex, lock, owned) = (Mutex::new(1), RwLock::default(), OwnedMutex::<u8>::default());
         let panicked = catch_unwind(AssertUnwindSafe(|| {
             let _guards = (mutex.lock(), lock.write(), owned.lock());
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn the_owner_does_not_lock_twice_and_others_wait() {
+    fn owner_gets_none_and_other_threads_wait() {
         let mutex: OwnedMutex<u8> = OwnedMutex::default();
         let mut guard = mutex.lock().unwrap();
         assert!(mutex.lock().is_none());
@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_that_passed_is_reported() {
+    fn passed_deadline_is_reported() {
         let (mutex, condvar) = (Mutex::new(()), Condvar::default());
         let (_guard, timed_out) = condvar.wait_until(mutex.lock(), Instant::now() - Duration::from_millis(1));
         assert!(timed_out);

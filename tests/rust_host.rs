@@ -1,4 +1,4 @@
-//! A Rust program as the host: what belongs to it and not to us.
+//! A Rust program as the host.
 
 use nats_presence::{Config, Connection};
 use std::panic;
@@ -7,13 +7,13 @@ use std::thread;
 
 static SEEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Even on a thread that is called as ours are.
+/// Also on a thread with the name of the library's threads.
 #[test]
-fn its_panic_hook_stays_as_it_is() {
+fn panic_hook_of_a_rust_host_is_left_alone() {
     panic::set_hook(Box::new(|_| {
         SEEN.fetch_add(1, Ordering::SeqCst);
     }));
-    // Nothing listens there; but the runtime is started.
+    // No server listens there, but this starts the runtime.
     assert!(Connection::connect("nats://127.0.0.1:1", &Config::new()).is_err());
     for name in ["presence", "another"] {
         let panics = thread::Builder::new().name(name.into()).spawn(|| panic!("of the host")).unwrap();

@@ -1,43 +1,44 @@
-//! What a forked child may still use: nothing that its parent made, and fresh instances of what belongs to a process.
+//! What a forked child may use: nothing that its parent made, and a new instance of what each process has.
 //!
-//! A child inherits memory but no threads: locks may be held for ever by threads that it does not have. So it touches
-//! none of its parent's state, and finds out without a lock or a system call: `pthread_atfork` (see `ffi`) calls [`child`].
+//! A child inherits memory but no threads, so that locks may stay locked for ever by threads that it does not have. It uses none
+//! of its parent's state. It knows that it is a child without a lock or a system call, because `pthread_atfork` (see `ffi`)
+//! calls [`child`].
 
 use crate::error::{Error, Result, Status};
 use once_cell::sync::OnceCell;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// How many forks lie between this process and the one that loaded the library.
+/// The number of forks between the process that loaded the library and this one.
 static GENERATION: AtomicU32 = AtomicU32::new(0);
-/// The next handle's number, and the first one that this process gave.
+/// The next handle id, and the first one of this process.
 static NEXT: AtomicU64 = AtomicU64::new(1);
 static FIRST: AtomicU64 = AtomicU64::new(1);
-/// 1 + the generation that started the runtime; 0: none did.
+/// 1 + the generation of the process that started the runtime; 0: no process has.
 static RUNTIME: AtomicU32 = AtomicU32::new(0);
 
-/// A number for a handle: never given twice.
+/// Returns the id of a new handle. Ids rise, and none is used twice.
 pub(crate) fn next_handle_id() -> u64 {
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// Fails for a handle that the parent made.
-pub(crate) fn check(number: u64) -> Result<(), Status> {
-    if number < FIRST.load(Ordering::Relaxed) { Err(Status::Forked) } else { Ok(()) }
+/// Fails for a handle that the parent of this process made.
+pub(crate) fn check(handle_id: u64) -> Result<(), Status> {
+    if handle_id < FIRST.load(Ordering::Relaxed) { Err(Status::Forked) } else { Ok(()) }
 }
 
-/// To be called in the child of a fork, before anything else; only stores to atomics.
+/// Must be called in a forked child before anything else. It only stores to atomics.
 pub(crate) fn child() {
     GENERATION.fetch_add(1, Ordering::Relaxed);
     FIRST.store(NEXT.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
-/// Whether a parent of this process had loaded the library.
+/// Returns true if a parent of this process had loaded the library.
 #[cfg(any(debug_assertions, test))]
 pub(crate) fn is_child() -> bool {
     GENERATION.load(Ordering::Relaxed) > 0
 }
 
-/// Notes that the runtime runs in this process; fails where its parent had one, for tokio does not survive a fork.
+/// Must be called before the runtime is started. Fails if a parent of this process had one, for tokio does not survive a fork.
 pub(crate) fn claim_runtime() -> Result<()> {
     let own = GENERATION.load(Ordering::Relaxed) + 1;
     match RUNTIME.compare_exchange(0, own, Ordering::Relaxed, Ordering::Relaxed) {
@@ -45,12 +46,12 @@ pub(crate) fn claim_runtime() -> Result<()> {
         Err(started) if started == own => Ok(()),
         Err(_) => Err(Error::new(
             Status::Forked,
-            "the parent of this process had connected before the fork: connect in the child only, or start it anew (spawn)",
+            "the parent of this process connected before the fork; connect in the child only, or start it by spawn",
         )),
     }
 }
 
-/// A value of which each process has its own. It is made when first asked for, and never freed.
+/// A value that each process makes for itself, when it first needs it, and never frees.
 pub(crate) struct PerProcess<T: 'static> {
     value: OnceCell<T>,
     child: OnceCell<Box<PerProcess<T>>>,
@@ -61,7 +62,7 @@ impl<T> PerProcess<T> {
         PerProcess { value: OnceCell::new(), child: OnceCell::new() }
     }
 
-    /// This process's value. Lock-free once it is made.
+    /// Returns the value of this process. Takes no lock once it is made.
     pub(crate) fn get(&'static self, make: impl FnOnce() -> T) -> &'static T {
         let mut own = self;
         for _ in 0..GENERATION.load(Ordering::Relaxed) {

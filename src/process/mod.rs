@@ -1,4 +1,4 @@
-//! What belongs to the whole process: its tokio runtime, fork, randomness.
+//! State of the whole process: its tokio runtime, forks, randomness.
 
 pub(crate) mod fork;
 pub(crate) mod random;

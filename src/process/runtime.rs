@@ -1,4 +1,5 @@
-//! The process's one tokio runtime: made by the first connection, never ended.
+//! The tokio runtime of the process: the first connection makes it, and it never ends. And panics of its tasks, which it
+//! turns into errors.
 
 use crate::error::{Error, Result, Status};
 use crate::ffi;
@@ -18,32 +19,32 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// The name of the runtime's threads.
 const THREAD: &str = "presence";
 
-/// The stack of the runtime's threads: what Rust gives by default. RUST_MIN_STACK in the host's environment would change
-/// that, to too little for TLS and `getaddrinfo`.
+/// The stack of the runtime's threads: Rust's default. RUST_MIN_STACK in the host's environment could make it too small for TLS
+/// and `getaddrinfo`.
 const STACK: usize = 2 << 20;
 
 thread_local! {
-    /// Whether a panic on this thread is ours, and caught: it is one of the runtime's, or of the host's in our code.
+    /// True on the runtime's threads, and on a thread of the host while it builds the runtime: a panic here is caught by us.
     static IS_OURS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What the last panic on one of the runtime's threads said, where `keep_panics` was called.
+/// The text of the last panic on a thread of the runtime, if `keep_panics` was called.
 static LAST_PANIC: Mutex<Option<String>> = Mutex::new(None);
 
 static RUNTIME: PerProcess<OnceCell<Runtime>> = PerProcess::new();
 
-/// Starts the runtime with so many threads, or gives the one that runs.
+/// Starts the runtime with this many threads, or returns the one that is running.
 pub(crate) fn start(threads: usize) -> Result<&'static Handle> {
     fork::claim_runtime()?;
     let runtime = RUNTIME.get(OnceCell::new).get_or_try_init(|| build(threads))?;
     Ok(runtime.handle())
 }
 
-/// The runtime's threads handle none of the host's signals: SIGPIPE of a lost connection would end the host, and the
-/// others are the host's to receive on its own threads. They inherit this thread's mask, which is as before afterwards.
+/// The runtime's threads block the host's signals: the SIGPIPE of a lost connection would end the host, and the host must get
+/// all others on its own threads. The threads inherit the mask of this thread, which is restored afterwards.
 fn build(threads: usize) -> Result<Runtime> {
     let mut blocked = SigSet::all();
-    // Blocking the signals of a fault would end the process at the fault, past any handler for crashes.
+    // A fault whose signal is blocked ends the process without calling its crash handler.
     for fault in [
         Signal::SIGSEGV,
         Signal::SIGBUS,
@@ -68,22 +69,22 @@ fn build(threads: usize) -> Result<Runtime> {
             .enable_all()
             .build()
     };
-    // It panics where the system gives no thread.
+    // tokio panics when it cannot start a thread.
     IS_OURS.set(true);
     let built = panic::catch_unwind(build).unwrap_or_else(|panic| Err(io::Error::other(text_of(&*panic).to_owned())));
     IS_OURS.set(false);
     if let Ok(before) = before {
-        // It cannot fail: this is the mask that the thread had.
+        // This cannot fail: the thread had this mask before.
         let _ = before.thread_set_mask();
     }
-    built.map_err(|error| Error::new(Status::Full, format!("no threads to be had for the runtime: {error}")))
+    built.map_err(|error| Error::new(Status::Full, format!("cannot start the threads of the runtime: {error}")))
 }
 
-/// Keeps what a panic on the runtime's threads says for the DISCONNECTED event, instead of printing it: the NATS client can
-/// panic at what a peer sends, which ends its task only. Panics of other threads are printed as before.
+/// Installs a panic hook that keeps the text of a panic on the runtime's threads for the DISCONNECTED event, instead of printing
+/// it: the NATS client can panic at what a peer sends, which ends its task only. Panics of other threads are printed as before.
 ///
-/// To be called by the C ABI only. There the hook belongs to this library's own copy of Rust's standard library. A Rust
-/// host's hook is the host's, and sees these panics like all others.
+/// Only the C ABI calls this: there, the library has its own copy of Rust's standard library, and with it its own hook. A Rust
+/// host has one hook for all its crates, which this library leaves alone (`tests/rust_host.rs`); it sees these panics, too.
 pub(crate) fn keep_panics() {
     static KEPT: Once = Once::new();
     KEPT.call_once(|| {
@@ -103,25 +104,25 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic")
 }
 
-/// Does a part of a task's work, of which a panic is an error: what depends on it is to be told, and the rest goes on.
+/// Runs a part of a task, and turns a panic into an error: the caller ends what depends on this part, and goes on.
 pub(crate) async fn catch_panic<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
     #[cfg(test)]
     let work = crate::panics::forcible(what, work);
     // Unwind safe as in `ffi::boundary`.
     let done = AssertUnwindSafe(work).catch_unwind().await;
     done.map_err(|panic| {
-        // It is told here.
+        // The error has it.
         last_panic();
         Error::new(Status::Internal, format!("{what} has failed: {}", text_of(&*panic)))
     })
 }
 
-/// What the last panic on the runtime's threads said, told once.
+/// Takes the text of the last panic on the runtime's threads.
 pub(crate) fn last_panic() -> Option<String> {
     LAST_PANIC.lock().take()
 }
 
-/// Calls `then` after `delay`, if the runtime was started in this process.
+/// Calls `then` after `delay`. Does nothing if the runtime was not started in this process.
 pub(crate) fn later(delay: Duration, then: impl FnOnce() + Send + 'static) {
     if let Some(runtime) = RUNTIME.get(OnceCell::new).get() {
         runtime.spawn(async move {
