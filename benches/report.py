@@ -19,12 +19,12 @@ DOCS = ROOT / "docs"
 Figure = dict[str, Any]
 
 PARTS = {
-    "Presence in one process": (1, 2, 3),
-    "Level 0: streams with peers that lack this library": (4, 5, 6),
+    "Presence, in a process": (1, 2, 3),
+    "Level 0: what peers without this library get": (4, 5, 6),
     "A client leaves": (7,),
     "Lanes": (8, 9, 10, 13),
     "Go and Python, on lanes": (11, 12),
-    "A gateway dies; idle streams": (14, 15),
+    "A gateway dies; streams that wait": (14, 15),
 }
 OURS, THEIRS = 0, 1  # colours
 
@@ -60,10 +60,10 @@ def document(report: dict[str, Any]) -> Iterator[str]:
     yield "<!-- Written by benches/run from build/bench.json: do not edit. -->"
     yield ""
     yield (
-        "Each figure is compared with that of another program. Both are measured on the same machine, in turn: "
-        f"{report['runs']} runs of each."
+        "Each figure stands beside a peer's, measured in the same minutes on the same machine, ours and the peer's in "
+        f"turn: {report['runs']} runs of each."
     )
-    yield f"**{reached} of {len(targets)} targets are reached**; a row that misses its target says **below**."
+    yield f"**{reached} of {len(targets)} targets are reached**; a figure below its target is told as such."
     yield ""
     yield from machine(report)
     yield ""
@@ -75,27 +75,23 @@ def document(report: dict[str, Any]) -> Iterator[str]:
         yield f"![{alt}](bench-{name}.svg)"
         yield ""
     yield (
-        "Values are medians (minimum … maximum). The ratio is this library's value divided by the other, as the median "
-        "of the runs. "
-        "[benches/README.md](../benches/README.md) describes what each row measures, and how."
+        "Medians (least … most); the ratio is that of ours to the peer's, the median of the runs. "
+        "[benches/README.md](../benches/README.md) tells what each row measures, and how."
     )
     for part, rows in PARTS.items():
         yield ""
         yield f"## {part}"
-        yield "| row | what | this library | compared with | its value | ratio | target | |"
+        yield "| row | figure | ours | the peer | the peer's | ratio | target | |"
         yield "|---|---|---|---|---|---|---|---|"
         yield from (cells(figure) for figure in report["figures"] if figure["row"] in rows)
     yield ""
-    yield "## How to repeat the measurement"
+    yield "## How to measure it again"
     yield "```sh"
     yield "apt-get install libnats-dev    # nats.c"
     minutes = max(1, round(report["seconds"] / 60))
     yield f"make bench                     # about {minutes} minutes, on a machine that does nothing else"
     yield "```"
-    yield (
-        "`make bench` writes this page. `benches/run --rows 8,9 --runs 3` measures only those rows, and prints the "
-        "result."
-    )
+    yield "It writes this page. `benches/run --rows 8,9 --runs 3` measures some of it, and prints it only."
 
 
 def machine(report: dict[str, Any]) -> Iterator[str]:
@@ -106,7 +102,7 @@ def machine(report: dict[str, Any]) -> Iterator[str]:
     yield f"| memory, kernel | {about['memory']}, Linux {about['kernel']} |"
     names = ("nats-presence", "nats-server", "nats.c", "nats.go", "nats-py", "rustc", "Go", "Python", "C compiler")
     yield f"| versions | {' · '.join(f'{name} {about[name]}' for name in names)} |"
-    yield f"| load average at the start | {about['load_at_start']} |"
+    yield f"| load when it began | {about['load_at_start']} |"
 
 
 def cells(figure: Figure) -> str:
