@@ -1,7 +1,7 @@
 //! Stop work for clients who have left: presence, and streams that know of it, over NATS.
 //!
 //! A client's browser is connected to a *gateway*; the gateway asks a *worker* for a stream of messages; the client
-//! leaves. From then on the worker's [`Sender`] refuses to send, and its process is told.
+//! leaves. From then on the worker's [`Sender`] refuses to send, and the worker is woken.
 //!
 //! The map of the crate; each module uses only those below it:
 //!
