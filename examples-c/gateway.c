@@ -41,7 +41,7 @@ static void request(presence_conn *conn, presence_queue *queue, const char *subj
   presence_config *config = presence_config_new();
   /* If nobody serves the subject yet, ask again: 20 times, 100 ms apart. */
   check("presence_config_set", presence_config_set(config, "retries", "20"), NULL);
-  /* The tag is our own number, which comes back with each event of the stream. */
+  /* The tag is our own number; each event of the stream carries it. */
   check("presence_request", presence_request(conn, queue, subject, "hello", 5, client->id, strlen(client->id), config,
                                              number, &client->stream, &error), &error);
   presence_config_free(config);
@@ -65,7 +65,7 @@ static void handle(const presence_event *event) {
     case PRESENCE_EVENT_DATA:
       client->received++;
       printf("%s: %.*s\n", client->id, (int)event->data_len, (const char *)event->data);
-      /* The first client closes its tab. Its streams here end, and its worker is told: all it takes is this call. */
+      /* The first client closes its tab. This one call ends its streams here and stops its worker. */
       if (client == &clients[0] && client->received == ENOUGH)
         check("mark_client_offline", mark_client_offline(client->id), NULL);
       break;
@@ -73,7 +73,7 @@ static void handle(const presence_event *event) {
       printf("%s: end after %" PRIu64 "\n", client->id, client->received);
       finish(client);
       break;
-    case PRESENCE_EVENT_ERROR: /* The status is for programs, the text for people. Exactly one END or ERROR comes. */
+    case PRESENCE_EVENT_ERROR: /* The status is for programs, the text for people. A stream ends once. */
       printf("%s: %.*s after %" PRIu64 "\n", client->id, (int)event->data_len, (const char *)event->data,
              client->received);
       if (event->status != PRESENCE_OFFLINE) exit_status = 1;
@@ -123,7 +123,7 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < count; i++) handle(&events[i]);
   }
 
-  /* To free a stream that runs is to cancel it. Then wait until the server has it all: a second at most. */
+  /* Freeing a running stream cancels it. Then wait, a second at most, until the server has everything. */
   for (size_t i = 0; i < client_count; i++) presence_stream_free(clients[i].stream);
   int32_t status = presence_close(conn, 1000);
   presence_queue_free(queue);

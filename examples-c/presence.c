@@ -21,7 +21,7 @@ static presence_session *open_session(const char *id) {
   return session;
 }
 
-/* Takes all events that wait in the queue. A timeout of 0 does not wait for more. */
+/* Takes all pending events. A timeout of 0 does not wait for more. */
 static void print_events(presence_queue *queue) {
   presence_event events[8];
   int64_t count;
@@ -46,7 +46,7 @@ static void show(presence_queue *queue, const char *what) {
 int main(void) {
   printf("nats-presence %s\n", presence_version());
 
-  /* A queue is where events arrive; this one is told who comes and goes. */
+  /* Events arrive at a queue; this one receives presence changes. */
   presence_queue *queue;
   check("presence_queue_new", presence_queue_new(&queue));
   check("presence_watch", presence_watch(queue, 0));
@@ -66,7 +66,7 @@ int main(void) {
   presence_session_close(other_tab);
   show(queue, "no session");
 
-  /* Bad input is refused, and changes nothing. The empty id stands for "no client", who is always online. */
+  /* Invalid input is refused and changes nothing. The empty id stands for "no client" and is always online. */
   printf("an id with a line break: %s\n", presence_status_text(mark_client_online("alice\n")));
   printf("the empty id is %s\n", is_client_online("") ? "online" : "offline");
 

@@ -19,12 +19,12 @@
 
 enum { MAX_STREAMS = 1000, MAX_EVENTS = 64, NO_PIECE = -1 };
 
-/* A stream that is being answered. A real worker would keep here what it has computed so far. */
+/* A stream that is being answered. A real worker would keep its results so far here. */
 struct job {
   presence_sender *sender;
   char client[1025]; /* An id has at most 1024 bytes. */
   uint64_t sent;
-  int64_t due; /* When the next piece is to be sent, by now_ms; NO_PIECE while there is no room for it. */
+  int64_t due; /* When the next piece is due, by now_ms; NO_PIECE while the sender is blocked. */
 };
 
 static struct job jobs[MAX_STREAMS];
@@ -63,7 +63,7 @@ static struct job *find(const presence_sender *sender) {
 }
 
 static void begin(const presence_event *request) {
-  /* The sender is ours now: it lives until we free it, and may be used at any time until then. */
+  /* We own the sender now: it lives until we free it, and may be used at any time until then. */
   if (job_count == MAX_STREAMS) {
     presence_sender_error(request->sender, "server busy", strlen("server busy"));
     presence_sender_free(request->sender);
@@ -93,14 +93,14 @@ static void handle(const presence_event *event) {
     case PRESENCE_EVENT_STOPPED: /* Mostly PRESENCE_OFFLINE: the client left. */
       if ((job = find(event->sender))) finish(job, presence_status_text(event->status));
       break;
-    case PRESENCE_EVENT_WRITABLE: /* There is room again after PRESENCE_FULL. */
+    case PRESENCE_EVENT_WRITABLE: /* The sender is writable again after PRESENCE_FULL. */
       if ((job = find(event->sender))) job->due = now_ms();
       break;
     case PRESENCE_EVENT_DISCONNECTED:
     case PRESENCE_EVENT_LOG:
       fprintf(stderr, "worker: %.*s\n", (int)event->data_len, (const char *)event->data);
       break;
-    default: /* Later versions may tell more. */
+    default: /* Later versions may add kinds of events. */
       break;
   }
 }
@@ -115,7 +115,7 @@ static void advance(struct job *job) {
       job->due = NO_PIECE;
       return;
     }
-    if (status != PRESENCE_OK) { /* No event of a sender comes once it is freed: it ends here, and only here. */
+    if (status != PRESENCE_OK) { /* A freed sender has no more events: this is the only place where it ends. */
       finish(job, presence_status_text(status));
       return;
     }
@@ -128,10 +128,10 @@ static void advance(struct job *job) {
   }
 }
 
-/* Sends all pieces that are due. Returns in how many milliseconds the next one is, or -1 if there is none. */
+/* Sends all pieces that are due. Returns the milliseconds until the next one is, or -1 if there is none. */
 static int64_t advance_all(void) {
   int64_t now = now_ms(), next = -1;
-  for (size_t i = job_count; i-- > 0;) { /* Backwards, for finish() moves the last one. */
+  for (size_t i = job_count; i-- > 0;) { /* Backwards, because finish() moves the last job. */
     if (jobs[i].due != NO_PIECE && jobs[i].due <= now) advance(&jobs[i]);
   }
   for (size_t i = 0; i < job_count; i++) {
@@ -142,7 +142,7 @@ static int64_t advance_all(void) {
   return next;
 }
 
-/* Signals get a thread of their own, which wakes the loop: presence_queue_wake may be called from any thread. */
+/* Signals get their own thread, which wakes the loop: presence_queue_wake may be called from any thread. */
 static void *wait_for_signal(void *signals) {
   int signal;
   sigwait(signals, &signal);
@@ -162,7 +162,7 @@ int main(int argc, char **argv) {
   presence_error error;
   presence_conn *conn;
   presence_service *service;
-  presence_config *config = presence_config_new(); /* Options are text, by name; the header lists them. */
+  presence_config *config = presence_config_new(); /* Options are text, set by name; the header lists them. */
   check("presence_config_set", presence_config_set(config, "name", "worker in C"), NULL);
   check("presence_connect", presence_connect(url, config, &conn, &error), &error);
   presence_config_free(config);
@@ -189,7 +189,7 @@ int main(int argc, char **argv) {
     for (int64_t i = 0; i < count; i++) handle(&events[i]);
   }
 
-  /* Take no more requests, tell the readers of those that run, and wait (a second at most) until the server has it. */
+  /* Take no more requests, end the running streams, and wait (a second at most) until the server has everything. */
   presence_service_free(service);
   while (job_count > 0) {
     struct job *job = &jobs[job_count - 1];

@@ -1,4 +1,4 @@
-"""What is long runs with `-m long` only."""
+"""Tests marked `long` run with `-m long` only."""
 
 from __future__ import annotations
 

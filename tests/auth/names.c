@@ -1,6 +1,6 @@
 /*
- * A name with the addresses of your choice, preloaded into a process: NAME has the name, NAME_ADDRESSES its IPv4
- * addresses with spaces between. All other names are resolved as ever.
+ * A name with chosen addresses, preloaded into a process: NAME is the name, NAME_ADDRESSES its IPv4 addresses, separated
+ * by spaces. All other names are resolved as usual.
  */
 #include <arpa/inet.h>
 #include <dlfcn.h>
@@ -14,7 +14,7 @@ struct entry {
   struct sockaddr_in address;
 };
 
-/* The first of ours, to know them again in freeaddrinfo. */
+/* The first entry of our list, so that freeaddrinfo recognises it. */
 static struct addrinfo *ours;
 
 int getaddrinfo(const char *node, const char *service, const struct addrinfo *hints, struct addrinfo **found) {

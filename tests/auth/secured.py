@@ -1,4 +1,4 @@
-"""What the tests of authentication, TLS and permissions share: servers that demand something, and how it is said."""
+"""Shared by the tests of authentication, TLS and permissions: servers with requirements, and checks of connecting."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 def nats_server(
     config: str | Path, folder: Path | None = None, environment: dict[str, str] | None = None
 ) -> Iterator[int]:
-    """Runs a server with a configuration, a file or a text for one in the folder; gives its port."""
+    """Runs a server with a configuration (a file, or a text to be written into the folder) and yields its port."""
     if isinstance(config, str):
         assert folder
         (folder / "server.conf").write_text(config)
@@ -60,7 +60,7 @@ def nats_server(
                 break
         else:
             pytest.fail("nats-server did not start: " + "".join(seen))
-        # What it still has to say must not block it.
+        # Keep reading its log: a full pipe would block it.
         threading.Thread(target=server.stderr.read, daemon=True).start()
         yield port
     finally:
@@ -74,25 +74,25 @@ def works(url: str, **options: Any) -> None:
 
 
 def refused(url: str, **options: Any) -> str:
-    """Connecting fails at once, not by a time that is over; gives the message."""
+    """Checks that connecting fails at once, not by a timeout; returns the message."""
     with pytest.raises((nats_presence.Disconnected, nats_presence.Invalid)) as error:
         nats_presence.connect(url, **options)
     return str(error.value)
 
 
 class Stranger:
-    """A user who speaks to nats-server by hand, and does with his rights what our library would not."""
+    """A user with a raw connection, who does with its permissions what our library would not do."""
 
     def __init__(self, port: int, user: str, password: str) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
         self._lines = self._socket.makefile("rb")
         self._numbers = itertools.count(1)
-        # What came to him, by subject.
+        # Messages received, with their subjects.
         self.heard: list[tuple[str, bytes]] = []
         self.say(f'CONNECT {{"verbose":false,"headers":true,"user":"{user}","pass":"{password}"}}')
 
     def say(self, line: str, payload: bytes | None = None) -> str:
-        """Says it, and gives what nats-server has against it; what came meanwhile is kept."""
+        """Sends a line and returns nats-server's errors; messages that arrive meanwhile are kept."""
         data = line.encode() + b"\r\n" + (b"" if payload is None else payload + b"\r\n")
         self._socket.sendall(data + b"PING\r\n")
         complaints = ""
@@ -102,13 +102,13 @@ class Stranger:
         return complaints
 
     def wait(self, count: int) -> list[tuple[str, bytes]]:
-        """Waits until so much came to him."""
+        """Waits until `count` messages have arrived."""
         while len(self.heard) < count:
             self._line()
         return self.heard
 
     def _line(self) -> bytes:
-        """The next line; a message is kept."""
+        """Returns the next line; keeps a message."""
         line = self._lines.readline()
         assert line, "nats-server ended the connection"
         words = line.split()

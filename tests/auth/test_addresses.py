@@ -1,4 +1,4 @@
-"""Servers that are reached by addresses: of a name with several, or named by another server of the cluster."""
+"""Servers reached by address: a name with several addresses, and those that other servers advertise."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def preload() -> str:
 def connect(
     preload: str, addresses: list[str], url: str, system: dict[str, str] | None = None, /, **options: Any
 ) -> str:
-    """What became of connecting in a process where NAME has these addresses."""
+    """Connects in a process in which NAME has these addresses; returns the result."""
     names = {"LD_PRELOAD": preload, "NAME": NAME, "NAME_ADDRESSES": " ".join(addresses), **(system or {})}
     command = [sys.executable, "-c", CONNECT, url, json.dumps(options)]
     done = subprocess.run(
@@ -57,7 +57,7 @@ def connect(
 
 @contextlib.contextmanager
 def silent(addresses: list[str], port: int) -> Iterator[None]:
-    """At these addresses connections are taken and never answered."""
+    """Accepts connections at these addresses and never answers."""
     with contextlib.ExitStack() as stack:
         for address in addresses:
             stack.enter_context(socket.create_server((address, port)))
@@ -83,7 +83,7 @@ DEAD, LIVE = [f"127.0.0.{n}" for n in range(2, 7)], "127.0.0.1"
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 def test_most_addresses_of_a_name_are_dead(tmp_path: Path, preload: str, authority: trustme.CA, tls: bool) -> None:
-    """More than there is time for one after the other."""
+    """More addresses than fit into the timeout one after the other."""
     config = f"tls {{ {certificate(tmp_path, authority, NAME)} }}" if tls else ""
     with nats_server(config, tmp_path) as port, silent(DEAD, port):
         options = {"tls_ca_file": str(tmp_path / "ca.pem")} if tls else {}
@@ -92,7 +92,7 @@ def test_most_addresses_of_a_name_are_dead(tmp_path: Path, preload: str, authori
 
 
 def test_the_certificates_of_addresses_are_for_the_name(tmp_path: Path, preload: str, authority: trustme.CA) -> None:
-    """One that is for an address only is none of the server that was asked for."""
+    """A certificate that names only an address is not one of the requested name."""
     with nats_server(f"tls {{ {certificate(tmp_path, authority, LIVE)} }}", tmp_path) as port:
         ca = str(tmp_path / "ca.pem")
         said = connect(preload, ["127.0.0.2", LIVE], f"tls://{NAME}:{port}", tls_ca_file=ca)
@@ -120,7 +120,7 @@ def test_the_authorities_may_be_the_system_s(tmp_path: Path, preload: str, autho
 
 @contextlib.contextmanager
 def cluster(folder: Path, tls: str) -> Iterator[tuple[int, contextlib.ExitStack]]:
-    """Two servers that know each other by address; the first one's port, and what stops it."""
+    """Two servers that know each other by address; yields the first one's port and a function that stops it."""
     routes = [steady_port(), steady_port()]
     known = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
     with contextlib.ExitStack() as second, contextlib.ExitStack() as first:
@@ -130,7 +130,7 @@ def cluster(folder: Path, tls: str) -> Iterator[tuple[int, contextlib.ExitStack]
             own.mkdir()
             config = f"{tls}\ncluster {{ name: test, listen: 127.0.0.1:{route}, routes: [{known}] }}"
             ports.append(stack.enter_context(nats_server(config, own)))
-        # It names the second to clients as soon as they have met.
+        # It advertises the second server to clients once they have connected to each other.
         deadline = time.monotonic() + PATIENCE
         while f":{ports[1]}" not in info(ports[0]):
             assert time.monotonic() < deadline
@@ -139,7 +139,7 @@ def cluster(folder: Path, tls: str) -> Iterator[tuple[int, contextlib.ExitStack]
 
 
 def info(port: int) -> str:
-    """The first line of a server."""
+    """The first line that a server sends."""
     with socket.create_connection(("127.0.0.1", port)) as connection, connection.makefile() as lines:
         return lines.readline()
 

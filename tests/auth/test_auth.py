@@ -1,4 +1,4 @@
-"""Ways to authenticate, against nats-servers that demand it; and that no secret is said, however it goes."""
+"""Ways to authenticate against nats-servers that require it; no output ever shows a secret."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET_IN_URL = quote(SECRET, safe="")
 
 
 def new_key(kind: int) -> Any:
-    """A pair of keys, of a user, an account or an operator."""
+    """A key pair of a user, an account or an operator."""
     return nkeys.from_seed(bytearray(nkeys.encode_seed(os.urandom(32), kind)))
 
 
@@ -34,7 +34,7 @@ def text(seed_or_public: Any) -> str:
 
 
 def jwt(issuer: Any, subject: Any, name: str, nats: dict[str, Any], expires: int = 0) -> str:
-    """What the issuer says of the subject, signed, as the tool nsc would have it."""
+    """A JWT in which the issuer makes these claims about the subject, as the tool nsc writes it."""
 
     def encode(data: bytes) -> str:
         return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -68,7 +68,7 @@ class Operator:
             resolver_preload: {{ {text(self._account.public_key)}: {account} }}"""
 
     def credentials(self, name: str, issuer: Any = None, expires: int = 0, **limits: Any) -> tuple[str, list[str]]:
-        """A file, and the secrets in it."""
+        """A credentials file, and the secrets in it."""
         user = new_key(nkeys.PREFIX_BYTE_USER)
         rights = {"type": "user", "subs": -1, "data": -1, "payload": -1, **limits}
         token, seed = jwt(issuer or self._account, user, name, rights, expires), text(user.seed)
@@ -87,7 +87,7 @@ def test_user_and_password(tmp_path: Path) -> None:
         assert "authorization violation" in refused(f"nats://127.0.0.1:{port}")
         assert "authorization violation" in refused(f"nats://127.0.0.1:{port}", user="you", password=SECRET)
         assert "authorization violation" in refused(f"nats://you:{SECRET_IN_URL}@127.0.0.1:{port}")
-        # The second of two servers takes us.
+        # The second of two servers accepts us.
         works(f"nats://you:{SECRET_IN_URL}@127.0.0.1:{port},nats://me:{SECRET_IN_URL}@127.0.0.1:{port}")
 
 
@@ -110,7 +110,7 @@ def test_credentials_file(tmp_path: Path) -> None:
     with nats_server(operator.config, tmp_path) as port:
         url = f"nats://127.0.0.1:{port}"
         works(url, creds_file=operator.credentials("user")[0])
-        # The rights in it count, too.
+        # The permissions in it apply, too.
         file, _ = operator.credentials("poor", pub={"deny": ["nobody"]})
         told: list[Any] = []
         with (
@@ -145,8 +145,8 @@ def test_nobody_is_there() -> None:
 
 # Secrets --------------------------------------------------------------------------------------------------------------
 
-# In a process of its own, so that what a library prints is seen as well: connects, loses the server and cannot come
-# back; tells all that it is told. RUST_LOG is for loggers that somebody might build in.
+# Runs in its own process, so that anything the library prints is seen as well: connects, loses the server, cannot
+# reconnect, and prints every event. RUST_LOG is set for loggers that a dependency might build in.
 SAYS_ALL = """
 import json, sys, threading
 import nats_presence
@@ -198,13 +198,13 @@ def chatterbox(url: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
 
 
 def secrets_in(said: str, secrets: list[str]) -> list[str]:
-    """Which of the secrets, or half of one, was said."""
+    """The secrets, or halves of one, that the text shows."""
     parts = [part for secret in secrets for part in (secret, quote(secret, safe=""), secret[: len(secret) // 2])]
     return [part for part in parts if part in said]
 
 
 def way(folder: Path, name: str) -> tuple[str, str, dict[str, str], list[str]]:
-    """A way to authenticate: a server's configuration, what stands in the URL, options, secrets."""
+    """A way to authenticate: a server's configuration, the URL's credentials, options, and secrets."""
     if name == "credentials file":
         operator = Operator(folder)
         file, secrets = operator.credentials("user")
@@ -237,12 +237,12 @@ def test_no_secret_is_said(tmp_path: Path, name: str) -> None:
             said = good.stdout.readline()
             while "connected" not in said.splitlines()[-1].split()[0]:
                 said += good.stdout.readline() or pytest.fail(said)
-        # The server is gone: it is lost, and cannot be reached.
+        # The server is killed: the connection is lost and cannot be made again.
         rest, _ = good.communicate("\n", PATIENCE)
         said += rest
         assert "cannot connect" in said
         assert "stream" in said
-        # Another server does not want us: with the same secrets, and with some that cannot be used.
+        # Another server refuses these secrets, and some that are malformed.
         with nats_server('authorization { user: other, password: "other" }', tmp_path) as port:
             for host in [f"127.0.0.1:{port}", f"127.0.0.1:{port}/path", "127.0.0.1:99999", "::1"]:
                 bad = stack.enter_context(chatterbox(f"nats://{before_host}{host}", **options))

@@ -1,4 +1,4 @@
-"""What the library is made of: docs/dependencies.md against cargo, and that tools/deny finds what it is for."""
+"""Dependencies: docs/dependencies.md agrees with cargo, and tools/deny finds what it should find."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_dependency_is_named_with_its_reason() -> None:
 
 
 def reached(cargo: dict[str, Any], kinds: set[str | None], without: set[str]) -> set[str]:
-    """The crates that ours needs, by needs of these kinds."""
+    """The crates that ours depends on through dependencies of these kinds."""
     needs = {node["id"]: node["deps"] for node in cargo["resolve"]["nodes"]}
     found, new = set(), {cargo["resolve"]["root"]}
     while new:
@@ -68,7 +68,7 @@ def test_the_others_are_counted() -> None:
 
 @pytest.fixture
 def deny(tmp_path: Path) -> Callable[[], str]:
-    """A copy of what tools/deny looks at, to be spoiled; gives what it says, "" when it has nothing to say."""
+    """A copy of the files that tools/deny checks, to be spoiled; runs it and returns its output, or "" if it passes."""
     for name in ["Cargo.toml", "Cargo.lock", "deny.toml"]:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")

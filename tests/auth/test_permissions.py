@@ -1,4 +1,4 @@
-"""What users may do: the files in docs/nats-server, and what happens where a right is missing."""
+"""Permissions: the files in docs/nats-server are enough, and what happens when a permission is missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORKER = {"inbox_prefix": "_INBOX.worker", "announce": "never"}
 
 
 class Told:
-    """What connections tell, to wait for."""
+    """Collects the events of connections."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -49,7 +49,7 @@ class Told:
 
 
 class Processes:
-    """A gateway and a worker that counts; what its senders came to is in `ends`."""
+    """A gateway, and a worker that counts; `ends` has the result of each of its senders."""
 
     def __init__(self, urls: contextlib.ExitStack, port: int, tenant: str = "", **options: Any) -> None:
         self.told = Told()
@@ -89,7 +89,7 @@ class Processes:
             self.ended.release()
 
     def count(self, number: int, **options: Any) -> int:
-        """How many messages come of so many."""
+        """Requests `number` messages and returns how many arrive."""
         return len(list(self.gateway.stream("llm.count", b"%d" % number, timeout_ms=10_000, **options)))
 
 
@@ -101,7 +101,7 @@ def processes(config: Path | str, folder: Path | None = None, **options: Any) ->
 
 @contextlib.contextmanager
 def strangers(port: int, tenant: str = "") -> Iterator[tuple[Stranger, Stranger]]:
-    """Somebody with a stolen credential of a gateway, somebody with one of a worker."""
+    """Strangers with a stolen credential of a gateway and of a worker."""
     both = [Stranger(port, f"{tenant}{user}", f"of-{user}s") for user in ["gateway", "worker"]]
     yield both[0], both[1]
     for stranger in both:
@@ -152,7 +152,7 @@ def test_a_gateway_cannot_serve() -> None:
     with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
         for subject in ["llm.count", "llm.count workers", "llm.>", ">"]:
             assert "Permissions Violation for Subscription" in gateway.subscribe(subject)
-        # A worker takes his turn, and does not listen to what others are asked.
+        # A worker takes its turn in the queue group, but cannot listen to requests of others.
         assert worker.subscribe("llm.other workers") == ""
         for subject in ["llm.count", "llm.count spies", "llm.>", ">"]:
             assert "Permissions Violation for Subscription" in worker.subscribe(subject)
@@ -172,7 +172,7 @@ def test_inboxes_are_read_and_written_by_their_owners_only() -> None:
         for stranger, other in [(gateway, "worker"), (worker, "gateway")]:
             for subject in ["_INBOX.>", f"_INBOX.{other}.>", f"_INBOX.{other}.*.*", f"_INBOX.{other}.*.lane.*", "*.>"]:
                 assert "Permissions Violation for Subscription" in stranger.subscribe(subject)
-            # An answer to who did not ask him.
+            # An answer to a request that was not addressed to it.
             token = "0" * 32
             assert "Permissions Violation for Publish" in stranger.publish(f"_INBOX.{other}.{token}.1234", b"lie")
         assert both.count(1000) == 1000
@@ -190,7 +190,7 @@ def test_what_a_gateway_can_have_a_worker_write_to(tmp_path: Path, right: str) -
     if right != "allow_responses":
         rights = rights.replace(gateways_inboxes, gateways_inboxes[2:]).replace(f"\n{responses}", f"\n# {responses}")
     (tmp_path / "worker.conf").write_text(rights)
-    # Who hears all, to see what comes where.
+    # A spy who may subscribe to everything shows where messages arrive.
     config = (CONFIGS / "one-account.conf").read_text().replace("users: [", "users: [ { user: spy, password: of-spys }")
     with processes(config, tmp_path, lanes=False) as (port, both), strangers(port) as (gateway, worker):
         spy = Stranger(port, "spy", "of-spys")
@@ -207,18 +207,18 @@ def test_what_a_gateway_can_have_a_worker_write_to(tmp_path: Path, right: str) -
                 assert gateway.publish("llm.endless", b"", reply=target) == ""
                 assert both.ended.acquire(timeout=PATIENCE)
                 assert both.ends.pop() == "Disconnected"
-        # Honest gateways have their streams, those that run longer than any answer may, too.
+        # Honest gateways have their streams, also streams that run longer than `expires` allows.
         assert both.count(10_000) == 10_000
         assert spy.publish("some.subject") == ""
         assert spy.heard == []
-        # The price: it may write to any gateway, if it knows the subject.
+        # The price: a worker may publish to any gateway whose subject it knows.
         refused = worker.publish(f"_INBOX.gateway.{'0' * 32}.1234", b"lie")
         assert ("Permissions Violation for Publish" in refused) == (right == "allow_responses")
         spy.close()
 
 
 def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
-    """As the comment in gateway.conf says."""
+    """With the change that the comment in gateway.conf describes."""
     gateway, worker = (tmp_path / f"{name}.conf" for name in ["gateway", "worker"])
     gateway.write_text((CONFIGS / "gateway.conf").read_text().replace("_INBOX.gateway.", "_INBOX.gateway.mine."))
     worker.write_text(
@@ -246,14 +246,14 @@ def test_tenants_have_nothing_to_do_with_each_other() -> None:
         assert nats_presence.is_client_online("somebody")
         assert both.worker.stats()["requests"] == 2
         assert both.worker.stats()["offline_in"] == 0
-        # nats-server answers that nobody is there.
+        # nats-server answers with "no responders".
         assert [payload[:12] for _, payload in gateway.heard] == []
         stream.cancel()
 
 
 @pytest.mark.parametrize("lanes", [True, False])
 def test_two_accounts(lanes: bool) -> None:
-    """A lane cannot cross them: a gateway that offers one has its first stream hurt, and all others on level 0."""
+    """A lane cannot cross accounts: a gateway that offers one may lose its first stream, and later ones use level 0."""
     with processes(CONFIGS / "two-accounts.conf", lanes=lanes) as (_, both):
         if lanes:
             with contextlib.suppress(nats_presence.PresenceError):
@@ -266,7 +266,7 @@ def test_two_accounts(lanes: bool) -> None:
 
 
 def config(missing: str, gateway: str, worker: str, responses: str = '{ max: -1, expires: "1h" }') -> str:
-    """All rights but for one that lanes or announcements need."""
+    """A configuration with all permissions except one that lanes or announcements need."""
     rights = {
         "gateway announces": "client.offline",
         "worker hears of it": "client.offline",
@@ -295,7 +295,7 @@ def test_where_a_right_is_missing_streams_go_on_level_0(
 ) -> None:
     monkeypatch.setitem(WORKER, "inbox_prefix", prefixes[1])
     with processes(config(missing, *prefixes), tmp_path, inbox_prefix=prefixes[0]) as (_, both):
-        # The first may be hurt; it hears of that at once, also if its sender was quick and ended before.
+        # The first stream may fail; that is reported at once, even if its sender ended it before.
         since = time.monotonic()
         with contextlib.suppress(nats_presence.PresenceError):
             both.count(10)
@@ -314,7 +314,7 @@ def test_where_a_right_is_missing_streams_go_on_level_0(
                 assert lanes == 0
 
 
-# A worker in a process of its own: in one with its gateway, the mark itself would stop it.
+# The worker has its own process: in its gateway's process, the mark itself would stop it.
 WORKER_APART = """
 import sys, threading, time
 import nats_presence
@@ -348,7 +348,7 @@ with nats_presence.connect(
 
 @contextlib.contextmanager
 def worker_apart(port: int, told: Told) -> Iterator[None]:
-    """Runs it; it tells its events, and what its streams came to."""
+    """Runs the worker; yields its events and the results of its streams."""
     command = [sys.executable, "-c", WORKER_APART, f"nats://worker:of-workers@127.0.0.1:{port}"]
     path = os.pathsep.join(filter(None, [str(ROOT / "bindings/python"), os.environ.get("PYTHONPATH")]))
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
@@ -368,7 +368,7 @@ def worker_apart(port: int, told: Told) -> Iterator[None]:
 @pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "level 0"])
 @pytest.mark.parametrize("missing", ["nothing", "gateway announces", "worker hears of it"])
 def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: str, lanes: bool) -> None:
-    """And on level 0 a worker goes on until its stream ends."""
+    """On level 0 the worker goes on until its stream ends."""
     told = Told()
     rights = config(missing, "_INBOX.gateway", "_INBOX.worker")
     with nats_server(rights, tmp_path) as port, worker_apart(port, told):
@@ -384,7 +384,7 @@ def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: s
             else:
                 refused = "Publish" if missing == "gateway announces" else "Subscription"
                 told.wait(f"Permissions Violation for {refused}", "client.offline")
-                # Behind the announcement, on the same connection.
+                # After the announcement, on the same connection.
                 assert list(gateway.stream("llm.finish", timeout_ms=20_000)) == []
                 told.wait("it went on to its end")
                 assert "it ended" not in told.text
@@ -392,7 +392,7 @@ def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: s
 
 @pytest.mark.parametrize("responses", ["true", '{ max: 10, expires: "1h" }', '{ max: -1, expires: "200ms" }', "false"])
 def test_a_worker_whose_answers_are_refused_stops(tmp_path: Path, responses: str) -> None:
-    """On level 0: nobody would get what it computes. Its gateway hears nothing, and has its timeout."""
+    """On level 0 nobody would receive its results. The gateway is not informed, and reaches its timeout."""
     rights = config("worker publishes", "_INBOX.gateway", "_INBOX.worker", responses)
     with processes(rights, tmp_path, lanes=False) as (_, both):
         with pytest.raises(nats_presence.Timeout):
@@ -412,11 +412,11 @@ def test_a_gateway_that_may_not_ask_hears_so() -> None:
 
 
 def test_who_may_not_speak_to_himself_hears_nothing_of_the_server() -> None:
-    """And it is told why: what was refused is in the log."""
+    """The log says what was refused."""
     with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
         told = Told()
         url = f"nats://worker:of-workers@127.0.0.1:{port}"
-        # The prefix of nobody.
+        # A prefix that no permission allows.
         conn = nats_presence.connect(url, on_event=told, inbox_prefix="_INBOX.x", connect_timeout_ms=300)
         told.wait("Permissions Violation", "_INBOX.x.")
         with pytest.raises(nats_presence.Timeout):

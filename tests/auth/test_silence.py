@@ -1,4 +1,4 @@
-"""A worker that is silent for long before it answers: rights that run out meanwhile."""
+"""A worker that stays silent for long before it answers: permissions that expire meanwhile."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from secured import PATIENCE, ROOT, nats_presence, nats_server
 CONFIGS = ROOT / "docs/nats-server"
 ENVIRONMENT = {"GATEWAY_PASSWORD": "of-gateways", "WORKER_PASSWORD": "of-workers"}
 SILENCE = 0.7
-"""Seconds; what is to run out does so after 200 ms."""
+"""Seconds; permissions expire after 200 ms."""
 
 
 class Worker:
-    """It answers once it has been silent; what its senders came to is in `ends`."""
+    """A worker that answers after some silence; `ends` has the result of each of its senders."""
 
     def __init__(self, conn: Any) -> None:
         self.ends: list[str] = []
@@ -30,7 +30,7 @@ class Worker:
             assert not threading.Event().wait(SILENCE)
             try:
                 sender.send("late")
-                # Until nats-server's word has come.
+                # Until nats-server's error has arrived.
                 while not sender.closed and request.data == b"long":
                     sender.send("more")
                 self.ends.append("went on")
@@ -56,7 +56,7 @@ def processes(config: str, folder: Path) -> Iterator[tuple[Any, Worker]]:
 
 
 def test_allow_responses_runs_out(tmp_path: Path) -> None:
-    """nats-server says so, and the sender stops."""
+    """nats-server reports it, and the sender stops."""
     config = """authorization { users: [
         { user: gateway, password: of-gateways }
         { user: worker, password: of-workers, permissions: {
@@ -71,7 +71,7 @@ def test_allow_responses_runs_out(tmp_path: Path) -> None:
 
 
 def test_the_response_threshold_of_an_export_runs_out(tmp_path: Path) -> None:
-    """nats-server says nothing to anybody: a time limit at the gateway, and a threshold that fits."""
+    """nats-server reports nothing: the gateway needs a timeout, and the threshold must be long enough."""
     config = (CONFIGS / "two-accounts.conf").read_text()
     right = 'response_threshold: "1h"'
     assert right in config

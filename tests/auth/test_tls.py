@@ -1,4 +1,4 @@
-"""TLS: who is let in, who is not, and that the message names the cause."""
+"""TLS: which certificates and keys are accepted and refused, and that messages name the cause."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Time = tuple[datetime.datetime, datetime.datetime]
 
 
 class Files:
-    """A certificate and its key, and how nats-server and we are told of them."""
+    """A certificate and its key, as a server's configuration and as our options."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.certificate, self.key = folder / f"{name}.pem", folder / f"{name}.key"
@@ -50,7 +50,7 @@ class Files:
 
 @pytest.fixture
 def issue(tmp_path: Path) -> Issue:
-    """Has an authority, which is made for it, issue a certificate."""
+    """Has an authority, which is created for it, issue a certificate."""
     authorities: dict[str, trustme.CA] = {}
 
     def issue(name: str, identity: str, authority: str = "ca", valid: Time = OF_NOW) -> Files:
@@ -138,7 +138,7 @@ def key_pem(key: Any, password: bytes = b"", form: Any = PrivateFormat.PKCS8) ->
 
 
 def self_signed(key: Any, *, is_authority: bool = False, alternative: bool = True) -> bytes:
-    """As `openssl req -x509` makes one."""
+    """A self-signed certificate as `openssl req -x509` makes it."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "self-signed.test")])
     builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), *OF_NOW)
     builder = builder.add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
@@ -148,7 +148,7 @@ def self_signed(key: Any, *, is_authority: bool = False, alternative: bool = Tru
 
 
 def test_keys_that_cannot_be_used(tmp_path: Path, issue: Issue) -> None:
-    """Nothing has to listen: files are read first."""
+    """No server is needed: files are read first."""
     own = issue("client", "client@example.org")
 
     def told(**options: Any) -> str:
@@ -171,13 +171,13 @@ def test_keys_that_cannot_be_used(tmp_path: Path, issue: Issue) -> None:
     assert "P-521" in told(tls_key_file=old)
     small = file("small.key", key_pem(rsa.generate_private_key(65537, 1024)))
     assert "RSA of 2048" in told(tls_key_file=small)
-    # Two ways to encrypt one.
+    # Two ways to encrypt a key.
     for form in [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL]:
         message = told(tls_key_file=file("secret.key", key_pem(p521, b"hunter2", form)))
         assert "encrypted" in message
         assert "openssl pkey" in message
     assert "do not belong together" in told(tls_key_file=issue("other", "client@example.org").key)
-    # The right one, and what it is not.
+    # The right key, and files that are no keys.
     assert "its first section is CERTIFICATE" in told(tls_key_file=own.certificate)
     assert "PRIVATE KEY" in told(tls_cert_file=own.key)
     assert "PRIVATE KEY" in told(tls_ca_file=own.key)
@@ -217,7 +217,7 @@ def test_self_signed_certificates(tmp_path: Path, is_authority: bool, alternativ
 
 
 def test_an_authority_of_the_same_name(tmp_path: Path, issue: Issue, server: Files) -> None:
-    """As after an authority has been made anew, and the old file is still named."""
+    """The authority was renewed under the same name, and the option still names the old file."""
     key = ec.generate_private_key(ec.SECP256R1())
     known = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
     builder = x509.CertificateBuilder(
@@ -236,7 +236,7 @@ def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, An
         issue("other", "localhost", authority="another")
         other = str(tmp_path / "another.pem")
         assert "UnknownIssuer" in refused(f"tls://localhost:{port}", tls_first=True, tls_ca_file=other)
-        # Such a server waits for our first word, as we wait for its.
+        # Such a server waits for our first bytes, as we wait for its first line.
         with pytest.raises(nats_presence.Timeout):
             nats_presence.connect(f"tls://localhost:{port}", connect_timeout_ms=300, **ca)
     with nats_server(f"tls {{ {server.server} }}", tmp_path) as port:
@@ -253,7 +253,7 @@ WAYS = {
 
 @pytest.mark.parametrize("name", WAYS)
 def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[str, Any], name: str) -> None:
-    """As when somebody in between takes TLS out of what the server offers."""
+    """As when an attacker strips TLS from the server's INFO."""
     scheme, how = WAYS[name]
     options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
     with nats_server("", tmp_path) as port:

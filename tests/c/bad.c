@@ -1,11 +1,12 @@
-/* Bad input: the documented status, a message that names the value and what would be right, and nothing changed. */
+/* Invalid input returns the documented status and a message that names the value and the valid ones, and changes
+ * nothing. */
 #include "peer.h"
 
 static presence_error error;
 
 static void forget_error(void) { memset(&error, 0, sizeof error); }
 
-/* The last call failed with this status, and its message tells this. */
+/* Checks that the last call failed with this status and that its message contains this text. */
 #define CHECK_ERROR(call, expected, told)   \
   do {                                      \
     forget_error();                         \
@@ -14,7 +15,7 @@ static void forget_error(void) { memset(&error, 0, sizeof error); }
     CHECK_TELLS(error.message, told);       \
   } while (0)
 
-/* A value that is wrong, and what the message must say of it. */
+/* A wrong value, and what the message about it must contain. */
 struct bad {
   const char *value, *told;
 };
@@ -62,12 +63,12 @@ static void subjects(void) {
     CHECK_ERROR(try_request(self, wildcards[i], "c", 1, NULL), PRESENCE_INVALID, "wildcard");
     CHECK_TELLS(error.message, wildcards[i]);
     forget_error();
-    OK(try_serve(self, wildcards[i], "g")); /* where they may be */
+    OK(try_serve(self, wildcards[i], "g")); /* wildcards are allowed here */
   }
   CHECK_ERROR(try_serve(self, "a.>.b", "g"), PRESENCE_INVALID, "a.>.b");
   const char *groups[] = {"a b", "a\r\nb", " ", "\xff"};
   for (int i = 0; i < 4; i++) CHECK_ERROR(try_serve(self, "ok", groups[i]), PRESENCE_INVALID, "group");
-  CHECK_EQ(stats_of(self).connects, 1); /* the server never saw any of it */
+  CHECK_EQ(stats_of(self).connects, 1); /* nothing reached the server */
   CHECK_EQ(stats_of(self).streams, 0);
   CHECK(!is_client_online("c"));
   expect_nothing(self.queue);
@@ -93,13 +94,13 @@ static void unknown_options(void) {
   presence_config *config = presence_config_new();
   forget_error();
   OK(presence_config_error(config, &error));
-  CHECK(error.message[0] == '\0'); /* left alone */
+  CHECK(error.message[0] == '\0'); /* left untouched */
   const char *unknown[] = {"", "nonsense", "Name", "name ", "headers.X", "timeout"};
   for (int i = 0; i < 6; i++) {
     CHECK_STATUS(presence_config_set(config, unknown[i], "1"), PRESENCE_INVALID);
     CHECK_ERROR(presence_config_error(config, &error), PRESENCE_INVALID, "unknown");
     CHECK_TELLS(error.message, unknown[i]);
-    /* All that are known are named. */
+    /* The message lists every known option. */
     const char *known[] = {
         "name", "user", "password", "token", "nkey_seed", "creds_file", "tls_required", "tls_first", "tls_ca_file",
         "tls_cert_file", "tls_key_file", "connect_timeout_ms", "retry_on_initial_connect", "reconnect_min_ms",
@@ -111,11 +112,11 @@ static void unknown_options(void) {
   }
   CHECK_STATUS(presence_config_set(config, "n\xff", "1"), PRESENCE_INVALID);
   CHECK_STATUS(presence_config_set(config, "name", "\xff"), PRESENCE_INVALID);
-  OK(try_connect(url, config)); /* it is as if nothing had been set */
+  OK(try_connect(url, config)); /* the config behaves as if nothing had been set */
   presence_config_free(config);
 }
 
-/* Numbers are in options.c; here are those just beyond what is allowed. */
+/* options.c tests values that are not numbers; these are just outside their range. */
 static void wrong_values(void) {
   struct {
     const char *key, *value, *right;
@@ -189,12 +190,12 @@ static void unreachable_servers(void) {
   char one_of_two[256];
   snprintf(one_of_two, sizeof one_of_two, "nats://127.0.0.1:1,%s", url);
   OK(try_connect(one_of_two, config));
-  OK(presence_config_set(config, "creds_file", "/nowhere/at-all")); /* it is read when it is used */
+  OK(presence_config_set(config, "creds_file", "/nowhere/at-all")); /* the file is read when it is used */
   CHECK_ERROR(try_connect(url, config), PRESENCE_INVALID, "/nowhere/at-all");
   presence_config_free(config);
 }
 
-/* Not connected yet, by its own wish: requests fail, the rest is done later, and a close does not wait. */
+/* Not connected yet, with retry_on_initial_connect: requests fail, services start later, and close does not wait. */
 static void not_connected_yet(void) {
   presence_config *config = presence_config_new();
   presence_service *service;
@@ -215,7 +216,7 @@ static void not_connected_yet(void) {
 
 static const char *const secret = "hunter2";
 
-/* Fails, and does not tell the secret. */
+/* Checks that connecting fails with a message that does not show the secret. */
 static void check_refused(const presence_config *config) {
   forget_error();
   CHECK_STATUS(try_connect(url, config), PRESENCE_DISCONNECTED);
@@ -223,7 +224,7 @@ static void check_refused(const presence_config *config) {
   CHECK(!strstr(error.message, secret));
 }
 
-/* Given as options; those in URLs are in servers.c. */
+/* Credentials given as options; servers.c tests those in URLs. */
 static void credentials(void) {
   char with[256];
   const char *host = url + strlen("nats://");
@@ -267,12 +268,12 @@ static void long_messages(void) {
     CHECK_STATUS(try_request(self, subject, "c", 1, NULL), PRESENCE_INVALID);
     size_t length = strnlen(error.message, sizeof error.message);
     CHECK(length == PRESENCE_ERROR_MESSAGE - 1 || length == PRESENCE_ERROR_MESSAGE - 2);
-    CHECK((unsigned char)error.message[length - 1] == 0xbc); /* the second byte of the last */
+    CHECK((unsigned char)error.message[length - 1] == 0xbc); /* the second byte of the last character */
   }
   close_peer(self);
 }
 
-/* It is filled when a call fails, and left alone otherwise. */
+/* A call fills in the error when it fails, and leaves it untouched otherwise. */
 static void errors_are_left_alone(void) {
   presence_error untouched;
   memset(&error, 'x', sizeof error);

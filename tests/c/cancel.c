@@ -1,8 +1,8 @@
-/* On a lane, what ends one stream stops its sender, and nothing else: not its client, nor that client's other streams. */
+/* On a lane, ending one stream stops its sender only: the client and its other streams go on. */
 #include "peer.h"
 #include <sched.h>
 
-static pid_t server; /* the process of nats-server */
+static pid_t server; /* the process ID of nats-server */
 
 static void check_stopped(presence_sender *sender, int32_t why) {
   CHECK(presence_sender_is_closed(sender));
@@ -20,7 +20,7 @@ static void expect_stopped(peer worker, presence_sender *sender, int32_t why) {
   check_stopped(sender, why);
 }
 
-/* Two streams of the same client, the first of which is ended by the gateway. */
+/* Two streams of one client; the gateway ends the first. */
 enum how { CANCELLED_BY_CALL, FREED, TIMED_OUT, HOWS };
 
 static void one_of_two(void) {
@@ -55,7 +55,7 @@ static void one_of_two(void) {
     CHECK_EQ(stats_of(worker).offline_in, 0);
     CHECK_EQ(stats_of(worker).senders, 0);
     CHECK_EQ(stats_of(gateway).streams, 0);
-    /* It was online all the time, and now its last stream has ended. */
+    /* the client was online until its last stream ended */
     expect(watch.queue, PRESENCE_EVENT_OFFLINE);
     expect_nothing(watch.queue);
     expect_nothing(gateway.queue);
@@ -70,7 +70,7 @@ static void one_of_two(void) {
   }
 }
 
-/* A client who is marked online stays so, and its only stream can be cancelled all the same. */
+/* A client that is marked online stays online when its only stream is cancelled. */
 static void the_only_one_of_a_client_who_stays(void) {
   pair both = open_pair("c");
   settle(both.worker, both.gateway, "pair");
@@ -83,7 +83,7 @@ static void the_only_one_of_a_client_who_stays(void) {
   close_pair(both);
 }
 
-/* A stream of nobody can be stopped, too. */
+/* An anonymous stream can be stopped, too. */
 static void an_anonymous_one(void) {
   pair both = open_pair("");
   OK(send_text(both.sender, "first"));
@@ -95,12 +95,12 @@ static void an_anonymous_one(void) {
   close_pair(both);
 }
 
-/* Before its worker has heard of it, which cannot be while the server stands still. */
+/* Cancels before the worker has received the request: the server is stopped meanwhile. */
 static void before_it_was_accepted(void) {
   for (int how = 0; how < HOWS; how++) {
     peer worker = open_peer(), gateway = open_peer();
     presence_service *service = serve(worker, "early");
-    OK(mark_client_online("c")); /* so that nobody announces that it left */
+    OK(mark_client_online("c")); /* so that its departure is not announced */
     suspend(server);
     presence_stream *stream = request_with(gateway, "early", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "1");
     if (how == CANCELLED_BY_CALL) OK(presence_stream_cancel(stream));
@@ -120,7 +120,8 @@ static void before_it_was_accepted(void) {
   }
 }
 
-/* At once, again and again: whichever way the race between request, ACCEPT and cancel goes, each ends once. */
+/* Cancels right after the request, again and again: whichever way request, ACCEPT and CANCEL race, each stream ends
+ * once. */
 static void right_after_the_request(void) {
   enum { ROUNDS = 500 };
   peer worker = open_peer(), gateway = open_peer();
@@ -147,7 +148,7 @@ static void right_after_the_request(void) {
   close_peer(worker);
 }
 
-/* It crosses the worker's end on its way: each side has one of the two, and once. */
+/* The cancel crosses the worker's end: each side sees one of the two, once. */
 static void while_the_worker_ends_it(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "cross");
@@ -171,7 +172,7 @@ static void while_the_worker_ends_it(void) {
     if (cancelled == PRESENCE_OK) CHECK(last.kind == PRESENCE_EVENT_ERROR && last.status == PRESENCE_CANCELLED);
     else CHECK_EQ(last.kind, PRESENCE_EVENT_END);
     expect_nothing(gateway.queue);
-    /* Whoever has ended it is not told that it was stopped: the next event would not be a request. */
+    /* A sender that ended its stream gets no STOPPED: the next event would not be a REQUEST otherwise. */
     if (ended != PRESENCE_OK) CHECK(expect(worker.queue, PRESENCE_EVENT_STOPPED).sender == sender);
     presence_sender_free(sender);
     presence_stream_free(stream);
@@ -181,13 +182,13 @@ static void while_the_worker_ends_it(void) {
   close_peer(worker);
 }
 
-/* What was sent before is not delivered after a cancel, and its room is not lost to others. */
+/* After a cancel, nothing that was sent before is delivered, and its share of the send buffer is free again. */
 static void with_much_unread(void) {
   enum { SIZE = 60000 };
   static char data[SIZE];
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "unread");
-  for (int round = 0; round < 40; round++) { /* more in all than a lane's 4 MiB, many times */
+  for (int round = 0; round < 40; round++) { /* many times the lane's 4 MiB in total */
     presence_stream *stream = request(gateway, "unread", "c", 1);
     presence_sender *sender = accept_request(worker);
     int32_t status = PRESENCE_OK;
@@ -198,7 +199,7 @@ static void with_much_unread(void) {
     else OK(presence_stream_cancel(stream));
     presence_event event;
     do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
-    while (event.kind == PRESENCE_EVENT_WRITABLE); /* the lane may have had room again */
+    while (event.kind == PRESENCE_EVENT_WRITABLE); /* the lane may have become writable meanwhile */
     CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
     check_stopped(sender, PRESENCE_CANCELLED);
     while (presence_queue_wait(gateway.queue, &event, 1, 0) == 1) CHECK(round % 2 == 0);
@@ -212,7 +213,7 @@ static void with_much_unread(void) {
 
 /* Marks in another process ------------------------------------------------------------------------------------------ */
 
-/* Marks offline who has a stream on a lane, who has none, and one whose request is still on its way. */
+/* Marks offline a client with a stream on a lane, one without streams, and one whose request is still in flight. */
 static void mark_quietly(void) {
   peer self = open_peer_with("announce", "streams");
   presence_stream *streams[3];
@@ -222,7 +223,7 @@ static void mark_quietly(void) {
   OK(mark_client_offline("c"));
   CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 0);
   OK(mark_client_offline("nobody"));
-  OK(presence_listen_offline(self.conn)); /* an echo: what was to be sent is sent */
+  OK(presence_listen_offline(self.conn)); /* returns when the server has processed everything sent before */
   CHECK_EQ(stats_of(self).offline_out, 0);
 
   suspend(server);
@@ -238,7 +239,7 @@ static void mark_quietly(void) {
   close_peer(self);
 }
 
-/* With announce=streams a departure costs no announcement where lanes can tell it; the sender stops as by one. */
+/* With announce=streams, clients whose streams are all on lanes are not announced; the sender stops all the same. */
 static void by_a_mark(void) {
   peer worker = open_peer();
   presence_service *service = serve(worker, "marks");
@@ -248,7 +249,7 @@ static void by_a_mark(void) {
   expect_stopped(worker, senders[0], PRESENCE_OFFLINE);
   CHECK_EQ(stats_of(worker).offline_in, 0);
   senders[2] = accept_request(worker);
-  /* By the announcement, or because nobody wants the stream any longer, whichever comes first. */
+  /* By the announcement, or because the gateway no longer wants the stream, whichever arrives first. */
   presence_event event = expect(worker.queue, PRESENCE_EVENT_STOPPED);
   CHECK(event.sender == senders[2] && (event.status == PRESENCE_OFFLINE || event.status == PRESENCE_CANCELLED));
   OK(presence_sender_end(senders[1]));
@@ -259,7 +260,7 @@ static void by_a_mark(void) {
   close_peer(worker);
 }
 
-/* With announce=always it is announced as well, for those who are not on a lane; the sender stops once. */
+/* With announce=always the mark is announced too, for peers without lanes; the sender stops once. */
 static void mark_loudly(void) {
   peer self = open_peer();
   presence_stream *stream = request(self, "marks", "c", 1);

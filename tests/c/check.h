@@ -1,5 +1,5 @@
 /*
- * Assertions, and the running of tests. A program gets the URL of a nats-server of its own, and runs its tests in order:
+ * Assertions, and how tests run. A program is started with the URL of its own nats-server, and runs its tests in order:
  *
  *   program URL [TEST]
  */
@@ -17,20 +17,20 @@
 #include <time.h>
 #include <unistd.h>
 
-/* How long what must happen may take, in ms. It takes a few. */
+/* Timeout in ms for anything that must happen. It usually takes a few. */
 #define PATIENCE 20000
 
 static const char *url;
 static const char *asked_for; /* the one test to run; NULL: all */
 static const char *running = "main";
-static const char *level = ""; /* told with it */
+static const char *level = ""; /* printed after the test's name */
 static bool is_long;           /* the long form, which prints figures: `tests/c/run --long` */
 
 static inline void start_of_line(const char *file, int line) {
   fprintf(stderr, "%s:%d: %s%s: ", file, line, running, level);
 }
 
-/* Without the host's atexit handlers: a test may be about them, and it has failed. */
+/* Exits without running atexit handlers: the test may be about them. */
 static inline void end_of_line(void) {
   fputc('\n', stderr);
   _exit(1);
@@ -55,7 +55,7 @@ static inline void end_of_line(void) {
     }                                                                                           \
   } while (0)
 
-/* That a call ended with this status. */
+/* Checks that a call returned this status. */
 #define CHECK_STATUS(call, expected)                                                                             \
   do {                                                                                                           \
     long long is_ = (long long)(call), should_be_ = (long long)(expected);                                       \
@@ -68,7 +68,7 @@ static inline void end_of_line(void) {
 
 #define OK(call) CHECK_STATUS(call, PRESENCE_OK)
 
-/* That a message tells something. */
+/* Checks that a message contains this text. */
 #define CHECK_TELLS(message, part)                                                 \
   do {                                                                             \
     if (!strstr((message), (part))) {                                              \
@@ -78,7 +78,7 @@ static inline void end_of_line(void) {
     }                                                                              \
   } while (0)
 
-/* To be called first in main. A program that hangs ends by SIGALRM; CHECK_SECONDS: after so many. */
+/* Call this first in main. A program that hangs is ended by SIGALRM after 100 s, or after CHECK_SECONDS. */
 static inline void begin(int argc, char **argv) {
   const char *seconds = getenv("CHECK_SECONDS");
   is_long = getenv("LONG") != NULL;
@@ -90,7 +90,7 @@ static inline void begin(int argc, char **argv) {
 
 static inline bool is_asked_for(const char *test) { return asked_for && strcmp(asked_for, test) == 0; }
 
-/* Runs a test, which leaves no client online behind. */
+/* Runs a test, which must leave no client online. */
 #define RUN(test)                               \
   do {                                          \
     if (!asked_for || is_asked_for(#test)) {    \
@@ -100,7 +100,7 @@ static inline bool is_asked_for(const char *test) { return asked_for && strcmp(a
     }                                           \
   } while (0)
 
-/* Runs a test twice: its peers use lanes, and all their streams are on level 0 of the wire. */
+/* Runs a test twice: with lanes, and with all streams on level 0. */
 #define RUN_ON_BOTH(test)                       \
   do {                                          \
     CHECK_EQ(setenv("LANES", "true", 1), 0);    \
@@ -117,13 +117,13 @@ static inline bool is_asked_for(const char *test) { return asked_for && strcmp(a
     CHECK_EQ(setenv("LANES", "true", 1), 0);    \
   } while (0)
 
-/* Runs what another test starts, in a process of its own. */
+/* Runs the part of a test that needs a process of its own. */
 #define ROLE(role)                       \
   do {                                   \
     if (is_asked_for(#role)) role();     \
   } while (0)
 
-/* Tells a figure of the long form. */
+/* Prints a figure of the long form. */
 #define FIGURE(...)                    \
   do {                                 \
     printf("figure: " __VA_ARGS__);    \
@@ -139,7 +139,7 @@ static inline int64_t now_us(void) {
 
 static inline int64_t now_ms(void) { return now_us() / 1000; }
 
-/* Starts this program anew, for one of its tests or roles. */
+/* Starts this program again, for one of its tests or roles. */
 static inline pid_t start(const char *test) {
   pid_t child = fork();
   CHECK(child >= 0);

@@ -1,4 +1,4 @@
-/* A connection closes in the middle of streams on a lane: what was sent before arrives, and the other end is told. */
+/* A connection closes while streams run on a lane: what was sent before arrives, and the other end is informed. */
 #include "content.h"
 
 enum { STREAMS = 20, SIZE = 1000 };
@@ -25,7 +25,7 @@ static crowd open_crowd(void) {
   return self;
 }
 
-/* Its connections are closed already. */
+/* Both connections must be closed already. */
 static void free_crowd(crowd *self) {
   for (int i = 0; i < STREAMS; i++) {
     presence_sender_free(self->senders[i]);
@@ -36,7 +36,7 @@ static void free_crowd(crowd *self) {
   presence_queue_free(self->gateway.queue);
 }
 
-/* Sends on all streams in turn until the lane has no room. */
+/* Sends on all streams in turn until the lane is full. */
 static void send_much(crowd *self) {
   unsigned char message[SIZE];
   for (int i = 0;; i = (i + 1) % STREAMS) {
@@ -48,7 +48,8 @@ static void send_much(crowd *self) {
   }
 }
 
-/* The worker closes: all that it sent comes, then the end, or an error where there was none. Nobody reads meanwhile. */
+/* The worker closes: everything it sent arrives, then the end, or an error for streams it did not end. Nobody reads
+ * meanwhile. */
 static void the_worker(void) {
   crowd self = open_crowd();
   send_much(&self);
@@ -71,7 +72,7 @@ static void the_worker(void) {
     ended++;
   }
   expect_nothing(self.gateway.queue);
-  for (int i = 1; i < STREAMS; i += 2) { /* those that were not ended are told, among them who may have heard of room before */
+  for (int i = 1; i < STREAMS; i += 2) { /* streams that were not ended get STOPPED; some became writable before */
     presence_event event;
     do CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, PATIENCE), 1);
     while (event.kind == PRESENCE_EVENT_WRITABLE);
@@ -82,7 +83,7 @@ static void the_worker(void) {
   free_crowd(&self);
 }
 
-/* The gateway closes, with much unread: its streams have ended, and the senders stop. */
+/* The gateway closes with many messages unread: its streams have ended, and the senders stop. */
 static void the_gateway(void) {
   crowd self = open_crowd();
   send_much(&self);
@@ -115,7 +116,7 @@ static void *close_conn(void *conn) {
   return NULL;
 }
 
-/* Both at once: each stream and each sender ends once. */
+/* Both ends close at once: each stream and each sender ends once. */
 static void both_at_once(void) {
   for (int round = 0; round < 20; round++) {
     crowd self = open_crowd();
@@ -142,7 +143,7 @@ static void both_at_once(void) {
   }
 }
 
-/* Without any time to drain, the other end learns of it all the same: by what came, or because nobody is there. */
+/* With no time to drain, the other end still learns of the close: by what arrived, or because the peer is gone. */
 static void in_no_time(void) {
   for (int round = 0; round < 20; round++) {
     crowd self = open_crowd();
@@ -205,7 +206,7 @@ static void read_and_leave(void) {
 }
 
 static void a_gateway_that_leaves(void) {
-  peer worker = open_peer_with("peer_grace_ms", "60000"); /* that it is gone is not what tells */
+  peer worker = open_peer_with("peer_grace_ms", "60000"); /* so that peer detection is not what stops the senders */
   presence_service *service = serve(worker, "leave");
   pid_t gateway = start("read_and_leave");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
@@ -213,7 +214,7 @@ static void a_gateway_that_leaves(void) {
   for (int i = 0; i < 2; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_CANCELLED);
   expect_exit(gateway, 0);
   int64_t since = now_ms();
-  while (stats_of(worker).lanes > 0) { /* nothing is left of it */
+  while (stats_of(worker).lanes > 0) { /* the lane is gone, too */
     CHECK(now_ms() - since < PATIENCE);
     usleep(1000);
   }
@@ -222,7 +223,7 @@ static void a_gateway_that_leaves(void) {
   close_peer(worker);
 }
 
-/* The other end stands still: a close waits as long as it may, and says that not all has come. */
+/* The peer is stopped: close waits for its whole timeout and reports that not everything arrived. */
 static void stand(void) {
   peer self = open_peer();
   presence_stream *stream = request(self, "leave", "c", 1);

@@ -5,7 +5,7 @@
 
 #include "peer.h"
 
-enum { CONTENT_HEAD = 16 }; /* the numbers of the stream and of the message; shorter ones are cut */
+enum { CONTENT_HEAD = 16 }; /* the numbers of the stream and the message; shorter messages cut them */
 
 static inline uint64_t scramble(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
@@ -24,7 +24,7 @@ static inline void fill_content(unsigned char *message, size_t length, uint64_t 
   }
 }
 
-/* That an event's data is the message with this number. */
+/* Checks that an event's data is the message with this number. */
 #define CHECK_CONTENT(event, length, stream, number) check_content(__FILE__, __LINE__, event, length, stream, number)
 static inline void check_content(const char *file, int line, const presence_event *event, size_t length, uint64_t stream,
                                  uint64_t number) {

@@ -1,7 +1,7 @@
-/* After the end: every handle that was closed or freed is recognised, by whichever thread, however often. */
+/* Stale handles: every handle that was closed or freed is recognised, from any thread, any number of times. */
 #include "peer.h"
 
-/* Every call on a connection that has ended. */
+/* Makes every call on a closed connection. */
 static void check_closed_conn(presence_conn *conn, presence_queue *queue) {
   presence_stats stats;
   presence_service *service = NULL;
@@ -60,7 +60,7 @@ static void use_after_the_end(void) {
   close_peer(both.worker);
 }
 
-/* What is no handle at all, or one of another kind, is refused like one that has ended. */
+/* A pointer that never was a handle, or is one of another type, is refused like a closed one. */
 static void what_is_no_handle(void) {
   peer self = open_peer();
   presence_event event;
@@ -79,7 +79,7 @@ static void what_is_no_handle(void) {
   close_peer(self);
 }
 
-/* Starts eight threads with one body, lets all go at once, and adds up what each returns. */
+/* Starts eight threads with one body, lets them all go at once, and adds up what they return. */
 enum { THREADS = 8 };
 static pthread_barrier_t all_ready;
 
@@ -134,7 +134,7 @@ static void *end_by_error(void *sender) {
   return NULL;
 }
 
-/* Of eight threads that end the same thing one does, and it ends once. */
+/* Eight threads end the same stream: one of them does, and it ends once. */
 static void ended_by_eight_threads(void) {
   for (int round = 0; round < 20; round++) {
     pair both = open_pair("c");
@@ -193,7 +193,7 @@ static void *wait_on_queue(void *queue) {
   return NULL;
 }
 
-/* Freed by eight threads at once, while it is at work: once, and the others notice that. */
+/* Eight threads free a handle that is in use: it is freed once, and its users notice. */
 static void freed_by_eight_threads(void) {
   for (int round = 0; round < 20; round++) {
     pair both = open_pair("c");
@@ -203,7 +203,7 @@ static void freed_by_eight_threads(void) {
     OK(presence_session_open("d", 1, &session));
     OK(presence_session_open("d", 1, &other));
     run_in_all(free_session, session);
-    CHECK(is_client_online("d")); /* it took no other's place */
+    CHECK(is_client_online("d")); /* the second free affected no other session */
     presence_session_close(other);
     CHECK(!is_client_online("d"));
 
@@ -226,13 +226,13 @@ static void freed_by_eight_threads(void) {
   }
 }
 
-/* Who ends the stream that the others send on. */
+/* The thread that ends the stream on which the others send. */
 enum how { BY_END, BY_ERROR, BY_MARK, BY_CLOSE, HOWS };
 static enum how how;
 static presence_conn *worker_conn;
 static int threads_begun;
 
-/* The first thread to come ends the stream after some messages; the others send until they are refused. */
+/* The first thread ends the stream after some messages; the others send until they are refused. */
 static void *send_or_end(void *argument) {
   presence_sender *sender = (presence_sender *)argument;
   wait_for_all();
@@ -254,13 +254,13 @@ static void *send_or_end(void *argument) {
   return NULL;
 }
 
-/* Eight threads use a sender, one of them ends it: what was accepted before comes, then the end, and nothing after. */
+/* Eight threads use a sender and one ends it: what was accepted before arrives, then the end, and nothing after it. */
 static void sent_by_seven_while_one_ends(void) {
   for (int round = 0; round < 3 * HOWS; round++) {
     how = (enum how)(round % HOWS);
     pair both = open_pair("c");
     worker_conn = both.worker.conn;
-    /* A client who leaves before its gateway knows of the lane may be CANCELLED in place of OFFLINE. */
+    /* A client that leaves before its gateway knows of the lane may be reported as CANCELLED instead of OFFLINE. */
     OK(send_text(both.sender, "first"));
     expect_data(both.gateway.queue, "first");
     succeeded = 1;
@@ -274,7 +274,7 @@ static void sent_by_seven_while_one_ends(void) {
       received++;
     }
     CHECK_EQ(event.kind, how == BY_END ? PRESENCE_EVENT_END : PRESENCE_EVENT_ERROR);
-    if (how != BY_MARK) CHECK_EQ(received, succeeded); /* a client who left reads no more */
+    if (how != BY_MARK) CHECK_EQ(received, succeeded); /* a client that left reads no more */
     expect_nothing(both.gateway.queue);
     succeeded = 0;
     presence_sender_free(both.sender);
@@ -325,7 +325,7 @@ static void closed_while_eight_threads_use_it(void) {
     while (presence_queue_wait(used.queue, &event, 1, 0) == 1) {
       if (event.kind == PRESENCE_EVENT_REQUEST) presence_sender_free(event.sender);
     }
-    CHECK_EQ(presence_online_count(), 0); /* whatever was about to begin has ended */
+    CHECK_EQ(presence_online_count(), 0); /* whatever was starting has ended */
     presence_queue_free(used.queue);
   }
 }

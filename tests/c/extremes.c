@@ -1,4 +1,4 @@
-/* Arguments at their limits: times without end, lengths beyond memory, pointers that are not aligned. */
+/* Extreme arguments: unlimited timeouts, lengths beyond memory, misaligned pointers. */
 #include "peer.h"
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -9,7 +9,7 @@ static char data[1 << 16];
 
 static void *read_later(void *self) {
   presence_event event;
-  usleep(50000); /* most likely somebody waits for room by then */
+  usleep(50000); /* most likely a sender is blocked by then */
   while (presence_queue_wait(((pair *)self)->gateway.queue, &event, 1, PATIENCE) == 1) {
     if (event.kind != PRESENCE_EVENT_DATA) return NULL;
   }
@@ -17,7 +17,7 @@ static void *read_later(void *self) {
   return NULL;
 }
 
-/* Times of send_wait and close (those of queue_wait are in queue.c): further away than any clock reaches; 0; without limit. */
+/* Timeouts of send_wait and close (queue.c tests queue_wait): beyond the clock's range, 0, and unlimited. */
 static void times(void) {
   static const int64_t for_ever[] = {INT64_MAX, INT64_MAX - 1, (int64_t)1 << 53, -1, INT64_MIN};
   for (int i = 0; i < 5; i++) {
@@ -43,7 +43,7 @@ static void times(void) {
     presence_queue_free(both.worker.queue);
   }
   peer self = open_peer();
-  int32_t status = presence_close(self.conn, 0); /* it closes, whatever it says of what was sent */
+  int32_t status = presence_close(self.conn, 0); /* it closes, whatever it reports about pending messages */
   CHECK(status == PRESENCE_OK || status == PRESENCE_TIMEOUT);
   CHECK_STATUS(presence_close(self.conn, 0), PRESENCE_CLOSED);
   presence_queue_free(self.queue);
@@ -51,7 +51,7 @@ static void times(void) {
 
 /* Lengths ------------------------------------------------------------------------------------------------------------- */
 
-/* More than there can be: refused before anything is read. */
+/* Lengths beyond the address space are refused before anything is read. */
 static void lengths_beyond_memory(void) {
   pair both = open_pair("c");
   presence_session *session = NULL;
@@ -82,7 +82,7 @@ static void lengths_beyond_memory(void) {
   close_pair(both);
 }
 
-/* As much as the system lets us read, and a length of which 32 bits are few: refused, or cut, without taking memory. */
+/* 4 GiB + 5, which 32 bits would take for 5: refused or cut without allocating a copy. */
 static void role_four_gib(void) {
   const size_t length = ((size_t)1 << 32) + 5;
   char *much = (char *)mmap(NULL, length, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -93,7 +93,7 @@ static void role_four_gib(void) {
   presence_error error;
   struct rlimit limit;
   CHECK_EQ(getrlimit(RLIMIT_AS, &limit), 0);
-  limit.rlim_cur = length + ((rlim_t)1 << 31); /* enough for all but a copy */
+  limit.rlim_cur = length + ((rlim_t)1 << 31); /* enough for everything but a copy */
   CHECK_EQ(setrlimit(RLIMIT_AS, &limit), 0);
   CHECK_STATUS(presence_sender_send(both.sender, much, length), PRESENCE_TOO_LARGE);
   CHECK_STATUS(presence_sender_send_wait(both.sender, much, length, 0), PRESENCE_TOO_LARGE);
@@ -107,7 +107,7 @@ static void role_four_gib(void) {
   CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, much, length, NULL, 2, &stream, &error),
                PRESENCE_INVALID);
   CHECK(!session && !stream);
-  OK(presence_sender_error(both.sender, much, length)); /* cut */
+  OK(presence_sender_error(both.sender, much, length)); /* the text is cut */
   presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
   CHECK(last.data_len > 1000 && last.data_len <= 1 << 20);
   close_pair(both);
@@ -118,7 +118,7 @@ static void four_gib(void) { expect_exit(start("role_four_gib"), 0); }
 
 /* Pointers ------------------------------------------------------------------------------------------------------------ */
 
-/* Bytes may stand anywhere. */
+/* Bytes may start at any address. */
 static void bytes_anywhere(void) {
   for (size_t offset = 1; offset < 16; offset++) {
     char id[64], message[64];
@@ -137,8 +137,8 @@ static void bytes_anywhere(void) {
   }
 }
 
-/* What is more than a byte must be aligned: where it is not, the call is refused, and has written nothing. (An error that
- * is not is as good as none.) */
+/* Anything larger than a byte must be aligned: otherwise the call is refused and writes nothing. (A misaligned error
+ * is treated as NULL.) */
 static void misaligned(void) {
   static char room[sizeof(presence_event) * 4], untouched[sizeof room];
   pair both = open_pair("c");

@@ -1,21 +1,21 @@
-/* Room and its end: a full outbox, a reader that is too slow, a server that takes nothing. */
+/* Backpressure: a full send buffer, a slow reader, a server that does not read. */
 #include "peer.h"
 
-static pid_t server; /* the process of nats-server */
+static pid_t server; /* the process ID of nats-server */
 
-/* A pair whose worker may have so many bytes waiting. */
+/* A pair whose worker has a send buffer of this size. */
 static pair open_pair_with_room(const char *client, const char *send_buffer_bytes) {
   pair self;
   self.worker = open_peer_with("send_buffer_bytes", send_buffer_bytes);
   self.gateway = open_peer();
   self.service = serve(self.worker, "flow");
-  /* The reader reads when all was sent. */
+  /* The window is large: the reader reads when everything has been sent. */
   self.stream = request_with(self.gateway, "flow", client, 1, "stream_buffer_bytes", "67108864");
   self.sender = accept_request(self.worker);
   return self;
 }
 
-/* Reads so many messages of a stream: the numbers from `first` on. */
+/* Reads `count` messages of a stream, numbered from `first`. */
 static void read_numbers(peer gateway, int first, int count) {
   for (int i = first; i < first + count; i++) {
     presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
@@ -31,10 +31,10 @@ static void full_and_writable(void) {
     while ((status = presence_sender_send(both.sender, &sent, sizeof sent)) == PRESENCE_OK) sent++;
     CHECK_STATUS(status, PRESENCE_FULL);
     CHECK_EQ(presence_sender_send_count(both.sender), sent);
-    CHECK_EQ(status_word(both.sender), 0); /* it may send, only not now */
+    CHECK_EQ(status_word(both.sender), 0); /* still allowed to send, only blocked */
     CHECK(expect(both.worker.queue, PRESENCE_EVENT_WRITABLE).sender == both.sender);
   }
-  OK(presence_sender_end(both.sender)); /* always finds room */
+  OK(presence_sender_end(both.sender)); /* an end is accepted even when the buffer is full */
   read_numbers(both.gateway, 0, sent);
   expect(both.gateway.queue, PRESENCE_EVENT_END);
   close_pair(both);
@@ -50,7 +50,7 @@ static void waiting_for_room(void) {
   close_pair(both);
 }
 
-/* A message larger than all the room there is goes alone. */
+/* A message larger than the whole buffer is sent alone. */
 static void larger_than_the_room(void) {
   pair both = open_pair_with_room("c", "1000");
   char large[5000];
@@ -74,9 +74,9 @@ static void *wait_for_room(void *argument) {
   return NULL;
 }
 
-/* nats-server takes nothing: what waits stays within its bound, and whatever ends a sender ends its wait. */
+/* nats-server does not read: the pending bytes stay within their limit, and whatever ends a sender ends its wait. */
 static void a_server_that_takes_nothing(void) {
-  enum { SIZE = 1 << 16, SOCKETS = 24 << 20 /* what the system's buffers take, at most */ };
+  enum { SIZE = 1 << 16, SOCKETS = 24 << 20 /* the most that the system's buffers hold */ };
   static char data[SIZE];
   pair both = open_pair_with_room("leaves", "200000");
   presence_stream *streams[] = {request(both.gateway, "flow", "ends", 2), request(both.gateway, "flow", "stays", 3)};
@@ -92,11 +92,11 @@ static void a_server_that_takes_nothing(void) {
   CHECK_STATUS(status, PRESENCE_TIMEOUT);
   CHECK_STATUS(presence_sender_send(stays, data, SIZE), PRESENCE_FULL);
   CHECK(stats_of(both.worker).bytes_waiting > 0);
-  CHECK(stats_of(both.worker).bytes_waiting <= 200000 + 4096); /* notes always find room */
+  CHECK(stats_of(both.worker).bytes_waiting <= 200000 + 4096); /* ends are always accepted */
 
   struct wait waits[] = {{both.sender, 0}, {ends, 0}};
   pthread_t threads[] = {start_thread(wait_for_room, &waits[0]), start_thread(wait_for_room, &waits[1])};
-  usleep(50000); /* most likely they wait by now; if not, the test holds all the same */
+  usleep(50000); /* most likely they are blocked by now; if not, the test still holds */
   OK(mark_client_offline("leaves"));
   OK(presence_sender_end(ends));
   for (int i = 0; i < 2; i++) join_thread(threads[i]);
@@ -104,7 +104,7 @@ static void a_server_that_takes_nothing(void) {
   CHECK_STATUS(waits[1].gave, PRESENCE_CLOSED);
 
   resume(server);
-  /* There is room for the one that was refused, and perhaps was earlier: the system's buffers grow. */
+  /* The sender that was refused becomes writable; it may have become so before, because the system's buffers grow. */
   for (int stopped = 0, writable = 0; stopped + writable < 2;) {
     presence_event event;
     CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, PATIENCE), 1);
@@ -114,7 +114,7 @@ static void a_server_that_takes_nothing(void) {
   }
   OK(presence_sender_send_wait(stays, "last", 4, PATIENCE));
   OK(presence_sender_end(stays));
-  /* All that was accepted comes, and the end of "ends"; "leaves" ended at once. */
+  /* Everything accepted arrives, and the end of "ends"; "leaves" ended at once. */
   int64_t received = 0;
   for (int ended = 0; ended < 3;) {
     presence_event event;
@@ -134,7 +134,7 @@ static void a_server_that_takes_nothing(void) {
   close_pair(both);
 }
 
-/* A close waits as long as it may, and says that the server may not have it all. */
+/* Close waits for its whole timeout and reports that the server may not have everything. */
 static void closing_without_an_answer(void) {
   peer self = open_peer();
   suspend(server);
@@ -144,7 +144,7 @@ static void closing_without_an_answer(void) {
   presence_queue_free(self.queue);
 }
 
-/* The stream whose messages nobody takes ends, and only that one. (On a lane its worker waits: that is in lane.c.) */
+/* A stream whose messages are not read ends, and no other does. (On a lane its worker is blocked: see lane.c.) */
 static void a_slow_reader(void) {
   enum { COUNT = 1000, ROOM = 20000 };
   peer worker = open_peer(), gateway = open_peer(), watch = beside(gateway);
@@ -155,11 +155,11 @@ static void a_slow_reader(void) {
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
   for (int i = 0; i < COUNT; i++) {
     int32_t status = presence_sender_send_wait(senders[0], &i, sizeof i, PATIENCE);
-    CHECK(status == PRESENCE_OK || status == PRESENCE_OFFLINE); /* it may be told already */
+    CHECK(status == PRESENCE_OK || status == PRESENCE_OFFLINE); /* it may be stopped already */
     OK(presence_sender_send_wait(senders[1], &i, sizeof i, PATIENCE));
   }
   OK(presence_sender_end(senders[1]));
-  /* The worker is told, as if the client had left. Until then the reader has taken nothing. */
+  /* The worker is stopped as if the client had left. Until then the reader has read nothing. */
   CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == senders[0]);
 
   int next[] = {0, 0};
@@ -185,10 +185,10 @@ static void a_slow_reader(void) {
         has_ended[1] = true;
     }
   }
-  CHECK_EQ(next[0], ROOM / (64 + (int)sizeof(int))); /* what there was room for, with 64 for each message */
+  CHECK_EQ(next[0], ROOM / (64 + (int)sizeof(int))); /* the messages that fit, each counted with 64 extra bytes */
   CHECK_EQ(next[1], COUNT);
   expect_nothing(gateway.queue);
-  /* The log is the connection's: the stream's tag does not come after its last event. */
+  /* The LOG event has the connection's tag: the stream's tag is not used after its last event. */
   CHECK_EQ(expect_status(watch.queue, PRESENCE_EVENT_LOG, PRESENCE_FULL).tag, 7);
   presence_queue_free(watch.queue);
   for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
@@ -199,7 +199,7 @@ static void a_slow_reader(void) {
   close_peer(worker);
 }
 
-/* Where much waits unread on a connection, those streams end that have a large part of it: the others go on. */
+/* When a connection holds many unread messages, the streams with a large share end and the others go on. */
 static void many_slow_readers(void) {
   enum { SIZE = 1000, WEIGHT = SIZE + 64, LIMIT = 640000, PART = LIMIT / 64 };
   peer worker = open_peer(), gateway = open_peer_with("receive_buffer_bytes", "640000");
@@ -230,7 +230,7 @@ static void many_slow_readers(void) {
     }
   }
   for (int i = 0; i < 2; i++) CHECK_EQ(received[i], sent[i]);
-  /* What was read counts no longer. */
+  /* Messages that were read no longer count. */
   streams[2] = request(gateway, "flow", "", 2);
   senders[2] = accept_request(worker);
   for (int k = 0; k < sent[2]; k++) OK(presence_sender_send_wait(senders[2], message, SIZE, PATIENCE));
@@ -246,14 +246,14 @@ static void many_slow_readers(void) {
   close_peer(worker);
 }
 
-/* The room is for what waits, not for the stream as a whole. */
+/* The limit applies to unread messages, not to the whole stream. */
 static void a_reader_who_keeps_up(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "flow");
   presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes", "1000");
   presence_sender *sender = accept_request(worker);
   for (int i = 0; i < 1000; i++) {
-    OK(presence_sender_send_wait(sender, &i, sizeof i, PATIENCE)); /* on a lane, until it has heard of the room */
+    OK(presence_sender_send_wait(sender, &i, sizeof i, PATIENCE)); /* on a lane, blocks until credit arrives */
     read_numbers(gateway, i, 1);
   }
   OK(presence_sender_end(sender));

@@ -1,4 +1,4 @@
-/* How soon it is found that the process at the other end of a lane was killed, or stands still. */
+/* How soon a killed or stopped process is detected at the other end of a lane. */
 #include "peer.h"
 
 /* The process that is killed: a worker that sends all the time, or a gateway that reads all the time. */
@@ -7,7 +7,7 @@ static void work(void) {
   presence_service *service = serve(self, "found");
   presence_sender *sender = accept_request(self);
   while (send_text(sender, "here") == PRESENCE_OK) usleep(1000);
-  presence_sender_free(sender); /* it stood still, and learns that it was found so */
+  presence_sender_free(sender); /* it was stopped, and learns that its peer gave it up */
   presence_service_free(service);
   close_peer(self);
 }
@@ -22,7 +22,7 @@ static void ask(void) {
   close_peer(self);
 }
 
-/* Begins a stream with a process, which `end` ends; how long after that we learn of it, in µs. */
+/* Starts a stream with another process, which `end` ends; returns the time until it is detected, in µs. */
 static int64_t find(const char *role, const char *key, const char *value, void (*end)(pid_t)) {
   bool is_worker = strcmp(role, "work") == 0;
   peer self = open_peer_with(key, value);
@@ -36,11 +36,11 @@ static int64_t find(const char *role, const char *key, const char *value, void (
     for (int i = 0; i < (end == suspend ? 200 : 3); i++) expect_data(self.queue, "here");
   } else {
     peer aside = beside(self);
-    settle(self, aside, "found"); /* over another lane; by then the first message of this one is on its way */
+    settle(self, aside, "found"); /* over another lane; the first message of this one has been sent by then */
     presence_queue_free(aside.queue);
     OK(send_text(sender, "here"));
   }
-  usleep((useconds_t)(now_us() % 30000)); /* no matter what it is about */
+  usleep((useconds_t)(now_us() % 30000)); /* end it at any moment of the heartbeat */
   end(other);
   int64_t since = now_us();
   do {
@@ -75,15 +75,15 @@ static void measure(const char *role, const char *key, const char *value, void (
   qsort(times, (size_t)count, sizeof *times, by_size);
 }
 
-/* What is sent to the dead is answered by nats-server, at once: by a worker that is the next message, by a gateway the
- * acknowledgement of what it has read. Should that have come before nats-server noticed, the next beat tells. */
+/* nats-server answers anything sent to a dead peer at once: the worker's next message, or the gateway's
+ * acknowledgement. If that was sent before nats-server noticed the death, the next heartbeat finds it. */
 static void killed(const char *role, const char *told) {
   int count = is_long ? MOST : 5, slow = 0;
   measure(role, "peer_grace_ms", "0", end_by_kill, count);
   CHECK(times[count - 1] < 15000000);
   for (int i = 0; i < count; i++) slow += times[i] > 50000;
   if (!is_long) return;
-  CHECK(times[count * 99 / 100] < 500000); /* ten times what is wanted: no beat found it */
+  CHECK(times[count * 99 / 100] < 500000); /* ten times the goal: no heartbeat was needed */
   FIGURE("%s is killed, peer_grace_ms=0, %d times: found after p50 %.1f ms, p99 %.1f ms, at most %.1f ms; %d took more than 50",
          told, count, (double)times[count / 2] / 1e3, (double)times[count * 99 / 100] / 1e3,
          (double)times[count - 1] / 1e3, slow);
@@ -92,17 +92,17 @@ static void killed(const char *role, const char *told) {
 static void a_killed_gateway(void) { killed("ask", "a gateway"); }
 static void a_killed_worker(void) { killed("work", "a worker"); }
 
-/* Three beats after its last sign of life. */
+/* Detected three heartbeats after the last sign of life. */
 static void frozen(const char *role, const char *told) {
   static const char *const beats[] = {"200", "5000"};
   for (int i = 0; i < (is_long ? 2 : 1); i++) {
     int count = is_long && i == 0 ? 20 : 1;
     int64_t three = 3000 * atoll(beats[i]);
     measure(role, "heartbeat_ms", beats[i], suspend, count);
-    CHECK(times[0] > three - three / 3 - 100000); /* a message may have been on its way when it was stopped */
+    CHECK(times[0] > three - three / 3 - 100000); /* a message may have been in flight when it was stopped */
     CHECK(times[count - 1] < three + 10000000);
     if (!is_long) continue;
-    CHECK(times[count - 1] < three + 1000000); /* no fourth beat was waited for */
+    CHECK(times[count - 1] < three + 1000000); /* it did not wait for a fourth heartbeat */
     FIGURE("%s stands still, heartbeat_ms=%s, %d times: found at most %.1f ms after three beats (p50 %.1f)", told, beats[i],
            count, (double)(times[count - 1] - three) / 1e3, (double)(times[count / 2] - three) / 1e3);
   }

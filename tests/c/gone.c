@@ -1,4 +1,4 @@
-/* The process at the other end of a lane is killed, stands still, or stands still for a moment only. */
+/* The process at the other end of a lane is killed, stopped, or stopped for a moment only. */
 #include "content.h"
 
 static void end_process(pid_t process) {
@@ -8,8 +8,8 @@ static void end_process(pid_t process) {
 
 /* The other process ------------------------------------------------------------------------------------------------- */
 
-/* Serves gone.stream: content without end; gone.idle: one message; gone.stopped: why its senders were stopped, a byte for
- * each; gone.exit. Until then a sender's stop is remembered. */
+/* Serves gone.stream: endless content; gone.idle: one message; gone.stopped: the status of each sender that was
+ * stopped, one byte each; gone.exit. It keeps these statuses until it exits. */
 static void work(void) {
   enum { MAX = 16 };
   struct {
@@ -64,7 +64,7 @@ static void work(void) {
   close_peer(self);
 }
 
-/* Starts the worker, and waits until it serves. */
+/* Starts the worker and waits until it serves. */
 static pid_t start_worker(peer gateway) {
   pid_t worker = start("work");
   presence_stream *stream = request_with(gateway, "gone.idle", "", 99, "retries", "100000");
@@ -80,7 +80,7 @@ static void stop_worker(peer gateway, pid_t worker) {
   expect_exit(worker, 0);
 }
 
-/* Requests streams until it is told that they are over, whose reason it returns as its exit code. */
+/* Requests two streams, and reads until both have ended with PEER_GONE. */
 static void ask(void) {
   peer self = open_peer();
   presence_stream *streams[] = {request(self, "ask", "c", 0), request(self, "ask", "d", 1)};
@@ -113,7 +113,7 @@ static void expect_gone(peer gateway, int count, uint64_t others) {
   CHECK_EQ(stats_of(gateway).streams, others);
 }
 
-/* Streams that are busy and one that is idle end, those of another worker go on, and new ones find a new worker. */
+/* Two busy streams and an idle one end, those of another worker go on, and new requests find a new worker. */
 static void a_killed_worker(void) {
   static const char *const graces[] = {"0", "1000"};
   for (int i = 0; i < 2; i++) {
@@ -130,7 +130,7 @@ static void a_killed_worker(void) {
     int64_t since = now_ms();
     expect_gone(gateway, 3, 1);
     int64_t after = now_ms() - since;
-    CHECK(after < 12000); /* a heartbeat, and the grace */
+    CHECK(after < 12000); /* at most a heartbeat and the grace */
     if (i == 1) CHECK(after >= 1000);
 
     OK(send_text(sender, "goes on"));
@@ -147,7 +147,7 @@ static void a_killed_worker(void) {
   }
 }
 
-/* It stands still: gone after three beats. When it goes on it learns that, and can be asked anew. */
+/* A stopped worker is gone after three heartbeats. When it is resumed it learns that, and serves new requests. */
 static void a_worker_that_stands_still(void) {
   peer gateway = open_peer_with("heartbeat_ms", "500");
   pid_t worker = start_worker(gateway);
@@ -161,7 +161,7 @@ static void a_worker_that_stands_still(void) {
   CHECK(after >= 900 && after < 6000);
   resume(worker);
 
-  /* Its senders were stopped: the one that was freed by start_worker, and these. */
+  /* Its senders were stopped: the one that start_worker freed, and these two. */
   presence_event event;
   char told[16] = {0};
   size_t count = 0;
@@ -181,7 +181,7 @@ static void a_worker_that_stands_still(void) {
   close_peer(gateway);
 }
 
-/* Either end stands still for less than three beats, again and again, in the middle of everything. */
+/* The worker is stopped again and again for less than three heartbeats, while it sends. */
 static void standing_still_for_a_moment(void) {
   peer gateway = open_peer_with("heartbeat_ms", "1000");
   CHECK_EQ(setenv("HEARTBEAT", "1000", 1), 0);
@@ -193,7 +193,7 @@ static void standing_still_for_a_moment(void) {
     suspend(worker);
     usleep(700000);
     resume(worker);
-    for (int i = 0; i < 70000; i++, number++) { /* more than there is room for: some were sent since */
+    for (int i = 0; i < 70000; i++, number++) { /* more than fits into the buffers: some were sent after the stop */
       presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
       CHECK_CONTENT(&event, number % 100, 1, number);
     }
@@ -203,7 +203,7 @@ static void standing_still_for_a_moment(void) {
   close_peer(gateway);
 }
 
-/* What waits for an answer that nobody will give does not hold up a close. */
+/* A close does not wait for answers of a killed worker. */
 static void closing_after_a_worker_was_killed(void) {
   for (int round = 0; round < 3; round++) {
     peer gateway = open_peer_with("peer_grace_ms", round == 2 ? "1000" : "0");
@@ -211,20 +211,20 @@ static void closing_after_a_worker_was_killed(void) {
     presence_stream *stream = request(gateway, "gone.idle", "c", 1);
     expect_data(gateway.queue, "idle");
     suspend(worker);
-    if (round == 0) OK(presence_stream_cancel(stream)); /* else the close does it */
+    if (round == 0) OK(presence_stream_cancel(stream)); /* in other rounds the close cancels it */
     end_process(worker);
     int64_t since = now_ms();
     OK(presence_close(gateway.conn, PATIENCE));
     CHECK(now_ms() - since < 12000);
     int32_t how = expect(gateway.queue, PRESENCE_EVENT_ERROR).status;
-    if (round == 1 && how == PRESENCE_PEER_GONE) how = PRESENCE_CLOSED; /* without grace it may be found before the close */
+    if (round == 1 && how == PRESENCE_PEER_GONE) how = PRESENCE_CLOSED; /* detected before the close */
     CHECK_STATUS(how, round == 0 ? PRESENCE_CANCELLED : PRESENCE_CLOSED);
     presence_stream_free(stream);
     presence_queue_free(gateway.queue);
   }
 }
 
-/* Nor one that stands still: it is gone after three beats. */
+/* A close does not wait for a stopped worker longer than three heartbeats. */
 static void closing_while_a_worker_stands_still(void) {
   for (int is_cancelled = 0; is_cancelled < 2; is_cancelled++) {
     peer gateway = open_peer_with("heartbeat_ms", "300");
@@ -244,7 +244,7 @@ static void closing_while_a_worker_stands_still(void) {
 
 /* A gateway is gone ------------------------------------------------------------------------------------------------- */
 
-/* Sends on the first until it is stopped; the second, which is idle, is stopped with it. */
+/* Sends on the first sender until it is stopped; the second, which is idle, is stopped with it. */
 static int64_t send_until_gone(peer worker, presence_sender **senders) {
   int64_t since = now_ms();
   int32_t status;
@@ -282,7 +282,7 @@ static void a_killed_gateway(void) {
     OK(send_text(senders[0], "begins"));
     end_process(gateway);
     int64_t after = send_until_gone(worker, senders);
-    if (i == 0) CHECK(after < 4000); /* before the first beat */
+    if (i == 0) CHECK(after < 4000); /* before the first heartbeat */
     if (i == 1) CHECK(after >= 900 && after < 10000);
     for (int k = 0; k < 2; k++) presence_sender_free(senders[k]);
     presence_service_free(service);
@@ -290,7 +290,7 @@ static void a_killed_gateway(void) {
   }
 }
 
-/* A send that waits for a reader who was killed ends. */
+/* A send that is blocked on a killed reader ends. */
 static void a_killed_reader(void) {
   static char data[100000];
   peer worker = open_peer_with("peer_grace_ms", "0");
@@ -313,7 +313,7 @@ static void a_gateway_that_stands_still(void) {
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("ask");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
-  settle(worker, beside(worker), "ask"); /* over another lane: its first message is on its way at least */
+  settle(worker, beside(worker), "ask"); /* over another lane: the first message of this one has been sent by then */
   OK(send_text(senders[1], "begins"));
   suspend(gateway);
   int64_t after = send_until_gone(worker, senders);
@@ -325,7 +325,7 @@ static void a_gateway_that_stands_still(void) {
   close_peer(worker);
 }
 
-/* A worker that only waits finds out by itself, too. */
+/* A worker that sends nothing detects it, too. */
 static void an_idle_lane(void) {
   peer worker = open_peer_with("heartbeat_ms", "200");
   presence_service *service = serve(worker, "ask");

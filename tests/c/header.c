@@ -1,4 +1,5 @@
-/* The header: included twice, its structs laid out for ever, its numbers fixed, its version the library's. */
+/* The header can be included twice; the layout of its structs and its numbers are fixed; its version is the
+ * library's. */
 #include <nats_presence.h>
 #include <nats_presence.h>
 
@@ -55,7 +56,7 @@ static_assert(PRESENCE_EVENT_ERROR == 4 && PRESENCE_EVENT_STOPPED == 5 && PRESEN
 static_assert(PRESENCE_EVENT_ONLINE == 7 && PRESENCE_EVENT_OFFLINE == 8 && PRESENCE_EVENT_CONNECTED == 9, "kind");
 static_assert(PRESENCE_EVENT_DISCONNECTED == 10 && PRESENCE_EVENT_LOG == 11, "kind");
 
-/* A field keeps its type, too: this is what tells. */
+/* Fails to compile if a field changes its type. */
 static void types(void) {
   presence_event event;
   memset(&event, 0, sizeof event);
@@ -83,7 +84,7 @@ static void version(void) {
   int major, minor, patch, length;
   CHECK_EQ(sscanf(presence_version(), "%d.%d.%d%n", &major, &minor, &patch, &length), 3);
   CHECK_EQ(presence_version()[length], '\0');
-  const char *expected = getenv("VERSION"); /* Cargo.toml's, told by whoever runs the tests */
+  const char *expected = getenv("VERSION"); /* the version in Cargo.toml, set by tests/c/run */
   CHECK(expected && strcmp(presence_version(), expected) == 0);
 }
 

@@ -1,4 +1,4 @@
-/* Clients' ids, marks, sessions, and what a watching queue is told: without a server. */
+/* Client ids, marks, sessions, and the events of a watching queue, without a server. */
 #include "peer.h"
 
 static void check_online(const char *id, bool is) {
@@ -10,7 +10,7 @@ static void marks(void) {
   check_online("a", false);
   OK(mark_client_online("a"));
   OK(mark_client_online("a"));
-  OK(presence_mark_online("ab", 1)); /* the same one */
+  OK(presence_mark_online("ab", 1)); /* the same client */
   check_online("a", true);
   CHECK_EQ(presence_online_count(), 1);
   OK(mark_client_online("b"));
@@ -60,7 +60,7 @@ static void check_bad(const char *id, size_t length) {
   CHECK(!presence_is_online(id, length));
   CHECK_STATUS(presence_session_open(id, length, &session), PRESENCE_INVALID);
   CHECK(!session);
-  if (!memchr(id, '\0', length)) { /* C's strings can say it, too */
+  if (!memchr(id, '\0', length)) { /* it can be passed as a C string, too */
     char text[2048];
     memcpy(text, id, length);
     text[length] = '\0';
@@ -91,19 +91,19 @@ static void sessions(void) {
   OK(presence_session_open("s", 1, &second));
   CHECK_EQ(presence_online_count(), 1);
   presence_session_close(first);
-  presence_session_close(first); /* recognised: it takes no other's place */
+  presence_session_close(first); /* recognised as stale: it closes no other session */
   check_online("s", true);
   presence_session_close(second);
   check_online("s", false);
 
-  /* A mark outlives sessions. */
+  /* A mark outlasts sessions. */
   OK(presence_session_open("s", 1, &first));
   OK(mark_client_online("s"));
   presence_session_close(first);
   check_online("s", true);
   OK(mark_client_offline("s"));
 
-  /* An offline mark ends sessions; a new one is a new life, which they no longer touch. */
+  /* An offline mark ends sessions; closing one of them later does not affect a new one. */
   OK(presence_session_open("s", 1, &first));
   OK(mark_client_offline("s"));
   check_online("s", false);
@@ -153,7 +153,7 @@ static void watching(void) {
   }
 }
 
-/* At most 65,536 presence events wait in a queue; then a LOG event says so. */
+/* A queue holds at most 65,536 presence events; then a LOG event reports the loss. */
 static void a_watcher_who_does_not_look(void) {
   enum { LIMIT = 65536, MAX = 1000 };
   presence_queue *queue;
@@ -182,7 +182,7 @@ static void a_watcher_who_does_not_look(void) {
   OK((int32_t)count);
   CHECK_EQ(presences, LIMIT);
   CHECK_EQ(logs, 1);
-  OK(mark_client_online("x")); /* it is told again */
+  OK(mark_client_online("x")); /* events are delivered again */
   expect_presence(queue, PRESENCE_EVENT_ONLINE, 3, "x");
   OK(mark_client_offline("x"));
   presence_queue_free(queue);
@@ -223,7 +223,7 @@ static void *mark_shared(void *unused) {
   return unused;
 }
 
-/* However they race, a watcher sees a client come and go in turn. */
+/* However the marks race, a watcher sees online and offline events in turn. */
 static void many_threads_in_order(void) {
   presence_queue *queue;
   pthread_t threads[THREADS];

@@ -1,9 +1,9 @@
-/* A host with a busy timer, whose signals interrupt every call; one that is told to end (SIGTERM, exit) while a connection
- * is being closed. Each in a process of its own. */
+/* A host with a fast timer, whose signals interrupt every call; a host that receives SIGTERM or calls exit while a
+ * connection closes. Each runs in its own process. */
 #include "peer.h"
 #include <sys/time.h>
 
-static pid_t server; /* the process of nats-server */
+static pid_t server; /* the process ID of nats-server */
 static pair both;
 
 /* A busy timer -------------------------------------------------------------------------------------------------------- */
@@ -13,7 +13,7 @@ static int ticks; /* atomic */
 static void tick(int number) {
   (void)number;
   __atomic_add_fetch(&ticks, 1, __ATOMIC_SEQ_CST);
-  errno = EINTR; /* as handlers do that forget to restore it */
+  errno = EINTR; /* like a handler that forgets to restore it */
 }
 
 enum { COUNT = 20000 };
@@ -27,7 +27,7 @@ static void *read_all(void *unused) {
   return unused;
 }
 
-/* Ten thousand signals a second, without SA_RESTART, on whichever thread: nothing fails, and no wait ends too early. */
+/* Ten thousand signals a second, without SA_RESTART, on any thread: nothing fails, and no wait ends early. */
 static void role_a_busy_timer(void) {
   struct sigaction own;
   struct itimerval often = {{0, 100}, {0, 100}}, never = {{0, 0}, {0, 0}};
@@ -59,8 +59,8 @@ static void a_busy_timer(void) { expect_exit(start("role_a_busy_timer"), 0); }
 
 enum { SENT = 1000 };
 
-/* Serves one stream, whose messages nats-server does not take yet when the connection is closed. `meanwhile` runs in
- * another thread once the close has begun. */
+/* Serves one stream and closes the connection before nats-server has read its messages. `meanwhile` runs in another
+ * thread once the close has begun. */
 static void serve_and_close(void *(*meanwhile)(void *)) {
   peer self = open_peer();
   presence_service *service = serve(self, "drain");
@@ -77,7 +77,7 @@ static void serve_and_close(void *(*meanwhile)(void *)) {
   exit(7);
 }
 
-/* Returns when presence_close has begun: from then on the handle is one that has ended. */
+/* Returns when presence_close has begun: the handle is closed from then on. */
 static void wait_for_close(void *conn) {
   presence_stats stats;
   while (presence_conn_stats((presence_conn *)conn, &stats) == PRESENCE_OK) usleep(100);
@@ -117,7 +117,7 @@ static pid_t start_and_request(const char *role, peer gateway, presence_stream *
   return other;
 }
 
-/* The host goes on with its close: what was to be drained arrives, and its exit status is its own. */
+/* The close continues: all messages are drained, and the exit status is the host's. */
 static void sigterm_that_is_handled(void) {
   peer gateway = open_peer();
   presence_stream *stream;
@@ -132,13 +132,13 @@ static void sigterm_that_is_handled(void) {
   close_peer(gateway);
 }
 
-/* The host ends there and then. */
+/* The host ends at once. */
 static void an_end_in_the_middle(const char *role, int signal_number, int code) {
   peer gateway = open_peer();
   presence_stream *stream;
   pid_t other = start_and_request(role, gateway, &stream);
   int status;
-  CHECK_EQ(waitpid(other, &status, 0), other); /* while nats-server stands still */
+  CHECK_EQ(waitpid(other, &status, 0), other); /* while nats-server is stopped */
   resume(server);
   CHECK_EQ(WIFSIGNALED(status) ? WTERMSIG(status) : 0, signal_number);
   if (!signal_number) CHECK_EQ(WEXITSTATUS(status), code);

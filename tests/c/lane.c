@@ -1,11 +1,11 @@
-/* Streams on a lane: order and content, room, and ends that concern one stream only. In one process. */
+/* Streams on a lane within one process: order and content, backpressure, and ends that concern one stream only. */
 #include "content.h"
 
 enum { MAX_PAYLOAD = 1 << 20, LARGEST = MAX_PAYLOAD - 64, OVERHEAD = 64 };
 
 /* Order and content ------------------------------------------------------------------------------------------------- */
 
-/* How long message i is: mostly short, some long, a few as long as may be. */
+/* The length of message i: mostly short, some long, a few of the maximum. */
 static size_t length_of(uint64_t number) {
   uint64_t chance = scramble(number);
   if (number % 1000 == 0) return LARGEST - number / 1000;
@@ -47,7 +47,7 @@ static void many_lengths_in_order(void) {
   join_thread(thread);
   CHECK_EQ(stats_of(both.gateway).lanes, 1);
   CHECK_EQ(stats_of(both.worker).lanes, 1);
-  CHECK(stats_of(both.gateway).messages_in < 15000); /* they came in batches */
+  CHECK(stats_of(both.gateway).messages_in < 15000); /* they arrived in batches */
   expect_nothing(both.gateway.queue);
   expect_nothing(both.worker.queue);
   close_pair(both);
@@ -61,7 +61,7 @@ static void every_length_that_may_be(void) {
     CHECK_STATUS(presence_sender_send(both.sender, message, too_large[i]), PRESENCE_TOO_LARGE);
     CHECK_STATUS(presence_sender_send_wait(both.sender, message, too_large[i], -1), PRESENCE_TOO_LARGE);
   }
-  /* Around what fits the encoding's numbers of one, two and three bytes, a batch, and a message. */
+  /* Lengths around the limits of one-, two- and three-byte numbers, a batch, and a message. */
   size_t around[] = {0, 127, 128, 16383, 16384, 65536 - 41, 65536, LARGEST - 1, LARGEST};
   for (uint64_t i = 0; i < sizeof around / sizeof *around; i++) {
     for (size_t length = around[i] > 3 ? around[i] - 3 : 0; length <= around[i] + 3 && length <= LARGEST; length++) {
@@ -71,12 +71,12 @@ static void every_length_that_may_be(void) {
       CHECK_CONTENT(&event, length, 1, i);
     }
   }
-  CHECK_EQ(stats_of(both.worker).connects, 1); /* nothing was too much for the server */
+  CHECK_EQ(stats_of(both.worker).connects, 1); /* the server accepted everything */
   free(message);
   close_pair(both);
 }
 
-/* What would end a stream on level 0 is a message like any other. */
+/* What would end a stream on level 0 is plain data on a lane. */
 static void what_looks_like_a_marker(void) {
   static const char *const texts[] = {"__STREAM_END__", "__STREAM_ERROR__:", "__STREAM_ERROR__:server busy", "", "__STREAM_END__ x"};
   pair both = open_pair("c");
@@ -104,7 +104,7 @@ static void the_text_of_an_error(void) {
 
 /* Room -------------------------------------------------------------------------------------------------------------- */
 
-/* Sends empty messages until there is no room, and returns how many. */
+/* Sends empty messages until the sender is full, and returns how many. */
 static int fill(presence_sender *sender) {
   int sent = 0;
   int32_t status;
@@ -120,14 +120,14 @@ static void take(peer gateway, int count) {
   for (int i = 0; i < count; i++) expect(gateway.queue, PRESENCE_EVENT_DATA);
 }
 
-/* Nothing happens on this queue, though the lane has brought all there was to bring: a whole stream after it did. */
+/* Checks that this queue has no event after the lane has delivered everything: a whole stream ran over it. */
 static void check_still_nothing(peer worker, peer gateway, const char *subject) {
   expect_nothing(worker.queue);
   settle(worker, gateway, subject);
   expect_nothing(worker.queue);
 }
 
-/* A reader that takes nothing holds back its worker, and nobody else on the same lane. */
+/* An idle reader blocks its worker, and nothing else on the lane. */
 static void full_and_writable(void) {
   enum { WINDOW = 64000 };
   peer worker = open_peer(), gateway = open_peer(), aside = beside(gateway);
@@ -137,12 +137,12 @@ static void full_and_writable(void) {
 
   int window = fill(sender), waiting = window;
   CHECK_EQ(window, WINDOW / OVERHEAD);
-  /* It has all come, and waits in the queue of its reader, who has given no room: there is none. */
+  /* Everything arrived and is in the reader's queue; the reader has given no credit. */
   check_still_nothing(worker, aside, "full");
   CHECK_STATUS(presence_sender_send(sender, "", 0), PRESENCE_FULL);
 
   for (int round = 0; round < 10; round++) {
-    /* Up to a quarter of the window gives no credit; with one more there is as much as was taken. */
+    /* A quarter of the window gives no credit yet; one message more gives credit for everything read. */
     take(gateway, window / 4);
     waiting -= window / 4;
     if (round == 0) check_still_nothing(worker, aside, "full");
@@ -152,14 +152,14 @@ static void full_and_writable(void) {
     int more = fill(sender);
     CHECK(more >= window / 4 && more <= window / 4 + 2);
     waiting += more;
-    check_still_nothing(worker, aside, "full"); /* one event for each refusal that was followed by room */
+    check_still_nothing(worker, aside, "full"); /* one WRITABLE for each refusal */
   }
-  OK(presence_sender_end(sender)); /* needs no room */
+  OK(presence_sender_end(sender)); /* needs no window */
   take(gateway, waiting);
   expect(gateway.queue, PRESENCE_EVENT_END);
   expect_nothing(gateway.queue);
   settle(worker, aside, "full");
-  expect_nothing(worker.queue); /* there is room now, but nobody to use it */
+  expect_nothing(worker.queue); /* there is credit now, but no sender to use it */
   presence_sender_free(sender);
   presence_stream_free(stream);
   presence_service_free(service);
@@ -168,7 +168,7 @@ static void full_and_writable(void) {
   close_peer(worker);
 }
 
-/* The window is stream_buffer_bytes, 4 MiB at most, and 256 KiB by default. */
+/* The window is stream_buffer_bytes: 256 KiB by default, 4 MiB at most. */
 static void windows(void) {
   struct {
     const char *bytes;
@@ -212,7 +212,7 @@ static void larger_than_the_window(void) {
     presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
     CHECK_CONTENT(&event, LARGEST, 1, 0);
     CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
-    OK(presence_sender_send_wait(sender, message, LARGEST, PATIENCE)); /* the lane's own room may come later */
+    OK(presence_sender_send_wait(sender, message, LARGEST, PATIENCE)); /* the lane's own buffer may still be full */
   }
   free(message);
   presence_sender_free(sender);
@@ -233,7 +233,7 @@ static void *wait_for_room(void *argument) {
   return NULL;
 }
 
-/* As many as there is room for are sent, and the next call is refused. */
+/* send_many sends as many as fit, and the next call is refused. */
 static void many_at_once_without_room(void) {
   enum { COUNT = 1000, WINDOW = 100 };
   peer worker = open_peer(), gateway = open_peer();
@@ -273,7 +273,7 @@ static void many_at_once_without_room(void) {
   close_peer(worker);
 }
 
-/* A send that waits for room goes on when the reader takes, and whatever ends the sender ends it. */
+/* A blocked send continues when the reader reads, and whatever ends the sender ends the wait. */
 static void waiting_for_the_reader(void) {
   enum { READER, CANCEL, FREE, MARK, END, CLOSE_GATEWAY, CLOSE_WORKER, WAYS };
   for (int way = 0; way < WAYS; way++) {
@@ -283,7 +283,7 @@ static void waiting_for_the_reader(void) {
     struct wait wait = {accept_request(worker), 1};
     CHECK_EQ(fill(wait.sender), 10);
     pthread_t thread = start_thread(wait_for_room, &wait);
-    usleep(20000); /* most likely it waits by now; if not, the test holds all the same */
+    usleep(20000); /* most likely it is blocked by now; if not, the test still holds */
     int32_t expected = PRESENCE_OK;
     switch (way) {
       case READER:
@@ -325,7 +325,7 @@ static void waiting_for_the_reader(void) {
   }
 }
 
-/* One stream whose reader takes nothing, and fifty on the same lane that run to their end meanwhile. */
+/* One stream is not read; fifty others on the same lane run to their end meanwhile. */
 static void one_slow_among_many(void) {
   enum { MANY = 50, COUNT = 2000 };
   peer worker = open_peer(), gateway = open_peer(), slow = beside(gateway);
@@ -383,7 +383,7 @@ static void one_slow_among_many(void) {
   close_peer(worker);
 }
 
-/* The reader's queue is freed: its stream goes on without telling anybody, and its worker is not held back by it. */
+/* The reader's queue is freed: its stream goes on without events, and its worker is not blocked. */
 static void a_queue_that_was_freed(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "freed");
@@ -414,7 +414,7 @@ static presence_stream *request_manually(peer gateway, const char *subject, cons
   return stream;
 }
 
-/* Messages that were taken, and not told to be used, count. */
+/* Messages that were read but not reported as consumed still count. */
 static void manual_credit(void) {
   enum { SIZE = 936, WINDOW = 100 }; /* each counts 1000 */
   static const char data[SIZE] = {0};
@@ -426,7 +426,7 @@ static void manual_credit(void) {
   CHECK_STATUS(presence_sender_send(sender, data, SIZE), PRESENCE_FULL);
   take(gateway, WINDOW);
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
-  /* A quarter of the window gives no credit yet; more does at once, with the 64 of each message. */
+  /* A quarter of the window gives no credit yet; more gives it at once, with the 64 extra bytes of each message. */
   OK(presence_stream_consumed(stream, WINDOW / 4 * SIZE));
   CHECK_STATUS(presence_sender_send_wait(sender, data, SIZE, 300), PRESENCE_TIMEOUT);
   OK(presence_stream_consumed(stream, SIZE));
@@ -453,7 +453,7 @@ static void manual_credit(void) {
   close_peer(worker);
 }
 
-/* Messages without bytes are held back, too, until it is told that those before them were used. */
+/* Empty messages use the window, too, until those before them are reported as consumed. */
 static void manual_credit_for_nothing(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "manual");
@@ -482,7 +482,7 @@ static void *send_twenty_thousand(void *sender) {
   return NULL;
 }
 
-/* More is told to be used than came, all the time: the stream goes on as if it had not been. */
+/* Always reports more as consumed than arrived: the stream is not affected. */
 static void more_credit_than_was_due(void) {
   static const size_t too_much[] = {0, 1, 1000000, SIZE_MAX / 2, SIZE_MAX, SIZE_MAX - 63};
   for (size_t i = 0; i < sizeof too_much / sizeof *too_much; i++) {
@@ -490,7 +490,7 @@ static void more_credit_than_was_due(void) {
     presence_service *service = serve(worker, "manual");
     presence_stream *stream = request_manually(gateway, "manual", "6400");
     presence_sender *sender = accept_request(worker);
-    OK(presence_stream_consumed(stream, too_much[i])); /* it may not even be accepted yet */
+    OK(presence_stream_consumed(stream, too_much[i])); /* the stream may not be accepted yet */
     pthread_t thread = start_thread(send_twenty_thousand, sender);
     for (uint64_t number = 0; number < 20000; number++) {
       presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
@@ -509,7 +509,7 @@ static void more_credit_than_was_due(void) {
   }
 }
 
-/* Without the option it has no effect: what is not taken gives no room. */
+/* Without the option presence_stream_consumed has no effect: only reading gives credit. */
 static void credit_without_the_option(void) {
   peer worker = open_peer(), gateway = open_peer(), aside = beside(gateway);
   presence_service *service = serve(worker, "manual");

@@ -1,14 +1,14 @@
-/* A client leaves at every moment of its stream's life, and is back at once under the same id, a thousand times: each stream
- * ends once, none is revived, and the next is not harmed. And a client who is at two gateways. */
+/* A client leaves at every moment of its stream's life and is back at once under the same id, a thousand times: each
+ * stream ends once, none is revived, and the next is unaffected. And a client that is at two gateways. */
 #include "peer.h"
 
 enum { ROUNDS = 1000 };
 
-/* When it leaves. The request's first byte tells the worker. */
+/* When the client leaves. The request's first byte tells the worker. */
 enum moment {
   BEFORE_THE_REQUEST, /* the stream runs to its end */
   DURING_ACCEPT,      /* the worker sends nothing */
-  BETWEEN_TWO_SENDS,  /* the worker sends one, and tries another afterwards */
+  BETWEEN_TWO_SENDS,  /* the worker sends one message, and tries another afterwards */
   AFTER_A_CANCEL,     /* the same */
   DURING_END,         /* the worker ends at once */
   AFTER_END,          /* the stream runs to its end */
@@ -21,7 +21,7 @@ enum moment {
 static presence_stream *streams[ROUNDS + 1];
 static int ends[ROUNDS + 1], messages[ROUNDS + 1];
 
-/* Takes events until the stream with this tag has had so many messages, or ended. */
+/* Takes events until the stream with this tag has `count` messages, or has ended. */
 static presence_event take_until(peer self, uint64_t tag, int count) {
   for (;;) {
     presence_event event;
@@ -70,7 +70,7 @@ static void come_and_go(void) {
         OK(mark_client_offline("c"));
         check_end(self, round, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
         break;
-      case DURING_END: { /* it is one or the other */
+      case DURING_END: { /* either is right */
         OK(mark_client_offline("c"));
         presence_event event = take_until(self, round, INT32_MAX);
         CHECK(event.kind == PRESENCE_EVENT_END || event.status == PRESENCE_OFFLINE);
@@ -81,7 +81,7 @@ static void come_and_go(void) {
         CHECK_EQ(messages[round], 2);
         if (moment == AFTER_END) OK(mark_client_offline("c"));
     }
-    /* Where the worker is in the same process, its sender may be a moment behind. */
+    /* In one process, the worker's sender may stop a moment later. */
     if (is_asked_for("come_and_go")) CHECK(!is_client_online("c"));
   }
   expect_nothing(self.queue);
@@ -101,7 +101,7 @@ static void *come_and_go_in_a_thread(void *unused) {
 
 enum { KEPT = 3 * MOMENTS };
 
-/* The last senders, the newest first. */
+/* The last senders, newest first. */
 static struct {
   presence_sender *sender;
   char moment;
@@ -128,7 +128,7 @@ static void serve_who_comes_and_goes(peer self) {
       continue;
     }
     CHECK_EQ(event.kind, PRESENCE_EVENT_REQUEST);
-    /* The client left before it asked again: all that was for it has ended, and stays so. */
+    /* The client left before it requested again: every earlier stream has ended, and stays so. */
     for (int i = 0; i < KEPT && kept[i].sender; i++) {
       CHECK(presence_sender_is_closed(kept[i].sender));
       CHECK_STATUS(send_text(kept[i].sender, "late"), (int32_t)status_word(kept[i].sender));
@@ -181,7 +181,7 @@ static void a_thousand_times_in_two(void) { a_thousand_times(false); }
 
 /* Two gateways -------------------------------------------------------------------------------------------------------- */
 
-/* One of them, in a process of its own: told by another client's stream what to do with its own two. */
+/* One of the gateways, in its own process: the stream "orders" tells it what to do with its two streams. */
 static void be_a_gateway(void) {
   peer self = open_peer(), orders = beside(self);
   presence_session *session;
@@ -195,18 +195,18 @@ static void be_a_gateway(void) {
       OK(presence_stream_cancel(first));
       CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED).tag, 1);
     } else if (is_text(event.data, event.data_len, "the session ends")) {
-      presence_session_close(session); /* the last one here: it ends what this process requested */
+      presence_session_close(session); /* the last session here: it ends what this process requested */
       CHECK_EQ(expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag, 2);
       CHECK(!is_client_online("c"));
     } else if (is_text(event.data, event.data_len, "mark it offline")) {
       OK(mark_client_offline("c"));
     }
     if (!is_text(event.data, event.data_len, "cancel the first") && !is_text(event.data, event.data_len, "the session ends")) {
-      /* It is offline everywhere: by the announcement, or because the worker says so first. */
+      /* It is offline everywhere: by the announcement, or because the worker ends the streams first. */
       uint64_t tags = 0;
       for (int i = 0; i < 2; i++) tags += expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE).tag;
       CHECK_EQ(tags, 1 + 2);
-      while (is_client_online("c")) usleep(1000); /* its session is over, too */
+      while (is_client_online("c")) usleep(1000); /* its session has ended, too */
       presence_session_close(session);
     }
     expect_nothing(self.queue);
@@ -218,8 +218,9 @@ static void be_a_gateway(void) {
   close_peer(self);
 }
 
-/* The client is at both. What one cancels is its own, and so is what ends with its session. A mark is meant for everybody;
- * and on level 0 the end of a session can only be announced to everybody. */
+/* The client is at both gateways. A cancel, and the end of the last session at one gateway, end only that gateway's
+ * streams. A mark ends all streams; on level 0 the end of a session does, too, because it can only be announced to
+ * all. */
 static void at_two_gateways(void) {
   peer worker = open_peer(), control = beside(worker);
   presence_service *services[] = {serve(worker, "two"), serve(control, "orders")};
@@ -262,7 +263,7 @@ static void at_two_gateways(void) {
 
 enum { EARLY = 50 };
 
-/* Requests streams and frees them at once: of a service, and of a subject that no worker serves. */
+/* Requests streams and frees them at once: of a service, and of a subject without workers. */
 static void leave_before_the_answer(void) {
   const char *const announce[] = {"always", "streams"};
   for (int k = 0; k < 2; k++) {
@@ -278,7 +279,7 @@ static void leave_before_the_answer(void) {
       presence_stream_free(stream);
     }
     CHECK(!is_client_online("c"));
-    /* The worker ends an anonymous stream at once. On its lane all answers to what was asked before precede that. */
+    /* The worker ends an anonymous stream at once. On its lane every answer to an earlier request precedes that. */
     presence_stream *last = request(self, "early", "", 4);
     expect(self.queue, PRESENCE_EVENT_END);
     presence_stream_free(last);
@@ -340,7 +341,7 @@ static void a_worker_on_level_0_that_answers_late(void) {
   }
   OK(send_text(senders[0], "first"));
   for (int i = 0; i < 2; i++) CHECK(expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE).sender == senders[i]);
-  /* A connection that is closed does not wait so long. */
+  /* Closing the connection does not wait that long. */
   presence_stream_free(request(gateway, "late", "is closed", 1));
   presence_sender *last = accept_request(worker);
   close_peer(gateway);

@@ -1,4 +1,5 @@
-/* What a host does to its process: fork, exit, signals. Each in a process of its own, whose first connection it makes. */
+/* What a host does to its process: fork, exit, signals. Each test runs in a process that makes its own first
+ * connection. */
 #include "peer.h"
 #include <arpa/inet.h>
 #include <dirent.h>
@@ -7,16 +8,16 @@
 #include <sched.h>
 #include <sys/socket.h>
 
-/* Waits for a forked child, which must exit with 0; a hang ends by its alarm. */
+/* Waits for a forked child, which must exit with 0; its alarm ends it if it hangs. */
 static void expect_child(pid_t child) { expect_exit(child, 0); }
 
-/* In a forked child: alarms are not inherited. */
+/* Prepares a forked child: alarms are not inherited. */
 static void begin_child(const char *name) {
   alarm(60);
   running = name;
 }
 
-/* One stream from request to end, on a subject of this process: all that it needs of a connection works. */
+/* One stream from request to end, on a subject of this process: it uses everything that a connection needs. */
 static void a_whole_stream(const char *client) {
   char subject[32];
   snprintf(subject, sizeof subject, "life.%d", (int)getpid());
@@ -79,7 +80,7 @@ static void role_fork_after_marks(void) {
     presence_session_close(session);
     presence_queue_free(queue);
     a_whole_stream("own");
-    /* A child's child: its parent has connected now. */
+    /* A child of the child, whose parent has connected now. */
     pid_t grandchild = fork();
     if (grandchild == 0) {
       begin_child("fork_after_marks, grandchild");
@@ -94,7 +95,7 @@ static void role_fork_after_marks(void) {
   }
   expect_child(child);
   CHECK(is_client_online("marked") && is_client_online("tabs"));
-  expect_nothing(queue); /* of what the child did */
+  expect_nothing(queue); /* nothing of what the child did */
   presence_session_close(session);
   expect(queue, PRESENCE_EVENT_OFFLINE);
   OK(mark_client_offline("marked"));
@@ -115,7 +116,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
 
   CHECK_STATUS(presence_listen_offline(conn), PRESENCE_FORKED);
   CHECK_STATUS(presence_conn_stats(conn, &stats), PRESENCE_FORKED);
-  OK(presence_queue_new(&own)); /* one of the child's own */
+  OK(presence_queue_new(&own)); /* a handle of the child's own */
   CHECK_STATUS(presence_conn_watch(conn, own, 0), PRESENCE_FORKED);
   CHECK_STATUS(presence_serve(conn, own, "pair", NULL, 0, 0, &service, &error), PRESENCE_FORKED);
   CHECK_EQ(error.status, PRESENCE_FORKED);
@@ -133,7 +134,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
   CHECK_STATUS(presence_sender_error(both.sender, "x", 1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_end(both.sender), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &value, &length), PRESENCE_FORKED);
-  CHECK(presence_sender_is_closed(both.sender)); /* it may send no more, for whatever reason */
+  CHECK(presence_sender_is_closed(both.sender)); /* it can send no more, with any status */
 
   presence_conn *other = NULL;
   memset(&error, 0, sizeof error);
@@ -162,11 +163,11 @@ static void role_fork_after_connect(void) {
     CHECK(!is_client_online("c") && !is_client_online("tabs"));
     all_handles_are_forked(both, session);
     marks_work();
-    OK(mark_client_offline("c")); /* the child's own client of this name, whom nobody knows */
+    OK(mark_client_offline("c")); /* the child's own client of this name */
     exit(0);
   }
   expect_child(child);
-  /* The parent has felt nothing of it. */
+  /* The parent is unaffected. */
   CHECK(is_client_online("c") && is_client_online("tabs"));
   OK(send_text(both.sender, "goes on"));
   expect_data(both.gateway.queue, "goes on");
@@ -188,7 +189,7 @@ static void *wait_until_freed(void *queue) {
   return NULL;
 }
 
-/* Locks what threads of one process have in common: the registry, the tables of handles. */
+/* Uses the locks that all threads of a process share: those of the registry and the handle tables. */
 static void *mark_and_wait(void *waiting) {
   presence_event event;
   presence_queue *own;
@@ -204,7 +205,7 @@ static void *mark_and_wait(void *waiting) {
   return NULL;
 }
 
-/* One queue for each of the waiting threads, and as many threads that contend for locks with them. */
+/* One queue for each waiting thread, and as many threads that contend with them for locks. */
 static void contend(bool forks) {
   pthread_t waiters[WAITERS], markers[WAITERS];
   presence_queue *queues[WAITERS];
@@ -229,14 +230,14 @@ static void contend(bool forks) {
   }
 }
 
-/* A child inherits nothing of the threads that wait in its parent: with twice as many of its own it waits as well. */
+/* A child inherits no state of threads that wait in its parent: it can wait with twice as many of its own. */
 static void role_fork_while_threads_wait(void) {
   peer parent = open_peer();
   contend(true);
   close_peer(parent);
 }
 
-/* How many connections there are to the server, whoever has them. */
+/* The number of connections to the server, of any process. */
 static int count_connections(void) {
   unsigned port, to, state;
   CHECK_EQ(sscanf(strrchr(url, ':'), ":%u", &port), 1);
@@ -250,7 +251,7 @@ static int count_connections(void) {
   return count;
 }
 
-/* A child that has inherited the sockets does not keep closed connections open. */
+/* A child that inherited the sockets does not keep closed connections open. */
 static void role_close_with_a_child(void) {
   int before = count_connections(), ends[2];
   pair both = open_pair("c");
@@ -261,7 +262,7 @@ static void role_close_with_a_child(void) {
     begin_child("close_with_a_child, child");
     close(ends[1]);
     char byte;
-    exit(read(ends[0], &byte, 1) == 0 ? 0 : 1); /* until its parent is done */
+    exit(read(ends[0], &byte, 1) == 0 ? 0 : 1); /* until its parent has finished */
   }
   close_pair(both);
   for (int64_t deadline = now_ms() + PATIENCE; count_connections() > before; usleep(1000)) CHECK(now_ms() < deadline);
@@ -286,7 +287,7 @@ static void *wait_for_ever(void *queue) {
   return NULL;
 }
 
-/* Streams run, and other threads send and wait. */
+/* Starts streams, and threads that send and wait. */
 static void leave_in_the_middle(void) {
   left = open_pair("c");
   start_thread(send_for_ever, left.sender);
@@ -313,7 +314,7 @@ static void role_exit_in_a_thread(void) {
   for (;;) pause();
 }
 
-/* A host that tidies up at the very end. */
+/* A host that cleans up in an atexit handler. */
 static void close_at_exit(void) {
   running = "in an atexit handler";
   OK(mark_client_online("late"));
@@ -322,7 +323,7 @@ static void close_at_exit(void) {
   OK(mark_client_offline("late"));
   close_pair(left);
   CHECK_EQ(presence_online_count(), 0);
-  exit(5); /* from within a handler, which the C library takes for the new status */
+  exit(5); /* exit in a handler sets the status anew */
 }
 
 static void role_tidy_at_exit(void) {
@@ -331,7 +332,7 @@ static void role_tidy_at_exit(void) {
   exit(0);
 }
 
-/* The first call ever, and the first connection, when the process ends. */
+/* The first call and the first connection happen while the process ends. */
 static void begin_at_exit(void) {
   running = "in an atexit handler";
   a_whole_stream("c");
@@ -350,7 +351,7 @@ static void handle(int number) {
   handler_ran_on = pthread_self();
 }
 
-/* The threads of the library, and the signals that all of them block. */
+/* Counts the library's threads, and finds the signals that all of them block. */
 static int own_threads(unsigned long long *blocked) {
   int count = 0;
   DIR *tasks = opendir("/proc/self/task");
@@ -362,7 +363,7 @@ static int own_threads(unsigned long long *blocked) {
     if (*task->d_name == '.') continue;
     snprintf(path, sizeof path, "/proc/self/task/%s/status", task->d_name);
     FILE *status = fopen(path, "r");
-    if (!status) continue; /* it has ended meanwhile */
+    if (!status) continue; /* the thread has ended meanwhile */
     while (fgets(line, sizeof line, status)) {
       unsigned long long mask;
       if (strcmp(line, "Name:\tpresence\n") == 0) is_own = true;
@@ -388,11 +389,11 @@ static void role_signals(void) {
   sigaddset(&mask, SIGWINCH);
   CHECK_EQ(pthread_sigmask(SIG_SETMASK, &mask, NULL), 0);
   for (int number = 1; number <= 64; number++) {
-    if (number != 32 && number != 33) CHECK_EQ(sigaction(number, NULL, &before[number]), 0); /* the C library's own */
+    if (number != 32 && number != 33) CHECK_EQ(sigaction(number, NULL, &before[number]), 0); /* the C library's */
   }
 
   pair both = open_pair("c");
-  /* Names are looked up by more threads of the runtime. */
+  /* The runtime resolves names on further threads. */
   char by_name[100];
   const char *port = strrchr(url, ':');
   CHECK(port);
@@ -413,12 +414,12 @@ static void role_signals(void) {
   for (size_t i = 0; i < sizeof must / sizeof *must; i++) CHECK(is_in(blocked, must[i]));
   CHECK(!is_in(blocked, SIGSEGV) && !is_in(blocked, SIGBUS) && !is_in(blocked, SIGABRT));
 
-  /* Of all threads only this one takes it, and no matter what the others do. */
+  /* Only this thread handles the signal, whatever the others do. */
   for (int round = 0; round < 100; round++) {
     handled = 0;
     OK(send_text(both.sender, "x"));
     CHECK_EQ(kill(getpid(), SIGUSR1), 0);
-    CHECK_EQ(handled, SIGUSR1); /* delivered before kill returns, as no other thread can take it */
+    CHECK_EQ(handled, SIGUSR1); /* delivered before kill returns, as no other thread can handle it */
     CHECK(pthread_equal(handler_ran_on, pthread_self()));
     expect_data(both.gateway.queue, "x");
   }
@@ -426,7 +427,7 @@ static void role_signals(void) {
   close_pair(both);
 }
 
-/* A host's handler interrupts whoever waits; the wait goes on. */
+/* A host's handler interrupts a wait; the wait continues. */
 static void *interrupt_and_put(void *waiter) {
   for (int i = 0; i < 50; i++) {
     CHECK_EQ(pthread_kill(*(pthread_t *)waiter, SIGUSR1), 0);
@@ -453,13 +454,13 @@ static void role_interrupted_waits(void) {
   presence_queue_free(queue);
 }
 
-/* The server dies while much is being sent: the host, which does nothing about SIGPIPE, lives. Ends the server. */
+/* The server dies while messages are being sent: the host, which does not handle SIGPIPE, survives. Ends the server. */
 static void role_the_server_dies(void) {
   const char *server = getenv("NATS_SERVER_PID");
   struct sigaction now;
   CHECK(server);
   signal(SIGPIPE, SIG_DFL);
-  pair both = open_pair(""); /* nobody's: the gateway's loss does not stop the sender, as its own does */
+  pair both = open_pair(""); /* anonymous: only the loss of its own connection stops the sender */
   OK(presence_conn_watch(both.worker.conn, both.worker.queue, 7));
   for (int i = 0; i < 1000; i++) OK(presence_sender_send_wait(both.sender, "before", 6, PATIENCE));
   CHECK_EQ(kill(atoi(server), SIGKILL), 0);
@@ -501,9 +502,9 @@ static void role_the_server_dies(void) {
   presence_queue_free(both.worker.queue);
 }
 
-/* A server for the purpose: it takes everything and, again and again, breaks the connection while much is being written:
- * first the end, then the refusal of what still comes. That is what makes a write raise SIGPIPE; a server that is killed
- * mostly refuses at once, which makes it fail only. */
+/* A server that reads everything and breaks the connection again and again while the client writes: first by a FIN,
+ * then by a RST for what still arrives. That makes a write raise SIGPIPE; a killed server mostly sends RST at once,
+ * which makes the write fail only. */
 enum { BREAKS = 200 };
 
 static int breaks; /* atomic */
@@ -566,7 +567,7 @@ static void role_connections_break(void) {
 
 /* What threads take over ---------------------------------------------------------------------------------------------- */
 
-/* With an environment that asks for small stacks; a name is resolved, which needs some. */
+/* With an environment that asks for small stacks; resolving a name needs more. */
 static void role_small_stacks(void) {
   CHECK(getenv("RUST_MIN_STACK"));
   char by_name[64];
@@ -575,7 +576,7 @@ static void role_small_stacks(void) {
   a_whole_stream("own");
 }
 
-/* How many of the library's threads there are, all of which may run on this many CPUs and have this policy. */
+/* Counts the library's threads, all of which must be allowed this many CPUs and have this policy. */
 static int count_threads(int cpus, int policy) {
   int count = 0;
   DIR *tasks = opendir("/proc/self/task");
@@ -598,8 +599,8 @@ static int count_threads(int cpus, int policy) {
   return count;
 }
 
-/* The thread that connects is pinned to a CPU, and of a real-time priority where that is allowed. It stays so; the
- * library's threads are not. */
+/* The connecting thread is pinned to a CPU and, where allowed, has a real-time priority. It keeps both; the
+ * library's threads have neither. */
 static void role_pinned(void) {
   cpu_set_t all, one;
   CHECK_EQ(sched_getaffinity(0, sizeof all, &all), 0);
@@ -680,6 +681,6 @@ int main(int argc, char **argv) {
   RUN(connections_break);
   RUN(small_stacks);
   RUN(pinned);
-  RUN_ON_LEVEL_0(the_server_dies); /* last: there is no server afterwards */
+  RUN_ON_LEVEL_0(the_server_dies); /* last: it ends the server */
   return 0;
 }

@@ -1,5 +1,5 @@
-/* The process may open no more files, or have no more memory: a status, and all goes on when there is some again. Each test
- * in a process of its own. */
+/* The process is out of descriptors, threads or memory: calls return a status, and work again later. Each test runs
+ * in its own process. */
 #include "server.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -10,7 +10,7 @@
 enum { LIMIT = 256 };
 static int taken[LIMIT], taken_count;
 
-/* Takes all descriptors that there may be, but for some. */
+/* Opens all descriptors that the limit allows, except `but`. */
 static void take_descriptors(int but) {
   struct rlimit limit = {LIMIT, LIMIT};
   CHECK_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
@@ -23,7 +23,7 @@ static void give_descriptors_back(void) {
   while (taken_count > 0) close(taken[--taken_count]);
 }
 
-/* The first connection needs some for the runtime, too: it fails with however few there are, until there are enough. */
+/* The first connection needs descriptors for the runtime, too: it fails until there are enough. */
 static void role_the_first_connection(void) {
   presence_conn *conn = NULL;
   int free_ones = 0;
@@ -36,14 +36,14 @@ static void role_the_first_connection(void) {
     if (status == PRESENCE_OK) continue;
     CHECK_STATUS(status, PRESENCE_FULL);
     CHECK_EQ(error.status, status);
-    CHECK_TELLS(error.message, "open files"); /* as the system calls it */
+    CHECK_TELLS(error.message, "open files"); /* the system's words */
     CHECK(!conn);
   }
   CHECK(free_ones > 1);
   OK(presence_close(conn, PATIENCE));
 }
 
-/* Streams run on, a second connection and a queue's descriptor are refused. */
+/* Streams go on; a second connection and a queue's descriptor are refused. */
 static void role_more_connections(void) {
   pair both = open_pair("c");
   presence_conn *conn = NULL;
@@ -62,7 +62,7 @@ static void role_more_connections(void) {
   }
   presence_queue *more;
   int32_t status = presence_queue_new(&more);
-  if (status == PRESENCE_OK) presence_queue_free(more); /* it needs no descriptor until it is asked for one */
+  if (status == PRESENCE_OK) presence_queue_free(more); /* it needs no descriptor until presence_queue_fd */
   give_descriptors_back();
   CHECK(presence_queue_fd(queue) >= 0);
   OK(presence_connect(url, NULL, &conn, &error));
@@ -71,7 +71,7 @@ static void role_more_connections(void) {
   close_pair(both);
 }
 
-/* The connection is lost when there is none for a new one: it is made when there is, and lanes go on. */
+/* The connection is lost while no descriptor is free: it is made again when there is one, and lanes go on. */
 static void role_a_reconnect(void) {
   own_server server = new_server();
   pair both;
@@ -84,11 +84,11 @@ static void role_a_reconnect(void) {
   kill_server(&server);
   while (stats_of(both.worker).connected || stats_of(both.gateway).connected) usleep(1000);
   take_descriptors(0);
-  give_descriptors_back(); /* for the new server's start */
+  give_descriptors_back(); /* so that the new server can start */
   start_server(&server);
   take_descriptors(0);
   uint64_t connects = stats_of(both.worker).connects;
-  usleep(300000); /* it tries some times, in vain: or it has come back before, which is fine */
+  usleep(300000); /* attempts fail meanwhile, unless it reconnected before */
   if (stats_of(both.worker).connects == connects) CHECK_EQ(stats_of(both.worker).connected, 0);
   OK(send_text(both.sender, "meanwhile"));
   give_descriptors_back();
@@ -113,7 +113,7 @@ static long address_space(void) {
   return pages * sysconf(_SC_PAGESIZE);
 }
 
-/* As ulimit -v, but so many more bytes than now; 0: no limit. */
+/* Like ulimit -v, `more` bytes above the current use; 0: no limit. */
 static void limit_memory(long more) {
   struct rlimit limit;
   CHECK_EQ(getrlimit(RLIMIT_AS, &limit), 0);
@@ -121,11 +121,11 @@ static void limit_memory(long more) {
   CHECK_EQ(setrlimit(RLIMIT_AS, &limit), 0);
 }
 
-/* That the system has no more threads is no reason to die, or to say more than that. */
+/* If the system has no more threads, connecting fails with a status. */
 static void role_no_thread(void) {
   presence_conn *conn = NULL;
   presence_error error = {0, ""};
-  limit_memory(1 << 20); /* a thread's stack has more */
+  limit_memory(1 << 20); /* less than a thread's stack */
   int32_t status = presence_connect(url, NULL, &conn, &error);
   limit_memory(0);
   CHECK_STATUS(status, PRESENCE_FULL);
@@ -133,7 +133,7 @@ static void role_no_thread(void) {
   CHECK_TELLS(error.message, "thread");
   CHECK(!conn);
 
-  /* The runtime is there, and needs a thread more to look up a name. */
+  /* The runtime exists, and needs a further thread to resolve a name. */
   pair both = open_pair("c");
   char by_name[100];
   const char *port = strrchr(url, ':');
@@ -151,8 +151,8 @@ static void role_no_thread(void) {
   close_pair(both);
 }
 
-/* Requests, sends and marks until there is no memory left: that ends as the host wants it, or by the abort of Rust's
- * allocator, but never hangs, and nothing else goes wrong. */
+/* Requests, sends and marks until memory is exhausted: the process ends as the host does it, or by the abort of
+ * Rust's allocator. It never hangs, and nothing else goes wrong. */
 static void role_no_memory(void) {
   static char data[100000];
   const char *more = getenv("MORE");
@@ -185,16 +185,16 @@ static void no_memory(void) {
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
-      if (!freopen("/dev/null", "w", stderr)) _exit(126); /* the allocator tells why it aborts */
+      if (!freopen("/dev/null", "w", stderr)) _exit(126); /* hides the allocator's message */
       execl("/proc/self/exe", "test", url, "role_no_memory", (char *)NULL);
       _exit(127);
     }
-    CHECK_EQ(waitpid(child, &status, 0), child); /* a hang ends by its alarm */
+    CHECK_EQ(waitpid(child, &status, 0), child); /* its alarm ends it if it hangs */
     if (WIFSIGNALED(status)) CHECK_EQ(WTERMSIG(status), SIGABRT);
     else CHECK_EQ(WEXITSTATUS(status), 0);
     aborted += WIFSIGNALED(status);
   }
-  CHECK(aborted > 0); /* it was short of memory */
+  CHECK(aborted > 0); /* memory was short */
 }
 
 static void the_first_connection(void) { expect_exit(start("role_the_first_connection"), 0); }

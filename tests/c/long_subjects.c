@@ -1,4 +1,4 @@
-/* nats-server ends a connection that sends a line of more than 4096 bytes (its max_control_line), or more than its
+/* nats-server closes a connection that sends a line above 4096 bytes (max_control_line) or a message above
  * max_payload. Neither a caller nor a peer can make the library do that. */
 #include "server.h"
 
@@ -12,7 +12,7 @@ static const char *text_of(int length) {
   return text;
 }
 
-/* The connection is the first one still, and streams run on it. */
+/* Both ends still have their first connection, and streams run on it. */
 static void check_unharmed(pair both) {
   OK(send_text(both.sender, "goes on"));
   expect_data(both.gateway.queue, "goes on");
@@ -63,7 +63,7 @@ static void large_headers(void) {
   close_pair(both);
 }
 
-/* A peer that is a socket: requests that want to be answered to a subject as long as nats-server lets it say. */
+/* The peer is a socket: its requests have reply subjects as long as nats-server accepts. */
 static void of_a_peer(void) {
   static char line[2 * LONGEST];
   pair both = open_pair("c");
@@ -75,7 +75,7 @@ static void of_a_peer(void) {
   CHECK_EQ(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
   static const char hello[] = "CONNECT {\"verbose\":false,\"headers\":true}\r\n";
   CHECK_EQ(send(fd, hello, sizeof hello - 1, MSG_NOSIGNAL), sizeof hello - 1);
-  for (int length = 4000; length <= 4096 - 4; length++) { /* with "p " before it and " 0" behind */
+  for (int length = 4000; length <= 4096 - 4; length++) { /* with "p " before it and " 0" after it */
     int size = snprintf(line, sizeof line, "PUB p %s 0\r\n\r\n", text_of(length));
     CHECK_EQ(send(fd, line, (size_t)size, MSG_NOSIGNAL), size);
   }
@@ -90,7 +90,7 @@ static void of_a_peer(void) {
   }
   static const char last[] = "PUB p _INBOX.last 4\r\nlast\r\n";
   CHECK_EQ(send(fd, last, sizeof last - 1, MSG_NOSIGNAL), sizeof last - 1);
-  /* What was taken is answered with as much as may be. */
+  /* Requests that were accepted are answered with as much as possible. */
   static char data[100000];
   for (bool is_last = false; !is_last;) {
     presence_event event;

@@ -1,10 +1,10 @@
-/* The connection to nats-server is lost under streams on a lane: what may be done meanwhile, and what becomes of it. */
+/* The connection to nats-server is lost while streams run on a lane. */
 #include "content.h"
 #include "proxy.h"
 
 static own_server server;
 
-/* A pair at the server, or elsewhere, with one option for both. */
+/* A pair whose ends connect to these URLs, with one option for both. */
 static pair open_pair_at(const char *workers_url, const char *gateways_url, const char *client, const char *key,
                          const char *value) {
   pair self;
@@ -46,7 +46,8 @@ static int32_t send_content(presence_sender *sender, uint64_t stream, uint64_t n
   return presence_sender_send(sender, message, sizeof message);
 }
 
-/* Messages are taken up to the stream's window, then PRESENCE_FULL; an end is, too. All of it comes when it can. */
+/* Sends are accepted up to the stream's window, then return PRESENCE_FULL; an end is accepted, too. All of it
+ * arrives after the reconnect. */
 static void sent_without_a_connection(void) {
   pair both = open_pair_here("c");
   presence_stream *short_stream = request(both.gateway, "pair", "d", 2);
@@ -97,7 +98,7 @@ static void sent_without_a_connection(void) {
   close_pair(both);
 }
 
-/* What the gateway ends meanwhile, it has ended; the worker hears of it when it can. */
+/* What the gateway ends meanwhile has ended there; the worker learns of it after the reconnect. */
 static void ended_without_a_connection(void) {
   enum { CANCEL, FREE, TIMEOUT, WAYS };
   pair both = open_pair_here("c");
@@ -133,7 +134,7 @@ static void ended_without_a_connection(void) {
   close_pair(both);
 }
 
-/* A request that no worker has accepted yet ends with the connection. */
+/* A request that no worker has accepted ends with the connection. */
 static void requested_in_vain(void) {
   pair both = open_pair_here("c");
   suspend(server.process);
@@ -150,7 +151,7 @@ static void requested_in_vain(void) {
   close_pair(both);
 }
 
-/* One of them closes its connection meanwhile: the other finds nobody when it is back. */
+/* One end closes its connection meanwhile: the other finds it gone after its reconnect. */
 static void closed_without_a_connection(void) {
   for (int worker_closes = 0; worker_closes < 2; worker_closes++) {
     pair both = open_pair_at(server.url, server.url, "c", "reconnect_max_ms", "100");
@@ -176,7 +177,7 @@ static void closed_without_a_connection(void) {
   }
 }
 
-/* A connection that is given up ends what waits for it. */
+/* A connection that gives up ends its streams. */
 static void given_up(void) {
   pair both = open_pair_at(server.url, server.url, "c", "max_reconnects", "2");
   OK(send_content(both.sender, 1, 0));
@@ -201,7 +202,8 @@ static void given_up(void) {
 
 /* One end's connection ---------------------------------------------------------------------------------------------- */
 
-/* All that one end says or hears is lost for a while, and then its connection is cut: nothing is missing afterwards. */
+/* All that one end sends and receives is lost for a while, then its connection is cut: nothing is missing
+ * afterwards. */
 static void lost_on_the_way(void) {
   for (int workers = 0; workers < 2; workers++) {
     proxy *before = new_proxy(server.port);
@@ -210,8 +212,8 @@ static void lost_on_the_way(void) {
     for (int round = 0; round < 5; round++) {
       uint64_t out = stats_of(both.worker).messages_out;
       proxy_swallow(before, true);
-      for (int i = 0; i < 10; i++) OK(send_content(both.sender, 1, sent++)); /* all fit the window */
-      while (stats_of(both.worker).messages_out == out) usleep(100); /* something was said in vain */
+      for (int i = 0; i < 10; i++) OK(send_content(both.sender, 1, sent++)); /* all fit into the window */
+      while (stats_of(both.worker).messages_out == out) usleep(100); /* something was sent and lost */
       proxy_cut(before);
       proxy_swallow(before, false);
       take_content(both.gateway, 1, taken, sent - taken);
@@ -224,13 +226,13 @@ static void lost_on_the_way(void) {
   }
 }
 
-/* One end is cut off, though no connection breaks: after three beats either takes the other for gone. */
+/* One end's traffic is lost without a broken connection: after three heartbeats each end finds the other gone. */
 static void cut_off(void) {
   for (int workers = 0; workers < 2; workers++) {
     proxy *before = new_proxy(server.port);
     pair both =
         open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", "heartbeat_ms", "500");
-    while (stats_of(both.worker).bytes_waiting > 0) usleep(1000); /* the gateway was heard of */
+    while (stats_of(both.worker).bytes_waiting > 0) usleep(1000); /* the gateway has acknowledged something */
     proxy_swallow(before, true);
     int64_t since = now_ms();
     presence_event event = next_event(both.gateway);
@@ -249,18 +251,18 @@ static void cut_off(void) {
     peer cut = workers ? both.worker : both.gateway;
     expect(cut.queue, PRESENCE_EVENT_DISCONNECTED);
     expect(cut.queue, PRESENCE_EVENT_CONNECTED);
-    OK(presence_listen_offline(both.worker.conn)); /* an echo: its service is served again */
+    OK(presence_listen_offline(both.worker.conn)); /* returns when the service is subscribed again */
     settle(both.worker, both.gateway, "pair");
     close_pair(both);
     close(before->listener);
   }
 }
 
-/* With peer_grace_ms=0 a peer that nats-server does not know is gone, be it only for a moment. */
+/* With peer_grace_ms=0 a peer is gone as soon as nats-server does not know it, even for a moment. */
 static void no_grace(void) {
   proxy *before = new_proxy(server.port);
   pair both = open_pair_at(server.url, before->url, "c", "peer_grace_ms", "0");
-  close(before->listener); /* it cannot come back at once */
+  close(before->listener); /* it cannot reconnect at once */
   proxy_cut(before);
   int32_t status;
   while ((status = presence_sender_send_wait(both.sender, "x", 1, 10)) != PRESENCE_PEER_GONE) {

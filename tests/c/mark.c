@@ -1,27 +1,27 @@
-/* While threads send as fast as they can, no send is accepted that begins after mark_client_offline returned, or after an
- * announcement of another process was seen in this one. */
+/* Threads send as fast as they can. No send succeeds that begins after mark_client_offline returned, or after
+ * another process's announcement took effect here. */
 #include "server.h"
 #include <sched.h>
 
 enum { BATCH = 256, THREADS = 2, BEFORE = 50 };
 
 
-/* One sender, on which all threads send until they have seen its mark, and `sends_after` times more. (After BEFORE of them they let
- * others run, so that there is room at the mark.) All atomic. */
+/* One sender, on which all threads send until they see its mark, and `sends_after` times more. (After BEFORE
+ * accepted sends they yield, so that the sender is writable when the mark comes.) All fields are atomic. */
 static struct {
   presence_sender *sender;
-  int begun;  /* threads that send on it */
-  int marked; /* set after mark_client_offline returned, so that a send that begins later must be refused. So must one
-               * that begins after its thread has read the end in the status word */
+  int begun;  /* the number of threads that send on it */
+  int marked; /* set after mark_client_offline returned: a send that begins later must be refused. So must one that
+               * begins after its thread has read an end in the status word */
 } slots[BATCH];
 
-static uint64_t next_slot; /* of those before, each is all that its threads need. Atomic, as the next */
+static uint64_t next_slot; /* slots below this number are complete. Atomic, like the following */
 static uint64_t passed[THREADS];
 static bool is_over;
 static uint64_t sent, accepted, refused_after, met;
 static int sends_after;
 
-/* Sends in one of the three ways; how many messages that were. */
+/* Sends in one of three ways, and returns how many messages that were. */
 static int64_t send_somehow(uint64_t way, presence_sender *sender, int32_t *status) {
   static const size_t lengths[] = {8, 8, 8, 8};
   static const char data[32] = "0123456 0123456 0123456 0123456";
@@ -31,7 +31,7 @@ static int64_t send_somehow(uint64_t way, presence_sender *sender, int32_t *stat
     return count < 0 ? 1 : count;
   }
   *status = way % 4 == 2 ? presence_sender_send_wait(sender, data, 8, 0) : presence_sender_send(sender, data, 8);
-  if (*status == PRESENCE_TIMEOUT) *status = PRESENCE_FULL; /* what send_wait says of no room */
+  if (*status == PRESENCE_TIMEOUT) *status = PRESENCE_FULL; /* send_wait's status for a full sender */
   return 1;
 }
 
@@ -62,12 +62,12 @@ static void *send_on_all(void *number) {
         if (++before > BEFORE) sched_yield();
       } else if (status == PRESENCE_FULL) {
         CHECK(!is_marked && !told && !was_refused);
-        own_sent--; /* that was no race */
+        own_sent--; /* this send raced nothing */
         was_accepted = false;
         sched_yield();
       } else {
         CHECK_STATUS(status, PRESENCE_OFFLINE);
-        own_met += !was_refused && was_accepted; /* the last one before was accepted: the mark came in between */
+        own_met += !was_refused && was_accepted; /* the send before was accepted: the mark came in between */
         was_refused = true;
         own_after += is_marked;
         after += is_marked;
@@ -81,7 +81,7 @@ static void *send_on_all(void *number) {
   }
 }
 
-/* Takes all that has come; the sender of a request goes to the slot that its tag names. */
+/* Takes all events; the sender of a request goes to the slot that the request names. */
 static int take(peer self) {
   static presence_event events[1000];
   int requests = 0;
@@ -100,7 +100,7 @@ static int take(peer self) {
   return requests;
 }
 
-/* A peer that is a socket announces that a client is offline; returns when that is seen. */
+/* A peer that is a socket announces that a client is offline; returns when the sender has stopped. */
 static void announce(int peer, const char *id, presence_sender *sender) {
   char line[60];
   int size = snprintf(line, sizeof line, "PUB client.offline %zu\r\n%s\r\n", strlen(id), id);
@@ -119,7 +119,7 @@ static int connect_by_hand(void) {
   return fd;
 }
 
-/* Clients that leave, each in the midst of sends, until there were so many of these. */
+/* Clients leave while threads send, until the threads have made `sends` sends. */
 static void race(uint64_t sends, bool is_announced) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "mark");
@@ -136,7 +136,7 @@ static void race(uint64_t sends, bool is_announced) {
     passed[i] = 0;
     threads[i] = start_thread(send_on_all, &numbers[i]);
   }
-  while (sent < sends) { /* all threads have passed: none writes it now */
+  while (sent < sends) { /* all threads have passed the batch: none writes `sent` now */
     memset(slots, 0, sizeof slots);
     for (uint64_t i = 0; i < BATCH; i++) {
       char id[24];
@@ -168,7 +168,7 @@ static void race(uint64_t sends, bool is_announced) {
   __atomic_store_n(&is_over, true, __ATOMIC_SEQ_CST);
   for (int i = 0; i < THREADS; i++) join_thread(threads[i]);
   CHECK_EQ(refused_after, next_slot * THREADS * (uint64_t)sends_after);
-  CHECK(accepted > 0 && met > next_slot / 20); /* they do race */
+  CHECK(accepted > 0 && met > next_slot / 20); /* marks and sends did race */
   if (is_announced) close(peer);
   presence_config_free(config);
   presence_service_free(service);

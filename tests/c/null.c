@@ -1,9 +1,9 @@
-/* NULL for each pointer of each function: the status that the header promises, and nothing changed. */
+/* NULL for each pointer of each function returns the status that the header documents, and changes nothing. */
 #include "peer.h"
 
 static presence_error error;
 
-/* A failed call's error says the same as its status, and what was NULL. */
+/* Checks that a failed call's error has its status and names the NULL argument. */
 static void check_error(int32_t status, const char *told) {
   CHECK_STATUS(status, PRESENCE_INVALID);
   CHECK_EQ(error.status, status);
@@ -18,7 +18,7 @@ static void marks(void) {
   CHECK_STATUS(presence_mark_online(NULL, 3), PRESENCE_INVALID);
   CHECK_STATUS(presence_mark_offline(NULL, 3), PRESENCE_INVALID);
   CHECK(!presence_is_online(NULL, 3));
-  /* NULL of no length is the empty id. */
+  /* NULL with length 0 is the empty id. */
   OK(presence_mark_online(NULL, 0));
   OK(presence_mark_offline(NULL, 0));
   CHECK(presence_is_online(NULL, 0));
@@ -153,7 +153,7 @@ static void senders(void) {
   CHECK(!presence_sender_is_closed(both.sender));
   CHECK_EQ(presence_sender_send_count(both.sender), 0);
 
-  /* NULL of no length is an empty message, and no text. */
+  /* NULL with length 0 is an empty message or text. */
   OK(presence_sender_send(both.sender, NULL, 0));
   OK(presence_sender_send_wait(both.sender, NULL, 0, 0));
   CHECK_EQ(presence_sender_send_many(both.sender, NULL, NULL, 0), 0);

@@ -1,7 +1,8 @@
-/* A client leaves: who stops, who is told, and who goes on. In this process, and by the announcements of others. */
+/* A client leaves, by a mark here or an announcement from another process: which senders stop, which queues get
+ * events, and which streams go on. */
 #include "peer.h"
 
-/* The sender refuses everything with this status, now and for ever. */
+/* The sender refuses everything with this status from now on. */
 static void check_stopped(presence_sender *sender, int32_t why) {
   uint64_t count = presence_sender_send_count(sender);
   CHECK(presence_sender_is_closed(sender));
@@ -24,7 +25,7 @@ static void expect_stopped(peer worker, presence_sender *sender, const char *cli
   expect_stopped_by(PRESENCE_OFFLINE, worker, sender, client);
 }
 
-/* Sends through, to show that the stream goes on. */
+/* Sends a message, to show that the stream goes on. */
 static void check_goes_on(presence_sender *sender, peer gateway) {
   OK(send_text(sender, "goes on"));
   expect_data(gateway.queue, "goes on");
@@ -44,7 +45,7 @@ static void a_mark_stops_senders_and_streams(void) {
   CHECK(last.stream == leaves.stream && last.tag == 1);
   check_goes_on(other_sender, other);
 
-  /* The client comes back: a new life, in which the old stream does not revive. */
+  /* The client comes back: its old stream stays ended. */
   OK(mark_client_online("leaves"));
   check_stopped(leaves.sender, PRESENCE_OFFLINE);
   presence_stream *new_stream = request(leaves.gateway, "pair", "leaves", 3);
@@ -66,7 +67,7 @@ static void a_mark_stops_senders_and_streams(void) {
   close_pair(leaves);
 }
 
-/* A client who was never seen, or has left, may ask: it is online as long as its stream runs. */
+/* A client that was never seen, or has left, may request: it is online as long as its stream runs. */
 static void a_request_of_a_client_who_is_offline(void) {
   presence_queue *watch;
   OK(presence_queue_new(&watch));
@@ -106,7 +107,7 @@ static void session_grace(void) {
   OK(presence_queue_new(&watch));
   OK(presence_watch(watch, 0));
 
-  /* Within it the client may come back. */
+  /* The client may come back within the grace. */
   close_peer(open_peer_with("session_grace_ms", "600000"));
   pair both = open_pair("c");
   OK(presence_session_open("c", 1, &session));
@@ -114,7 +115,7 @@ static void session_grace(void) {
   check_goes_on(both.sender, both.gateway);
   OK(presence_session_open("c", 1, &again));
   check_goes_on(both.sender, both.gateway);
-  /* An offline mark does not wait for it. */
+  /* An offline mark does not wait for the grace. */
   presence_session_close(again);
   OK(mark_client_offline("c"));
   expect_stopped(both.worker, both.sender, "c");
@@ -122,7 +123,7 @@ static void session_grace(void) {
   expect(watch, PRESENCE_EVENT_OFFLINE);
   close_pair(both);
 
-  /* After it the client has left. */
+  /* After the grace the client has left. */
   close_peer(open_peer_with("session_grace_ms", "300"));
   OK(presence_session_open("d", 1, &session));
   presence_session_close(session);
@@ -158,7 +159,7 @@ static void a_stream_freed_in_the_middle(void) {
   close_pair(both);
 }
 
-/* What keeps the client online keeps its worker at work, for level 0 of the wire tells nothing but the client's leaving. */
+/* A client that is online for another reason keeps its worker: level 0 can only announce that a client left. */
 static void a_cancelled_stream_of_a_client_who_stays(void) {
   pair both = open_pair("c");
   OK(mark_client_online("c"));
@@ -171,7 +172,7 @@ static void a_cancelled_stream_of_a_client_who_stays(void) {
   close_pair(both);
 }
 
-/* The announcements of other processes, which this program starts for its tests -------------------------------------- */
+/* Announcements of other processes, which this program starts -------------------------------------------------------- */
 
 static void announce_far(void) {
   peer self = open_peer();
@@ -206,7 +207,7 @@ static void an_announcement_ends_marks_and_sessions(void) {
   expect_exit(other, 0);
   presence_session_close(session);
   expect_nothing(self.queue);
-  CHECK_EQ(stats_of(self).offline_in, 1); /* what was applied is not announced again */
+  CHECK_EQ(stats_of(self).offline_in, 1); /* an announcement that took effect is not announced again */
   CHECK_EQ(stats_of(self).offline_out, 0);
   close_peer(self);
 }
@@ -223,7 +224,7 @@ static void announce_to_some(void) {
   close_peer(loud);
 }
 
-/* Only the last announcement concerns us: of the others, one is not made, and one not made here. */
+/* Only the last announcement takes effect here: the first is never sent, the second has another subject. */
 static void what_is_not_announced(void) {
   pair stays = open_pair("stays");
   presence_stream *stream = request(stays.gateway, "pair", "leaves", 2);
@@ -248,13 +249,13 @@ static void announce_own_streams(void) {
   OK(mark_client_offline("ours"));
   expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_OFFLINE);
   CHECK_EQ(stats_of(self).streams, 0);
-  OK(presence_listen_offline(self.conn)); /* an echo: what was to be sent is sent */
+  OK(presence_listen_offline(self.conn)); /* returns when the server has processed everything sent before */
   CHECK_EQ(stats_of(self).offline_out, on_lanes() ? 0 : 1);
   presence_stream_free(stream);
   close_peer(self);
 }
 
-/* With announce=streams, only who has streams requested there is announced; and not even who has them on lanes alone. */
+/* With announce=streams, only clients with streams requested there are announced, and not if all are on lanes. */
 static void announcing_only_streams(void) {
   pair stays = open_pair("stays");
   pid_t other = start("announce_own_streams");
@@ -284,7 +285,8 @@ static void cancel_one_of_two(void) {
   close_peer(self);
 }
 
-/* One of a client's two streams is cancelled: it stays. The other, too: it has left. On a lane each stops by itself. */
+/* One of a client's two streams is cancelled: the client stays online. The second, too: it has left. On a lane each
+ * stops by itself. */
 static void cancelled_one_by_one(void) {
   peer worker = open_peer();
   presence_service *service = serve(worker, "two");
@@ -312,16 +314,16 @@ static void *send_until_refused(void *sender) {
   return NULL;
 }
 
-/* No send succeeds after the mark: a thread that sends all the time is refused, and the count stands still. */
+/* No send succeeds after the mark: a thread that sends all the time is refused, and the count stays. */
 static void a_mark_while_a_thread_sends(void) {
   for (int round = 0; round < 20; round++) {
     pair both = open_pair("c");
     pthread_t thread = start_thread(send_until_refused, both.sender);
-    expect_data(both.gateway.queue, "x"); /* it is at it */
+    expect_data(both.gateway.queue, "x"); /* the thread is sending */
     OK(mark_client_offline("c"));
     uint64_t count = presence_sender_send_count(both.sender);
     join_thread(thread);
-    CHECK(presence_sender_send_count(both.sender) <= count + 1); /* one was accepted, and not yet counted */
+    CHECK(presence_sender_send_count(both.sender) <= count + 1); /* one was accepted but not counted yet */
     presence_sender_free(both.sender);
     both.sender = NULL;
     close_pair(both);
@@ -347,15 +349,16 @@ static void *mark_until_told(void *is_over) {
   return NULL;
 }
 
-/* A request is there for a moment before its stream has begun. A mark that finds it says the same as any other, and no
- * STOPPED comes before its REQUEST. */
+/* A request exists for a moment before its stream begins. A mark at that moment has the same status as any other,
+ * and STOPPED never precedes REQUEST. */
 static void marks_while_requests_come(void) {
   bool is_over = false;
   peer worker = open_peer_with("announce", "never");
   presence_service *service = serve(worker, "marked");
   pid_t other = start("ask_many");
   pthread_t thread = start_thread(mark_until_told, &is_over);
-  presence_sender *running[2] = {NULL, NULL}; /* the gateway may hear of the stop, and ask again, before the event comes */
+  /* The gateway may learn of the stop and request again before the event arrives. */
+  presence_sender *running[2] = {NULL, NULL};
   for (int i = 0; i < 2 * MARKED; i++) {
     presence_event event;
     CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);

@@ -1,9 +1,10 @@
-/* Options: what presence_config_error tells, and that a wrong one changes nothing. Every option that is a number refuses what is none. */
+/* Options: the message of presence_config_error, and that a wrong option changes nothing. Every numeric option
+ * refuses what is not a number. */
 #include "peer.h"
 
 static presence_error error;
 
-/* What presence_config_error tells after a failed presence_config_set. */
+/* Checks the message of presence_config_error after a failed presence_config_set. */
 static void check_told(presence_config *config, const char *told) {
   memset(&error, 0, sizeof error);
   CHECK_STATUS(presence_config_error(config, &error), PRESENCE_INVALID);
@@ -18,7 +19,7 @@ static void check_wrong(const char *key, const char *value, const char *told) {
   presence_config_free(config);
 }
 
-/* Always the last that failed, for whatever reason; those that succeed do not count. */
+/* It describes the last failure, of any kind; successful calls do not change it. */
 static void what_config_error_tells(void) {
   presence_config *config = presence_config_new();
   OK(presence_config_error(config, NULL));
@@ -41,7 +42,7 @@ static void what_config_error_tells(void) {
   check_told(config, "value is NULL");
   presence_config_free(config);
 
-  check_wrong("name", "\xff", "UTF-8"); /* the first that fails */
+  check_wrong("name", "\xff", "UTF-8"); /* the first failure */
   check_wrong("password", "hunter2\xff", "UTF-8");
   CHECK(!strstr(error.message, "hunter2"));
 }
@@ -64,7 +65,7 @@ static void numbers(void) {
   }
 }
 
-/* The options set before are in force, and the wrong ones did not make it a set for requests. */
+/* Options that were set before apply, and wrong ones do not make the config one for requests. */
 static void a_wrong_option_changes_nothing(void) {
   presence_config *config = presence_config_new();
   presence_conn *conn;
@@ -73,10 +74,10 @@ static void a_wrong_option_changes_nothing(void) {
   CHECK_STATUS(presence_config_set(config, "tls_required", "perhaps"), PRESENCE_INVALID);
   CHECK_STATUS(presence_config_set(config, "timeout_ms", "perhaps"), PRESENCE_INVALID);
   OK(presence_connect(url, config, &conn, NULL));
-  presence_config_free(config); /* not needed any longer */
+  presence_config_free(config); /* no longer needed */
   presence_stats stats;
   OK(mark_client_offline("c"));
-  OK(presence_listen_offline(conn)); /* an echo: what was to be sent is sent */
+  OK(presence_listen_offline(conn)); /* returns when the server has processed everything sent before */
   OK(presence_conn_stats(conn, &stats));
   CHECK_EQ(stats.offline_out, 0);
   OK(presence_close(conn, PATIENCE));

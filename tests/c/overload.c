@@ -1,5 +1,5 @@
-/* Too much of everything: requests beyond max_streams, and readers that take nothing, among many that do. Memory stays
- * within what the windows allow, and the others notice nothing. */
+/* Overload: requests beyond max_streams, and idle readers among active ones. Memory stays within the windows, and
+ * others are unaffected. */
 #include "content.h"
 
 static long resident_kib(void) {
@@ -20,7 +20,7 @@ static void check_resident(long before, long more_kib) {
 
 enum { PLACES = 10, LEAVE = 2000 };
 
-/* Their gateway does not wait for an answer. A place is taken as long as the request waits, or nothing would limit them. */
+/* Their gateway does not wait for an answer. A request counts towards max_streams until it is taken from the queue. */
 static void requests_that_nobody_takes(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service;
@@ -35,7 +35,7 @@ static void requests_that_nobody_takes(void) {
     taken++;
   }
   CHECK_EQ(taken, PLACES);
-  /* There is room again. */
+  /* There is capacity again. */
   presence_stream *stream = request(gateway, "untaken", "d", 0);
   presence_sender_free(accept_request(worker));
   presence_stream_free(stream);
@@ -48,7 +48,7 @@ static void requests_that_nobody_takes(void) {
 
 enum { RUNNING = 50, AT_ONCE = 2000 };
 
-/* So many requests, of which none gets in: each is told so at once, and those that run go on. */
+/* Sends `count` requests beyond max_streams: each is refused at once, and running streams go on. */
 static void flood(peer worker, peer gateway, peer running, presence_sender **senders, uint64_t *sent, int count) {
   static presence_stream *streams[AT_ONCE];
   static presence_event events[AT_ONCE];
@@ -119,8 +119,8 @@ static void a_flood_of_requests(void) {
 
 /* Readers that take nothing ------------------------------------------------------------------------------------------- */
 
-/* Their workers send until they are refused. What waits is what the windows allow, whatever the size of a message: on a
- * lane the workers are held back, on level 0 the streams end. */
+/* Workers send to idle readers until they are refused. The windows limit what is pending, for messages of any size:
+ * lanes block the workers, on level 0 the streams end. */
 static void a_reader_that_takes_nothing(void) {
   enum { STREAMS = 20, WINDOW = 1 << 20, OVERHEAD = 64 };
   static char data[100000];
@@ -136,11 +136,11 @@ static void a_reader_that_takes_nothing(void) {
     }
     long before = resident_kib();
     uint64_t sent[STREAMS] = {0}, fits = WINDOW / (sizes[k] + OVERHEAD);
-    /* On level 0 these streams are nobody's, and their workers cannot be told: all go on for three windows. */
+    /* On level 0 these anonymous streams cannot be cancelled: their workers go on for three windows. */
     uint64_t least = on_lanes() ? fits / 2 : 3 * fits;
     int64_t since = now_ms();
     bool are_all_ahead = false;
-    for (int idle = 0; idle < 10 || !are_all_ahead; idle++) { /* until nobody has room for 200 ms */
+    for (int idle = 0; idle < 10 || !are_all_ahead; idle++) { /* until no sender was writable for 200 ms */
       CHECK(now_ms() - since < PATIENCE);
       are_all_ahead = true;
       for (int i = 0; i < STREAMS; i++) {
@@ -153,7 +153,7 @@ static void a_reader_that_takes_nothing(void) {
       usleep(20000);
     }
     for (int i = 0; i < STREAMS; i++) CHECK(sent[i] <= (on_lanes() ? fits + 1 : 3 * fits));
-    if (!on_lanes()) { /* all has been read when this has come */
+    if (!on_lanes()) { /* when this stream has ended, everything before it has been read */
       peer answers = beside(worker), asks = beside(gateway);
       presence_service *last = serve(answers, "last");
       settle(answers, asks, "last");
@@ -165,8 +165,8 @@ static void a_reader_that_takes_nothing(void) {
       FIGURE("20 readers that take nothing, with windows of 20480 KiB in all, messages of %zu bytes: memory grew by %ld KiB",
              sizes[k], resident_kib() - before);
     }
-    /* The windows and send_buffer_bytes, as what the allocator makes of them. On level 0 each message is an event of its own,
-     * which takes about 140 bytes where 64 are counted. */
+    /* The windows and send_buffer_bytes, with the allocator's overhead. On level 0 each message is an event of its
+     * own, which takes about 140 bytes where 64 are counted. */
     check_resident(before, (STREAMS * WINDOW + (1 << 20)) / 1024 * (on_lanes() ? 3 : 5) / 2 + (8 << 10));
     for (int i = 0; i < STREAMS; i++) {
       presence_sender_free(senders[i]);
@@ -197,7 +197,7 @@ static void *read_fast(void *unused) {
   return unused;
 }
 
-/* Sends to all that have room, for so long; how many messages of the fast came in a second. */
+/* Sends to all writable senders for `ms`; returns how many messages per second the fast readers received. */
 static double rate_of_fast(presence_sender **senders, int count, int64_t ms) {
   static const char data[MESSAGE] = {0};
   uint64_t before = __atomic_load_n(&fast_received, __ATOMIC_SEQ_CST);
@@ -221,7 +221,7 @@ static int by_size(const void *one, const void *other) {
   return (difference > 0) - (difference < 0);
 }
 
-/* On lanes. Their rate is measured with the slow one and without, in turn. */
+/* On lanes. The rate is measured with the slow reader and without it, in turn. */
 static void one_slow_among_a_hundred(void) {
   enum { ROUNDS = 15, WINDOW = 1 << 16 };
   peer worker = open_peer(), slow_gateway;

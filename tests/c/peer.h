@@ -1,4 +1,4 @@
-/* Workers and gateways for tests: connections of this process, each with a queue of its own. */
+/* Workers and gateways for tests: connections of this process, each with its own queue. */
 #ifndef PEER_H
 #define PEER_H
 
@@ -14,13 +14,13 @@ typedef struct peer {
   presence_queue *queue;
 } peer;
 
-/* Whether what is opened uses lanes; a process that a test starts is told by its environment. */
+/* True if new connections use lanes; processes that a test starts inherit this from its environment. */
 static inline bool on_lanes(void) {
   const char *lanes = getenv("LANES");
   return !lanes || strcmp(lanes, "true") == 0;
 }
 
-/* Why the sender of a cancelled stream stops: level 0 can only tell that its client left. */
+/* The status of a sender whose stream was cancelled: level 0 can only announce that the client left. */
 #define CANCELLED (on_lanes() ? PRESENCE_CANCELLED : PRESENCE_OFFLINE)
 
 /* Connects with one option, or with none (NULL). */
@@ -49,7 +49,7 @@ static inline void close_peer(peer self) {
   presence_queue_free(self.queue);
 }
 
-/* How many of a process's threads are not stopped. */
+/* The number of threads of a process that are not stopped. */
 static inline int count_running(pid_t process) {
   char path[300];
   int count = 0;
@@ -61,7 +61,7 @@ static inline int count_running(pid_t process) {
     if (*task->d_name == '.') continue;
     snprintf(path, sizeof path, "/proc/%d/task/%s/stat", (int)process, task->d_name);
     FILE *stat = fopen(path, "r");
-    if (!stat) continue; /* it has ended meanwhile */
+    if (!stat) continue; /* the thread has ended meanwhile */
     count += fscanf(stat, "%*d (%*[^)]) %c", &state) != 1 || state != 'T';
     fclose(stat);
   }
@@ -69,7 +69,7 @@ static inline int count_running(pid_t process) {
   return count;
 }
 
-/* Stops a process; when this returns it does nothing any more. (A kill alone does not wait for that.) */
+/* Stops a process and returns when all its threads are stopped. (kill alone does not wait for that.) */
 static inline void suspend(pid_t process) {
   CHECK_EQ(kill(process, SIGSTOP), 0);
   while (count_running(process) > 0) usleep(100);
@@ -77,7 +77,7 @@ static inline void suspend(pid_t process) {
 
 static inline void resume(pid_t process) { CHECK_EQ(kill(process, SIGCONT), 0); }
 
-/* The next event of a queue, which must be of this kind. */
+/* Returns the next event of a queue, which must be of this kind. */
 #define expect(queue, kind) expect_at(queue, kind, __FILE__, __LINE__)
 static inline presence_event expect_at(presence_queue *queue, int32_t kind, const char *file, int line) {
   presence_event event;
@@ -89,7 +89,7 @@ static inline presence_event expect_at(presence_queue *queue, int32_t kind, cons
             (int)event.status, (int)event.data_len, event.data ? (const char *)event.data : "", (int)kind);
     end_of_line();
   }
-  /* What an event of its kind has not is NULL, and what it has is not: Go does not bear an address that is none. */
+  /* Fields that an event of its kind does not have are NULL, and others are not: Go rejects invalid addresses. */
   bool may_be_of_a_service = kind == PRESENCE_EVENT_CONNECTED || kind == PRESENCE_EVENT_DISCONNECTED;
   CHECK(may_be_of_a_service || !event.subject == (kind != PRESENCE_EVENT_REQUEST));
   CHECK(kind != PRESENCE_EVENT_DATA || (event.data && !event.client));
@@ -99,7 +99,7 @@ static inline presence_event expect_at(presence_queue *queue, int32_t kind, cons
   return event;
 }
 
-/* An event of this kind and with this status. */
+/* Returns the next event, which must be of this kind and have this status. */
 #define expect_status(queue, kind, expected) expect_status_at(queue, kind, expected, __FILE__, __LINE__)
 static inline presence_event expect_status_at(presence_queue *queue, int32_t kind, int32_t status, const char *file,
                                               int line) {
@@ -113,7 +113,7 @@ static inline presence_event expect_status_at(presence_queue *queue, int32_t kin
   return event;
 }
 
-/* Nothing waits in the queue. */
+/* Checks that the queue is empty. */
 static inline void expect_nothing(presence_queue *queue) {
   presence_event event;
   CHECK_EQ(presence_queue_wait(queue, &event, 1, 0), 0);
@@ -150,7 +150,7 @@ static inline presence_stream *request(peer gateway, const char *subject, const 
   return request_with(gateway, subject, client, tag, NULL, NULL);
 }
 
-/* The sender of the request that comes next. */
+/* The sender of the next request. */
 static inline presence_sender *accept_request(peer worker) {
   return expect(worker.queue, PRESENCE_EVENT_REQUEST).sender;
 }
@@ -169,7 +169,7 @@ static inline presence_stats stats_of(peer self) {
   return stats;
 }
 
-/* One whole stream: when it has come, the gateway knows of all streams before which lane they are on. */
+/* Runs one whole stream: when it has ended, the gateway knows the lane of every stream before it. */
 static inline void settle(peer worker, peer gateway, const char *subject) {
   presence_stream *stream = request(gateway, subject, "", 0);
   presence_sender *sender = accept_request(worker);
@@ -179,7 +179,7 @@ static inline void settle(peer worker, peer gateway, const char *subject) {
   presence_stream_free(stream);
 }
 
-/* A worker and a gateway, each with a connection of its own, and one stream between them. */
+/* A worker and a gateway, each with its own connection, and one stream between them. */
 typedef struct pair {
   peer worker, gateway;
   presence_service *service;
@@ -187,7 +187,7 @@ typedef struct pair {
   presence_sender *sender;
 } pair;
 
-/* With one option of the request, or with none (NULL). */
+/* Opens a pair with one option of the request, or with none (NULL). */
 static inline pair open_pair_with(const char *client, const char *key, const char *value) {
   pair self;
   self.worker = open_peer();

@@ -1,10 +1,10 @@
-/* Who talks with whom over lanes: with level 0, with itself, in both directions, with two workers, in ten thousand streams. */
+/* Pairings over lanes: with level 0, with itself, in both directions, with two workers, with ten thousand streams. */
 #include "content.h"
 #include "server.h"
 
 static peer open_on_level_0(void) { return open_peer_with("lanes", "false"); }
 
-/* Reads a stream of so many messages to its end. */
+/* Reads a stream of `count` messages to its end. */
 static void read_content(peer gateway, uint64_t stream, uint64_t count) {
   for (uint64_t i = 0; i < count; i++) {
     presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
@@ -30,7 +30,7 @@ static void *send_content(void *argument) {
   return NULL;
 }
 
-/* One of them does without lanes: level 0 it is, in every respect. */
+/* If one end has no lanes, everything is as on level 0. */
 static void with_one_that_has_no_lanes(void) {
   for (int gateways = 0; gateways < 2; gateways++) {
     peer worker = gateways ? open_peer() : open_on_level_0(), gateway = gateways ? open_on_level_0() : open_peer();
@@ -59,7 +59,7 @@ static void with_one_that_has_no_lanes(void) {
   }
 }
 
-/* Manual credit on level 0 holds nobody back: it tells how much may wait, and the stream ends where that is not enough. */
+/* Manual credit on level 0 blocks no sender: it limits the unread bytes, and a stream that exceeds them ends. */
 static void manual_credit_on_level_0(void) {
   for (int is_consumed = 0; is_consumed < 2; is_consumed++) {
     peer worker = open_on_level_0(), gateway = open_peer();
@@ -84,7 +84,7 @@ static void manual_credit_on_level_0(void) {
     }
     if (is_consumed) {
       CHECK_EQ(taken, 100);
-      OK(presence_stream_consumed(stream, SIZE_MAX)); /* too much is the same as all */
+      OK(presence_stream_consumed(stream, SIZE_MAX)); /* too much counts as everything */
       OK(presence_sender_send(sender, data, sizeof data));
       expect(gateway.queue, PRESENCE_EVENT_DATA);
       OK(presence_sender_end(sender));
@@ -104,7 +104,7 @@ static void manual_credit_on_level_0(void) {
   }
 }
 
-/* A server that takes little: a message may have what it takes, less what a lane needs for itself. */
+/* A server with a small max_payload: a message may have that less the lane's overhead. */
 static void a_small_max_payload(void) {
   enum { MAX_PAYLOAD = 1000, LARGEST = MAX_PAYLOAD - 64 };
   char file[] = "/tmp/presence-XXXXXX";
@@ -123,7 +123,7 @@ static void a_small_max_payload(void) {
   presence_sender *sender = accept_request(worker);
   unsigned char message[LARGEST + 1];
   CHECK_STATUS(presence_sender_send(sender, message, LARGEST + 1), PRESENCE_TOO_LARGE);
-  /* Small ones in between, which gather to batches. */
+  /* Small messages in between, which are batched. */
   for (uint64_t i = 0; i < 2000; i++) {
     size_t length = i % 50 == 0 ? LARGEST - i / 50 : i % 40;
     fill_content(message, length, 1, i);
@@ -148,7 +148,7 @@ static void a_small_max_payload(void) {
   kill_server(&server);
 }
 
-/* Ten gateways, half of them with inboxes of another name, and three workers, all with connections of their own. */
+/* Ten gateways, half of them with another inbox prefix, and three workers, each with its own connection. */
 static void many_connections(void) {
   enum { GATEWAYS = 10, WORKERS = 3, ROUNDS = 60 };
   peer gateways[GATEWAYS], workers[WORKERS];
@@ -163,7 +163,7 @@ static void many_connections(void) {
     peer gateway = gateways[round % GATEWAYS];
     presence_stream *stream = request(gateway, "grouped", "c", 1);
     presence_sender *sender = accept_request(workers[0]);
-    OK(send_text(sender, "__STREAM_END__")); /* it is a lane */
+    OK(send_text(sender, "__STREAM_END__")); /* allowed on a lane */
     OK(presence_sender_end(sender));
     expect_data(gateway.queue, "__STREAM_END__");
     expect(gateway.queue, PRESENCE_EVENT_END);
@@ -183,7 +183,8 @@ static void many_connections(void) {
   presence_queue_free(workers[0].queue);
 }
 
-/* Two serve without a group, and both accept: the first has the stream, the other is stopped. The client stays. */
+/* Two workers serve without a group, and both accept: the first has the stream, the other is stopped. The client
+ * stays online. */
 static void two_workers_for_one_stream(void) {
   for (int same = 0; same < 2; same++) {
     peer first = open_peer(), second = same ? beside(first) : open_peer(), gateway = open_peer();
@@ -192,7 +193,7 @@ static void two_workers_for_one_stream(void) {
       presence_stream *stream = request(gateway, "both", "c", 1);
       presence_sender *senders[] = {accept_request(first), accept_request(second)};
       presence_event event;
-      /* Which of them is left? */
+      /* Find out which one was stopped. */
       int64_t count = 0;
       int stopped = -1;
       while (stopped < 0) {
@@ -220,7 +221,7 @@ static void two_workers_for_one_stream(void) {
   }
 }
 
-/* Both serve, and each requests of the other, at the same time. */
+/* Both ends serve, and each requests from the other, at the same time. */
 static void both_directions(void) {
   enum { COUNT = 20000 };
   peer a = open_peer(), b = open_peer(), from_a = beside(a), from_b = beside(b);
@@ -243,7 +244,7 @@ static void both_directions(void) {
   close_peer(b);
 }
 
-/* Serves "theirs" and requests "ours", for the test below. */
+/* Serves `own` and requests `their`, for the tests below. */
 static void exchange(peer self, const char *own, const char *their, uint64_t stream) {
   peer aside = beside(self);
   presence_service *service = serve(self, own);
@@ -266,7 +267,7 @@ static void both_directions_in_two_processes(void) {
   expect_exit(other, 0);
 }
 
-/* Requests to its own service, on the same connection: each way to end, too. */
+/* Requests to its own service, on the same connection, with every way to end. */
 static void with_itself(void) {
   peer self = open_peer(), aside = beside(self);
   presence_service *service = serve(self, "self");
@@ -310,7 +311,7 @@ static void with_itself(void) {
   OK(send_text(sender, "unread"));
   OK(presence_close(self.conn, PATIENCE));
   presence_event event = expect(self.queue, PRESENCE_EVENT_STOPPED);
-  CHECK(event.status == PRESENCE_CLOSED || event.status == PRESENCE_CANCELLED); /* it is both ends */
+  CHECK(event.status == PRESENCE_CLOSED || event.status == PRESENCE_CANCELLED); /* the connection is both ends */
   expect_nothing(self.queue);
   do CHECK_EQ(presence_queue_wait(aside.queue, &event, 1, PATIENCE), 1);
   while (event.kind == PRESENCE_EVENT_DATA);
@@ -323,7 +324,7 @@ static void with_itself(void) {
   presence_queue_free(self.queue);
 }
 
-/* Ten thousand at once: of each three one is ended, one cancelled, and one's client leaves. */
+/* Ten thousand streams: of each three, one is ended, one is cancelled, and one's client leaves. */
 static void ten_thousand_streams(void) {
   enum { COUNT = 10000 };
   static presence_stream *streams[COUNT];
@@ -371,7 +372,7 @@ static void ten_thousand_streams(void) {
     char client[20];
     snprintf(client, sizeof client, "%d", i);
     CHECK(is_client_online(client));
-    OK(mark_client_offline(client)); /* the first of them have other streams, too */
+    OK(mark_client_offline(client)); /* the first of these clients have other streams, too */
   }
   for (int left = COUNT; left > 0;) {
     int64_t count = presence_queue_wait(gateway.queue, events, 1000, PATIENCE);
@@ -389,7 +390,7 @@ static void ten_thousand_streams(void) {
     }
   }
   for (int left = COUNT; left > 0;) {
-    /* Whoever was not ended was stopped, once. */
+    /* Each sender that was not ended was stopped, once. */
     int running = (int)stats_of(worker).senders;
     int64_t count = presence_queue_wait(worker.queue, events, 1000, running ? PATIENCE : 0);
     for (int64_t i = 0; i < count; i++) {

@@ -1,4 +1,4 @@
-/* A TCP proxy before nats-server, so that the connections of one process can be cut, or all that passes be lost. */
+/* A TCP proxy in front of nats-server, to cut the connections of one process, or to lose its traffic. */
 #ifndef PROXY_H
 #define PROXY_H
 
@@ -10,7 +10,7 @@ typedef struct proxy {
   pthread_mutex_t lock;
   int ends[64]; /* two for each connection */
   int count;
-  bool swallows; /* what comes is lost */
+  bool swallows; /* all traffic is lost */
 } proxy;
 
 typedef struct proxy_pipe {
@@ -72,7 +72,7 @@ static inline void *proxy_accept(void *argument) {
   return NULL;
 }
 
-/* It is never freed: its threads may have it as long as the process. */
+/* Never freed: its threads may use it until the process ends. */
 static inline proxy *new_proxy(int server_port) {
   proxy *self = (proxy *)calloc(1, sizeof *self);
   CHECK(self);
@@ -85,10 +85,10 @@ static inline proxy *new_proxy(int server_port) {
   return self;
 }
 
-/* Cuts all connections; new ones are taken at once. */
+/* Cuts all connections; new ones are accepted at once. */
 static inline void proxy_cut(proxy *self) {
   pthread_mutex_lock(&self->lock);
-  for (int i = 0; i < self->count; i++) shutdown(self->ends[i], SHUT_RDWR); /* never closed: so no number comes twice */
+  for (int i = 0; i < self->count; i++) shutdown(self->ends[i], SHUT_RDWR); /* not closed: no number is reused */
   self->count = 0;
   pthread_mutex_unlock(&self->lock);
 }

@@ -1,4 +1,4 @@
-/* The queue: waiting, waking, its file descriptor, one waiter at a time, and its end. Without a server. */
+/* The queue: waits, wakeups, its file descriptor, the single waiter, and its end, without a server. */
 #include "peer.h"
 #include <fcntl.h>
 #include <sched.h>
@@ -6,7 +6,7 @@
 
 static presence_queue *queue;
 
-/* A queue that an event can be put into by `put`. */
+/* Opens a queue that receives an event for each `put`. */
 static void open_queue(void) {
   OK(presence_queue_new(&queue));
   OK(presence_watch(queue, 0));
@@ -36,9 +36,9 @@ static void timeouts(void) {
   CHECK_EQ(wait_for(1, 50), 0);
   CHECK(now_ms() - start >= 49);
   put();
-  CHECK_EQ(wait_for(1, INT64_MAX), 1); /* further away than any clock reaches */
+  CHECK_EQ(wait_for(1, INT64_MAX), 1); /* beyond the clock's range */
   put();
-  CHECK_EQ(wait_for(1, INT64_MIN), 1); /* negative: without limit */
+  CHECK_EQ(wait_for(1, INT64_MIN), 1); /* negative: no limit */
   close_queue();
 }
 
@@ -66,7 +66,7 @@ static void takes_as_many_as_fit(void) {
 static void a_wake_before_the_wait(void) {
   open_queue();
   presence_queue_wake(queue);
-  presence_queue_wake(queue); /* counts as one */
+  presence_queue_wake(queue); /* both count as one */
   CHECK_EQ(wait_for(1, -1), 0);
   CHECK_EQ(wait_for(1, 0), 0);
   presence_queue_wake(queue);
@@ -75,17 +75,17 @@ static void a_wake_before_the_wait(void) {
   close_queue();
 }
 
-/* What wait_in_thread's wait gave. */
+/* The result of wait_in_thread. */
 static int64_t gave;
 
-/* Waits without limit. Whoever looks whether it waits already may be in its way. */
+/* Waits without limit. The check whether it waits already may be the one waiter for a moment. */
 static void *wait_in_thread(void *unused) {
   do gave = wait_for(1, -1);
   while (gave == PRESENCE_BUSY);
   return unused;
 }
 
-/* Starts a thread that waits, and returns when it does: it is the one waiter then. */
+/* Starts a thread that waits, and returns when it is the one waiter. */
 static pthread_t start_waiting(void) {
   pthread_t thread = start_thread(wait_in_thread, NULL);
   while (wait_for(1, 0) != PRESENCE_BUSY) sched_yield();
@@ -130,10 +130,10 @@ static bool is_readable(int fd) {
   return source.revents != 0;
 }
 
-/* Readable exactly as long as a wait would return at once. */
+/* The descriptor is readable exactly while a wait would return at once. */
 static void file_descriptor(void) {
   open_queue();
-  put(); /* before anybody asked for the descriptor */
+  put(); /* before presence_queue_fd was called */
   int fd = presence_queue_fd(queue);
   CHECK(fd >= 0);
   CHECK_EQ(presence_queue_fd(queue), fd);
@@ -158,7 +158,7 @@ static void *put_in_thread(void *unused) {
   return unused;
 }
 
-/* An event loop sleeps in epoll_wait, level-triggered as well as edge-triggered, and is called by another thread's event. */
+/* An event loop in epoll_wait, level-triggered or edge-triggered, is woken by another thread's event. */
 static void event_loops(void) {
   for (int edge = 0; edge < 2; edge++) {
     open_queue();
@@ -179,7 +179,7 @@ static void event_loops(void) {
   }
 }
 
-/* What a wait gave is valid until the next, whatever happens to the queue's other events. */
+/* Events stay valid until the next wait, whatever happens to the queue's other events. */
 static void events_stay_until_the_next_wait(void) {
   presence_event event;
   open_queue();

@@ -1,11 +1,12 @@
-/* Many threads request, send, end, cancel, mark and free at the same time, while connections close and nats-server is
- * killed and started again: every stream that was not freed ends once, what it gave has no gap, and nothing is left over. */
+/* Many threads request, send, end, cancel, mark and free at the same time, while connections close and nats-server
+ * is killed and restarted: every stream that was not freed ends once, its messages have no gap, and nothing is left
+ * over. */
 #include "content.h"
 #include "server.h"
 
 enum { REQUESTERS = 6, SENDERS = 4, BATCH = 32, MAX_STREAMS = 1 << 16 };
 
-/* What is known of the stream with this tag. Atomic: ends. */
+/* The stream with this tag. `ends` is atomic. */
 static struct {
   presence_stream *stream;
   uint64_t next;
@@ -13,9 +14,9 @@ static struct {
   bool is_freed;
 } table[MAX_STREAMS];
 
-static uint64_t begun; /* atomic, as the next */
+static uint64_t begun; /* atomic, like the following */
 static bool is_over, is_closing;
-static own_server *server; /* that is killed again and again; NULL: none */
+static own_server *server; /* is killed again and again; NULL: none */
 static uint64_t limit;
 static peer worker, gateway;
 
@@ -51,7 +52,7 @@ static void answer(struct job job) {
   }
   if (status == PRESENCE_OK && chance / 60 % 4 == 0) {
     status = presence_sender_error(job.sender, "enough", 6);
-  } else if (status == PRESENCE_OK && chance / 60 % 4 != 1) { /* else it is freed unfinished */
+  } else if (status == PRESENCE_OK && chance / 60 % 4 != 1) { /* otherwise it is freed unfinished */
     status = presence_sender_send_wait(job.sender, &number, sizeof number, PATIENCE); /* how many there were */
     if (status == PRESENCE_OK) status = presence_sender_end(job.sender);
   }
@@ -108,7 +109,7 @@ static void *read_all(void *unused) {
     for (int64_t i = 0; i < count; i++) {
       if (server && events[i].kind >= PRESENCE_EVENT_CONNECTED) continue;
       uint64_t tag = events[i].tag, *next = &table[tag].next;
-      CHECK_EQ(__atomic_load_n(&table[tag].ends, __ATOMIC_SEQ_CST), 0); /* nothing comes after the end */
+      CHECK_EQ(__atomic_load_n(&table[tag].ends, __ATOMIC_SEQ_CST), 0); /* nothing follows the end */
       if (events[i].kind == PRESENCE_EVENT_DATA && events[i].data_len == sizeof *next) {
         CHECK(memcmp(events[i].data, next, sizeof *next) == 0);
         *next = UINT64_MAX;
@@ -118,7 +119,7 @@ static void *read_all(void *unused) {
         ++*next;
         (void)presence_stream_consumed(events[i].stream, events[i].data_len);
       } else {
-        if (events[i].kind == PRESENCE_EVENT_END) CHECK(*next == UINT64_MAX); /* all has come */
+        if (events[i].kind == PRESENCE_EVENT_END) CHECK(*next == UINT64_MAX); /* everything arrived */
         else CHECK_EQ(events[i].kind, PRESENCE_EVENT_ERROR);
         if (events[i].status == PRESENCE_DISCONNECTED) CHECK(server && *next == 0); /* it was not accepted yet */
         if (events[i].status == PRESENCE_PEER_GONE || events[i].status == PRESENCE_CLOSED) CHECK(is_set(&is_closing));
@@ -128,7 +129,7 @@ static void *read_all(void *unused) {
   }
 }
 
-/* Requests some streams at a time, and ends most of them in one of the ways there are. */
+/* Requests some streams at a time, and ends most of them in one of several ways. */
 static void *request_all(void *client) {
   presence_config *config = presence_config_new();
   OK(presence_config_set(config, "manual_credit", "true"));
@@ -142,9 +143,9 @@ static void *request_all(void *client) {
       int32_t status = presence_request(gateway.conn, gateway.queue, "race", &tag, sizeof tag, (const char *)client,
                                         strlen((const char *)client), config, tag, &table[tag].stream, NULL);
       if (status != PRESENCE_OK) {
-        if (status == PRESENCE_OFFLINE) continue; /* marked so at this very moment */
+        if (status == PRESENCE_OFFLINE) continue; /* marked offline at this very moment */
         if (status == PRESENCE_DISCONNECTED && server) {
-          usleep(1000); /* not now */
+          usleep(1000); /* try later */
           continue;
         }
         CHECK_STATUS(status, PRESENCE_CLOSED);
@@ -165,7 +166,7 @@ static void *request_all(void *client) {
           presence_stream_free(stream);
           break;
         case 1:
-          (void)presence_stream_cancel(stream); /* it may have ended */
+          (void)presence_stream_cancel(stream); /* the stream may have ended */
           break;
         case 2:
           (void)presence_stream_cancel(stream);
@@ -173,9 +174,9 @@ static void *request_all(void *client) {
           CHECK_STATUS(presence_stream_cancel(stream), PRESENCE_CLOSED);
           break;
         case 3:
-          if (tag % 5 == 0) OK(mark_client_offline((const char *)client)); /* all of its streams at once */
+          if (tag % 5 == 0) OK(mark_client_offline((const char *)client)); /* ends all of its streams at once */
           break;
-        default: /* runs to its end */
+        default: /* the stream runs to its end */
           break;
       }
     }
@@ -193,7 +194,7 @@ static void *request_all(void *client) {
   return NULL;
 }
 
-/* What closes in the middle. */
+/* What closes during the race. */
 enum closes { NOTHING, THE_WORKER, THE_GATEWAY, BOTH };
 
 static void *close_conn(void *conn) {
@@ -203,7 +204,7 @@ static void *close_conn(void *conn) {
 }
 
 static void race(uint64_t streams, enum closes closes) {
-  static char clients[REQUESTERS][2] = {"a", "b", "c", "c", "c", ""}; /* some are the same, and one is nobody */
+  static char clients[REQUESTERS][2] = {"a", "b", "c", "c", "c", ""}; /* one client thrice, and none */
   memset(table, 0, sizeof table);
   memset(&pool, 0, sizeof pool);
   CHECK_EQ(pthread_mutex_init(&pool.lock, NULL), 0);
@@ -235,7 +236,7 @@ static void race(uint64_t streams, enum closes closes) {
     while (stats_of(worker).connects == connects || stats_of(gateway).connects == connects) usleep(100); /* both are back */
   }
   for (int i = 0; i < REQUESTERS; i++) join_thread(requesters[i]);
-  /* What is on its way still comes, and nothing is left over. */
+  /* What is in flight still arrives, and nothing is left over. */
   int64_t since = now_ms();
   while ((!(closes & THE_WORKER) && stats_of(worker).senders > 0) ||
          (!(closes & THE_GATEWAY) && stats_of(gateway).streams > 0)) {

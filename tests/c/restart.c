@@ -1,7 +1,7 @@
-/* nats-server is killed and started again, and connections are cut, under two hundred streams between two processes:
+/* nats-server is killed and restarted, and connections are cut, under two hundred streams between two processes:
  * every stream goes on, complete, in order, once.
  *
- * What happens decides the pace: the next blow comes when each stream has a message that was sent after the last one. */
+ * The next fault comes as soon as each stream has delivered a message that was sent after the previous one. */
 #include "content.h"
 #include "proxy.h"
 
@@ -27,7 +27,8 @@ struct served {
   bool is_full;
 };
 
-/* Message i: the numbers of stream and message, how often the worker has connected by now, and bytes that follow. */
+/* Message i: the numbers of the stream and the message, how often the worker has connected, and bytes derived from
+ * them. */
 static void send_some(struct served *self, uint64_t connects) {
   unsigned char message[CONTENT_HEAD + sizeof connects + MAX_LENGTH];
   for (int i = 0; i < 20 && !self->is_full; i++) {
@@ -43,7 +44,7 @@ static void send_some(struct served *self, uint64_t connects) {
   }
 }
 
-/* The last message tells how many there were before, and their hash. */
+/* The last message has the number of messages before it, and their hash. */
 static void finish(struct served *self) {
   uint64_t last[2] = {self->number, self->hash};
   OK(presence_sender_send_wait(self->sender, last, sizeof last, PATIENCE));
@@ -82,7 +83,7 @@ static void work(void) {
       } else if (event->kind == PRESENCE_EVENT_CONNECTED) {
         connects = stats_of(self).connects;
       } else {
-        CHECK(event->kind == PRESENCE_EVENT_DISCONNECTED || event->kind == PRESENCE_EVENT_LOG); /* nobody is stopped */
+        CHECK(event->kind == PRESENCE_EVENT_DISCONNECTED || event->kind == PRESENCE_EVENT_LOG); /* no stream is stopped */
       }
     }
   }
@@ -132,7 +133,7 @@ static void take_data(const presence_event *event) {
 static void take_events(peer gateway) {
   presence_event events[256];
   int64_t count = presence_queue_wait(gateway.queue, events, 256, PATIENCE);
-  CHECK(count > 0); /* none stands still so long */
+  CHECK(count > 0); /* no stream stalls that long */
   for (int64_t i = 0; i < count; i++) {
     if (events[i].kind == PRESENCE_EVENT_DATA) {
       take_data(&events[i]);
@@ -147,7 +148,8 @@ static void take_events(peer gateway) {
   }
 }
 
-/* Each stream has a message that the worker sent when it had connected so often, and so have we. */
+/* True if each stream has a message that the worker sent on its current connection, and the gateway has reconnected
+ * as well. */
 static bool all_have(peer gateway, uint64_t worker_connects, uint64_t own_connects) {
   if (stats_of(gateway).connects < own_connects) return false;
   for (int i = 0; i < STREAMS; i++) {
@@ -159,7 +161,7 @@ static bool all_have(peer gateway, uint64_t worker_connects, uint64_t own_connec
 static own_server server;
 static proxy *before_server;
 
-/* The worker, or the gateway, or both lose their connection at each blow. */
+/* Runs the streams; each fault breaks the connection of the worker, the gateway, or both. */
 static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_loses, const char *gateways_url,
                       const char *workers_url) {
   url = workers_url;
@@ -168,7 +170,7 @@ static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_lose
   ended = 0;
   for (uint64_t i = 0; i < STREAMS; i++) {
     presence_config *config = presence_config_new();
-    OK(presence_config_set(config, "retries", "100000")); /* until the worker is there */
+    OK(presence_config_set(config, "retries", "100000")); /* until the worker serves */
     OK(presence_config_set(config, "retry_delay_ms", "10"));
     OK(presence_config_set(config, "stream_buffer_bytes", i % 2 ? "4000" : "40000"));
     struct read begun = {NULL, 0, NO_HASH, 0, false};
@@ -179,7 +181,7 @@ static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_lose
   }
   for (uint64_t i = 0; i <= BLOWS; i++) {
     uint64_t worker_connects = worker_loses ? i + 1 : 1, own_connects = gateway_loses ? i + 1 : 1;
-    /* What is in the queue already was sent before the last blow: so of each stream one more than that. */
+    /* Events in the queue may have been sent before the last fault: so wait for one more of each stream. */
     while (!all_have(gateway, worker_connects, own_connects)) take_events(gateway);
     for (int k = 0; k < STREAMS; k++) reads[k].worker_connects = 0;
     while (!all_have(gateway, worker_connects, own_connects)) take_events(gateway);
@@ -187,7 +189,7 @@ static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_lose
     for (int k = 0; k < STREAMS; k++) reads[k].worker_connects = 0;
     if (i < BLOWS) strike(gateway);
   }
-  CHECK_EQ(stats_of(gateway).lanes, 1); /* all the time */
+  CHECK_EQ(stats_of(gateway).lanes, 1); /* it survived all faults */
   presence_stream *stop = request(gateway, "work.stop", "", STREAMS);
   while (ended <= STREAMS) take_events(gateway);
   CHECK_EQ(stats_of(gateway).streams, 0);
@@ -203,7 +205,7 @@ static void restart_server(peer gateway) {
   start_server(&server);
 }
 
-/* And once more, as soon as the gateway is back, whether or not the worker is, or either has said anything. */
+/* Restarts the server again as soon as the gateway has reconnected, whether or not the worker has. */
 static void restart_server_twice(peer gateway) {
   uint64_t connects = stats_of(gateway).connects;
   restart_server(gateway);

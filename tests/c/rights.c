@@ -1,9 +1,9 @@
-/* What nats-server refuses to have subscribed: at once, later, and until it allows it again. */
+/* Subscriptions that nats-server refuses: at once, later, and until it allows them again. */
 #include "server.h"
 
 static char file[] = "/tmp/presence-rights-XXXXXX";
 
-/* Writes the configuration: which subjects the user may subscribe to, and what else stands there. */
+/* Writes the server's configuration: the subjects that the user may subscribe to, and `more`. */
 static void configure(const char *allowed, const char *more) {
   FILE *config = fopen(file, "w");
   CHECK(config);
@@ -24,7 +24,7 @@ static own_server server_that_allows(const char *allowed, const char *more) {
 }
 
 
-/* The next event that is no LOG: each attempt is logged. */
+/* The next event other than LOG: each attempt is logged. */
 static presence_event skip_logs(presence_queue *queue) {
   presence_event event;
   do CHECK_EQ(presence_queue_wait(queue, &event, 1, PATIENCE), 1);
@@ -32,7 +32,7 @@ static presence_event skip_logs(presence_queue *queue) {
   return event;
 }
 
-/* A service's event, with its tag, subject and a text. */
+/* Checks that the next event is a service's, with this tag and subject and a text that contains `told`. */
 static void expect_of_service(peer worker, int32_t kind, int32_t status, uint64_t tag, const char *subject,
                               const char *told) {
   presence_event event = skip_logs(worker.queue);
@@ -45,7 +45,7 @@ static void expect_of_service(peer worker, int32_t kind, int32_t status, uint64_
   CHECK_TELLS(text, told);
 }
 
-/* A stream of this connection to itself. */
+/* Checks that a stream of this connection to itself works. */
 static void expect_served(peer worker, peer gateway, const char *subject) {
   presence_stream *stream = request_with(gateway, subject, "ann", 1, "retries", "100");
   presence_sender *sender = accept_request(worker);
@@ -68,7 +68,7 @@ static void refuse_at_once(void) {
     CHECK_TELLS(error.message, "Permissions Violation for Subscription to \"wrong\"");
   }
   OK(presence_listen_offline(worker.conn));
-  /* Nothing is left of those. */
+  /* The refused services left nothing behind. */
   peer gateway = beside(worker), right = beside(worker);
   presence_service *service = serve(right, "right");
   expect(worker.queue, PRESENCE_EVENT_LOG);
@@ -82,7 +82,7 @@ static void refuse_at_once(void) {
 }
 
 static void refuse_too_many(void) {
-  /* Inbox, lanes, announcements, and one service. */
+  /* The connection needs subscriptions for inbox, lanes and announcements, and one for the service. */
   own_server server = server_that_allows("\">\"", on_lanes() ? "max_subscriptions: 4" : "max_subscriptions: 3");
   peer worker = open_peer_at(server.url, NULL, NULL), gateway = beside(worker), first = beside(worker);
   presence_service *one = serve(first, "one"), *two = NULL;
@@ -103,7 +103,7 @@ static void refuse_announcements(void) {
   own_server server = server_that_allows("\"_INBOX.>\", \"work\"", "");
   peer worker = open_peer_at(server.url, NULL, NULL), gateway = beside(worker);
   CHECK_STATUS(presence_listen_offline(worker.conn), PRESENCE_DISCONNECTED);
-  /* A worker may do without. */
+  /* A worker can serve without announcements. */
   presence_service *service = serve(worker, "work");
   expect(worker.queue, PRESENCE_EVENT_LOG);
   presence_service_free(service);
@@ -112,7 +112,7 @@ static void refuse_announcements(void) {
   kill_server(&server);
 }
 
-/* As by `nats-server --signal reload`. */
+/* Like `nats-server --signal reload`. */
 static void reload(own_server server, const char *allowed) {
   configure(allowed, "");
   CHECK_EQ(kill(server.process, SIGHUP), 0);
@@ -120,7 +120,7 @@ static void reload(own_server server, const char *allowed) {
 
 #define ALL "\"_INBOX.>\", \"client.offline\", \"work\", \"other\""
 
-/* The right is taken away and given back while streams run: the program is told of both, and requests come again. */
+/* The permission is revoked and restored while streams run: events report both, and requests arrive again. */
 static void refuse_later(void) {
   own_server server = server_that_allows(ALL, "");
   peer worker = open_peer_at(server.url, "reconnect_max_ms", "100"), gateway = beside(worker), other = beside(worker);
@@ -151,7 +151,7 @@ static void refuse_later(void) {
   kill_server(&server);
 }
 
-/* Without a connection serving succeeds; what is refused then is told by an event. */
+/* Without a connection presence_serve succeeds; an event reports a later refusal. */
 static void refuse_what_was_served_before(void) {
   own_server server = server_that_allows("\"_INBOX.>\", \"client.offline\"", "");
   kill_server(&server);
@@ -173,7 +173,8 @@ static void refuse_what_was_served_before(void) {
   kill_server(&server);
 }
 
-/* Without its inbox a connection receives no answers: streams that wait for one end, and requests fail, until it is subscribed. */
+/* Without its inbox a connection receives no answers: waiting streams end, and requests fail until it is subscribed
+ * again. */
 static void refuse_the_inbox(void) {
   own_server server = server_that_allows(ALL, "");
   peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = beside(gateway);
@@ -198,13 +199,13 @@ static void refuse_the_inbox(void) {
   kill_server(&server);
 }
 
-/* Without their inbox there are no lanes; there are again as soon as it is allowed. */
+/* Without the lane inbox there are no lanes, until it is allowed again. */
 static void refuse_lanes(void) {
   own_server server = server_that_allows("\"_INBOX.*.*\", \"client.offline\", \"work\"", "");
   peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = beside(gateway);
   presence_service *service = serve(worker, "work");
   CHECK(expect(gateway.queue, PRESENCE_EVENT_LOG).data_len > 0);
-  peer quiet = beside(gateway); /* does not receive the log of the attempts */
+  peer quiet = beside(gateway); /* receives no LOG of the attempts */
   expect_served(worker, quiet, "work");
   CHECK_EQ(stats_of(gateway).lanes, 0);
   reload(server, ALL);

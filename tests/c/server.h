@@ -1,4 +1,4 @@
-/* A nats-server of the test's own, on a port that it keeps when it is killed and started again. */
+/* The test's own nats-server, which keeps its port when it is killed and restarted. */
 #ifndef SERVER_H
 #define SERVER_H
 
@@ -23,7 +23,7 @@ static inline struct sockaddr_in local(int port) {
   return address;
 }
 
-/* A socket on a port of this machine that is ours, and which port it is. */
+/* Opens a socket on a free local port, and returns both. */
 static inline int own_socket(int *port) {
   struct sockaddr_in address = local(0);
   socklen_t length = sizeof address;
@@ -35,7 +35,7 @@ static inline int own_socket(int *port) {
   return fd;
 }
 
-/* Starts it (again), and does not wait until it listens: that is told by PRESENCE_EVENT_CONNECTED. */
+/* Starts the server (again) without waiting until it listens: PRESENCE_EVENT_CONNECTED reports that. */
 static inline void start_server(own_server *server) {
   const char *binary = getenv("NATS_SERVER_BIN");
   CHECK(binary);
@@ -65,7 +65,7 @@ static inline own_server new_server(void) {
   return server;
 }
 
-/* Connects to `to`, whether it is there yet or not, and returns when it is. Its queue tells of the connection. */
+/* Connects to `to` as soon as it is there, and returns then. The queue receives the connection's events. */
 static inline peer open_peer_at(const char *to, const char *key, const char *value) {
   peer self;
   presence_config *config = presence_config_new();

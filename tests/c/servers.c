@@ -1,4 +1,4 @@
-/* Servers that cannot be connected to: the status and the server's name in the message, and never a secret. */
+/* Servers that cannot be connected to: the status, the server's name in the message, and never a secret. */
 #include "peer.h"
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -8,7 +8,7 @@
 
 static presence_error error;
 
-/* Connecting fails, the message tells this, and no secret. */
+/* Checks that connecting fails with a message that contains this text and no secret. */
 static void check_fails(const char *to, int32_t expected, const char *told) {
   presence_conn *conn = NULL;
   presence_config *config = presence_config_new();
@@ -26,7 +26,7 @@ static void check_fails(const char *to, int32_t expected, const char *told) {
   CHECK(!conn);
 }
 
-/* Whatever else is wrong with the URL, the message is no place for what stands before the host. */
+/* Whatever else is wrong with the URL, the message never shows what precedes the host. */
 static void secrets_in_urls(void) {
   static const char *const bad[] = {
       "nats://user:" SECRET "@",       "http://user:" SECRET "@a",         "nats://" SECRET "@a:x",
@@ -35,7 +35,7 @@ static void secrets_in_urls(void) {
       "nats://user:" SECRET ",more@127.0.0.1:1",
   };
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) check_fails(bad[i], PRESENCE_INVALID, "server URL");
-  /* Where a part of a password that had to be percent-encoded passes for the host. */
+  /* Part of a password that should be percent-encoded is mistaken for the host. */
   static const char *const misread[] = {"nats://user:x@" SECRET "/y@127.0.0.1:1", "nats://user:x@" SECRET "?y@127.0.0.1:1"};
   for (size_t i = 0; i < sizeof misread / sizeof *misread; i++) {
     presence_conn *conn = NULL;
@@ -50,7 +50,7 @@ static void line_breaks_in_urls(void) {
   for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) check_fails(bad[i], PRESENCE_INVALID, "server URL");
 }
 
-/* A port of this machine that is ours; who connects is refused, unless we listen. */
+/* Opens a socket on a free local port; connections are refused until we listen. */
 static int own_port(char *name, size_t size) {
   struct sockaddr_in address;
   socklen_t length = sizeof address;
@@ -73,18 +73,18 @@ static void refusing_and_silent_servers(void) {
   check_fails(with_password, PRESENCE_DISCONNECTED, name);
   check_fails("nats://no-such-host.invalid", PRESENCE_DISCONNECTED, "no-such-host.invalid");
 
-  /* One of several is enough, whichever is tried first. */
+  /* One reachable server is enough, whichever is tried first. */
   snprintf(both, sizeof both, "%s,%s", with_password, url);
   for (int i = 0; i < 8; i++) {
     OK(presence_connect(both, NULL, &conn, NULL));
     OK(presence_close(conn, PATIENCE));
   }
-  CHECK_EQ(listen(fd, 8), 0); /* it takes the connection, and says nothing */
+  CHECK_EQ(listen(fd, 8), 0); /* it accepts the connection and sends nothing */
   check_fails(with_password, PRESENCE_TIMEOUT, name);
   close(fd);
 }
 
-/* Says what no nats-server says, and much of it. */
+/* Sends what no nats-server sends, and a lot of it. */
 static void *talk(void *listener) {
   char text[4096];
   int fd = accept(*(int *)listener, NULL, NULL);
@@ -109,7 +109,7 @@ static void another_kind_of_server(void) {
   close(fd);
 }
 
-/* A server that knows the user, but not with this password, and one that knows neither. */
+/* The server knows the user but not this password, or neither of them. */
 static void wrong_credentials(void) {
   static const char *const wrong[] = {"worker:" SECRET, "nobody:" SECRET, SECRET, "worker:correct%20" SECRET, SECRET ":"};
   for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {

@@ -1,10 +1,10 @@
-/* Streams from request to end: order and content, ends and errors, refusals, and what becomes of requests. */
+/* Streams from request to end: order and content, ends and errors, refusals, retries. */
 #include "peer.h"
 
 static void a_thousand_messages_in_order(void) {
   pair both = open_pair_with("c", "stream_buffer_bytes", "4194304"); /* they are read when all have been sent */
   unsigned char expected[2000], message[2000];
-  /* Message number i has i bytes: all values in turn, NUL among them. */
+  /* Message i has i bytes, of all values in turn, NUL among them. */
   for (size_t i = 0; i < sizeof expected; i++) expected[i] = (unsigned char)(i * 7);
   for (size_t i = 0; i < 1000; i++) {
     memcpy(message, expected + i % 256, i);
@@ -56,7 +56,7 @@ static void what_a_request_tells(void) {
   CHECK(is_text(value, length, "small"));
   OK(presence_sender_header(sender, "Connect-ID", &value, &length));
   CHECK(is_text(value, length, "client \xc3\xbc"));
-  OK(presence_sender_header(sender, "x-model", &value, &length)); /* as it was sent */
+  OK(presence_sender_header(sender, "x-model", &value, &length)); /* names are case-sensitive */
   CHECK(!value && length == 0);
   OK(presence_sender_header(sender, "not: a name\r\n", &value, &length));
   CHECK(!value && length == 0);
@@ -85,7 +85,7 @@ static void an_anonymous_request(void) {
   CHECK_EQ(presence_online_count(), 0);
   OK(presence_sender_header(event.sender, "Connect-ID", &value, &length));
   CHECK(!value);
-  OK(mark_client_offline("")); /* stops nobody */
+  OK(mark_client_offline("")); /* stops nothing */
   OK(send_text(event.sender, "for nobody"));
   OK(presence_sender_end(event.sender));
   expect_data(gateway.queue, "for nobody");
@@ -109,7 +109,7 @@ static void an_error_ends_it(void) {
   close_pair(both);
 }
 
-/* Ended in every way, and then ended in every way once more: nothing more happens, and the reader hears of one end. */
+/* Ends a stream in each way and then in each way again: nothing more happens, and the reader sees one end. */
 static void ends_once(void) {
   for (int by_error = 0; by_error < 2; by_error++) {
     pair both = open_pair("c");
@@ -129,7 +129,7 @@ static void ends_once(void) {
     expect_data(both.gateway.queue, "one");
     presence_event last = expect(both.gateway.queue, by_error ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_END);
     CHECK(!by_error || is_text(last.data, last.data_len, "no"));
-    OK(mark_client_offline("c")); /* it stays ended as it ended */
+    OK(mark_client_offline("c")); /* its status stays */
     CHECK_EQ(status_word(both.sender), (uint32_t)PRESENCE_CLOSED);
     expect_nothing(both.worker.queue);
     expect_nothing(both.gateway.queue);
@@ -155,7 +155,8 @@ static void *send_and_end(void *sender) {
   return NULL;
 }
 
-/* Answered by two threads of their own, after the wait for the next event: each in its order, told apart by the tag. */
+/* Two threads answer one stream each, after the queue's next wait: each keeps its order, and the tag tells them
+ * apart. */
 static void two_streams_from_two_threads(void) {
   pair first = open_pair("a");
   presence_stream *second_stream = request(first.gateway, "pair", "b", 2);
@@ -183,7 +184,7 @@ static void two_streams_from_two_threads(void) {
   close_pair(first);
 }
 
-/* Refused, and the stream goes on. */
+/* The message is refused, and the stream goes on. */
 static void what_cannot_be_sent(void) {
   enum { MAX_PAYLOAD = 1 << 20 };
   pair both = open_pair("c");
@@ -220,7 +221,7 @@ static void what_cannot_be_sent(void) {
   close_pair(both);
 }
 
-/* Messages of all lengths, one behind the other, in calls of a few, up to the first that is refused. */
+/* Messages of all lengths in one buffer, a few in each call, up to the first that is refused. */
 static void many_at_once(void) {
   enum { COUNT = 1000, MAX_PAYLOAD = 1 << 20 };
   pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
@@ -242,7 +243,7 @@ static void many_at_once(void) {
   }
   free(data);
 
-  /* Nothing is sent after the first that is refused. */
+  /* Nothing after the first refused message is sent. */
   char *large = (char *)calloc(1, MAX_PAYLOAD + 10);
   size_t too_large[] = {2, 3, MAX_PAYLOAD + 1, 1};
   CHECK_EQ(presence_sender_send_many(both.sender, large, too_large, 4), 2);
@@ -267,7 +268,7 @@ static void many_at_once(void) {
   close_pair(both);
 }
 
-/* The text of an error is cut to what the server takes. */
+/* The text of an error is cut to the server's max_payload. */
 static void a_long_error(void) {
   enum { MAX_PAYLOAD = 1 << 20 };
   pair both = open_pair("c");
@@ -300,13 +301,13 @@ static void asked_again_until_somebody_serves(void) {
   OK(presence_config_set(config, "retry_delay_ms", "5"));
   OK(presence_request(gateway.conn, gateway.queue, "later", "x", 1, "c", 1, config, 1, &stream, NULL));
   presence_config_free(config);
-  while (stats_of(gateway).messages_in < 3) usleep(1000); /* it was told three times that nobody serves */
+  while (stats_of(gateway).messages_in < 3) usleep(1000); /* it received three "no responders" */
   presence_service *service = serve(worker, "later");
   presence_event event = expect(worker.queue, PRESENCE_EVENT_REQUEST);
   CHECK(is_text(event.data, event.data_len, "x") && is_text(event.client, event.client_len, "c"));
   OK(presence_sender_end(event.sender));
   presence_sender_free(event.sender);
-  expect(gateway.queue, PRESENCE_EVENT_END); /* the first event: of the failures it does not tell */
+  expect(gateway.queue, PRESENCE_EVENT_END); /* the first event: retries are not reported */
   presence_stream_free(stream);
   presence_service_free(service);
   close_peer(gateway);
@@ -322,7 +323,7 @@ static void asked_again_so_many_times(void) {
   OK(presence_request(gateway.conn, gateway.queue, "nobody", "", 0, "", 0, config, 1, &stream, NULL));
   presence_config_free(config);
   expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_NO_RESPONDERS);
-  CHECK_EQ(stats_of(gateway).messages_in, 4); /* four times it was told that nobody serves */
+  CHECK_EQ(stats_of(gateway).messages_in, 4); /* one "no responders" for each of the four attempts */
   presence_stream_free(stream);
   close_peer(gateway);
 }
@@ -340,13 +341,13 @@ static void server_busy(void) {
   CHECK_EQ(stats_of(worker).requests_busy, 1);
   expect_nothing(worker.queue);
 
-  /* One that asks again gets in when there is room. */
+  /* A retried request is accepted when there is capacity. */
   streams[3] = request_with(gateway, "busy", "c", 3, "retries", "100000");
   OK(presence_sender_end(senders[0]));
   presence_sender_free(senders[0]);
   CHECK_EQ(expect(gateway.queue, PRESENCE_EVENT_END).tag, 0);
   senders[0] = accept_request(worker);
-  /* One that was stopped makes room, too. */
+  /* A stopped sender frees capacity, too. */
   OK(mark_client_offline("c"));
   streams[4] = request(gateway, "busy", "d", 4);
   for (int i = 0; i < 2; i++) expect_status(worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
@@ -364,7 +365,7 @@ static void server_busy(void) {
   close_peer(worker);
 }
 
-/* A request that comes later is refused, or nobody serves it: never taken. */
+/* A later request is refused or has no responders: it is never accepted. */
 static void expect_not_served(peer gateway) {
   presence_stream *stream = request(gateway, "pair", "late", 5);
   presence_event last = expect(gateway.queue, PRESENCE_EVENT_ERROR);
@@ -377,7 +378,7 @@ static void a_service_stops(void) {
   OK(presence_service_stop(both.service));
   CHECK_STATUS(presence_service_stop(both.service), PRESENCE_CLOSED);
   expect_not_served(both.gateway);
-  OK(send_text(both.sender, "goes on")); /* what runs does */
+  OK(send_text(both.sender, "goes on")); /* running streams continue */
   expect_data(both.gateway.queue, "goes on");
   presence_service_free(both.service);
   CHECK_STATUS(presence_service_stop(both.service), PRESENCE_CLOSED);
@@ -396,7 +397,7 @@ static void a_service_is_freed(void) {
   close_pair(both);
 }
 
-/* Requests that arrive at a freed queue are answered with an error, those that waited in it as well. */
+/* Requests that arrive at a freed queue are answered with an error, as are those that it held. */
 static void a_workers_queue_is_freed(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "freed");
@@ -434,7 +435,7 @@ static void in_a_group_one_serves(void) {
   close_peer(gateway);
 }
 
-/* On a lane the first who answers has it: that is in lane.c. */
+/* On a lane the first worker to answer has the stream: see lane.c. */
 static void without_a_group_both_answer(void) {
   peer gateway = open_peer(), workers[] = {open_peer(), open_peer()};
   presence_service *services[2];
@@ -464,11 +465,11 @@ static void a_timeout(void) {
   expect_data(gateway.queue, "in time");
   presence_event last = expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_TIMEOUT);
   CHECK(last.stream == stream && last.data_len > 0);
-  expect_status(worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED); /* nobody waits any longer */
+  expect_status(worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED); /* nothing waits for it any longer */
   presence_sender_free(sender);
   presence_stream_free(stream);
 
-  /* One that ends in time is not timed out later. */
+  /* A stream that ends in time does not time out later. */
   stream = request_with(gateway, "slow", "c", 2, "timeout_ms", "1");
   presence_event request_event;
   CHECK(presence_queue_wait(worker.queue, &request_event, 1, PATIENCE) == 1);
@@ -476,7 +477,7 @@ static void a_timeout(void) {
     presence_event event;
     CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
     CHECK(event.kind == PRESENCE_EVENT_END || event.status == PRESENCE_TIMEOUT);
-    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, 20), 0); /* and exactly once */
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, 20), 0); /* exactly one of them */
   }
   presence_sender_free(request_event.sender);
   presence_stream_free(stream);
@@ -485,7 +486,7 @@ static void a_timeout(void) {
   close_peer(worker);
 }
 
-/* The worker's connection closes: its services end, and readers hear of it. */
+/* The worker's connection closes: its services end, and readers are informed. */
 static void the_worker_closes(void) {
   pair both = open_pair("c");
   OK(send_text(both.sender, "some"));
@@ -503,7 +504,7 @@ static void the_worker_closes(void) {
   close_peer(both.gateway);
 }
 
-/* The gateway's connection closes: its streams end, and their workers hear of it. */
+/* The gateway's connection closes: its streams end, and their workers are informed. */
 static void the_gateway_closes(void) {
   pair both = open_pair("c");
   settle(both.worker, both.gateway, "pair");
@@ -519,7 +520,7 @@ static void the_gateway_closes(void) {
   close_peer(both.worker);
 }
 
-/* What was sent before a close is at the server when it returns. */
+/* When close returns, the server has everything that was sent before. */
 static void closing_drains(void) {
   enum { COUNT = 20000 };
   pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
@@ -545,8 +546,8 @@ static void *take_one(void *taken) {
   return NULL;
 }
 
-/* What a wait gave stays until the next one: when the thread that took it is gone, the stream is freed, the connection
- * closed. And the names that were kept for longer are those of handles that have ended. */
+/* Events stay valid until the next wait: after the thread that took them ended, the stream was freed and the
+ * connection closed. Handles in kept events are stale. */
 static void events_that_are_kept(void) {
   static const char text[] = "a message that is kept for longer than all that it came from";
   pair both = open_pair("c");

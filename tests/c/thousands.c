@@ -1,5 +1,5 @@
-/* Ten thousand short-lived threads call in, and thousands of forked children; processes connect and exit in the middle of
- * it all, one after the other. Nothing is left of them. */
+/* Ten thousand short-lived threads make calls, thousands of children are forked, and processes connect and exit with
+ * running streams. Nothing is left of them. */
 #include "peer.h"
 #include "usage.h"
 
@@ -7,7 +7,7 @@ enum { AT_ONCE = 20 };
 
 static pair both;
 
-/* Each of many threads makes a few calls, and is gone. */
+/* Each of many threads makes a few calls and ends. */
 static void *call_in(void *number) {
   char id[24];
   presence_event event;
@@ -53,7 +53,7 @@ static void ten_thousand_threads(void) {
   close_pair(both);
 }
 
-/* In a child of a process that has connected. */
+/* Runs in a child of a process that has connected. */
 static void be_a_child(int number) {
   alarm(60);
   running = "a forked child";
@@ -75,7 +75,7 @@ static void run_children(int count) {
       CHECK(children[k] >= 0);
       if (children[k] == 0) be_a_child(i + k);
     }
-    OK(send_text(both.sender, "goes on")); /* meanwhile */
+    OK(send_text(both.sender, "goes on")); /* while the children run */
     expect_data(both.gateway.queue, "goes on");
     for (int k = 0; k < AT_ONCE; k++) expect_exit(children[k], (i + k) % 100);
   }
@@ -92,7 +92,7 @@ static void many_forks(void) {
   close_pair(both);
 }
 
-/* In a child of a process that has not: it connects, and exits while a thread sends. */
+/* Runs in a child of a process that has not connected: it connects, and exits while a thread sends. */
 static void *send_for_ever(void *unused) {
   while (presence_sender_send_wait(both.sender, "x", 1, -1) == PRESENCE_OK) continue;
   return unused;

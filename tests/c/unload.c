@@ -1,9 +1,9 @@
-/* A host that loads the library itself (as Python does), unloads it, and loads it again: its threads run all the while. */
+/* A host that loads the library with dlopen (as Python does), unloads it, and loads it again while its threads run. */
 #include "usage.h"
 #include <dlfcn.h>
 #include <pthread.h>
 
-/* What is used of it; a program that is not linked with it has no other way. */
+/* The functions that are used; a program that is not linked with the library looks them up. */
 static struct {
   int32_t (*connect)(const char *, const presence_config *, presence_conn **, presence_error *);
   int32_t (*stats)(const presence_conn *, presence_stats *);
@@ -67,7 +67,7 @@ static void *mark(void *may_end) {
   return NULL;
 }
 
-/* Processes that load it, use it, "unload" it and exit, as plugins do. The library is not loaded here yet. */
+/* Processes load the library, use it, "unload" it and exit, as plugins do. It is not loaded here yet. */
 static void many_loads(void) {
   enum { AT_ONCE = 20 };
   int count = is_long ? 10000 : 2000;
@@ -98,7 +98,7 @@ static void load_again(int count) {
   }
 }
 
-/* One process that loads and "unloads" it again and again: it stays, and nothing grows. */
+/* One process loads and "unloads" the library again and again: it stays, and nothing grows. */
 static void loaded_again_and_again(void) {
   void *library = load();
   CHECK(!use.is_online("kept"));
@@ -115,7 +115,7 @@ static void loaded_again_and_again(void) {
 int main(int argc, char **argv) {
   begin(argc, argv);
   many_loads();
-  /* Before there are threads, whose thread-locals would keep it loaded for the time being. */
+  /* Before there are threads, whose thread-locals would keep the library loaded. */
   loaded_again_and_again();
   presence_conn *conn;
   presence_queue *queue;
@@ -145,7 +145,7 @@ int main(int argc, char **argv) {
       CHECK_EQ(pthread_join(thread, NULL), 0);
     }
     library = load();
-    /* It is the same one: what it had in hand goes on. */
+    /* It is the same library, and its streams go on. */
     CHECK(use.is_online("kept") && use.is_online("of a thread") && use.is_online("c"));
     CHECK_EQ(use.stats(conn, &stats), PRESENCE_OK);
     CHECK_EQ(stats.connects, 1);

@@ -1,11 +1,11 @@
-/* What a process uses, before and after what must leave nothing behind. */
+/* Checks that a process uses no more resources than before. */
 #ifndef USAGE_H
 #define USAGE_H
 
 #include "check.h"
 #include <dirent.h>
 
-/* What must not grow: pages in use, descriptors and threads of this process. */
+/* What must not grow: resident memory, descriptors and threads of this process. */
 typedef struct usage {
   long kib;
   int fds, threads;
@@ -30,7 +30,7 @@ static inline usage use_now(void) {
   return now;
 }
 
-/* The same as before, but for what allocators keep. */
+/* Checks that usage is as before, except for memory that allocators keep. */
 static inline void check_no_growth(usage before) {
   usage now = use_now();
   CHECK_EQ(now.fds, before.fds);

@@ -1,4 +1,4 @@
-/* A send that waits for room while nats-server takes nothing: whatever ends the sender ends the wait. */
+/* Sends that are blocked while nats-server does not read: whatever ends the sender ends the wait. */
 #include "peer.h"
 #include <time.h>
 
@@ -19,7 +19,7 @@ static void *wait_for_room(void *argument) {
 
 static pair both;
 
-/* The ways to end it. */
+/* The ways to end a sender. */
 static void by_end(void) { OK(presence_sender_end(both.sender)); }
 static void by_error(void) { OK(presence_sender_error(both.sender, "enough", 6)); }
 static void by_mark(void) { OK(mark_client_offline("c")); }
@@ -46,11 +46,11 @@ static void check_wait_ends(void (*end)(void), int32_t expected) {
   CHECK_STATUS(status, PRESENCE_TIMEOUT);
   struct wait wait = {both.sender, 1};
   pthread_t thread = start_thread(wait_for_room, &wait);
-  usleep(100000); /* most likely it waits by now; if not, the test holds all the same */
+  usleep(100000); /* most likely it is blocked by now; if not, the test still holds */
   end();
   struct timespec deadline;
   clock_gettime(CLOCK_REALTIME, &deadline);
-  deadline.tv_sec += 5; /* nothing else would end it: the server still stands */
+  deadline.tv_sec += 5; /* nothing else would end it: the server is still stopped */
   int joined = pthread_timedjoin_np(thread, NULL, &deadline);
   resume(atoi(server));
   CHECK_EQ(joined, 0);

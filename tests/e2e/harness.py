@@ -1,4 +1,4 @@
-"""What the tests of the wire and of pairs of languages share: a nats-server of one's own, programs driven by lines."""
+"""Shared by the tests of the wire and of language pairs: nats-servers, and programs that are driven by lines."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BUILD = ROOT / "build/tests"
 PEERS = Path(__file__).resolve().parent / "peers"
 
 PATIENCE = 20.0
-"""Seconds that a test waits for what must happen before it fails. What happens takes milliseconds."""
+"""Timeout in seconds for anything that must happen. It usually takes milliseconds."""
 
 Event = dict[str, Any]
 Command = tuple[Union[str, Path], ...]
 
 
 def environment() -> dict[str, str]:
-    """With the staged library and the bindings of this tree, for programs and for those who build them."""
+    """For programs and compilers: the staged library and the bindings of this tree."""
     return {
         **os.environ,
         "LD_LIBRARY_PATH": str(STAGE / "lib"),
@@ -68,7 +68,7 @@ def build_go(name: str) -> Command:
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A file to write, which then takes the target's place at once: another suite may be running the target."""
+    """Yields a file to write, which then replaces the target in one step: another suite may be running it."""
     output = target.with_name(f"{target.name}.{os.getpid()}")
     yield output
     output.replace(target)
@@ -95,7 +95,7 @@ GATEWAYS: dict[str, Callable[[], Command]] = {
 
 @cache
 def command(language: str, is_worker: bool) -> Command:
-    """How to start this language's peer."""
+    """The command that starts this language's peer."""
     return (WORKERS if is_worker else GATEWAYS)[language]()
 
 
@@ -116,7 +116,7 @@ def server_binary() -> str:
 
 
 def steady_port() -> int:
-    """A free port that nobody gets by chance while its server is down, a client that dials it included."""
+    """A free port outside the ephemeral range: no connection takes it by chance while its server is down."""
     lowest_by_chance = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     while True:
         port = random.randrange(10000, lowest_by_chance)
@@ -126,7 +126,7 @@ def steady_port() -> int:
 
 
 class Server:
-    """A nats-server on a free port, which it keeps, with its arguments, when it is started again."""
+    """A nats-server on a free port. It keeps the port and its arguments when it is started again."""
 
     def __init__(self, *arguments: str, port: int = -1) -> None:
         self.port = port
@@ -136,7 +136,7 @@ class Server:
     def start(self, *arguments: str) -> None:
         command = [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), *self.arguments, *arguments]
         self.log: list[str] = []
-        """What it has said since it was started."""
+        """Its log since the last start."""
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr
         for line in self.process.stderr:
@@ -144,7 +144,7 @@ class Server:
             if found := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
                 self.port = int(found[1])
             if "Server is ready" in line:
-                # What it still has to say must not block it.
+                # Keep reading its log: a full pipe would block it.
                 threading.Thread(target=self.log.extend, args=[self.process.stderr], daemon=True).start()
                 return
         raise AssertionError(f"nats-server did not start:\n{''.join(self.log)}")
@@ -159,7 +159,7 @@ class Server:
 
 
 class Program:
-    """A program that takes commands line by line and tells what happens, one JSON object a line."""
+    """A program that reads commands line by line and prints one JSON object per event."""
 
     def __init__(self, command: Command, *arguments: str) -> None:
         self.name = Path(command[-1]).name
@@ -201,7 +201,7 @@ class Program:
             return self._take(fields)
 
     def wait(self, *, patience: float = PATIENCE, **fields: object) -> Event:
-        """Waits for an event with these fields, and takes it: the next wait gives the next."""
+        """Waits for an event with these fields and takes it: the next wait returns a later one."""
         deadline = time.monotonic() + patience
         with self._changed:
             while True:
@@ -221,12 +221,12 @@ class Program:
         return None
 
     def kill(self) -> None:
-        """Kills it as the system would, which is no failure of the test."""
+        """Kills it like the system would; the test does not fail for that."""
         self.process.kill()
         self._exits_with = -signal.SIGKILL
 
     def end(self) -> None:
-        """Closes its input, which ends it; it must do so by itself and well."""
+        """Closes its input, which must make it exit by itself with status 0."""
         assert self.process.stdin
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -252,12 +252,12 @@ class Shell(Program):
     """Our library at one end of the wire: peers/shell.c."""
 
     def ask(self, line: str) -> Event:
-        """Gives a command, and returns its reply."""
+        """Sends a command and returns its reply."""
         self.tell(line)
         return self.wait(event="reply")
 
     def do(self, line: str) -> None:
-        """Gives a command that must succeed."""
+        """Sends a command that must succeed."""
         reply = self.ask(line)
         assert reply["status"] == "OK", (line, reply)
 

@@ -1,4 +1,4 @@
-"""Every pair of a worker's and a gateway's language, each in a process of its own, on lanes and on level 0."""
+"""Every pair of languages for worker and gateway, each in its own process, on lanes and on level 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(params=["true", "false"], ids=["lanes", "level0"])
 def lanes(request: pytest.FixtureRequest) -> str:
-    """The option of both ends."""
+    """The `lanes` option of both ends."""
     value: str = request.param
     return value
 
@@ -44,7 +44,7 @@ every_worker = pytest.mark.parametrize("worker_language", WORKERS)
 
 
 def receive(gateway: Program, client: str, first: int, count: int) -> None:
-    """The client's next messages, from number `first` on: all of them, in order."""
+    """Checks the client's next messages: `count`, numbered from `first`, in order."""
     received = [gateway.wait(event="data", client=client)["data"] for _ in range(count)]
     assert received == [f"{client} {i}" for i in range(first, first + count)]
 
@@ -76,13 +76,13 @@ def test_a_client_leaves_in_the_middle(gateway: Program, worker: Program) -> Non
     assert (done["client"], done["why"], done["accepted"]) == ("bob", OFFLINE, 0)
     error = gateway.wait(event="error")
     assert (error["client"], error["status"]) == ("bob", OFFLINE)
-    # What came before is whole, and not more than was sent.
+    # What arrived before is a prefix of what was sent.
     received = 100
     while message := gateway.take(event="data", client="bob"):
         assert message["data"] == f"bob {received}"
         received += 1
     assert received <= done["sent"]
-    # The others go on, up to their end.
+    # The others go on to their end.
     for client in ["ann", "cho"]:
         receive(gateway, client, 100, 100)
     worker.tell("finish")
@@ -124,7 +124,7 @@ def test_nats_server_is_killed_in_the_middle(server: Server, gateway: Program, w
         received += 100
         server.kill()
         server.start()
-    # On a lane they go on: nothing is lost, doubled or out of order, up to the end.
+    # On a lane they go on to their end: nothing is lost, duplicated or reordered.
     for client in CLIENTS:
         receive(gateway, client, received, 100)
     received += 100

@@ -1,7 +1,7 @@
 """bulk.py worker URL SUBJECT [OPTION=VALUE]... and bulk.py gateway URL [OPTION=VALUE]...: streams of numbered messages.
 
-The gateway reads requests "SUBJECT CLIENT COUNT SIZE [PAUSE]" from standard input, and tells how each stream ended and
-how many messages of it came; PAUSE is how long its reader waits after each message, in seconds.
+The gateway reads requests "SUBJECT CLIENT COUNT SIZE [PAUSE]" from standard input, and prints how each stream ended and
+how many of its messages arrived; its reader waits PAUSE seconds after each message.
 """
 
 from __future__ import annotations

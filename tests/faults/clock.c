@@ -1,6 +1,6 @@
 /*
- * A wall clock that jumps, preloaded into a process: the file that CLOCK_SHIFT names holds how many seconds it is wrong by,
- * as an int64_t, and may change at any time. Monotonic clocks are left alone, as by a jump of the real one.
+ * A wall clock that jumps, preloaded into a process: the file named by CLOCK_SHIFT holds the number of seconds by which it
+ * is wrong, as an int64_t, and may change at any time. Monotonic clocks are unaffected, as by a jump of the real clock.
  */
 #include <fcntl.h>
 #include <stdint.h>

@@ -1,4 +1,7 @@
-"""A nats-server that comes back under its port, programs that end with their test. What is long runs with `-m long`."""
+"""A nats-server that keeps its port when it is restarted, and programs that end with their test.
+
+Tests marked `long` run with `-m long` only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gateways and workers in any language, and streams between them that are checked as they come."""
+"""Gateways and workers in any language, and streams between them that are checked as they arrive."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from harness import PATIENCE, Command, Event, Program, Server, command
 DISCONNECTED, PEER_GONE, NO_RESPONDERS = -8, -9, -10
 
 SOON = ("reconnect_min_ms=10", "reconnect_max_ms=200")
-"""Options of an end that comes back at once."""
+"""Options of an end that reconnects quickly."""
 
 LANGUAGES = ["c", "go", "python", "asyncio"]
 
 
 class Gateway(Program):
-    """Of each client's one stream, every message is the next one, it ends once, and nothing follows."""
+    """Checks one stream per client: messages arrive in order, it ends once, and nothing follows the end."""
 
     def __init__(self, program: Command, *arguments: str) -> None:
         self.received: dict[str, int] = {}
@@ -45,7 +45,7 @@ class Gateway(Program):
         self.tell(f"request {subject} {client} {what}")
 
     def until(self, is_so: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-        """Waits until what it told makes this so."""
+        """Waits until an event makes this true."""
         with self._changed:
             if not self._changed.wait_for(lambda: is_so() or self.wrong or self.has_ended, patience):
                 raise AssertionError(f"{self.name}: {what}: not in time; {self.received}, {self.ended}")
@@ -53,7 +53,7 @@ class Gateway(Program):
         assert is_so(), f"{self.name} ended; {self.received}, {self.ended}"
 
     def all_go_on(self, *clients: str, count: int = 20) -> None:
-        """So many more messages of each come."""
+        """Waits until `count` more messages of each client have arrived."""
         least = {client: self.received.get(client, 0) + count for client in clients}
 
         def go_on() -> bool:
@@ -73,12 +73,12 @@ class Gateway(Program):
 
 
 class Scene:
-    """Starts gateways and workers; at its end all must end by themselves and well."""
+    """Starts gateways and workers; at its end each must exit by itself with status 0."""
 
     def __init__(self, url: str, before: Command = ()) -> None:
         self.url = url
         self._before = before
-        """What every command begins with."""
+        """The prefix of every command."""
         self._stack = ExitStack()
 
     def gateway(self, language: str, *options: str, url: str = "", lanes: bool = True) -> Gateway:
@@ -102,7 +102,7 @@ class Scene:
 
 
 def begin(gateway: Gateway, subject: str = "svc") -> str:
-    """A client's stream, as soon as both ends are connected and it goes on; the client."""
+    """Starts a stream, once both ends are connected; returns its client."""
     for client in (f"late{attempt}" for attempt in range(50)):
         gateway.request(subject, client)
         gateway.until(lambda: client in gateway.received or client in gateway.ended, "an answer comes")  # noqa: B023
@@ -115,7 +115,7 @@ def begin(gateway: Gateway, subject: str = "svc") -> str:
 
 
 def finish(gateway: Gateway, worker: Program, *clients: str) -> None:
-    """The worker ends all its streams: what it sent has come, all of it."""
+    """Has the worker end all its streams; checks that everything it sent has arrived."""
     worker.tell("finish")
     for client in clients:
         done = worker.wait(event="done", client=client)
@@ -126,10 +126,10 @@ def finish(gateway: Gateway, worker: Program, *clients: str) -> None:
 
 @contextmanager
 def stopped(*programs: Program | Server) -> Iterator[None]:
-    """They stand still, as in a suspended machine, and go on, in this order."""
+    """Stops them, like a suspended machine, and resumes them in this order."""
     for program in programs:
         program.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, program.process.pid, os.WSTOPPED)  # Until then its threads go on.
+        os.waitid(os.P_PID, program.process.pid, os.WSTOPPED)  # Until then its threads may still run.
     try:
         yield
     finally:
@@ -138,5 +138,5 @@ def stopped(*programs: Program | Server) -> Iterator[None]:
 
 
 def within(least: float, most: float, since: float) -> None:
-    """So many seconds have passed."""
+    """Checks that the time since then, in seconds, is in this range."""
     assert least <= time.monotonic() - since <= most

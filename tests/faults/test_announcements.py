@@ -1,4 +1,4 @@
-"""Announcements around a restart of nats-server: who reconnects late hears of them, and nobody twice."""
+"""Announcements around a restart of nats-server: late processes receive them, and none takes effect twice."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_who_reconnects_late_hears_what_was_announced_meanwhile(connect: Connect
     late.wait(event="CONNECTED")
     late.do("session cho")
     assert late.wait(event="ONLINE")["client"] == "cho"
-    # reconnect_max_ms and 2 s after the announcer came back.
+    # reconnect_max_ms and 2 s after the announcer reconnected.
     assert late.wait(event="OFFLINE")["client"] == "ann"
-    # Not a client who is back where it was announced, and not what began here since the reconnect.
+    # Neither a client that is online again where it was announced, nor one that came online here since the reconnect.
     assert late.ask("is_online bob")["text"] == "yes"
     assert late.ask("is_online cho")["text"] == "yes"
-    # Who heard it at its time is not told once more: the client has come back since.
+    # A listener that received it in time ignores the repetition: the client has come back since.
     early.do("listen")
     assert early.ask("is_online ann")["text"] == "yes"

@@ -1,4 +1,4 @@
-"""The wall clock jumps: nothing happens. A machine that is suspended: test_processes.py."""
+"""The wall clock jumps, without effect. Suspended machines: test_processes.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ JUMPS = [HOUR, -HOUR, YEAR, -2 * YEAR, -100 * YEAR, 0]
 
 @pytest.fixture
 def shift(tmp_path: Path) -> Path:
-    """How many seconds the clock of preloaded processes is wrong by."""
+    """A file with the number of seconds by which the clock of preloaded processes is wrong."""
     file = tmp_path / "shift"
     file.write_bytes(struct.pack("q", 0))
     return file
@@ -36,7 +36,7 @@ def jump(shift: Path) -> Jump:
 
 @pytest.fixture
 def preloaded(shift: Path) -> Command:
-    """What a command begins with whose clock it is."""
+    """The prefix of commands that use this clock."""
     library = BUILD / "clock.so"
     source = Path(__file__).resolve().parent / "clock.c"
     run("cc", "-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC",
@@ -71,7 +71,7 @@ def test_streams_go_on(scene: Scene, jump: Jump) -> None:
 def test_times_are_what_they_were(
     server: Server, shell_program: Command, preloaded: Command, jump: Jump, seconds: int
 ) -> None:
-    """Timeouts, session grace and beats that have begun take as long as without the jump."""
+    """Running timeouts, session graces and heartbeats take as long as without the jump."""
     program = (*preloaded, *shell_program)
     with Shell(program) as gateway, Shell(program) as worker:
         assert isinstance(gateway, Shell)

@@ -1,4 +1,4 @@
-"""Servers in a cluster: the one that an end is connected to dies, and the end goes on at another one."""
+"""Servers in a cluster: an end whose server dies goes on at another one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LATER = 2.0
 
 
 class Cluster:
-    """So many servers, all of which know each other."""
+    """`count` servers that are all connected to each other."""
 
     def __init__(self, count: int, stack: ExitStack, *arguments: str) -> None:
         routes = [f"nats://127.0.0.1:{steady_port()}" for _ in range(count)]
@@ -47,7 +47,7 @@ class Cluster:
             self.wait_for_routes(server, count - 1)
 
     def wait_for_routes(self, server: Server, count: int) -> None:
-        """It knows so many others, as it says."""
+        """Waits until the server's log names `count` other servers."""
         deadline = time.monotonic() + PATIENCE
         while len(set(re.findall(r'Registering remote route "(\w+)"\n', "".join(server.log)))) < count:
             assert time.monotonic() < deadline, "".join(server.log)
@@ -72,7 +72,7 @@ def scene(cluster: Cluster) -> Iterator[Scene]:
 
 @pytest.mark.parametrize("whose", ["gateway", "worker", "both"])
 def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -> None:
-    """The end goes on at the other one, which the first has named."""
+    """The end goes on at the other server, which the first has advertised."""
     dies, stays = cluster.servers
     worker = scene.worker("c", *SOON, url=dies.url if whose != "gateway" else stays.url)
     gateway = scene.gateway("python", *SOON, url=dies.url if whose != "worker" else stays.url)
@@ -86,7 +86,7 @@ def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -
 
 
 def test_the_connected_server_dies_and_others_do_not_answer(cluster: Cluster) -> None:
-    """With defaults: neither end gives the other up while it looks for a server that does."""
+    """With defaults, neither end gives the other up while it looks for a server that answers."""
     dies, stays = cluster.servers
     with ExitStack() as stack:
         silent = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
@@ -112,7 +112,7 @@ def test_the_connected_server_dies_on_level_0(cluster: Cluster, connect: Connect
     dies.kill()
     moved = worker if whose == "worker" else gateway
     assert moved.wait(event="CONNECTED")["data"] == f"127.0.0.1:{stays.port}"
-    # Who was cut off ends it by itself, and tells the other end.
+    # The end that was cut off ends the stream, and informs the other end.
     error = gateway.wait(event="ERROR")
     assert error["status"] == ("REMOTE" if whose == "worker" else "DISCONNECTED")
     assert worker.wait(event="STOPPED", n=n)["status"] == ("DISCONNECTED" if whose == "worker" else "OFFLINE")
@@ -125,7 +125,7 @@ def test_the_connected_server_dies_on_level_0(cluster: Cluster, connect: Connect
 
 
 def ask(gateway: Shell, worker: Shell, tag: int) -> int:
-    """A stream that has begun."""
+    """Starts a stream and returns its number."""
     gateway.do("option retries 200")
     gateway.do("option retry_delay_ms 20")
     gateway.do(f"request {tag} svc c{tag} x")
@@ -136,20 +136,20 @@ def ask(gateway: Shell, worker: Shell, tag: int) -> int:
 
 
 def test_the_connected_server_stands_still(cluster: Cluster, scene: Scene) -> None:
-    """It is lost after two unanswered pings; lanes go on at the other one."""
+    """It is lost after two unanswered pings; lanes go on at the other server."""
     still, well = cluster.servers
     options = (*SOON, "ping_interval_ms=300", "heartbeat_ms=5000", "connect_timeout_ms=300")
     worker = scene.worker("go", *options, url=still.url)
     gateway = scene.gateway("c", *options, url=well.url)
     client = begin(gateway)
     with stopped(still):
-        # More than was on its way.
+        # More than was in flight.
         gateway.all_go_on(client, count=500)
         finish(gateway, worker, client)
 
 
 def test_the_connected_server_is_a_lame_duck(tmp_path: Path) -> None:
-    """It closes one connection a second; whoever it was goes on at the other one at once."""
+    """It closes one connection a second; each of them goes on at the other server at once."""
     settings = tmp_path / "server.conf"
     settings.write_text("lame_duck_grace_period: 100ms\nlame_duck_duration: 30s\n")
     with ExitStack() as stack:
@@ -165,7 +165,7 @@ def test_the_connected_server_is_a_lame_duck(tmp_path: Path) -> None:
 
 
 def rolling_restarts(cluster: Cluster, scene: Scene, rounds: int) -> None:
-    """One server after the other is killed and started again; there is always another one."""
+    """One server after the other is killed and restarted; another one is always available."""
     pairs = []
     for of_gateway, of_worker in [("c", "python"), ("go", "c"), ("asyncio", "go")]:
         worker = scene.worker(of_worker, *SOON, subject=f"svc.{of_worker}")
@@ -214,7 +214,7 @@ def test_a_peer_on_another_server_is_killed(cluster: Cluster, scene: Scene, whos
 
 
 def leave(gateway: Gateway) -> None:
-    """So the gateway has something to say to the worker, for some time: what nobody says, no 503 answers."""
+    """Makes the gateway send to the worker for some time: only a message can be answered with a 503."""
     for leaving in LEAVING:
         gateway.tell(f"leave {leaving}")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Fifty processes lose their server at the same moment, and come back one after the other."""
+"""Fifty processes lose their server at the same moment, and reconnect spread over time."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from datetime import datetime
 from harness import Connect, Server, Shell
 
 DOWN = 3.0
-"""Seconds that the server is away."""
+"""Seconds without a server."""
 
 WINDOW = 0.1
 MOST = 25
-"""How many of the fifty may come within the window. Each dials after 50 ms, 100, 200 ..., and a random half of it is
-jitter: after three seconds they are spread over three more. In 2,000 simulated restarts at most 13 came within 100 ms.
-Without jitter all of them come at once."""
+"""How many of the fifty may reconnect within the window. Each tries after 50 ms, 100, 200 ..., half of it random: after
+three seconds the attempts are spread over three more. In 2,000 simulated restarts at most 13 came within 100 ms;
+without jitter all come at once."""
 
 
 def test_fifty_processes_come_back(server: Server, connect: Connect) -> None:
@@ -43,7 +43,7 @@ def test_fifty_processes_come_back(server: Server, connect: Connect) -> None:
         receive(gateway)
         worker.do(f"end {n}")
         gateway.wait(event="END")
-        # Neither came more than once.
+        # Each reconnected once.
         assert [end.ask("stats")["connects"] for end in (gateway, worker)] == [2, 2]
     came = times_of_connections(server)
     assert len(came) == 50
@@ -55,7 +55,7 @@ def receive(gateway: Shell) -> None:
 
 
 def times_of_connections(server: Server) -> list[float]:
-    """When clients connected, by the server's log."""
+    """The times at which clients connected, from the server's log."""
     found = re.findall(r"\] (\S+ \S+) \[DBG\] .* Client connection created", "".join(server.log))
     return sorted(datetime.strptime(time, "%Y/%m/%d %H:%M:%S.%f").timestamp() for time in found)
 

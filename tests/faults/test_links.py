@@ -1,4 +1,4 @@
-"""The link between two nats-servers is reset, and both ends live on, each at its server."""
+"""The link between two nats-servers is reset; both ends keep their own connections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUPERCLUSTER = (
 
 
 class Linked:
-    """Two servers, and what connects them, which passes through proxies."""
+    """Two servers whose links pass through proxies."""
 
     def __init__(self, settings: tuple[str, str], folder: Path, stack: ExitStack) -> None:
         first, second = steady_port(), steady_port()
@@ -55,7 +55,7 @@ def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Linked]:
 
 
 def begin(gateway: Gateway) -> str:
-    """A stream that goes on, once the servers know of each other's clients."""
+    """Starts a stream, once the servers know each other's subscriptions; returns its client."""
     deadline = time.monotonic() + PATIENCE
     for client in (f"early{attempt}" for attempt in range(1000)):
         gateway.request("svc", client)

@@ -1,6 +1,6 @@
-"""A network that delays, trickles, resets in the middle of a message, or loses all that goes one way.
+"""A network that delays, trickles, resets in mid-message, or loses everything in one direction.
 
-Cut at a chosen byte, what is lost on the way, and being away for too long: tests/wire/test_*reconnect.py.
+Cuts at a chosen byte, lost messages, and long disconnections: tests/wire/test_*reconnect.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ LATER = 2.0
 
 
 def urls(proxy: Proxy, whose: str) -> tuple[str, str]:
-    """The gateway's and the worker's: "" is the server itself."""
+    """The URLs of the gateway and the worker; "" is the server itself."""
     return (proxy.url if whose == "gateway" else "", proxy.url if whose == "worker" else "")
 
 
 @each_end
 def test_all_comes_late(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
-    """Nobody takes a slow way for death, though an answer takes longer than a beat."""
+    """A slow network is not taken for a dead peer, although an answer takes longer than a heartbeat."""
     of_gateway, of_worker = urls(proxy, whose)
     gateway = scene.gateway("c", "heartbeat_ms=400", url=of_gateway)
     worker = scene.worker("c", "heartbeat_ms=400", url=of_worker)
@@ -58,9 +58,9 @@ def test_all_comes_in_small_pieces(scene: Scene, proxy: Proxy, whose: str, piece
 
 
 def is_reset(scene: Scene, proxy: Proxy, whose: str, count: int) -> None:
-    """At any byte, of whatever is on its way: handshake, subscriptions, PINGs, data."""
+    """At any byte of whatever is in flight: handshake, subscriptions, PINGs, data."""
     of_gateway, of_worker = urls(proxy, whose)
-    # Ten resets in a row may let nothing through: that must be within the grace.
+    # Ten resets in a row may let nothing through: the grace must cover that.
     options = ("reconnect_min_ms=10", "reconnect_max_ms=100", "peer_grace_ms=10000")
     gateway = scene.gateway("go", *options, url=of_gateway)
     worker = scene.worker("c", *options, url=of_worker)
@@ -90,7 +90,7 @@ def test_reset_often_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> No
 
 @each_end
 def test_reset_on_level_0(proxy: Proxy, connect: Connect, whose: str) -> None:
-    """Each stream ends once, with an error and a clear status, and what came is a beginning."""
+    """Each stream ends once, with an error and a clear status; what arrived is a prefix."""
     of_gateway, of_worker = urls(proxy, whose)
     options = ("lanes=false", "reconnect_min_ms=10", "reconnect_max_ms=100")
     gateway, worker = connect(of_gateway, *options), connect(of_worker, *options)
@@ -118,13 +118,13 @@ def test_reset_on_level_0(proxy: Proxy, connect: Connect, whose: str) -> None:
         assert gateway.take(tag=tag) is None
 
 
-# One way is a black hole ----------------------------------------------------------------------------------------------
+# A black hole in one direction ----------------------------------------------------------------------------------------
 
 
 @each_way
 @each_end
 def test_a_black_hole_one_way(scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str) -> None:
-    """Both ends learn of it in the promised time; who is in the hole hears of its connection's loss, too."""
+    """Both ends detect it in the promised time; the end in the black hole also loses its connection."""
     of_gateway, of_worker = urls(proxy, whose)
     options = [f"heartbeat_ms={BEAT * 1000:.0f}"]
     gateway = scene.gateway("c", *options, url=of_gateway)
@@ -137,12 +137,12 @@ def test_a_black_hole_one_way(scene: Scene, proxy: Proxy, connect: Connect, whos
     assert gateway.wait_for_end("ann")["status"] == PEER_GONE
     done = worker.wait(event="done")
     assert (done["why"], done["accepted"]) == (PEER_GONE, 0)
-    # Three beats; who hears last may have been told by the other end, or has to count itself.
+    # Three heartbeats; the later end may be informed by the other, or detects it by itself.
     within(2 * BEAT, 3 * BEAT + LATER, since)
     watching.wait(event="DISCONNECTED")
     within(0.3, 4 * BEAT + LATER, since)
     assert gateway.received["ann"] <= done["sent"]
-    # What was held comes after all, too late for anybody.
+    # What was held arrives later, and has no effect.
     proxy.let_go()
     watching.wait(event="CONNECTED")
     gateway.request("svc", "bob")
@@ -173,7 +173,7 @@ def test_a_black_hole_for_less_than_the_beats(
 
 @each_end
 def test_away_within_the_grace(scene: Scene, proxy: Proxy, whose: str) -> None:
-    """The connection breaks again and again; nats-server says each time that nobody is there."""
+    """The connection breaks again and again; each time nats-server answers 503."""
     of_gateway, of_worker = urls(proxy, whose)
     options = ["peer_grace_ms=3000", "heartbeat_ms=2000", "reconnect_min_ms=10", "reconnect_max_ms=100"]
     gateway = scene.gateway("python", *options, url=of_gateway)

@@ -1,6 +1,6 @@
-"""A gateway or a worker is killed, or stands still: the other end learns of it in time, not earlier, and once.
+"""A gateway or a worker is killed or stopped: the other end detects it in time, not earlier, and once.
 
-How soon at best, over hundreds of kills: tests/c/found.c; more of it in C: tests/c/gone.c; within one language:
+The shortest detection times, over hundreds of kills: tests/c/found.c; more in C: tests/c/gone.c; within one language:
 TestPeerGone, test_lanes.py.
 """
 
@@ -14,7 +14,7 @@ from proxy import Proxy
 from scene import LANGUAGES, PEER_GONE, SOON, Gateway, Scene, finish, stopped, within
 
 OTHER = dict(zip(LANGUAGES, LANGUAGES[1:] + LANGUAGES[:1]))
-"""In which language the other end is."""
+"""The language of the other end."""
 
 GRACE, BEAT = 0.4, 0.4
 OPTIONS = (f"peer_grace_ms={GRACE * 1000:.0f}", f"heartbeat_ms={BEAT * 1000:.0f}")
@@ -28,7 +28,7 @@ each_end = pytest.mark.parametrize("whose", ["gateway", "worker"])
 
 
 def both(scene: Scene, language: str, whose: str) -> tuple[Gateway, Program]:
-    """The end that it is about is in this language, the other one in another."""
+    """The end under test is in this language, the other end in another."""
     of_worker = language if whose == "worker" else OTHER[language]
     of_gateway = language if whose == "gateway" else OTHER[language]
     worker = scene.worker(of_worker, *OPTIONS)
@@ -62,7 +62,7 @@ def test_killed(scene: Scene, language: str, whose: str) -> None:
         worker.kill()
         all_are_gone(gateway, None)
         within(GRACE, GRACE + LATER, since)
-        # The next one serves.
+        # The next worker serves.
         worker = scene.worker(language, *OPTIONS)
     else:
         gateway.kill()
@@ -76,7 +76,7 @@ def test_killed(scene: Scene, language: str, whose: str) -> None:
 
 
 def all_pairs(scene: Scene, *options: str) -> list[tuple[Gateway, Program, list[str]]]:
-    """From each language to another one, with streams that run."""
+    """Running streams from each language to another one."""
     pairs = []
     for of_gateway, of_worker in OTHER.items():
         gateway = scene.gateway(of_gateway, *options)
@@ -120,9 +120,9 @@ def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> Non
             all_are_gone(None, worker)
         else:
             all_are_gone(gateway, None)
-        # The first of three beats may have begun before.
+        # The first of three heartbeats may have begun before.
         within(2 * BEAT, 3 * BEAT + LATER, since)
-    # It learns of it, too, and both are well.
+    # The stopped end learns of it, too, and both go on.
     if whose == "gateway":
         all_are_gone(gateway, None)
     else:
@@ -135,7 +135,7 @@ def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> Non
 
 @each_end
 def test_the_grace_is_over_while_it_stands_still(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
-    """The other end was away, and is back in time: this one reads so before it judges."""
+    """The other end was away and is back in time: this one reads its messages before it judges."""
     options = ("peer_grace_ms=1500", *SOON)
     worker = scene.worker("c", *options, url=proxy.url if whose == "gateway" else "")
     gateway = scene.gateway("c", *options, url=proxy.url if whose == "worker" else "")
@@ -144,7 +144,7 @@ def test_the_grace_is_over_while_it_stands_still(scene: Scene, proxy: Proxy, con
     gateway.all_go_on("ann")
     proxy.cut()
     other_way.wait(event="DISCONNECTED")
-    # For the 503.
+    # Time for the 503.
     time.sleep(0.2)
     with stopped(gateway if whose == "gateway" else worker):
         proxy.resume()
@@ -173,7 +173,7 @@ def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: 
 
 @pytest.mark.parametrize("order", ["server first", "workers first", "gateways first"])
 def test_the_machine_is_suspended(server: Server, scene: Scene, order: str) -> None:
-    """All stand still for longer than three beats, and go on in this order: one late beat, no death."""
+    """All are stopped for longer than three heartbeats and resumed in this order: one late heartbeat, no death."""
     is_suspended(server, scene, order, beat=0.5, rounds=1)
 
 

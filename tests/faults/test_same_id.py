@@ -1,4 +1,4 @@
-"""The same id on two gateways. Two sessions of one process: tests/c/offline.c, tests/c/mark.c."""
+"""One client at two gateways. Two sessions of one process: tests/c/offline.c, tests/c/mark.c."""
 
 from __future__ import annotations
 
@@ -39,16 +39,17 @@ def test_offline_on_one_is_offline_in_the_worker_and_where_it_is_heard(
 
     one.do("offline ann")
     assert one.wait(event="ERROR", tag=1)["status"] == "OFFLINE"
-    # Both of ann's senders stop, whoever asked for their streams.
+    # Both of ann's senders stop, whichever gateway requested them.
     assert {worker.wait(event="STOPPED", status="OFFLINE")["n"] for _ in range(2)} == {mine, theirs}
     for n in [mine, theirs]:
         assert worker.ask(f"send {n} more")["status"] == "OFFLINE"
-    # The other gateway receives it itself, or from the worker; her mark there is withdrawn only if it listens.
+    The other gateway receives it from the announcement or from the worker; a mark there is withdrawn only if it
+    # listens.
     assert other.wait(event="ERROR", tag=1)["status"] == "OFFLINE"
     if listens:
         assert other.wait(event="OFFLINE")["client"] == "ann"
     assert other.ask("is_online ann")["text"] == ("no" if listens else "yes")
-    # Nobody else is touched, and the id may come back at once, on either.
+    # Other clients are unaffected, and the id may come back at once, at either gateway.
     goes_on(other, worker, 2, bob)
     goes_on(one, worker, 3, begin(one, worker, 3, "ann"))
     goes_on(other, worker, 3, begin(other, worker, 3, "ann"))
@@ -68,7 +69,7 @@ def test_a_cancel_on_one_does_not_touch_the_other(connect: Connect) -> None:
 
 
 def test_on_level_0_a_cancel_on_one_tells_that_the_client_left(connect: Connect) -> None:
-    """Level 0 has no other word for it."""
+    """Level 0 has no other message for it."""
     one, other, worker = (connect("", "lanes=false") for _ in range(3))
     worker.do("serve svc workers 0")
     begin(one, worker, 1, "ann")

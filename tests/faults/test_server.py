@@ -1,7 +1,7 @@
-"""nats-server is restarted under load, stands still, leaves in peace (lame duck), comes late.
+"""nats-server is restarted under load, is stopped, becomes a lame duck, or starts late.
 
-A restart in every pair of languages: tests/e2e. Twenty of them under 200 streams: test_lanes.py and process_test.go of
-the bindings, tests/c/restart.c. Byte for byte, and what is lost on level 0: tests/wire/test_*reconnect.py.
+A restart in every pair of languages: tests/e2e. Twenty restarts under 200 streams: test_lanes.py and process_test.go of
+the bindings, tests/c/restart.c. Exact bytes, and losses on level 0: tests/wire/test_*reconnect.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def restarts_under_load(server: Server, scene: Scene, connect: Connect, count: i
         gateway, _, clients = pairs[-1]
         for client in clients:
             gateway.request(subject, client)
-    # One gateway and one worker on level 0; the gateway knows who is online.
+    # One gateway and one worker on level 0; the gateway has clients marked online.
     old_gateway, old_worker = connect("", "lanes=false", *SOON), connect("", "lanes=false", *SOON)
     old_worker.do("serve old workers 0")
     for end in [old_gateway, old_worker]:
@@ -46,7 +46,7 @@ def restarts_under_load(server: Server, scene: Scene, connect: Connect, count: i
         old_worker.do(f"flood {n} 10")
         server.kill()
         server.start()
-        # Level 0: it ends with a clear status at both ends; what came is a beginning of what was sent.
+        # Level 0: the stream ends with a clear status at both ends; what arrived is a prefix of what was sent.
         assert old_gateway.wait(event="ERROR")["status"] == "DISCONNECTED"
         assert old_worker.wait(event="STOPPED", n=n)["status"] == "DISCONNECTED"
         data = []
@@ -61,7 +61,7 @@ def restarts_under_load(server: Server, scene: Scene, connect: Connect, count: i
     for end in [old_gateway, old_worker]:
         assert end.ask("stats")["connects"] == count + 1
         assert end.ask("is_online marked")["text"] == end.ask("is_online open")["text"] == "yes"
-        # Who went offline are the clients of the streams that ended, once each, and nobody else.
+        # Only the clients of the ended streams went offline, once each.
         gone = [event["client"] for event in end.events if event["event"] == "OFFLINE"]
         assert gone == [f"old{tag}" for tag in range(1, count + 1)]
     for kind in ["ERROR", "END", "STOPPED"]:
@@ -97,7 +97,7 @@ def test_level_0_streams_end_with_a_clear_status(server: Server, scene: Scene, l
     finish(gateway, worker, begin(gateway))
 
 
-# It stands still -----------------------------------------------------------------------------------------------------
+# A stopped server -----------------------------------------------------------------------------------------------------
 
 
 def test_it_stands_still_for_less_than_anybody_waits(server: Server, scene: Scene, connect: Connect) -> None:
@@ -113,7 +113,7 @@ def test_it_stands_still_for_less_than_anybody_waits(server: Server, scene: Scen
         old_worker.do(f"flood {n} 1000")
         old_worker.do(f"end {n}")
         time.sleep(1.5)
-    # It was slow; nothing is lost, on neither level.
+    # It was slow; nothing is lost, on either level.
     gateway.all_go_on("ann", count=100)
     assert [old_gateway.wait(event="DATA")["data"] for _ in range(1000)] == [str(i) for i in range(1000)]
     old_gateway.wait(event="END")
@@ -134,7 +134,7 @@ def test_it_stands_still_for_30_seconds(server: Server, scene: Scene, connect: C
 def stands_still_until_lost(
     server: Server, scene: Scene, connect: Connect, ping: float, heartbeat: float, most: float
 ) -> None:
-    """Two unanswered pings, and it is lost: events tell, level 0 ends, lanes go on when it does."""
+    """It is lost after two unanswered pings: events report it, level 0 ends, and lanes go on when it resumes."""
     options = (f"heartbeat_ms={heartbeat * 1000:.0f}", f"ping_interval_ms={ping * 1000:.0f}", "connect_timeout_ms=500")
     gateway, worker = scene.gateway("python", *options), scene.worker("go", *options)
     old_gateway, old_worker = connect("", "lanes=false", *options), connect("", "lanes=false", *options)
@@ -147,7 +147,7 @@ def stands_still_until_lost(
     with stopped(server):
         for end in [old_gateway, old_worker]:
             end.wait(event="DISCONNECTED", patience=most)
-        # The first of them may have been on its way, and the third interval is when the second is missed.
+        # The first PING may have been sent before, and the second is missed in the third interval.
         within(ping, 3 * ping + 1, since)
         assert old_gateway.wait(event="ERROR")["status"] == "DISCONNECTED"
         assert old_worker.wait(event="STOPPED")["status"] == "DISCONNECTED"
@@ -161,7 +161,7 @@ def stands_still_until_lost(
 
 
 def test_it_stands_still_for_longer_than_three_beats(server: Server, scene: Scene) -> None:
-    """Nobody can know that it is not the other end: streams end, as documented; then all is well again."""
+    """Neither end can tell this from a dead peer: streams end, as documented; afterwards new streams work."""
     options = ("heartbeat_ms=300",)
     gateway, worker = scene.gateway("c", *options), scene.worker("asyncio", *options)
     gateway.request("svc", "ann")
@@ -185,12 +185,12 @@ def test_closing_while_it_stands_still(server: Server, connect: Connect) -> None
         within(0.25, 2, since)
 
 
-# It leaves, and comes late -------------------------------------------------------------------------------------------
+# A lame duck, and a late server ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["signal", "command"])
 def test_lame_duck(server: Server, scene: Scene, connect: Connect, tmp_path: Path, how: str) -> None:
-    """It says goodbye, takes nobody any longer, and closes one connection a second: so one end is away for longer."""
+    """It announces its end, accepts no connections, and closes one a second: so one end is away for longer."""
     settings = tmp_path / "server.conf"
     settings.write_text("lame_duck_grace_period: 100ms\nlame_duck_duration: 30s\n")
     server.kill()
@@ -221,7 +221,7 @@ def test_it_is_started_after_the_processes(server: Server, scene: Scene, connect
     since = time.monotonic()
     gateway, worker = scene.gateway(language, *options), scene.worker(language, *options)
     watching = connect("", *options)
-    # It does not wait; connecting to nobody without the option fails at once.
+    # Connecting does not wait; without the option it would fail at once.
     assert watching.ask("request 1 svc early x")["status"] == "DISCONNECTED"
     within(0, 10, since)
     assert watching.take(event="CONNECTED") is None

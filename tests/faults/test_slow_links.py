@@ -1,4 +1,4 @@
-"""Long and slow links: nothing is sent twice without a loss, no connection is cut, every stream arrives whole."""
+"""Long and slow links: nothing is sent twice without a loss, no connection is cut, every stream arrives complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE = 55.0
 
 
 class Bulk:
-    """A gateway behind a link, and workers beside the server."""
+    """A gateway behind a link, and workers next to the server."""
 
     def __init__(self, server: Server, link: Link, workers: int, stack: ExitStack, *options: str) -> None:
         self.link = link
@@ -29,7 +29,7 @@ class Bulk:
         self.workers = workers
 
     def carry(self, count: int, size: int) -> float:
-        """So many messages from each worker; how many bytes passed the link for each of theirs."""
+        """Streams `count` messages from each worker; returns the bytes that passed the link per byte of payload."""
         before = self.link.to_client
         for number in range(self.workers):
             self.gateway.tell(f"svc{number} client{number} {count} {size}")
@@ -53,7 +53,7 @@ def test_a_long_round_trip(server: Server, stack: ExitStack, delay: float, count
 
 
 def test_a_long_round_trip_is_no_silence(server: Server, stack: ExitStack) -> None:
-    """Three heartbeats are shorter than an answer takes."""
+    """Three heartbeats are shorter than a round trip."""
     bulk = Bulk(server, Link(server.port, 0.6), 1, stack, "heartbeat_ms=300")
     assert bulk.carry(1000, 1000) < 1.1
 

@@ -1,4 +1,4 @@
-"""The README's programs run as they stand there, but for the server's address."""
+"""The README's programs run as printed, except for the server's address."""
 
 import asyncio
 import os
@@ -25,7 +25,7 @@ def url(tmp_path):
     server = subprocess.Popen([binary, "-a", "127.0.0.1", "-p", "-1"], stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     for line in server.stderr:
         if "Listening for client connections on" in line:
-            # What it still has to say must not block it.
+            # Keep reading its log: a full pipe would block it.
             threading.Thread(target=server.stderr.read, daemon=True).start()
             yield f"nats://{line.split()[-1]}"
             break
@@ -80,7 +80,7 @@ def worker(request, url):
 
 
 async def first_message(url):
-    """Asks until the worker serves: it says nothing when it does."""
+    """Requests until the worker serves: it prints nothing when it is ready."""
     connection = await nats.connect(url)
     inbox = connection.new_inbox()
     subscription = await connection.subscribe(inbox)

@@ -1,4 +1,4 @@
-"""A nats-server, our library in a process of its own (shell), and a peer that knows nothing of it (raw)."""
+"""A nats-server, our library in its own process (shell), and a peer that uses none of our code (raw)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lane messages as docs/wire.md tells them, encoded and decoded without any of our code."""
+"""Lane messages as docs/wire.md describes them, encoded and decoded without any of our code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PING, PONG, GAP, RESET, NEW = 1, 2, 4, 8, 16
 ACCEPT, DATA, END, ERROR, CANCEL, CREDIT = range(1, 7)
 HEADER = 30
 OVERHEAD = 64
-"""What each message counts in its stream's window in addition to its bytes."""
+"""What each message counts in its stream's window, in addition to its bytes."""
 
 
 class Frame(NamedTuple):
@@ -29,7 +29,7 @@ class LaneMessage(NamedTuple):
     server: int = 0
 
     def plain(self) -> LaneMessage:
-        """Without the numbers of PING and PONG, and without the server."""
+        """A lane message without the numbers of PING and PONG, and without the server."""
         return self._replace(ping=0, pong=0, server=0)
 
 
@@ -60,7 +60,7 @@ def encode_number(number: int) -> bytes:
 
 
 def decode(payload: bytes) -> LaneMessage:
-    """Strict: whatever the document does not allow is a ValueError."""
+    """Decodes strictly: anything the document does not allow is a ValueError."""
     if len(payload) < HEADER:
         raise ValueError(f"{len(payload)} bytes are no header")
     version, flags, sequence, ack, ping, pong, server = struct.unpack_from("<BBQQIII", payload)
@@ -80,7 +80,7 @@ def decode(payload: bytes) -> LaneMessage:
 
 
 def decode_number(payload: bytes, at: int) -> tuple[int, int]:
-    """The number that begins there, and where it ends."""
+    """Returns the number that begins at this place, and the place after it."""
     number = 0
     for shift in range(0, 35, 7):
         if at >= len(payload):

@@ -1,4 +1,4 @@
-"""The ends of lanes, by hand: a gateway and a worker that know docs/wire.md and nothing of our code."""
+"""Ends of lanes, driven by hand: a gateway and a worker that follow docs/wire.md and use none of our code."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import NamedTuple
 from lane_codec import ACCEPT, GAP, NEW, PING, PONG, RESET, Frame, LaneMessage, accept, decode, encode, from_u64
 from raw import Message, RawPeer, Subscription, pub
 
-# The subjects of our ends.
+# The subjects of the library's ends.
 OWN = re.compile(rb"_INBOX\.[0-9a-f]{32}\.lane\.[0-9a-f]{32}")
 OWN_GATEWAY = re.compile(OWN.pattern + rb"-[0-9]+")
 OFFER = re.compile(rb"Presence-Lane: (\S+) (\S+) ([0-9a-f]{16}) ([0-9]+)\r\n")
 
 
 class Ended(Exception):
-    """The other end says that the lane is over."""
+    """The other end has sent RESET."""
 
 
 class LaneEnd:
-    """An end that does what it should, message by message, when it is told to.
+    """An end of a lane that sends what the test tells it to.
 
-    Acknowledges what it takes, at once, and answers PINGs while it waits.
+    It acknowledges what it takes at once, and answers PINGs while it waits.
     """
 
     def __init__(self, raw: RawPeer, own: str, inbox: Subscription, peer: str, *, serves: bool) -> None:
@@ -33,14 +33,14 @@ class LaneEnd:
         self.acked = 0
         self.received = 0
         self.frames: deque[Frame] = deque()
-        """Came, and were not taken yet."""
+        """Messages that arrived and were not taken yet."""
         self.answers_pings = True
         self.acknowledges = True
         self.pings = 0
-        """The number of our last PING, and of theirs."""
+        """The numbers of the last PING that we sent, and of the last that we received."""
         self.asked = 1
         self.server = 0
-        """Where we say that we are."""
+        """The subject that we give as ours."""
 
     def send(self, *frames: Frame, flags: int = 0) -> LaneMessage:
         """The next message."""
@@ -48,7 +48,7 @@ class LaneEnd:
         return self.post(LaneMessage(flags, self.sent, self.received, frames))
 
     def say(self, flags: int = 0, *, ack: int | None = None) -> None:
-        """A message without frames."""
+        """Sends a message without frames."""
         self.post(LaneMessage(flags, self.sent, self.received if ack is None else ack))
 
     def post(self, message: LaneMessage, *, reply: str | None = None) -> LaneMessage:
@@ -64,17 +64,17 @@ class LaneEnd:
         return message
 
     def receive(self) -> LaneMessage:
-        """The next message; what is in its header for PINGs and about servers is noted and taken out."""
+        """The next message, without the header's fields about PINGs and servers, which are recorded."""
         message = self.inbox.next()
         while message.header.startswith(b"NATS/1.0 503"):
-            # It is not there at the moment.
+            # A 503: the other end is not there at the moment.
             message = self.inbox.next()
         assert not message.header, message
         if self.serves:
-            # A lane of the gateway's has a number; where it knows of none, the offer itself answers.
+            # A gateway's lane has a number; for a lane that it does not know, the offer itself answers.
             assert message.reply.decode().split("-")[0] == self.peer, message
         elif not self.peer:
-            # The worker's end shows itself.
+            # The worker's first message shows its subject.
             self.peer = message.reply.decode()
         else:
             assert message.reply.decode() == self.peer
@@ -85,7 +85,7 @@ class LaneEnd:
         return decoded.plain()
 
     def hear(self) -> LaneMessage:
-        """The next message that says more than what came: acknowledgements are repeated while streams run."""
+        """The next message with something new: acknowledgements are repeated while streams run."""
         while True:
             message = self.receive()
             if message.flags or message.frames:
@@ -114,7 +114,7 @@ class LaneEnd:
         return frame
 
     def ask(self) -> LaneMessage:
-        """Waits for the answer to a PING: all that was sent before it has been dealt with."""
+        """Waits for the answer to a PING: everything sent before has been processed."""
         self.say(PING)
         while True:
             message = self.receive()
@@ -131,7 +131,7 @@ class LaneEnd:
             self.apply(message)
 
     def wait_for_end(self) -> None:
-        """Takes what comes, until the other end says that it is over."""
+        """Takes messages until the other end sends RESET."""
         try:
             while True:
                 self.apply(self.receive())
@@ -140,17 +140,17 @@ class LaneEnd:
 
 
 class GatewayByHand:
-    """Offers lanes to workers of ours."""
+    """Offers lanes to the library's workers."""
 
     def __init__(self, raw: RawPeer) -> None:
         self.raw = raw
         self.offer = f"_INBOX.{secrets.token_hex(16)}.lane.{secrets.token_hex(16)}"
         self.inbox = raw.subscribe(self.offer)
         self.behind = raw.subscribe(f"{self.offer}-1")
-        """What comes to the end's own name: 503s, and answers about a lane that is not known any longer."""
+        """Messages to the end's own subject: 503s, and answers about unknown lanes."""
 
     def request(self, subject: str, client: str, *, key: int, window: int = 65536, offer: str = "") -> Subscription:
-        """Requests a stream; gives what comes to the request's own inbox, on level 0."""
+        """Requests a stream; returns the subscription to the request's own inbox, for level 0."""
         offer = offer or f"1 {self.offer} {key:016x} {window}"
         reply, answers = self.raw.inbox()
         header = f"Connect-ID: {client}\r\nPresence-Lane: {offer}\r\n"
@@ -158,12 +158,12 @@ class GatewayByHand:
         return answers
 
     def lane(self) -> LaneEnd:
-        """This end of the lane whose first message comes next."""
+        """This end of the lane whose first message arrives next."""
         return LaneEnd(self.raw, f"{self.offer}-1", self.inbox, "", serves=False)
 
 
 class Asked(NamedTuple):
-    """A request of a gateway of ours, with what it offers."""
+    """A request of one of the library's gateways, with its offer."""
 
     message: Message
     version: str
@@ -177,7 +177,7 @@ class Asked(NamedTuple):
 
 
 class WorkerByHand:
-    """Serves a subject for gateways of ours."""
+    """Serves a subject for the library's gateways."""
 
     _numbers = itertools.count(1)
 
@@ -193,12 +193,12 @@ class WorkerByHand:
         return Asked(message, version, offer, int(key, 16), int(window))
 
     def lane(self, asked: Asked, own: str = "") -> LaneEnd:
-        """This end of a new lane to who asked."""
+        """This end of a new lane to the gateway that requested."""
         own = own or f"_INBOX.by.hand.{next(self._numbers)}"
         return LaneEnd(self.raw, own, self.raw.subscribe(own), asked.offer, serves=True)
 
     def accept(self) -> LaneEnd:
-        """Accepts the next request, as stream 1 of a lane of its own."""
+        """Accepts the next request, as stream 1 of a new lane."""
         asked = self.next()
         lane = self.lane(asked)
         lane.send(accept(1, asked.key))
@@ -206,14 +206,14 @@ class WorkerByHand:
 
 
 def take_accept(lane: LaneEnd, key: int) -> int:
-    """The stream that our worker has accepted for this key."""
+    """The stream that the worker accepted for this key."""
     frame = lane.take(ACCEPT)
     assert from_u64(frame.body) == key
     return frame.stream
 
 
 def no_responders(subject: str) -> bytes:
-    """What nats-server sends where nobody is, when somebody else sends it."""
+    """The 503 that nats-server sends for an absent subscriber, forged."""
     block = b"NATS/1.0 503\r\n\r\n"
     return b"HPUB %s %d %d\r\n%s\r\n" % (subject.encode(), len(block), len(block), block)
 

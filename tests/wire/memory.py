@@ -1,4 +1,4 @@
-"""What a process occupies."""
+"""The memory of a process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from harness import Program
 
 
 def resident(program: Program) -> int:
-    """Bytes of its memory that are in RAM."""
+    """Resident bytes of a process."""
     pages = Path(f"/proc/{program.process.pid}/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")

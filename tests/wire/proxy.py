@@ -1,4 +1,4 @@
-"""A TCP proxy before nats-server: what a client sends can be seen, lost on the way; the connection cut, reset, slow."""
+"""A TCP proxy in front of nats-server: it records or loses clients' data, and cuts, resets or slows connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import suppress
 
 
 class Proxy:
-    """Listens on a port of its own, as long as the process lives."""
+    """Listens on its own port until the process ends."""
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
@@ -23,13 +23,13 @@ class Proxy:
         self._mark = b""
         self._cuts_at_mark = False
         self.sent = b""
-        """All that clients sent."""
+        """Everything that clients sent."""
         self.swallowed = threading.Event()
-        """The mark has passed; what clients send is lost."""
+        """Set when the mark has passed and clients' data is being lost."""
         self.delay = 0.0
-        """Seconds that everything comes later."""
+        """The delay of all data, in seconds."""
         self.piece = 65536
-        """How many bytes go on together at most."""
+        """The most bytes that are forwarded together."""
         self._passes = {"to server": threading.Event(), "to client": threading.Event()}
         for direction in self._passes.values():
             direction.set()
@@ -38,17 +38,17 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def swallow_after(self, mark: bytes) -> None:
-        """What clients send after the next `mark` is lost, until resume. Nobody is told."""
+        """After the next `mark`, loses what clients send, until resume, without breaking a connection."""
         with self._lock:
             self._mark, self._cuts_at_mark = mark, False
 
     def cut_after(self, mark: bytes) -> None:
-        """As cut, at the moment when the next `mark` has passed in one direction or the other."""
+        """Like cut, as soon as the next `mark` has passed in either direction."""
         with self._lock:
             self._mark, self._cuts_at_mark = mark, True
 
     def cut(self) -> None:
-        """Ends all connections, and takes none until resume."""
+        """Ends all connections, and accepts none until resume."""
         with self._lock:
             self._cut()
 
@@ -59,16 +59,16 @@ class Proxy:
             self.swallowed.clear()
 
     def hold(self, direction: str) -> None:
-        """Nothing goes on "to server", or "to client", until let_go, as in a network that loses every packet."""
+        """Forwards nothing "to server", or "to client", until let_go, like a network that loses every packet."""
         self._passes[direction].clear()
 
     def let_go(self) -> None:
-        """What was held goes on; it is not lost: TCP sends lost packets again."""
+        """Forwards what was held: TCP retransmits lost packets."""
         for direction in self._passes.values():
             direction.set()
 
     def reset_after(self, count: int) -> None:
-        """Resets (RST) all connections when so many bytes more have gone on, in both directions together."""
+        """Resets (RST) all connections after this many more bytes, in both directions together."""
         with self._lock:
             self._resets_after = count
 
@@ -78,7 +78,7 @@ class Proxy:
     def _reset(self) -> None:
         for end in self._sockets:
             with suppress(OSError):
-                # No lingering: what is closed is reset. The other thread's recv must end, too.
+                # SO_LINGER 0 makes close send RST; shutdown ends the other thread's recv.
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 end.shutdown(socket.SHUT_RD)
                 end.close()
@@ -136,7 +136,7 @@ class Proxy:
                         self._mark = b""
                         data = data[:passing]
                         if not is_cut:
-                            # First: whoever has waited for it may cut the connection at once.
+                            # First: a waiting test may cut the connection at once.
                             target.sendall(data)
                             self.swallowed.set()
                             continue
@@ -149,27 +149,27 @@ class Proxy:
 
 
 def up_to(mark: bytes, before: bytes, data: bytes) -> int | None:
-    """How much of `data` comes up to the end of `mark`, which may have begun in what came before; None: all."""
+    """The number of bytes of `data` up to the end of `mark`, which may have begun in earlier data; None: all of it."""
     found = (before + data).find(mark) if mark else -1
     return None if found < 0 else found + len(mark) - len(before)
 
 
 Waiting = queue.Queue[tuple[float, bytes]]
-"""What passes a link, and when it may go on."""
+"""Data on a link, and when it may be forwarded."""
 
 
 class Link:
-    """A TCP proxy that is a long or a slow link: all that passes is delayed, and no more than a rate passes."""
+    """A TCP proxy that is a long or slow link: all data is delayed, and at most `rate` bytes a second pass."""
 
     def __init__(self, server_port: int, delay: float = 0.0, rate: float = 0.0) -> None:
         self._server_port = server_port
         self.delay = delay
         """Seconds, in each direction."""
         self.rate = rate
-        """Bytes a second in each direction; 0: any number."""
+        """Bytes a second in each direction; 0: unlimited."""
         self.to_client = 0
         self.to_server = 0
-        """How many bytes have passed."""
+        """Bytes that have passed."""
         self._sockets: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -179,11 +179,11 @@ class Link:
 
     @property
     def connections(self) -> int:
-        """How many there were."""
+        """The number of connections so far."""
         return len(self._sockets)
 
     def reset(self) -> None:
-        """Resets (RST) all connections; others can be made at once."""
+        """Resets (RST) all connections; new ones are accepted at once."""
         for pair in self._sockets:
             for end in pair:
                 with suppress(OSError):
@@ -198,7 +198,7 @@ class Link:
             for end in [client, server]:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self.rate:
-                    # The queue is to be in nats-server, and not in the kernel.
+                    # Small socket buffers: the queue must build up in nats-server, not in the kernel.
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
                     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
             server.connect(("127.0.0.1", self._server_port))
@@ -243,14 +243,14 @@ class Link:
 
 
 class _Way:
-    """One direction of a link, which all its connections share."""
+    """One direction of a link, shared by all its connections."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free_at = 0.0
 
     def pass_after(self, seconds: float) -> float:
-        """When something that takes so long has passed."""
+        """The time at which data that takes this long has passed."""
         with self._lock:
             self._free_at = max(self._free_at, time.monotonic()) + seconds
             return self._free_at

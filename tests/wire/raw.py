@@ -1,4 +1,4 @@
-"""A NATS peer that is nothing but a TCP socket: what it sends and gets is on the wire, byte for byte."""
+"""A NATS peer on a plain TCP socket: it sends and receives exact bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Message(NamedTuple):
     subject: bytes
     reply: bytes
     header: bytes
-    """From "NATS/1.0" to the empty line; b"" when the message has none."""
+    """From "NATS/1.0" to the empty line; b"" if the message has none."""
     payload: bytes
 
 
 def pub(subject: str, payload: bytes = b"", *, reply: str = "", header: bytes = b"") -> bytes:
-    """A message as it is sent. `header`: lines with CR LF, without the first and the empty one."""
+    """A message in the protocol's form. `header`: lines with CR LF, without the first and the empty one."""
     if not header:
         return b"PUB %s %s %d\r\n%s\r\n" % (subject.encode(), reply.encode(), len(payload), payload)
     block = b"NATS/1.0\r\n" + header + b"\r\n"
@@ -31,7 +31,7 @@ def pub(subject: str, payload: bytes = b"", *, reply: str = "", header: bytes = 
 
 
 class Subscription:
-    """What came to a subject, in order."""
+    """The messages to a subject, in order."""
 
     def __init__(self) -> None:
         self._messages: queue.Queue[Message] = queue.Queue()
@@ -40,14 +40,14 @@ class Subscription:
         self._messages.put(message)
 
     def next(self, patience: float = PATIENCE) -> Message:
-        """Waits for the next message; queue.Empty when there is none in time."""
+        """Waits for the next message; queue.Empty after the timeout."""
         return self._messages.get(timeout=patience)
 
     def payload(self) -> bytes:
         return self.next().payload
 
     def payloads(self) -> list[bytes]:
-        """What came until now and was not taken yet."""
+        """The messages that have arrived and were not taken yet."""
         return [self._messages.get_nowait().payload for _ in range(self._messages.qsize())]
 
 
@@ -66,11 +66,11 @@ class RawPeer:
         self.flush()
 
     def send(self, data: bytes) -> None:
-        """One TCP write."""
+        """Writes to the socket once."""
         self._socket.sendall(data)
 
     def flush(self) -> None:
-        """Waits until the server has dealt with all that was sent. Fails with what it complains of."""
+        """Waits until the server has processed everything sent; fails with the server's error, if any."""
         self.send(b"PING\r\n")
         answer = self._pongs.get(timeout=PATIENCE)
         assert answer == b"PONG", answer
@@ -89,7 +89,7 @@ class RawPeer:
         return subject, self.subscribe(subject)
 
     def request(self, subject: str, client: str, payload: bytes = b"") -> Subscription:
-        """Requests a stream, as level 0 says; gives what comes to its inbox. No client: no header."""
+        """Requests a stream on level 0; returns its inbox. Without a client there is no header."""
         reply, answers = self.inbox()
         header = f"Connect-ID: {client}\r\n".encode() if client else b""
         self.send(pub(subject, payload, reply=reply, header=header))
@@ -124,7 +124,7 @@ class RawPeer:
             self._subscriptions[sid].put(Message(subject, b"".join(reply), body[:split], body[split:]))
 
 
-# What of ours is not the same each time.
+# Parts of the library's messages that differ each time.
 INBOX = re.compile(rb"_INBOX\.[0-9a-f]{32}\.[0-9a-f]{1,16}")
 ORIGIN = re.compile(rb"NATS/1\.0\r\nPresence-Origin: ([0-9a-f]{32}) [0-9]+ [0-9]+( again)?\r\n\r\n")
 LANE = re.compile(rb"Presence-Lane: 1 _INBOX\.[0-9a-f]{32}\.lane\.[0-9a-f]{32} [0-9a-f]{16} 262144")

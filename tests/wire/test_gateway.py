@@ -1,4 +1,4 @@
-"""Our gateway, and a worker that speaks the wire by hand."""
+"""The library's gateway on level 0, and a worker driven by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def gateway(connect: Connect) -> Shell:
 
 @pytest.fixture
 def requests(raw: RawPeer) -> Subscription:
-    """What comes to the worker."""
+    """The requests that arrive at the worker."""
     return raw.subscribe("llm.generate", "workers")
 
 
@@ -25,7 +25,7 @@ def announcements(raw: RawPeer) -> Subscription:
 
 
 def begin(gateway: Shell, requests: Subscription, tag: int, client: str) -> str:
-    """A stream that was requested: the subject that its worker answers to."""
+    """Requests a stream; returns the subject to which its worker answers."""
     gateway.do(f"request {tag} llm.generate {client} hello")
     return requests.next().reply.decode()
 
@@ -38,7 +38,7 @@ def test_the_request_byte_for_byte(connect: Connect, proxy: Proxy, requests: Sub
     message = requests.next()
     assert (message.subject, message.header, message.payload) == (b"llm.generate", block, b"hello")
     assert INBOX.fullmatch(message.reply)
-    # As it left us, before the server dealt with it.
+    # The bytes that the gateway sent, before the server processed them.
     sizes = b"%d %d" % (len(block), len(block) + 5)
     assert b"HPUB llm.generate %s %s\r\n%shello\r\n" % (message.reply, sizes, block) in proxy.sent
 
@@ -136,7 +136,7 @@ def test_what_follows_the_end_is_ignored(gateway: Shell, raw: RawPeer, requests:
     inbox = begin(gateway, requests, 1, "alice")
     follow = [b"late", b"__STREAM_END__", b"__STREAM_ERROR__:late"]
     raw.send(b"".join(pub(inbox, payload) for payload in [last, *follow]))
-    # When another one's end has come, all that was sent before has been dealt with.
+    # When another stream's end has arrived, everything sent before has been processed.
     raw.send(pub(begin(gateway, requests, 2, "bob"), b"__STREAM_END__"))
     gateway.wait(event="END", tag=2)
     assert [event["event"] for event in gateway.events] == ["END" if last == b"__STREAM_END__" else "ERROR"]
@@ -156,7 +156,7 @@ def test_answers_with_headers_and_reply_subjects_are_taken(
 
 def test_nobody_serves_the_subject(gateway: Shell) -> None:
     gateway.do("request 1 nobody.here alice hello")
-    # At once: the server says so, no timeout does.
+    # At once: the server answers, no timeout is needed.
     error = gateway.wait(event="ERROR", patience=1)
     assert error["status"] == "NO_RESPONDERS"
     assert "nobody.here" in error["data"]
@@ -176,7 +176,7 @@ def test_a_503_in_the_middle_does_not_end_the_stream(gateway: Shell, raw: RawPee
 def test_marking_offline_byte_for_byte(connect: Connect, proxy: Proxy, announcements: Subscription) -> None:
     gateway = connect(proxy.url)
     for client in ["alice", "客户端 1", "x" * 1024]:
-        gateway.do(f"offline {client}")  # A client that nobody knows here: others may know it.
+        gateway.do(f"offline {client}")  # A client unknown here: other processes may know it.
         message = announcements.next()
         assert (message.subject, message.reply, message.payload) == (b"client.offline", b"", client.encode())
         assert ORIGIN.fullmatch(message.header)
@@ -211,7 +211,7 @@ def test_marking_offline_ends_the_streams(
     assert announcements.payload() == b"alice"
     raw.send(pub(inbox, b"late") + pub(other, b"x"))
     assert gateway.wait(event="DATA")["tag"] == 2
-    # Once: no further announcement for the stream that it ended.
+    # Announced once, not again for the stream that it ended.
     gateway.do("offline carol")
     assert announcements.payload() == b"carol"
 
@@ -239,7 +239,7 @@ def test_its_own_announcement_coming_back_does_not_end_what_began_since(
     for i in range(1, 101):
         gateway.do("offline alice")
         inbox = begin(gateway, requests, i, "alice")
-        # Of another process, and sent later: when it has been applied, ours has come back.
+        # Another process's, sent later: when it has taken effect, ours has come back.
         assert announcements.payload() == b"alice"
         bob = begin(gateway, requests, 500 + i, "bob")
         raw.send(pub("client.offline", b"bob"))
@@ -349,7 +349,7 @@ def test_what_is_announced_can_be_configured(
     begin(gateway, requests, 1, "with")
     gateway.do("offline without")
     gateway.do("offline with")
-    # When the next request has come, the announcements before it would have.
+    # Any announcement would have arrived before the next request.
     begin(gateway, requests, 2, "another")
     raw.send(pub("client.offline", b"by hand"))
     assert announcements.payload() == expected

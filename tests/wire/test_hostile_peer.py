@@ -1,4 +1,4 @@
-"""A peer that floods: what it says is counted, logged a few times, and kept by nobody; the streams of others go on."""
+"""A peer that floods: its messages are counted, logged at a limited rate, and not kept; others' streams go on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resident(shell: Shell) -> int:
 
 
 class Victim:
-    """A stream that goes on all the while."""
+    """A stream that must go on during the flood."""
 
     def __init__(self, worker: Shell, raw: RawPeer, subject: str) -> None:
         self.worker = worker
@@ -44,7 +44,7 @@ def test_a_flood_of_announcements(connect: Connect, raw: RawPeer) -> None:
             raw.send(b"".join(pub("client.offline", b"stranger %d" % n) for n in range(start, start + 1000)))
             victim.check()
         raw.flush()
-        # What the server has passed on before comes before this.
+        # The server has forwarded everything before this.
         raw.request("svc", f"last {flood}")
         worker.wait(event="REQUEST", client=f"last {flood}")
         assert worker.ask("stats")["offline_in"] == (flood + 1) * FLOOD
@@ -72,7 +72,7 @@ def test_announcements_that_are_none_are_logged_a_few_times(connect: Connect, ra
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Server]:
-    """The worker may not publish below forbidden.; everybody may ask it to."""
+    """The worker may not publish below "forbidden."; everyone may request with such a reply subject."""
     (tmp_path / "server.conf").write_text(
         """
         no_auth_user: stranger
@@ -95,11 +95,11 @@ def test_a_flood_of_requests_that_may_not_be_answered(shell_program: Command, gu
         worker.do(f"connect nats://worker:w@127.0.0.1:{guarded.port} lanes={lanes}")
         worker.do("serve svc workers 1")
         victim = Victim(worker, raw, "svc")
-        # There is room for one stream: each of these is refused at once, where the worker may not publish.
+        # max_streams is 1: each of these is refused at once, to a subject where the worker may not publish.
         for start in range(0, REFUSALS, 100):
             raw.send(b"".join(pub("svc", reply=f"forbidden.{n}") for n in range(start, start + 100)))
             victim.check()
-        # One that may be answered: all before it were dealt with.
+        # This one may be answered: everything before it has been processed.
         assert raw.request("svc", "last").payload() == b"__STREAM_ERROR__:server busy"
         victim.check()
         worker.do(f"end {victim.n}")
@@ -122,7 +122,7 @@ def test_a_forged_offer_takes_lanes_from_nobody_else(shell_program: Command, gua
             offer = f"Presence-Lane: 1 forbidden.inbox.lane.{forged} 0123456789abcdef 65536\r\n".encode()
             raw.send(pub("svc", reply=f"_INBOX.stranger.{forged}", header=offer))
             n = worker.wait(event="REQUEST")["n"]
-            # On a lane at first; the refusal ends it.
+            # The stream is on a lane at first; the refusal ends it.
             assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
         gateway.do(f"connect nats://127.0.0.1:{guarded.port}")
         gateway.do("request 1 svc alice -")

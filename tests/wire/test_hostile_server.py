@@ -1,4 +1,4 @@
-"""A nats-server that is broken, or not one: a status in the configured time, no abort, no large allocation, no hang."""
+"""A broken nats-server, or none at all: a status within the configured time, no abort, no large allocation, no hang."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from harness import PATIENCE, Command
 from memory import resident
 
 MARGIN = 32 << 20
-"""Bytes that a process may have grown by, whatever a server says."""
+"""The most bytes by which a process may grow, whatever a server sends."""
 TIMEOUT = 500
-"""The connect_timeout_ms of all that connect here."""
+"""The connect_timeout_ms of every connection here."""
 LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
@@ -40,7 +40,7 @@ def info(**fields: Any) -> bytes:
 
 
 class Liar:
-    """Says `greeting` to who connects, answers PINGs if it is `alive`, and what it is told to say by `say`."""
+    """Sends `greeting` to each client, answers PINGs if it is `alive`, and sends what the test gives to `say`."""
 
     def __init__(self, greeting: bytes, *, hangs_up: bool = False, alive: bool = True) -> None:
         self.greeting, self.hangs_up, self.alive = greeting, hangs_up, alive
@@ -50,7 +50,7 @@ class Liar:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def say(self, data: bytes) -> None:
-        """To who connected last. Whoever has hung up hears no more of it."""
+        """Sends to the last client; one that has hung up receives nothing."""
         with suppress(OSError):
             self._connections[-1].sendall(data)
 
@@ -94,7 +94,7 @@ def shell(shell_program: Command) -> Iterator[Shell]:
 
 
 def closes(shell: Shell) -> None:
-    """At once, with whatever status."""
+    """Fails at once, with any status."""
     begun = time.monotonic()
     shell.ask("close 100")
     assert time.monotonic() - begun < LATER
@@ -103,7 +103,7 @@ def closes(shell: Shell) -> None:
 HUGE = 8 << 20
 
 GREETINGS: dict[str, tuple[bytes, bool]] = {
-    # What it says, and whether it hangs up then.
+    # What the server sends, and whether it hangs up then.
     "nothing": (b"", False),
     "nothing, and hangs up": (b"", True),
     "INFO is cut off": (info()[:40], False),
@@ -147,7 +147,7 @@ def test_who_greets_like_this_is_no_server(shell: Shell, liars: ExitStack, greet
 
 
 def test_a_server_that_takes_nobody_is_not_waited_for(shell: Shell) -> None:
-    """Its backlog is full: the handshake of TCP itself is not answered."""
+    """Its backlog is full: even TCP's handshake is not answered."""
     with socket.socket() as listener, ExitStack() as others:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -199,7 +199,7 @@ def test_who_says_this_is_left(shell: Shell, liars: ExitStack, last: bytes) -> N
     before = resident(shell)
     liar.say(last)
     assert shell.wait(event="DISCONNECTED")["status"] == "DISCONNECTED"
-    # It goes on with a connection that is well.
+    # It goes on with a working connection.
     shell.wait(event="CONNECTED")
     assert resident(shell) - before < MARGIN
     closes(shell)
@@ -223,7 +223,7 @@ COMPLAINTS = [
 
 
 def test_complaints_of_all_kinds(shell: Shell, liars: ExitStack) -> None:
-    """Told, a few of them; and nothing that is not said of our own."""
+    """The first few are reported, and nothing that is not about our own subjects."""
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port}")
@@ -269,7 +269,7 @@ def test_who_says_this_is_borne(shell: Shell, liars: ExitStack, said: bytes) -> 
 
 
 def test_what_no_server_confirms_is_over_in_time(shell: Shell, liars: ExitStack) -> None:
-    """It takes everything and answers nothing but PINGs."""
+    """It accepts everything and answers nothing but PINGs."""
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port} connect_timeout_ms={TIMEOUT}")
@@ -296,7 +296,7 @@ def test_who_falls_silent_is_lost_in_two_pings(shell: Shell, liars: ExitStack) -
 
 
 def test_no_attempt_is_kept_that_failed(shell: Shell, liars: ExitStack) -> None:
-    """Garbage to each of many attempts: they become rare, the log is bounded, and so is the memory."""
+    """It sends garbage to each attempt: attempts become rare, and log and memory stay bounded."""
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port} reconnect_min_ms=1 reconnect_max_ms=20 connect_timeout_ms=100")

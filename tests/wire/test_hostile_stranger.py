@@ -1,5 +1,5 @@
-"""Strangers who know every subject, and say anything there: the streams of others, on lanes and on level 0, come
-complete and in order, and the memory of who is lied to stays as it was."""
+"""Strangers who know every subject and publish anything there: others' streams, on lanes and on level 0, arrive
+complete and in order, and their processes' memory does not grow."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "faults"))
 from scene import Gateway, Scene
 
 MARGIN = 16 << 20
-"""Bytes that a process may have grown by."""
+"""The most bytes by which a process may grow."""
 LOGS = 40
-"""Events that a flood may have caused: 16 at once, then one a second."""
+"""The most LOG events of a flood: 16 at once, then one a second."""
 
 
 class Victims:
-    """Two clients' endless streams, ann's on a lane and bob's on level 0; and what a stranger has overheard of them."""
+    """Endless streams of two clients, ann's on a lane and bob's on level 0, and subjects that a stranger overheard."""
 
     def __init__(self, scene: Scene, raw: RawPeer) -> None:
         self.worker = scene.worker("c")
@@ -46,11 +46,11 @@ class Victims:
             gateway.request("svc", client)
         asked = [requests.next(), requests.next()]
         offers = [re.search(rb"Presence-Lane: 1 (\S+)", message.header) for message in asked]
-        # The inbox that ann's gateway offered; the one that bob's gateway waits at.
+        # The inbox that ann's gateway offered, and the reply inbox of bob's gateway.
         self.offer = next(offer[1] for offer in offers if offer).decode()
         self.inbox = next(message.reply for message, offer in zip(asked, offers) if not offer).decode()
         spy = RawPeer(raw.port)
-        # The worker's end of the lane, which names itself in what it sends.
+        # The worker's end of the lane, which gives its subject in its messages.
         self.end = spy.subscribe(self.offer).next().reply.decode()
         spy.close()
         self.go_on()
@@ -61,7 +61,7 @@ class Victims:
             gateway.all_go_on(client)
 
     def finish(self) -> None:
-        """All that was sent has come, and nobody has grown."""
+        """Checks that everything sent has arrived, and that no process has grown."""
         self.go_on()
         grown = [now - before for now, before in zip(self._resident(), self._before)]
         assert max(grown) < MARGIN, grown
@@ -83,8 +83,8 @@ def victims(server: Server, raw: RawPeer) -> Iterator[Victims]:
 
 
 def names(victims: Victims) -> list[str]:
-    """Whom a stranger says that he is: nobody, nobody who may be, himself, others. (Not the lane's other end: who knows
-    that, and may publish there, is that end.)"""
+    """Reply subjects of a stranger: none, forbidden ones, its own, others'. (Not the lane's other end: whoever knows that
+    subject and may publish there is that end.)"""
     return [
         "",
         "client.offline",
@@ -101,7 +101,7 @@ def names(victims: Victims) -> list[str]:
 
 
 def lie(dice: random.Random) -> bytes:
-    """Bytes of any kind, or what looks like a lane message, with numbers near their limits."""
+    """Random bytes, or something like a lane message, with numbers near their limits."""
     numbers = [0, 1, 2, 127, 128, 1 << 31, (1 << 32) - 1]
     large = [0, 1, 2, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
     if dice.random() < 0.3:
@@ -126,7 +126,7 @@ def lie(dice: random.Random) -> bytes:
 
 def overwhelm(victims: Victims, raw: RawPeer, count: int) -> None:
     dice = random.Random(7)
-    # A number that nobody waits at, in the inbox of bob's gateway.
+    # An unused number in the inbox of bob's gateway.
     nowhere = victims.inbox.rsplit(".", 1)[0] + ".fffffff"
     where = [victims.offer, victims.offer + "-1", victims.offer + "-9", victims.end, victims.end + "-1", nowhere]
     others = names(victims)
@@ -164,8 +164,8 @@ def test_a_million_forged_announcements(victims: Victims, raw: RawPeer) -> None:
 
 
 def test_the_ids_of_others(connect: Connect, raw: RawPeer) -> None:
-    """A stranger asks in the name of somebody's client, cancels "for it is offline", and breaks his lane: his own
-    streams stop."""
+    """A stranger requests in the name of another's client, cancels because "the client is offline", and breaks its
+    lane: only its own streams stop."""
     worker, gateway = connect(), connect()
     worker.do("serve svc workers 0")
     gateway.do("request 1 svc ann hello")
@@ -190,7 +190,7 @@ def test_the_ids_of_others(connect: Connect, raw: RawPeer) -> None:
 
 
 def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
-    """Replies and offers that name the service itself, others' lanes, and what nobody may answer to."""
+    """Reply subjects and offers that name the service itself, others' lanes, and forbidden subjects."""
     worker = connect()
     worker.do("serve svc workers 10")
     victim = Victim(worker, raw, "svc")
@@ -216,12 +216,12 @@ def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
         raw.send(pub("svc", dice.randbytes(20), reply=dice.choice(subjects), header=header))
         if done % 100 == 0:
             victim.check()
-            # There is room for others again.
+            # Free them, so that there is capacity for others.
             while request := worker.take(event="REQUEST"):
                 worker.do(f"free {request['n']}")
     raw.flush()
     victim.check()
-    # His own gateway was offered to others in his name: it hears of streams that it did not ask for, and goes on.
+    # Its own gateway was offered to others in its name: it receives streams that it did not request, and goes on.
     worker.do(f"send {n} still here")
     while lane.take() != data(stream, b"still here"):
         pass
@@ -236,7 +236,7 @@ def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
 def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
     tmp_path: Path, shell_program: Command
 ) -> None:
-    """A false worker names an end at which the gateway may not publish: other workers go on on lanes."""
+    """A false worker gives a subject at which the gateway may not publish: other workers stay on lanes."""
     (tmp_path / "server.conf").write_text(
         """
         no_auth_user: stranger
@@ -262,7 +262,7 @@ def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
         liar.send(accept(1, asked.key), data(1, b"y"))
         assert gateway.wait(event="ERROR", tag=2)["status"] == "PEER_GONE"
         gateway.do("request 3 honest cho hello")
-        # It has a key and an offer.
+        # The request has a key and an offer.
         asked = honest.next()
         lane.send(accept(2, asked.key), end(2), end(1))
         gateway.wait(event="END", tag=3)
@@ -272,7 +272,7 @@ def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
 
 
 def storm(raw: RawPeer, malformed: list[bytes], seconds: float) -> float:
-    """A hundred malformed messages a second, so long; gives the time of the last."""
+    """Sends a hundred malformed messages a second for this long; returns the time of the last."""
     begun = time.monotonic()
     for message in itertools.cycle(malformed):
         raw.send(message)
@@ -284,7 +284,7 @@ def storm(raw: RawPeer, malformed: list[bytes], seconds: float) -> float:
 
 
 def assert_little_was_told(program: Shell) -> None:
-    """It backs off: by far not each of them was the end of a connection."""
+    """It backs off: far fewer connections than messages were lost."""
     connects = program.ask("stats")["connects"]
     assert 1 < connects < 60, connects
     told = [event for event in program.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
@@ -310,12 +310,12 @@ def test_malformed_a_hundred_times_a_second_at_a_gateway(connect: Connect, raw: 
     requests = raw.subscribe("llm.generate")
     gateway = connect()
     gateway.do("listen")
-    tags = itertools.cycle(range(1, 1000))  # as many as the shell tells apart
+    tags = itertools.cycle(range(1, 1000))  # the shell has room for tags below 1000
     asked = ask(gateway, requests, next(tags))
     assert asked
     offer = re.search(rb"Presence-Lane: 1 (\S+)", asked.header)
     assert offer
-    # To where answers come, to where lanes do, and to what it listens to.
+    # Sent to its inbox, to its lanes, and to the announcements that it listens to.
     malformed = []
     for kind in [*LONE_CRS, *MALFORMED.values()]:
         for subject in [asked.reply, offer[1]]:
@@ -331,29 +331,29 @@ def test_malformed_a_hundred_times_a_second_at_a_gateway(connect: Connect, raw: 
 
 
 def readdressed(malformed: bytes, inbox: bytes, name: bytes) -> bytes:
-    """What is malformed for a worker, sent to a gateway; announcements stay what they are."""
+    """Turns a message that is malformed for a worker into one for a gateway; announcements stay the same."""
     command, subject, rest = malformed.split(b" ", 2)
     if subject != b"client.offline":
-        # The last token may be what is malformed.
+        # The last token may be the malformed part.
         subject = inbox + b"." + subject.removeprefix(b"svc.").replace(b"generate", name)
     return b" ".join([command, subject, rest])
 
 
 def ask(gateway: Shell, requests: Subscription, tag: int) -> Message | None:
-    """Requests a stream; None where the request is lost with its connection."""
+    """Requests a stream; None if the request is lost with its connection."""
     if gateway.ask(f"request {tag} llm.generate probe {tag}")["status"] == "DISCONNECTED":
         return None
     with contextlib.suppress(queue.Empty):
         while True:
             asked = requests.next(patience=0.05)
-            # Not an earlier one's.
+            # Skip those of earlier requests.
             if asked.payload == b"%d" % tag:
                 return asked
     return None
 
 
 def is_streaming(gateway: Shell, requests: Subscription, raw: RawPeer, tag: int) -> bool:
-    """Whether a stream runs from its beginning to its end."""
+    """True if a stream runs from beginning to end."""
     asked = ask(gateway, requests, tag)
     if not asked:
         return False

@@ -1,4 +1,4 @@
-"""A JetStream stream that captures requests, as an audit does, acknowledges each of them at its reply subject."""
+"""A JetStream stream that captures requests, like an audit, acknowledges each of them at its reply subject."""
 
 from __future__ import annotations
 

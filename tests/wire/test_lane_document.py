@@ -1,4 +1,4 @@
-"""docs/wire.md tells the truth: its examples are what our ends send, and what they understand."""
+"""docs/wire.md is true: its examples are what the library sends, and what it understands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def from_hex(text: str) -> bytes:
 
 
 def plain(payload: bytes) -> LaneMessage:
-    """A message without what stands in its header about PINGs and servers."""
+    """A message without the header's fields about PINGs and servers."""
     return decode(payload).plain()
 
 
@@ -29,7 +29,7 @@ EXAMPLES = {name: from_hex(text) for name, text in re.findall(r"```hex (\w+)\n(.
 
 
 def next_of(lane: LaneEnd, example: str) -> LaneMessage:
-    """The lane's next message, as it came; acknowledgements that go alone, and PINGs, come whenever they do."""
+    """The lane's next message as it arrived, but no acknowledgement or PING without frames: they come at any time."""
     wanted = decode(EXAMPLES[example])
     while True:
         message = lane.receive()
@@ -93,7 +93,7 @@ def test_what_our_worker_sends(connect: Connect, raw: RawPeer) -> None:
         if n == 2:
             worker.do("error 2 no such model")
             assert next_of(lane, "error") == plain(EXAMPLES["error"])
-    # Its number 2 is lost.
+    # Message number 2 is lost.
     lane.post(LaneMessage(0, 3, 7, (credit(3, 1),)))
     assert next_of(lane, "gap") == plain(EXAMPLES["gap"])
     raw_send(lane, "cancel")
@@ -103,7 +103,7 @@ def test_what_our_worker_sends(connect: Connect, raw: RawPeer) -> None:
 
 
 def raw_send(lane: LaneEnd, example: str) -> int:
-    """Sends an example as it stands there; returns its number."""
+    """Sends an example exactly as documented; returns its number."""
     lane.raw.send(pub(lane.peer, EXAMPLES[example], reply=lane.own))
     lane.sent = decode(EXAMPLES[example]).sequence
     return lane.sent
@@ -114,7 +114,7 @@ def test_what_our_gateway_sends(connect: Connect, raw: RawPeer) -> None:
     worker = WorkerByHand(raw, "llm.generate")
     lane = begin(gateway, worker)
     assert lane.receive() == plain(EXAMPLES["ack"])
-    lane.acked = 1  # It is not new any longer.
+    lane.acked = 1  # NEW is no longer set.
     raw_send(lane, "data")
     assert gateway.wait(event="DATA")["data"] == "hello"
     lane.answers_pings = lane.acknowledges = False
@@ -139,7 +139,7 @@ def test_what_our_gateway_sends(connect: Connect, raw: RawPeer) -> None:
 
 
 def begin(gateway: Shell, worker: WorkerByHand) -> LaneEnd:
-    """The example's request, accepted."""
+    """Accepts the example's request."""
     gateway.do("option stream_buffer_bytes 65536")
     gateway.do("request 1 llm.generate alice hello")
     asked = worker.next()

@@ -1,4 +1,4 @@
-"""Our gateway, and a worker that speaks lanes by hand."""
+"""The library's gateway, and a worker that speaks lanes, driven by hand."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def ask(gateway: Shell, worker: WorkerByHand, tag: int, client: str = "alice") -
 
 
 def begin(gateway: Shell, worker: WorkerByHand, tag: int, client: str = "alice") -> LaneEnd:
-    """A stream that has begun, as stream 1 of a lane of its own."""
+    """Starts a stream, as stream 1 of a new lane."""
     gateway.do(f"request {tag} llm.generate {client} hello")
     return worker.accept()
 
 
 def go_on(gateway: Shell, worker: WorkerByHand, lane: LaneEnd, tag: int, stream: int) -> None:
-    """A further stream of the lane."""
+    """Starts a further stream of the lane."""
     lane.send(accept(stream, ask(gateway, worker, tag).key))
 
 
 def assert_goes_on(gateway: Shell, lane: LaneEnd, tag: int, stream: int = 1) -> None:
-    """The stream carries a message to its end."""
+    """Checks that the stream carries a message, and ends it."""
     lane.send(data(stream, b"still here"), end(stream))
     assert gateway.wait(tag=tag)["data"] == "still here"
     assert gateway.wait(tag=tag)["event"] == "END"
@@ -99,7 +99,7 @@ def test_windows_shrink_when_they_add_up_to_the_receive_buffer(connect: Connect,
     assert [ask(gateway, worker, tag).window for tag in [1, 2]] == [262144, 8192]
     gateway.do("option stream_buffer_bytes 1000")
     assert ask(gateway, worker, 3).window == 1000
-    # What was freed takes no part of it any longer.
+    # Freed streams take no share of it.
     gateway.do("drop 1")
     gateway.do("option stream_buffer_bytes 262144")
     assert ask(gateway, worker, 4).window == 262144
@@ -139,7 +139,7 @@ def test_what_came_is_acknowledged_by_itself(gateway: Shell, worker: WorkerByHan
     lane = begin(gateway, worker, 1)
     assert lane.receive() == LaneMessage(0, 0, 1)
     assert time.monotonic() - since < 1
-    # Much at a time is acknowledged, too, in between or at its end.
+    # Larger amounts are acknowledged, too, in between or at their end.
     for _ in range(5):
         lane.send(data(1, b"x" * 65536))
     acks = [lane.receive().ack]
@@ -189,13 +189,13 @@ def test_leaving_cancels(
     assert frames == ({cancel(1, reason), cancel(2, reason)} if reason == OFFLINE else {cancel(1, reason)})
     if status:
         assert gateway.wait(event="ERROR", tag=1)["status"] == status
-    # What the worker sent before it knew is for nobody.
+    # What the worker sent before it received CANCEL is ignored.
     lane.send(data(1, b"late"), end(1))
     lane.ask()
     assert gateway.take(event="DATA") is None
     assert gateway.take(event="END") is None
     if reason == CANCELLED:
-        # Of the client's other stream nobody heard anything.
+        # The client's other stream is unaffected.
         assert_goes_on(gateway, lane, 2, 2)
         gateway.do("offline after")
         assert announcements.payload() == b"after"
@@ -218,7 +218,7 @@ def test_announcing_only_streams_that_have_no_lane(connect: Connect, worker: Wor
     gateway.wait(event="DATA")
     gateway.do("offline on_a_lane")
     assert lane.take() == cancel(1, OFFLINE)
-    # Not accepted yet: who knows where it is.
+    # Not accepted yet: its worker is unknown.
     ask(gateway, worker, 2, "asked")
     gateway.do("offline asked")
     assert announcements.payload() == b"asked"
@@ -251,7 +251,7 @@ def test_a_key_that_nobody_asked_with(gateway: Shell, worker: WorkerByHand) -> N
     lane = worker.lane(asked)
     lane.send(accept(1, asked.key ^ 1), data(1, b"forged"), error(1, b"forged"))
     assert lane.take() == cancel(1, UNKNOWN)
-    # Who was really asked is not harmed.
+    # The worker that did receive the request is unaffected.
     lane.send(accept(2, asked.key))
     assert_goes_on(gateway, lane, 1, 2)
 
@@ -269,7 +269,7 @@ def test_a_request_is_accepted_once(gateway: Shell, worker: WorkerByHand) -> Non
 
 
 def test_an_accept_counts_after_an_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
-    """The answer may be anybody's who can read the request."""
+    """The answer may come from anyone who can read the request."""
     asked = ask(gateway, worker, 1)
     raw.send(pub(asked.reply, b"one"))
     gateway.wait(event="DATA")
@@ -315,7 +315,7 @@ def test_an_early_end_is_announced_after_an_answer_on_level_0(
         asked = ask(gateway, worker, tag, f"client-{tag}")
         gateway.do(f"drop {tag}")
         raw.send(pub(asked.reply, answer))
-    # Only the last one is a message of a worker that runs. What the others led to would come before it.
+    # Only the last one is a message of a running worker. The effects of the others would come before it.
     assert announcements.payload() == b"client-3"
 
 
@@ -370,16 +370,16 @@ def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
     lane.send(*(data(1, b"x" * 36) for _ in range(10)))
     for _ in range(10):
         gateway.wait(event="DATA")
-    # The messages have left the queue, but were not used.
+    # The messages have left the queue, but were not consumed.
     lane.ask()
     assert not lane.frames
-    # So much of their bytes, so much of what they count in addition.
+    # Credit is given for their bytes, and in proportion for the 64 extra bytes of each.
     gateway.do("consumed 1 72")
     lane.ask()
     assert not lane.frames  # 200 of 1000 is not more than a quarter.
     gateway.do("consumed 1 36")
     assert lane.take() == credit(1, 300)
-    # More than there was is all.
+    # More than was outstanding counts as all.
     gateway.do("consumed 1 1000000000")
     assert lane.take() == credit(1, 700)
     lane.send(*(data(1, b"") for _ in range(4)))
@@ -402,13 +402,13 @@ def test_a_worker_that_sends_more_than_the_window(gateway: Shell, worker: Worker
     go = begin(gateway, worker, 2)  # with a window of 256 KiB
     gateway.do("option stream_buffer_bytes 1000")
     go_on(gateway, worker, go, 1, 2)
-    # In one message: the reader cannot have used anything in between.
+    # In one message: the reader cannot have consumed anything in between.
     go.send(*(data(2, bytes(size)) for size in sizes))
     failed = gateway.wait(event="ERROR", tag=1)
     assert failed["status"] == "FULL"
     assert "window" in failed["data"]
     assert go.take() == cancel(2, UNKNOWN)
-    # More of it changes nothing, and others are unharmed.
+    # Further messages change nothing, and others are unaffected.
     go.send(*(data(2, bytes(size)) for size in sizes), end(2))
     assert_goes_on(gateway, go, 2)
 
@@ -475,7 +475,7 @@ def test_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
         messages = [LaneMessage(0, 1, 0, (accept(1, asked.key),))]
         messages += [LaneMessage(0, i, 0, (data(1, b"%d" % i), data(1, b"%d'" % i))) for i in range(2, 12)]
         messages += [LaneMessage(0, 12, 0, (end(1),))]
-        # Some are lost each time, until all were there.
+        # Some are lost each time, until all have arrived.
         lane.sent = 12
         ack = 0
         while ack < 12:
@@ -491,7 +491,7 @@ def test_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
 def test_a_gap_is_told_once(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
-    lane.sent = 2  # Number 2 was lost.
+    lane.sent = 2  # Message number 2 was lost.
     for i in range(3, 10):
         lane.send(data(1, b"%d" % i))
     told = lane.hear()
@@ -508,7 +508,7 @@ def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHan
     lane = worker.lane(asked)
     lane.sent = 1
     lane.send(data(1, b"x"), end(1))
-    # It begins with number 1: until that comes there is no such lane, and nothing is lost.
+    # A lane begins with number 1: until that arrives there is no such lane, and nothing is lost.
     told = lane.inbox.next()
     assert (told.reply.decode(), decode(told.payload)) == (asked.offer, LaneMessage(GAP, 0, 0))
     assert gateway.ask("stats")["lanes"] == 0
@@ -518,7 +518,7 @@ def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHan
     assert [gateway.wait(tag=1)["data"] for _ in range(2)] == ["x", ""]
 
 
-# What is new, what is wrong ------------------------------------------------------------------------------------------
+# New and invalid content ----------------------------------------------------------------------------------------------
 
 
 def test_unknown_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
@@ -603,7 +603,7 @@ def test_other_versions_and_nonsense_are_ignored(
 
 
 def strangers(lane: LaneEnd) -> Iterator[str]:
-    """Names by which somebody else could come."""
+    """Subjects under which another sender could write."""
     yield ""
     yield "_INBOX.stranger"
     yield lane.peer
@@ -630,7 +630,7 @@ def test_who_is_not_the_other_end_is_ignored(
             raw.send(pub(subject, encode(forged), reply=reply))
             count += 1
     lane.ask()
-    # Our answers to the one that bears our own name come back to us.
+    # Answers to the message that has the gateway's own subject come back to itself.
     assert count <= ignored(gateway) <= count + 4
     assert [payload for payload in everything.payloads() if payload != encode(forged)] == []
     assert_goes_on(gateway, lane, 1)
@@ -660,8 +660,8 @@ def test_lanes_of_strangers_who_are_not_there_end(gateway: Shell, worker: Worker
 
 
 def test_there_are_8192_lanes_at_most(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
-    """However many strangers begin one, who are all there."""
-    # None of them is silent for so long that it is gone.
+    """For any number of strangers who start one, and who are all there."""
+    # The heartbeat is so long that none is gone meanwhile.
     gateway = connect("", "heartbeat_ms=60000")
     lane = begin(gateway, worker, 1)
     raw.subscribe("_INBOX.stranger.*")
@@ -695,10 +695,10 @@ def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker
 def test_lanes_that_are_not_known_are_told_so(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
-    lane.acked = 1  # So it says no longer that it is new.
+    lane.acked = 1  # So NEW is no longer set.
     lane.say()
     assert lane.receive() == LaneMessage(RESET, 0, 0)
-    # The end of a lane is not answered, nor is what is no lane message; whoever may not be answered is not.
+    # RESET is not answered, nor is a message that is no lane message or has a forbidden reply subject.
     lane.say(RESET)
     raw.send(pub(asked.offer, b"nonsense", reply=lane.own))
     raw.send(pub(asked.offer, encode(LaneMessage(0, 1, 0)), reply=""))
@@ -724,13 +724,13 @@ def test_random_bytes_on_every_subject(gateway: Shell, worker: WorkerByHand, raw
         payload = dice.choice([b"\x01" + dice.randbytes(dice.randrange(17)), b"\x02" + dice.randbytes(60)])
         raw.send(pub(lane.peer, payload, reply=lane.own))
     lane.ask()
-    assert ignored(gateway) >= 3000 - 500  # Some of them are a new lane's first message, by chance.
+    assert ignored(gateway) >= 3000 - 500  # By chance, some of them are a new lane's first message.
     assert gateway.ask("stats")["connects"] == 1
     assert_goes_on(gateway, lane, 1)
 
 
 def test_frames_at_random(gateway: Shell, worker: WorkerByHand) -> None:
-    """Well-formed messages of a worker gone mad end at most its own lane."""
+    """Well-formed messages of a broken worker end at most its own lane."""
     bystander = begin(gateway, worker, 1)
     dice = random.Random(3)
     for tag in range(2, 52):
@@ -765,7 +765,7 @@ def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker:
 
 
 def test_a_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
-    """It is what other workers know: the lanes' own names have numbers, and 503s come to these."""
+    """Other workers know the offer: the lanes' own subjects have numbers, and 503s come to those."""
     lane = begin(gateway, worker, 1)
     raw.send(no_responders(lane.peer) + no_responders(f"{lane.peer}-0"))
     lane.ask()
@@ -774,7 +774,7 @@ def test_a_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw
 
 
 def test_without_grace_one_503_is_enough(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
-    """So peer_grace_ms=0 is for where nobody forges."""
+    """So use peer_grace_ms=0 only where nobody forges messages."""
     gateway = connect("", "peer_grace_ms=0")
     lane = begin(gateway, worker, 1)
     raw.send(no_responders(lane.inbox.next().reply.decode()))
@@ -785,7 +785,7 @@ def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: S
     gateway = connect("", "peer_grace_ms=300", "heartbeat_ms=100")
     bystander = begin(gateway, worker, 1)
     dying = RawPeer(server.port)
-    # One request each, in turn: the other has to be gone for that.
+    # One request each, in turn: the other lane must be gone for that.
     lane = WorkerByHand(dying, "other.subject")
     gateway.do("request 2 other.subject bob hello")
     lane.accept().ask()

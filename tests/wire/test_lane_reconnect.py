@@ -1,4 +1,4 @@
-"""What a lost connection does to streams on a lane: nothing, if both ends come back in time."""
+"""Lost connections do not affect streams on a lane, if both ends reconnect in time."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def worker(connect: Connect, proxy: Proxy) -> Shell:
 def begin(gateway: Shell, worker: Shell, tag: int) -> int:
     gateway.do(f"request {tag} llm.generate client{tag} x")
     n: int = worker.wait(event="REQUEST", client=f"client{tag}")["n"]
-    # Before that it is not on a lane for the gateway.
+    # The gateway knows that the stream is on a lane when it has a message.
     worker.do(f"send {n} accepted")
     assert gateway.wait(event="DATA", tag=tag)["data"] == "accepted"
     return n
 
 
 def receive(gateway: Shell, tag: int, first: int, count: int) -> None:
-    """The stream's next messages, all of them, in order, once."""
+    """Checks the stream's next messages: all of them, in order, once."""
     received = [gateway.wait(event="DATA", tag=tag)["data"] for _ in range(count)]
     assert received == [str(i) for i in range(first, first + count)]
 
 
 def as_sent(stream: int, text: str) -> bytes:
-    """What a message looks like on its way."""
+    """The bytes of a message on the wire."""
     return encode_frame(data(stream, text.encode()))
 
 
@@ -51,7 +51,7 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
     for tag, n in streams.items():
         worker.do(f"flood {n} 100")
         receive(gateway, tag, 0, 100)
-    # One that nobody has accepted: it is not on a lane.
+    # A request that no worker has accepted is not on a lane.
     silent = RawPeer(server.port)
     silent.subscribe("other.subject")
     gateway.do("request 10 other.subject alice x")
@@ -59,7 +59,7 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
         server.kill()
         for end in [gateway, worker]:
             end.wait(event="DISCONNECTED")
-        # Sends are taken meanwhile.
+        # Sends are accepted meanwhile.
         for n in streams.values():
             worker.do(f"flood {n} 100")
         assert gateway.ask("request 11 llm.generate carol x")["status"] == "DISCONNECTED"
@@ -136,7 +136,7 @@ def test_messages_lost_on_the_way_come_after_all(connect: Connect, worker: Shell
 def test_an_accept_lost_on_the_way_comes_after_all(connect: Connect, worker: Shell, proxy: Proxy) -> None:
     gateway = connect()
     begin(gateway, worker, 1)
-    # Of the lane's second stream everything is lost at first.
+    # At first everything of the lane's second stream is lost.
     proxy.swallow_after(b"\x01\x02\x08")  # ACCEPT, stream 2
     gateway.do("request 2 llm.generate client2 x")
     n = worker.wait(event="REQUEST", client="client2")["n"]
@@ -158,7 +158,7 @@ def test_while_it_is_away_sends_are_taken_up_to_the_window(connect: Connect, wor
     refused = worker.ask(f"fill {n} 36")
     assert refused["status"] == "FULL"
     assert 98 <= int(refused["text"]) <= 100
-    # One that waits for room goes on as if nothing had been.
+    # A blocked send continues.
     worker.tell(f"flood {n} 1000")
     proxy.resume()
     for _ in range(int(refused["text"])):
@@ -174,11 +174,11 @@ def test_after_a_reconnect_nothing_is_sent_before_there_was_a_pong(worker: Shell
     take_accept(lane, 1)
     lane.ask()
     worker.do("send 1 before")
-    assert lane.receive().frames == (data(1, b"before"),)  # which we forget
+    assert lane.receive().frames == (data(1, b"before"),)  # which is dropped
     proxy.cut()
     worker.wait(event="DISCONNECTED")
     worker.do("send 1 meanwhile")
-    lane.say(GAP)  # Nobody is there to hear it.
+    lane.say(GAP)  # Nobody is there to receive it.
     proxy.resume()
     assert lane.receive() == LaneMessage(PING | GAP, 2, 0)
     for _ in range(5):
@@ -231,7 +231,7 @@ def test_a_client_that_died_of_a_malformed_message(connect: Connect, raw: RawPee
         end.do("listen")
     worker.do(f"end {n}")
     gateway.wait(event="END")
-    # Each of them was the end of a NATS client; else this test shows nothing.
+    # Each of them ended a NATS client; otherwise this test shows nothing.
     assert end.ask("stats")["connects"] == 21
 
 
@@ -266,7 +266,7 @@ def test_a_server_that_takes_less_than_before(connect: Connect, server: Server, 
     settings = tmp_path / "server.conf"
     settings.write_text("max_payload: 2048")
     server.start("-c", str(settings))
-    # That message can never be sent: the lane ends, and both ends are told.
+    # That message can never be sent: the lane ends, and both ends are informed.
     assert worker.wait(event="STOPPED")["status"] == "PEER_GONE"
     assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
     n = begin(gateway, worker, 2)
@@ -282,13 +282,13 @@ def test_away_for_too_long(connect: Connect, proxy: Proxy) -> None:
     n = begin(gateway, worker, 1)
     worker.do(f"send {n} 0")
     receive(gateway, 1, 0, 1)
-    # What was never acknowledged would begin the lane anew: there nobody asked for it, and that is a cancel.
+    # Unacknowledged messages would begin the lane anew: nobody requested there, so it would be a cancel.
     while worker.ask("stats")["bytes_waiting"]:
         pass
     proxy.cut()
     assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
     assert worker.ask(f"send {n} 1")["status"] == "OK"
-    # The worker learns of it when it comes back: there is no such lane any longer.
+    # The worker learns of it when it reconnects: the lane is unknown by then.
     proxy.resume()
     assert worker.wait(event="STOPPED")["status"] == "PEER_GONE"
     assert worker.ask(f"send {n} 2")["status"] == "PEER_GONE"
@@ -321,7 +321,7 @@ def test_one_end_is_stopped(connect: Connect, whose: str) -> None:
     receive(gateway, 1, 0, 10)
     stopped, left = (worker, gateway) if whose == "worker" else (gateway, worker)
     kind = "ERROR" if whose == "worker" else "STOPPED"
-    # Not for long: it goes on.
+    # A short stop: the stream goes on.
     stopped.process.send_signal(signal.SIGSTOP)
     left.do("stats")
     stopped.process.send_signal(signal.SIGCONT)
@@ -330,9 +330,9 @@ def test_one_end_is_stopped(connect: Connect, whose: str) -> None:
     stopped.process.send_signal(signal.SIGSTOP)
     since = time.monotonic()
     assert left.wait(event=kind)["status"] == "PEER_GONE"
-    # Three beats, or 3 s where no PING was answered yet.
+    # Three heartbeats, or 3 s if no PING was answered yet.
     assert 0.3 < time.monotonic() - since < 6
-    # It learns of it when it goes on.
+    # It learns of it when it is resumed.
     stopped.process.send_signal(signal.SIGCONT)
     assert stopped.wait(event="STOPPED" if whose == "worker" else "ERROR")["status"] == "PEER_GONE"
 
@@ -348,7 +348,7 @@ def test_new_is_said_until_something_was_acknowledged(worker: Shell, raw: RawPee
     proxy.resume()
     assert lane.receive() == LaneMessage(PING | GAP | NEW, 1, 0)
     lane.say(PONG)
-    # What was lost is the lane's beginning.
+    # The lane's first message was lost.
     while (again := lane.receive()).frames == ():
         pass
     assert (again.sequence, again.frames) == (1, first.frames)

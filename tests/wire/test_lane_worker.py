@@ -1,4 +1,4 @@
-"""Our worker, and a gateway that speaks lanes by hand."""
+"""The library's worker, and a gateway that speaks lanes, driven by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def lane(gateway: GatewayByHand) -> LaneEnd:
 
 
 def begin(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, client: str, window: int = 65536) -> tuple[int, int]:
-    """A stream that has begun: its number in the worker, and on the lane."""
+    """A running stream: its number in the worker, and on the lane."""
     key = hash(client) % 2**64
     gateway.request("llm.generate", client, key=key, window=window)
     n = worker.wait(event="REQUEST", client=client)["n"]
@@ -68,7 +68,7 @@ def ignored(worker: Shell) -> int:
 
 
 def assert_goes_on(worker: Shell, lane: LaneEnd, n: int, stream: int) -> None:
-    """The stream carries a message to its end."""
+    """Checks that the stream carries a message, and ends it."""
     worker.do(f"send {n} still here")
     assert lane.take() == data(stream, b"still here")
     worker.do(f"end {n}")
@@ -80,7 +80,7 @@ def test_a_stream(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     request = worker.wait(event="REQUEST")
     assert (request["client"], request["data"]) == ("alice", "hello")
     first = lane.receive()
-    # It is new until something was acknowledged.
+    # NEW is set until something is acknowledged.
     assert first == LaneMessage(NEW, 1, 0, (accept(1, 7),))
     worker.do("send 1 one")
     assert lane.receive() == LaneMessage(NEW, 2, 0, (data(1, b"one"),))
@@ -88,11 +88,11 @@ def test_a_stream(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     lane.say()
     assert lane.ask() == LaneMessage(PONG, 2, 0)
     worker.do("send 1 ")
-    # What nobody could send on level 0.
+    # Reserved texts, which level 0 cannot send.
     worker.do("send 1 __STREAM_END__")
     worker.do("end 1")
     assert [lane.take() for _ in range(3)] == [data(1, b""), data(1, b"__STREAM_END__"), end(1)]
-    # Nothing came on level 0, and when all is acknowledged nothing waits.
+    # Nothing arrived on level 0, and after the acknowledgement nothing is pending.
     lane.ask()
     assert answers.payloads() == []
     stats = worker.ask("stats")
@@ -145,7 +145,7 @@ def test_what_gathers_comes_in_one_message(worker: Shell, gateway: GatewayByHand
         messages += bool(message.frames)
         got += [frame.body for frame in message.frames]
     assert got == [b"%d" % i for i in range(50_000)]
-    # How many exactly depends on how busy the machine is.
+    # The exact number depends on how busy the machine is.
     assert messages < 25_000
 
 
@@ -208,11 +208,11 @@ def test_over_the_limit_server_busy(connect: Connect, gateway: GatewayByHand, la
     ("window", "size", "count"),
     [
         (1000, 36, 10),  # 100 each: exactly full
-        (1000, 37, 9),  # 101 each: the tenth would pass the window's end, with more than half of it taken
-        (1000, 436, 2),  # 500 each: with half of it taken, no more, a message fits in any case
+        (1000, 37, 9),  # 101 each: the tenth would exceed the window, with more than half of it used
+        (1000, 436, 2),  # 500 each: with half of the window used, a message still fits
         (1000, 600, 1),
         (1000, 5000, 1),  # larger than the window
-        (127, 0, 1),  # 64 each: more than half is taken, and another does not fit
+        (127, 0, 1),  # 64 each: more than half is used, and another does not fit
         (128, 0, 2),
         (1, 100, 1),
         (0, 100, 1),
@@ -224,7 +224,7 @@ def test_the_window(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window
     assert (refused["status"], refused["text"]) == ("FULL", str(count))
     for _ in range(count):
         assert lane.take() == data(stream, bytes(size))
-    # Acknowledged is not used up: no room yet.
+    # An acknowledgement is no credit.
     lane.ask()
     assert worker.ask(f"fill {n} {size}")["text"] == "0"
     lane.send(credit(stream, count * (size + OVERHEAD)))
@@ -274,7 +274,7 @@ def test_what_is_not_acknowledged_has_a_limit(connect: Connect, gateway: Gateway
     refused = worker.ask(f"fill {n} 1000")
     assert (refused["status"], refused["text"]) == ("FULL", "65")  # of 1004 bytes each, with their frames
     assert worker.ask("stats")["bytes_waiting"] >= 65 * 1004
-    # What is in flight has a window: acknowledgements open it.
+    # The congestion window limits what is in flight: acknowledgements open it.
     lane.acknowledges = lane.answers_pings = True
     for _ in range(65):
         lane.take(DATA)
@@ -297,14 +297,14 @@ def test_what_is_missing_is_sent_again(worker: Shell, gateway: GatewayByHand, la
     for i in range(5):
         worker.do(f"send {n} {i}")
         assert lane.receive().frames == (data(stream, b"%d" % i),)
-    # We say that we have got two of them.
+    # Acknowledge two of them.
     lane.received = 3
     lane.say(GAP)
     again = [lane.receive() for _ in range(3)]
     assert [(message.sequence, message.frames) for message in again] == [
         (4, (data(stream, b"2"),)), (5, (data(stream, b"3"),)), (6, (data(stream, b"4"),))
     ]  # fmt: skip
-    # The same said twice is one gap.
+    # The same GAP twice counts once.
     lane.say(GAP)
     lane.received = 6
     assert lane.ask() == LaneMessage(PONG, 6, 0)
@@ -316,7 +316,7 @@ def test_what_is_not_acknowledged_is_asked_for(worker: Shell, gateway: GatewayBy
     lane.acknowledges = lane.answers_pings = False
     worker.do(f"send {n} lost")
     assert lane.receive().frames == (data(stream, b"lost"),)
-    # We did not get it, nor the first PING; or the PONG was lost.
+    # The message and the first PING were lost, or the PONG was.
     assert lane.receive() == LaneMessage(PING, 2, 0)
     assert lane.receive() == LaneMessage(PING, 2, 0)
     lane.say(PONG)
@@ -333,7 +333,7 @@ def test_duplicates_are_dropped(worker: Shell, gateway: GatewayByHand, lane: Lan
     for _ in range(5):
         lane.post(again)
     assert lane.ask().ack == 1
-    # Once 500, not six times.
+    # Credit of 500 once, not six times.
     assert worker.ask(f"fill {n} 36")["text"] == "5"
 
 
@@ -349,7 +349,7 @@ def test_what_comes_out_of_order_waits_for_what_is_missing(
     told = lane.wait_for(GAP)
     assert told.ack == 0
     assert worker.take(event="STOPPED") is None
-    # Told once, not for each that follows.
+    # Reported once, not for each message that follows.
     lane.post(messages[1])
     lane.sent = 3
     assert lane.ask().ack == 0
@@ -379,7 +379,7 @@ def test_a_ping_is_answered(worker: Shell, gateway: GatewayByHand, lane: LaneEnd
     assert_goes_on(worker, lane, n, stream)
 
 
-# What is new, what is wrong ------------------------------------------------------------------------------------------
+# New and invalid content ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -401,15 +401,15 @@ def test_an_offer_that_is_not_ours_is_answered_on_level_0(
     worker.do(f"send {n} one")
     worker.do(f"end {n}")
     assert [answers.payload(), answers.payload()] == [b"one", b"__STREAM_END__"]
-    # Nothing but the request and its answers went anywhere.
+    # Only the request and its answers were sent anywhere.
     assert [everything.payload() for _ in range(3)] == [b"hello", b"one", b"__STREAM_END__"]
     stats = worker.ask("stats")
     assert (stats["lanes"], stats["requests_ignored"]) == (0, 0)
 
 
 def test_there_are_8192_lanes_at_most(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
-    """However many strangers offer one, who are all there. Further ones are answered on level 0."""
-    # None of them is silent for so long that it is gone.
+    """For any number of strangers who offer one, and who are all there. Further offers are answered on level 0."""
+    # The heartbeat is so long that none is gone meanwhile.
     worker = connect("", "heartbeat_ms=60000")
     worker.do("serve llm.generate workers 0")
     n, stream = begin(worker, gateway, lane, "alice")
@@ -427,7 +427,7 @@ def test_there_are_8192_lanes_at_most(connect: Connect, gateway: GatewayByHand, 
     n = worker.wait(event="REQUEST", client="bob")["n"]
     worker.do(f"send {n} one")
     assert answers.payload() == b"one"
-    # The lanes that there are go on.
+    # Existing lanes go on.
     n, stream = begin(worker, gateway, lane, "carol")
     assert_goes_on(worker, lane, n, stream)
 
@@ -508,7 +508,7 @@ def test_malformed_frames_end_the_lane_and_no_other(
 def test_an_acknowledgement_of_what_was_not_sent_ends_the_lane(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
 ) -> None:
-    """Somebody else has answered in our place, or it lies: what arrived and what did not cannot be told any longer."""
+    """Somebody answered in the gateway's place, or it lies: what has arrived is no longer known."""
     n, _ = begin(worker, gateway, lane, "alice")
     raw.send(pub(lane.peer, encode(LaneMessage(0, 0, 2)), reply=lane.own))
     assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
@@ -521,7 +521,7 @@ def test_another_end_of_the_gateway_ends_the_lane(
 ) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
     lane.ask()
-    # The gateway has begun this lane anew: what the first end had is lost.
+    # The gateway began this lane anew: what the first end had is lost.
     raw.send(pub(lane.peer, encode(LaneMessage(0, 0, 0)), reply=f"{gateway.offer}-2"))
     assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
     assert lane.wait_for(RESET).flags == RESET
@@ -551,7 +551,7 @@ def test_other_versions_and_nonsense_are_ignored(
 
 
 def strangers(lane: LaneEnd) -> Iterator[str]:
-    """Names by which somebody else could come."""
+    """Subjects under which another sender could write."""
     yield ""
     yield "_INBOX.stranger"
     yield lane.peer
@@ -589,7 +589,7 @@ def test_lanes_that_are_not_known_are_told_so(
         answer = answers.next()
         assert (answer.reply.decode(), answer.payload) == (unknown, encode(LaneMessage(RESET, 0, 0)))
     assert ignored(worker) == 2
-    # No answer: to what is no lane message, to the end of a lane, and to who must not be answered to.
+    # No answer: to what is no lane message, to RESET, and to a forbidden reply subject.
     everything = raw.subscribe(">")
     for payload in [b"", b"\x02" * HEADER, b"hello", encode(LaneMessage(RESET, 0, 0))]:
         raw.send(pub(f"{prefix}.x", payload, reply=reply))
@@ -616,13 +616,13 @@ def test_random_bytes_on_every_subject(worker: Shell, gateway: GatewayByHand, la
         for subject in [lane.peer, f"{prefix}.x"]:
             raw.send(pub(subject, payload, reply=dice.choice(["", "_INBOX.stranger", lane.peer])))
             count += 1
-    # From the other end itself, too: nothing of these looks like a message of ours.
+    # From the other end itself, too: none of these looks like a lane message.
     for _ in range(500):
         payload = dice.choice([b"\x01" + dice.randbytes(dice.randrange(17)), b"\x02" + dice.randbytes(60)])
         raw.send(pub(lane.peer, payload, reply=lane.own))
         count += 1
     assert lane.ask() == LaneMessage(PONG, 1, 0)
-    # What we are told about lanes that do not exist comes back to ourselves at times, and is ignored once more.
+    # Some answers about unknown lanes come back to the worker, and are ignored again.
     assert count <= ignored(worker) <= 2 * count
     assert worker.ask("stats")["connects"] == 1
     assert_goes_on(worker, lane, n, stream)
@@ -637,7 +637,7 @@ def test_a_503_from_nowhere_ends_nothing_while_we_answer(
     n, stream = begin(worker, gateway, lane, "alice")
     for i in range(20):
         raw.send(no_responders(lane.peer))
-        # It asks, and holds back until we answer.
+        # It sends PINGs, and nothing else until we answer.
         assert lane.receive().flags & PING
         worker.do(f"send {n} {i}")
         lane.say(PONG)
@@ -666,7 +666,7 @@ def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: S
 
 
 def test_without_grace_one_503_is_enough(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
-    """So peer_grace_ms=0 is for where nobody forges."""
+    """So use peer_grace_ms=0 only where nobody forges messages."""
     worker = connect("", "peer_grace_ms=0")
     worker.do("serve llm.generate workers 0")
     n, _ = begin(worker, gateway, lane, "alice")
@@ -689,7 +689,7 @@ def test_a_silent_gateway_is_gone_after_three_beats(connect: Connect, gateway: G
     worker.do("serve llm.generate workers 0")
     n, _ = begin(worker, gateway, lane, "alice")
     lane.answers_pings = False
-    # While it answers it is there, however long nothing is sent.
+    # While it answers it is not gone, however long it sends nothing else.
     for _ in range(5):
         lane.wait_for(PING)
         lane.say(PONG)
@@ -701,10 +701,10 @@ def test_a_silent_gateway_is_gone_after_three_beats(connect: Connect, gateway: G
 
 def test_the_other_end_resets(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
-    lane.ask()  # It has nothing to do any longer, but its beats.
+    lane.ask()  # It sends nothing more but heartbeats.
     lane.say(RESET)
     assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
-    # What comes later meets a lane that is not known.
+    # Later messages meet an unknown lane.
     deadline = time.monotonic() + 3
     while worker.ask("stats")["lanes"]:
         assert time.monotonic() < deadline, "the lane stays"

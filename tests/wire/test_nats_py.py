@@ -1,4 +1,4 @@
-"""Both sides again, with a client library that people use at the other end: nats-py."""
+"""Both roles once more, with a common client library at the other end: nats-py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Test = Callable[[Connect, Server], Coroutine[None, None, None]]
 
 
 def asynchronous(test: Test) -> Callable[[Connect, Server], None]:
-    """Lets pytest run a coroutine, without a plugin."""
+    """Runs a coroutine as a test, without a plugin."""
 
     @wraps(test)
     def run(connect: Connect, server: Server) -> None:
@@ -142,7 +142,7 @@ async def test_our_gateway_on_a_lane(connect: Connect, server: Server) -> None:
         messages = await client.subscribe(own)
         first = encode(LaneMessage(NEW, 1, 0, (accept(1, int(key, 16)), data(1, b"0"))))
         await client.publish(offer, first, reply=own)
-        # As far as there is room, and when there is more again.
+        # Send as much as the window allows, and more when credit arrives.
         room, received = 10_000 - 65, 0
         for i in range(1, 1001):
             frame = data(1, b"%d" % i) if i < 1000 else end(1)

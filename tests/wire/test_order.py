@@ -1,4 +1,4 @@
-"""Requests and announcements are applied in the order in which they arrive, though they come on different subjects."""
+"""Requests and announcements take effect in the order in which they arrive, although their subjects differ."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_request_and_then_its_clients_announcement(worker: Shell, raw: RawPeer
 def test_an_announcement_and_then_a_request_of_the_same_client(worker: Shell, raw: RawPeer) -> None:
     reply, answers = raw.inbox()
     for i in range(TIMES):
-        # The announcement stops the stream that was, and not the one that comes.
+        # The announcement stops the earlier stream, and not the later one.
         raw.send(offline("alice") + request(reply, "alice"))
         n = worker.wait(event="REQUEST", client="alice")["n"]
         if i:
             assert worker.wait(event="STOPPED", client="alice")["n"] < n
             assert answers.payload() == b"__STREAM_ERROR__:the client is offline"
-        # Once this one has stopped, all that was sent before has been applied.
+        # When this one has stopped, everything sent before has taken effect.
         raw.send(request(reply, "last") + offline("last"))
         assert_stopped(worker, "last")
         assert answers.payload() == b"__STREAM_ERROR__:the client is offline"
@@ -60,7 +60,7 @@ def test_many_at_once(worker: Shell, raw: RawPeer) -> None:
     raw.send((offline("alice") + request(reply, "alice") + request(reply, "bob") + offline("bob")) * TIMES)
     for _ in range(TIMES):
         assert_stopped(worker, "bob")
-    # Of alice's streams each but the last was stopped.
+    # Each of alice's streams except the last was stopped.
     streams = [worker.wait(event="REQUEST", client="alice")["n"] for _ in range(TIMES)]
     for n in streams[:-1]:
         assert worker.wait(event="STOPPED", client="alice")["n"] == n

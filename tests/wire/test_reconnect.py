@@ -1,4 +1,4 @@
-"""What a lost connection does to streams on level 0: they end clearly at both ends, never shortened silently."""
+"""Lost connections end streams on level 0 with a clear status at both ends; no stream looks complete when it is not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def begin(worker: Shell, raw: RawPeer, client: str) -> tuple[int, Subscription]:
 
 
 def assert_serves(gateway: Shell, worker: Shell, tag: int) -> None:
-    """A stream between the two goes from its beginning to its end."""
+    """Checks that a stream between the two goes from its beginning to its end."""
     gateway.do(f"request {tag} llm.generate again{tag} x")
     n = worker.wait(event="REQUEST", client=f"again{tag}")["n"]
     worker.do(f"flood {n} 100")
@@ -57,7 +57,7 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
         assert worker.ask(f"send {tag} y")["status"] == "DISCONNECTED"
         assert worker.ask(f"end {tag}")["status"] == "DISCONNECTED"
     assert gateway.ask("request 3 llm.generate c3 x")["status"] == "DISCONNECTED"
-    # The clients of streams are gone with them, a mark is not.
+    # Clients of ended streams are offline, marked ones are not.
     assert gateway.ask("is_online c1")["text"] == worker.ask("is_online c1")["text"] == "no"
     assert gateway.ask("is_online marked")["text"] == "yes"
 
@@ -65,14 +65,14 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
     for end in [gateway, worker]:
         end.wait(event="CONNECTED")
         assert end.ask("stats")["connects"] == 2
-    # The worker may be the later one; the server has its subscription when it has answered.
+    # The worker may reconnect later; when the server has answered, it has the subscription.
     worker.do("listen")
     assert_serves(gateway, worker, 4)
     gateway.do("request 5 llm.generate c5 x")
     n = worker.wait(event="REQUEST", client="c5")["n"]
     gateway.do("offline c5")
     assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
-    # Old streams stay as they ended.
+    # Old streams stay ended.
     assert worker.ask("send 1 y")["status"] == "DISCONNECTED"
     assert gateway.take(event="ERROR", tag=1) is None
 
@@ -82,7 +82,7 @@ def test_a_sender_that_waits_for_room_hears_of_the_loss(connect: Connect, server
     worker.do("serve llm.generate workers 0")
     n, _ = begin(worker, raw, "alice")
     server.process.send_signal(signal.SIGSTOP)
-    # More than all the buffers on the way take: it waits.
+    # More than all buffers on the way hold: it blocks.
     worker.tell(f"flood {n} 100000000")
     server.kill()
     assert worker.wait(event="reply")["status"] == "DISCONNECTED"
@@ -109,7 +109,7 @@ def test_nobody_serves_while_the_worker_is_away(connect: Connect, worker: Shell,
     gateway = connect()
     proxy.cut()
     worker.wait(event="DISCONNECTED")
-    # The server may still have to notice, until then it keeps the request for itself.
+    # Until the server notices the cut, it keeps the request for the dead connection.
     gateway.do("option retries 100")
     gateway.do("option retry_delay_ms 10")
     gateway.do("request 1 llm.generate alice x")
@@ -137,7 +137,7 @@ def test_messages_lost_on_the_way_are_never_followed_by_the_end(
 
 
 def assert_nothing_follows(worker: Shell, raw: RawPeer, answers: Subscription) -> None:
-    """All that the worker still had to say has come when a stream that began later has ended."""
+    """Checks that the worker sent nothing more before a later stream ended."""
     worker.wait(event="CONNECTED")
     worker.do("listen")
     n, later = begin(worker, raw, "later")
@@ -151,7 +151,7 @@ def test_an_end_that_arrived_stays_the_end(connect: Connect, worker: Shell, raw:
     observed = raw.subscribe("_INBOX.>")
     gateway.do("request 1 llm.generate alice x")
     n = worker.wait(event="REQUEST")["n"]
-    # The end passes, but nothing after it: the worker cannot know.
+    # The end passes, but nothing after it: the worker cannot know that.
     proxy.swallow_after(END + b"\r\n")
     worker.do(f"flood {n} 10")
     worker.do(f"end {n}")
@@ -160,7 +160,7 @@ def test_an_end_that_arrived_stays_the_end(connect: Connect, worker: Shell, raw:
     proxy.cut()
     proxy.resume()
     assert [observed.payload() for _ in range(12)] == [b"%d" % i for i in range(10)] + [END, LOST]
-    # The gateway heard the error, and ignored it.
+    # The gateway received the error, and ignored it.
     worker.wait(event="CONNECTED")
     worker.do("listen")
     assert_serves(gateway, worker, 2)
@@ -173,7 +173,7 @@ def test_a_confirmed_end_is_not_taken_back(worker: Shell, raw: RawPeer, proxy: P
     inboxes = raw.subscribe("_INBOX.*.*")
     worker.do(f"end {n}")
     assert answers.payload() == END
-    # The worker's message to itself, after the end. It has come back when one that was sent later has.
+    # The worker's message to itself, after the end. It has come back when a later one has.
     assert inboxes.payload() == END
     assert INBOX.fullmatch(inboxes.next().subject)
     worker.do("listen")
@@ -243,7 +243,7 @@ def test_announcements_lost_on_the_way_are_sent_again(connect: Connect, raw: Raw
     proxy.cut()
     proxy.resume()
     while (client := announcements.payload()) != b"second":
-        assert client == b"first"  # Nobody told us that it had arrived, so it may come twice.
+        assert client == b"first"  # Its arrival was not confirmed, so it may come twice.
 
 
 def test_a_gateway_that_lost_its_connection_tells_the_worker(connect: Connect, raw: RawPeer, proxy: Proxy) -> None:
@@ -259,7 +259,7 @@ def test_a_gateway_that_lost_its_connection_tells_the_worker(connect: Connect, r
     raw.send(pub(inbox, b"lost"))
     proxy.resume()
     assert announcements.payload() == b"alice"
-    # What the worker sends until it hears of it comes for nobody: no data, no end after what is missing.
+    # What the worker sends until it is stopped is ignored: no data, and no end after the missing part.
     raw.send(pub(inbox, b"late") + pub(inbox, END))
     gateway.do("request 2 llm.generate bob x")
     raw.send(pub(requests.next().reply.decode(), END))

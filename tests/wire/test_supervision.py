@@ -1,5 +1,5 @@
-"""Malformed messages, which anybody may send to a subject that we subscribe, and which the NATS client inside does not
-survive. The library replaces it, and is back within a second."""
+"""Malformed messages, which anyone may send to a subscribed subject, and which end the NATS client inside the library.
+The library replaces the client, and works again within a second."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONE_CR = b"X: a\rb\r\n"
 
 
 def assert_serving(worker: Shell, raw: RawPeer, since: float) -> None:
-    """A new stream is served, less than a second after `since`."""
+    """Checks that a new stream is served less than a second after `since`."""
     probes: dict[str, Subscription] = {}
     while True:
         data = f"{since:f} {len(probes)}"
@@ -24,7 +24,7 @@ def assert_serving(worker: Shell, raw: RawPeer, since: float) -> None:
         except AssertionError:
             assert time.monotonic() - since < 1, "it does not serve again within a second"
             continue
-        # The first that comes, or an earlier call's, which nobody waits for.
+        # The first answer to arrive, also one to an earlier request.
         if request["data"] in probes:
             break
     worker.do(f"send {request['n']} served")
@@ -49,9 +49,9 @@ def test_a_worker_survives_a_lone_cr_in_a_header_a_hundred_times(connect: Connec
         assert answers.payload() == b"__STREAM_ERROR__:the worker lost its connection to nats-server"
         worker.wait(event="DISCONNECTED")
         worker.wait(event="CONNECTED")
-    # Each of them was the end of a NATS client; else this test shows nothing.
+    # Each of them ended a NATS client; otherwise this test shows nothing.
     assert worker.ask("stats")["connects"] == TIMES + 1
-    # Announcements are heard again, and nothing made one up.
+    # Announcements are received again, and none was made up.
     raw.request("svc.generate", "bob")
     worker.wait(event="REQUEST", client="bob")
     raw.send(pub("client.offline", b"bob"))
@@ -68,7 +68,7 @@ def test_a_gateway_survives_a_lone_cr_in_a_header_a_hundred_times(connect: Conne
     gateway.do("listen")
     for tag in range(1, TIMES + 1):
         inbox = request(gateway, requests, tag, "alice")
-        # From its first answer on the worker is known to be on level 0: it is stopped by an announcement.
+        # The worker's first answer shows that it is on level 0: it is stopped by an announcement.
         raw.send(pub(inbox, b"first"))
         gateway.wait(event="DATA", tag=tag)
         since = time.monotonic()
@@ -86,7 +86,7 @@ def test_a_gateway_survives_a_lone_cr_in_a_header_a_hundred_times(connect: Conne
 
 
 def request(gateway: Shell, requests: Subscription, tag: int, client: str, since: float = 0) -> str:
-    """Requests a stream, again and again while there is no connection; the subject that its worker answers to."""
+    """Requests a stream, again while there is no connection; returns the subject to which its worker answers."""
     since = since or time.monotonic()
     while gateway.ask(f"request {tag} llm.generate {client} hello")["status"] == "DISCONNECTED":
         assert time.monotonic() - since < 1, "it is not back within a second"
@@ -94,7 +94,7 @@ def request(gateway: Shell, requests: Subscription, tag: int, client: str, since
 
 
 def message(subject: bytes, block: bytes, payload: bytes = b"x") -> bytes:
-    """A message with headers as they are given, however malformed."""
+    """A message with exactly these headers, however malformed."""
     return b"HPUB %s %d %d\r\n%s%s\r\n" % (subject, len(block), len(block) + len(payload), block, payload)
 
 

@@ -1,4 +1,4 @@
-"""Our worker, and a requester that speaks the wire by hand."""
+"""The library's worker on level 0, and a requester driven by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def worker(connect: Connect) -> Shell:
 
 
 def begin(worker: Shell, raw: RawPeer, client: str) -> tuple[int, Subscription]:
-    """A stream that has begun: its number in the worker, and what comes of it."""
+    """A running stream: its number in the worker, and its answers."""
     answers = raw.request("llm.generate", client)
     n = worker.wait(event="REQUEST", client=client)["n"]
     return n, answers
@@ -32,7 +32,7 @@ def test_a_stream_byte_for_byte(worker: Shell, raw: RawPeer) -> None:
     assert sent == [
         Message(b"_INBOX.by.hand", b"", b"", payload) for payload in (b"one", b"", b"three", b"__STREAM_END__")
     ]
-    # Nothing is left of it: the id is not online any longer.
+    # Nothing is left of it: the id is offline.
     assert worker.ask("is_online alice")["text"] == "no"
 
 
@@ -64,7 +64,7 @@ def test_over_the_limit_server_busy(connect: Connect, raw: RawPeer) -> None:
     refused = raw.request("llm.generate", "bob")
     assert refused.payload() == b"__STREAM_ERROR__:server busy"
     assert worker.ask("is_online bob")["text"] == "no"
-    # The first goes on, and makes room by its end.
+    # The first goes on, and frees capacity by its end.
     worker.do(f"end {n}")
     assert first.payload() == b"__STREAM_END__"
     begin(worker, raw, "bob")
@@ -78,7 +78,7 @@ def test_an_anonymous_request(worker: Shell, raw: RawPeer, header: bytes) -> Non
     raw.send(pub("llm.generate", b"hello", reply=reply, header=header))
     request = worker.wait(event="REQUEST")
     assert request.get("client", "") == ""
-    # It is nobody's: no announcement stops it.
+    # It is anonymous: no announcement stops it.
     stop_another(worker, raw)
     worker.do("send 1 x")
     worker.do("end 1")
@@ -86,7 +86,7 @@ def test_an_anonymous_request(worker: Shell, raw: RawPeer, header: bytes) -> Non
 
 
 def stop_another(worker: Shell, raw: RawPeer) -> None:
-    """Has another client's stream stopped: what the worker got before has been dealt with, and its answers came."""
+    """Has another client's stream stopped: everything the worker received before has been processed and answered."""
     _, answers = begin(worker, raw, "another")
     raw.send(pub("client.offline", b"another"))
     worker.wait(event="STOPPED", client="another")
@@ -114,7 +114,7 @@ def test_a_request_that_must_not_be_answered_is_ignored(worker: Shell, raw: RawP
     assert (stats["requests"], stats["requests_ignored"], stats["senders"]) == (2, 1, 1)
     assert worker.ask("is_online alice")["text"] == "no"
     assert "reply" in worker.wait(event="LOG")["data"]
-    # Nor was there a word to anybody: the next message of the worker is the one that it is told to send.
+    # Nothing was sent to anyone: the worker's next message is the one that it is told to send.
     assert everything.payload() == b""  # bob's request
     worker.do("send 1 x")
     assert everything.payload() == b"x"
@@ -197,7 +197,7 @@ def test_the_offline_subject_can_be_configured(connect: Connect, raw: RawPeer) -
     raw.send(pub("gone.away", b"bob"))
     assert worker.wait(event="STOPPED")["n"] == bob
     worker.do("send 1 x")
-    # The configured subject is the one that must not be answered to.
+    # Uses the configured subject.
     raw.send(pub("llm.generate", reply="gone.away", header=b"Connect-ID: carol\r\n"))
     raw.send(pub("llm.generate", reply="client.offline", header=b"Connect-ID: dave\r\n"))
     assert worker.wait(event="REQUEST")["client"] == "dave"

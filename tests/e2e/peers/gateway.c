@@ -1,11 +1,11 @@
 /*
- * gateway URL LANES [KEY=VALUE]...: a gateway in C; LANES is its option of that name, true or false, and others may
- * follow. Commands on standard input, what comes of them on standard output.
+ * gateway URL LANES [KEY=VALUE]...: a gateway in C; LANES is the option of that name, true or false, and others may
+ * follow. It reads commands from standard input and prints events to standard output.
  *
  *   request SUBJECT CLIENT TEXT
  *   leave CLIENT
  *
- * Each message is told, and the end or the error of each stream, or of a request that was refused. It ends with its input.
+ * It prints each message, the end or error of each stream, and refused requests. It exits at the end of its input.
  */
 #include <nats_presence.h>
 #include <poll.h>
@@ -73,7 +73,7 @@ int main(int argc, char **argv) {
   }
   presence_config_free(config);
   setvbuf(stdout, NULL, _IOLBF, 0);
-  setvbuf(stdin, NULL, _IONBF, 0); /* what stands in a buffer, poll does not see */
+  setvbuf(stdin, NULL, _IONBF, 0); /* poll does not see what a buffer already holds */
   puts("{\"event\": \"ready\"}");
   struct pollfd fds[] = {{.fd = STDIN_FILENO, .events = POLLIN}, {.fd = presence_queue_fd(queue), .events = POLLIN}};
   for (;;) {

@@ -1,17 +1,17 @@
 /*
- * A shell over the C ABI, for tests that speak the wire themselves at the other end. It takes one command a line, and
- * tells events, one JSON object a line, among them {"event": "reply", "status": ...} for each command. Bytes appear as
- * the characters with their numbers. It ends with its input.
+ * A shell over the C ABI, for tests that drive the other end of the wire by hand. It reads one command a line and
+ * prints one JSON object per event, among them {"event": "reply", "status": ...} for each command. Bytes appear as the
+ * characters with their numbers. It exits at the end of its input.
  *
  *   connect URL [KEY=VALUE]...      serve SUBJECT GROUP|- MAX       listen        stats         close DRAIN_MS
  *   send N DATA                     flood N COUNT  (0, 1, ...)      end N         error N TEXT  free N
- *   header N NAME                   option KEY VALUE  (for requests from now on)
+ *   header N NAME                   option KEY VALUE  (for later requests)
  *   request TAG SUBJECT CLIENT|- DATA                               cancel TAG    drop TAG
- *   consumed TAG BYTES              fill N SIZE  (until there is no room: "text" tells how many messages were taken)
+ *   consumed TAG BYTES              fill N SIZE  (until the sender is full: "text" is the number of accepted messages)
  *   online ID                       offline ID                      is_online ID  watch
  *   session ID  (one at a time)     leave  (closes it)              now  ("text" is the wall clock's time)
  *
- * N counts the requests that came, from 1; TAG is 1 to 999.
+ * N counts the requests that arrived, from 1; TAG is 1 to 999.
  */
 #include <nats_presence.h>
 #include <pthread.h>
@@ -62,7 +62,7 @@ static void reply(int32_t status, const char *text) {
   funlockfile(stdout);
 }
 
-/* The number of a sender, from 1; a new one for a request. */
+/* The number of a sender, from 1; a request gets a new one. */
 static int number_of(presence_sender *sender, bool is_new) {
   int number = 0;
   pthread_mutex_lock(&lock);

@@ -5,8 +5,8 @@
  *   endless     the same, until "finish" is read from standard input
  *   fail TEXT   one message, then an error
  *
- * It tells on standard output when it is ready, and for each stream how many messages were sent, why it ended (a
- * presence_status) and how many of a hundred further sends were accepted. It ends with its input.
+ * It prints when it is ready, and for each stream the number of messages sent, the presence_status with which it ended,
+ * and how many of a hundred further sends were accepted. It exits at the end of its input.
  */
 #include <nats_presence.h>
 #include <poll.h>
@@ -34,7 +34,7 @@ static int32_t send_next(struct stream *s) {
   return status;
 }
 
-/* The stream is over: it must take nothing more. */
+/* The stream has ended: no further send may be accepted. */
 static void finish(struct stream *s, int32_t why) {
   long sent = s->sent;
   for (int i = 0; i < FURTHER; i++) send_next(s);
@@ -52,7 +52,7 @@ static void begin(const presence_event *event) {
   memcpy(s->request, event->data, event->data_len);
 }
 
-/* Sends some of what the request asks for; less when there is no room. */
+/* Sends part of what the request asks for; less when the sender is full. */
 static void go_on(struct stream *s) {
   bool is_endless = strcmp(s->request, "endless") == 0, fails = strncmp(s->request, "fail ", 5) == 0;
   long count = fails ? 1 : is_endless ? (is_finishing ? 0 : s->sent + BURST) : atol(s->request + strlen("count "));

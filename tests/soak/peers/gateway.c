@@ -1,5 +1,5 @@
 /*
- * gateway URL NAME OPTIONS: clients come, have streams and leave, with one thread for all of them.
+ * gateway URL NAME OPTIONS: clients come, stream and leave, with one thread for all of them.
  */
 #include "soak.h"
 
@@ -20,24 +20,24 @@ typedef struct client {
   bool has_come, is_here;
   presence_session *session;
   int64_t comes_at, begins_at[2], leaves_at;
-  int begun, streams, running; /* how many of its streams */
+  int begun, streams, running; /* the number of its streams */
 } client;
 
 typedef struct stream {
   presence_stream *handle; /* NULL: the slot is free */
-  client *client;          /* NULL: nobody's */
+  client *client;          /* NULL: anonymous */
   enum kind kind;
   const char *worker;
   uint64_t tag, key;
   long count, received;
   size_t size, unread;
-  int64_t last, cancelled_at; /* its last message; when it is to be cancelled, 0: never */
+  int64_t last, cancelled_at; /* when its last message came; when it is to be cancelled, 0: never */
   bool on_lane, is_silent, is_wrong;
 } stream;
 
 static presence_conn *conns[2];
 static presence_queue *queue;
-static presence_config *plain, *narrow; /* options of a request; those of a slow reader's */
+static presence_config *plain, *narrow; /* options of a request, and of a slow reader's */
 static const char *name;
 static uint64_t random_state;
 static client *clients;
@@ -72,7 +72,8 @@ static stream *free_slot(void) {
   return &streams[at];
 }
 
-/* Requests a stream from a worker on a connection of ours that has lanes or not, at a subject of its that has them or not. */
+/* Requests a stream from a worker: from a connection with or without lanes, at a subject of the worker with or
+ * without lanes. */
 static void begin(client *c, enum kind kind, const char *worker, bool lanes_here, bool lanes_there, int64_t now) {
   stream *s = free_slot();
   long burst, pause;
@@ -114,7 +115,7 @@ static void come(client *c, int64_t now) {
   if (random_below(2)) presence_session_open(c->id, strlen(c->id), &c->session);
   else presence_mark_online(c->id, strlen(c->id));
   c->streams = c->kind == CANCELS || random_below(4) == 0 ? 2 : 1;
-  if (c->leaves_at < now) c->leaves_at = now; /* we stood still meanwhile */
+  if (c->leaves_at < now) c->leaves_at = now; /* this process was stopped meanwhile */
   uint64_t stay = (uint64_t)(c->leaves_at - now) + 1;
   for (int i = 0; i < 2; i++) c->begins_at[i] = now + (int64_t)random_below(stay);
   if (c->kind != READS) c->begins_at[1] = c->begins_at[0]; /* both at once */
@@ -134,7 +135,7 @@ static void attend(client *c, int64_t now) {
   if (!c->has_come && now >= c->comes_at) come(c, now);
   if (!c->is_here) return;
   while (c->begun < c->streams && now >= c->begins_at[c->begun]) {
-    /* Of two streams one is cancelled, the other read to its end. */
+    /* One of two streams is cancelled, the other read to its end. */
     enum kind kind = c->kind == CANCELS && c->begun == 1 ? READS : c->kind;
     const char *worker = workers[random_below(sizeof workers / sizeof *workers)];
     uint64_t levels = random_below(8);
@@ -199,7 +200,7 @@ static void wait_and_handle(bool is_tick, int64_t now) {
   for (int i = 0; is_tick && running && i < SLOTS; i++) if (streams[i].handle) watch_over(&streams[i], now);
 }
 
-/* cycle SEED CLIENTS MS: so many clients come during the first 0.4 of this time, and leave during its second half. */
+/* cycle SEED CLIENTS MS: all clients come during the first 0.4 of this time, and leave during its second half. */
 static void start_cycle(const char *line, int64_t now) {
   unsigned long long seed;
   long long ms;
@@ -212,7 +213,7 @@ static void start_cycle(const char *line, int64_t now) {
     clients = i ? clients : realloc(clients, sizeof *clients * (size_t)client_count);
     clients[i] = (client){.comes_at = now + (int64_t)random_below((uint64_t)ms * 4 / 10 + 1)};
     clients[i].leaves_at = now + ms / 2 + (int64_t)random_below((uint64_t)ms * 3 / 10 + 1);
-    /* Nobody else's ever: a worker marks clients of those who were killed, too. */
+    /* Never a name of another gateway: a worker marks clients of killed ones, too. */
     snprintf(clients[i].id, sizeof clients[i].id, "%s-%llx-%ld", name, seed, i);
   }
 }
@@ -223,7 +224,7 @@ static void tell_cycle(void) {
   puts("}}");
 }
 
-/* Has one stream from each worker, so that there are all the lanes that there will be. */
+/* Has one stream from each worker, so that all lanes exist. */
 static void settle(void) {
   static const char *const each[] = {"c", "go", "python", "victim"};
   for (int i = 0; i < 4; i++) {
@@ -245,7 +246,7 @@ int main(int argc, char **argv) {
   setvbuf(stdin, NULL, _IONBF, 0);
   check(presence_queue_new(&queue), "queue", "");
   plain = presence_config_new(), narrow = presence_config_new();
-  presence_config_set(plain, "timeout_ms", "60000"); /* never comes */
+  presence_config_set(plain, "timeout_ms", "60000"); /* never reached */
   presence_config_set(narrow, "timeout_ms", "60000");
   presence_config_set(narrow, "manual_credit", "true");
   presence_config_set(narrow, "stream_buffer_bytes", "16384");

@@ -32,7 +32,7 @@ STATUSES = {
 
 
 class Reader:
-    """One stream, read to its end; `outcome` counts how it ended."""
+    """Reads one stream to its end and counts its outcome."""
 
     running: set[Reader] = set()  # noqa: RUF012
 
@@ -42,7 +42,7 @@ class Reader:
         self.subject = f"soak.{worker}" if lanes_there else f"soak.{worker}.0"
         self.level = "lane" if lanes_here and lanes_there else "level0"
         self.key, shape = rng.getrandbits(62), rng.randrange(100)
-        self.options = {"timeout": 60}  # never comes
+        self.options = {"timeout": 60}  # never reached
         if kind == "slow":  # more than its window
             self.count, self.size, burst, pause = 50, 2000, 50, 0
             self.options["stream_buffer_bytes"] = 16384
@@ -62,7 +62,7 @@ class Reader:
         self.stream: aio.Stream | None = None
 
     async def read(self, client: str) -> str:
-        """Reads to the end: how it ended."""
+        """Reads to the end and returns the outcome."""
         try:
             self.stream = self.conn.stream(self.subject, self.request, client_id=client, **self.options)
         except presence.PresenceError as refused:
@@ -105,7 +105,7 @@ class Reader:
 
 
 async def watch_over() -> None:
-    """Tells what is in hand, and cancels streams of which nothing comes."""
+    """Prints statistics regularly, and cancels streams that have become silent."""
     while True:
         await asyncio.sleep(0.5)
         soak.tell_stats("stats", conns)
@@ -116,7 +116,7 @@ async def watch_over() -> None:
 
 
 class Cycle:
-    """All clients come during the first 0.4 of its time, and leave during its second half."""
+    """All clients come during the first 0.4 of the time, and leave during its second half."""
 
     def __init__(self, seed: int, clients: int, seconds: float) -> None:
         self.seed, self.clients, self.seconds = seed, clients, seconds
@@ -141,7 +141,7 @@ class Cycle:
         first = rng.uniform(0, leaves - comes)
         kinds = [kind]
         if kind == "cancels" or rng.random() < 0.25:
-            kinds.append("reads" if kind == "cancels" else kind)  # of two one is cancelled, the other read to its end
+            kinds.append("reads" if kind == "cancels" else kind)  # of two streams, only one is cancelled
         afters = [rng.uniform(0, leaves - comes) if kind == "reads" else first for _ in kinds]
         streams = [
             asyncio.create_task(self.stream(client, each, after, random.Random(rng.random())))
@@ -169,7 +169,7 @@ class Cycle:
 
 
 async def settle() -> None:
-    """Has one stream from each worker, so that there are all the lanes that there will be."""
+    """Has one stream from each worker, so that all lanes exist."""
     counts: Counter[str] = Counter()
     rng = random.Random(0)
     readers = [

@@ -1,5 +1,5 @@
 /*
- * What both peers in C share. `run`, in the folder above, tells what peers do.
+ * Shared by both peers in C. The commands are described in `run`, in the folder above.
  */
 #ifndef SOAK_H
 #define SOAK_H
@@ -28,7 +28,7 @@ static inline uint64_t scramble(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-/* Message `number` of the stream with this key: both, then bytes that follow from them. */
+/* Message `number` of the stream with this key: both, then bytes derived from them. */
 static inline const unsigned char *content(uint64_t key, uint64_t number, size_t size) {
   static unsigned char table[LARGEST + SHIFTS], message[LARGEST];
   if (!table[0]) {
@@ -46,7 +46,7 @@ static inline void check(int32_t status, const char *what, const char *why) {
   exit(1);
 }
 
-/* A connection with the options "KEY=VALUE,..."; one on level 0 leaves the announcing to the other. */
+/* Opens a connection with the options "KEY=VALUE,..."; the one on level 0 leaves announcements to the other. */
 static inline presence_conn *open_conn(const char *url, const char *options, bool has_lanes) {
   presence_conn *conn;
   presence_error error = {0};
@@ -66,7 +66,7 @@ static inline presence_conn *open_conn(const char *url, const char *options, boo
   return conn;
 }
 
-/* Tells what is in hand, and how many bytes of the heap are in use, as an event of this name. */
+/* Prints statistics, with the bytes of the heap in use, as an event of this name. */
 static inline void tell_stats(const char *event, presence_conn *conns[2], const char *more) {
   presence_stats sum = {.connects = 0};
   for (int i = 0; i < 2; i++) {

@@ -1,4 +1,4 @@
-"""What both peers in Python share: soak.h in Python."""
+"""Shared by both peers in Python: soak.h in Python."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ TABLE = b"".join(scramble(i).to_bytes(8, "little") for i in range((LARGEST + SHI
 
 
 def content(key: int, number: int, size: int) -> bytes:
-    """Message `number` of the stream with this key: both, then bytes that follow from them."""
+    """Message `number` of the stream with this key: both, then bytes derived from them."""
     at = (key + number) % SHIFTS
     return HEAD.pack(key, number) + TABLE[at : at + size - HEAD.size]
 
 
 def connection_options(text: str, level: int) -> dict[str, str]:
-    """Those of "KEY=VALUE,..." for the connection with lanes (0), or on level 0 (1), which does not announce."""
+    """The options "KEY=VALUE,..." of the connection with lanes (0), or on level 0 (1), which does not announce."""
     options = dict(option.split("=") for option in text.split(","))
     return options | {"lanes": "false", "announce": "never"} if level else options
 
 
 class Mallinfo(ctypes.Structure):
-    """What malloc says of itself."""
+    """malloc's own statistics."""
 
     _fields_ = (
         ("before", ctypes.c_size_t * 4),
@@ -66,7 +66,7 @@ def tell(**event: object) -> None:
 
 
 def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
-    """Tells what is in hand, and how many bytes of C's heap are in use, as an event of this name."""
+    """Prints statistics, with the bytes of C's heap in use, as an event of this name."""
     both = [conn.stats() for conn in conns]
     sums = {
         name: sum(stats[name] for stats in both) for name in ("connected", "connects", "streams", "senders", "lanes")
@@ -77,6 +77,6 @@ def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
 
 
 def give_back() -> None:
-    """Gives memory that is not used back to the system."""
+    """Returns unused memory to the system."""
     gc.collect()
     libc.malloc_trim(0)

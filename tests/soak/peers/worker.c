@@ -19,7 +19,7 @@ typedef struct stream {
 static stream *streams;
 static long served, accepted_after, unwarranted;
 
-/* The stream is over: nothing more may be taken. */
+/* The stream has ended: no further send may be accepted. */
 static void finish(stream *s) {
   for (int i = 0; i < FURTHER; i++) accepted_after += presence_sender_send(s->sender, "more", 4) == PRESENCE_OK;
   presence_sender_free(s->sender);
@@ -104,7 +104,7 @@ int main(int argc, char **argv) {
     }
     if (now < told + STATS_MS && !is_asked) continue;
     told = now;
-    if (is_asked) malloc_trim(0); /* asked for when all is quiet */
+    if (is_asked) malloc_trim(0); /* the "quiet" command, when all streams have ended */
     snprintf(more, sizeof more, ", \"served\": %ld, \"accepted_after\": %ld, \"unwarranted\": %ld", served, accepted_after,
              unwarranted);
     tell_stats(is_asked ? "quiet" : "stats", conns, more);
