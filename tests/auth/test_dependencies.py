@@ -34,7 +34,7 @@ def metadata() -> dict[str, Any]:
     return told
 
 
-def test_each_dependency_is_named_with_its_reason() -> None:
+def test_each_dependency_is_documented_with_its_reason() -> None:
     cargo = metadata()
     packages = {package["id"]: package for package in cargo["packages"]}
     wanted = packages[cargo["resolve"]["root"]]["dependencies"]
@@ -53,7 +53,7 @@ def reached(cargo: dict[str, Any], kinds: set[str | None], without: set[str]) ->
     return found - {cargo["resolve"]["root"]}
 
 
-def test_the_others_are_counted() -> None:
+def test_indirect_dependencies_are_counted() -> None:
     cargo = metadata()
     packages = {package["id"]: package for package in cargo["packages"]}
     macros = {id for id, package in packages.items() if package["targets"][0]["kind"] == ["proc-macro"]}
@@ -84,7 +84,7 @@ def deny(tmp_path: Path) -> Callable[[], str]:
     return run
 
 
-def test_all_that_we_depend_on_may_be() -> None:
+def test_dependencies_pass_deny() -> None:
     subprocess.run([ROOT / "tools/deny"], check=True)
 
 
@@ -95,7 +95,7 @@ def replace(file: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", 'informational = "unsound"', 'informational = "unmaintained"'])
-def test_an_advisory_is_found(tmp_path: Path, deny: Callable[[], str], kind: str) -> None:
+def test_deny_finds_an_advisory(tmp_path: Path, deny: Callable[[], str], kind: str) -> None:
     (tmp_path / "tools/advisories/bytes/RUSTSEC-2099-0001.md").write_text(ADVISORY % kind)
     assert "Made up for a test" in deny()
 
@@ -111,7 +111,7 @@ def test_an_advisory_is_found(tmp_path: Path, deny: Callable[[], str], kind: str
         ("deny.toml", 'crate = "syn@2"', 'crate = "tokio"', "unnecessary-skip"),
     ],
 )
-def test_a_rule_that_is_broken_is_told(
+def test_deny_reports_a_broken_rule(
     tmp_path: Path, deny: Callable[[], str], file: str, old: str, new: str, told: str
 ) -> None:
     replace(tmp_path / file, old, new)

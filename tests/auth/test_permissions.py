@@ -109,7 +109,7 @@ def strangers(port: int, tenant: str = "") -> Iterator[tuple[Stranger, Stranger]
 
 
 @pytest.mark.parametrize("lanes", [True, False])
-def test_streams_run_with_the_rights_of_the_files(lanes: bool) -> None:
+def test_documented_permissions_are_enough(lanes: bool) -> None:
     with processes(CONFIGS / "one-account.conf", lanes=lanes) as (_, both):
         assert both.count(10_000) == 10_000
         stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
@@ -122,7 +122,7 @@ def test_streams_run_with_the_rights_of_the_files(lanes: bool) -> None:
         assert "iolation" not in both.told.text
 
 
-def test_a_worker_cannot_announce_and_a_gateway_can() -> None:
+def test_only_gateways_may_announce() -> None:
     with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
         stream = both.gateway.stream("llm.endless", client_id="victim", timeout_ms=20_000)
         next(stream)
@@ -139,7 +139,7 @@ def test_a_worker_cannot_announce_and_a_gateway_can() -> None:
         assert both.ends == ["Offline"]
 
 
-def test_a_worker_of_ours_that_announces_is_told(tmp_path: Path) -> None:
+def test_refused_announcement_is_logged(tmp_path: Path) -> None:
     with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
         told = Told()
         url = f"nats://worker:of-workers@127.0.0.1:{port}"
@@ -148,7 +148,7 @@ def test_a_worker_of_ours_that_announces_is_told(tmp_path: Path) -> None:
             told.wait("Permissions Violation for Publish", "client.offline")
 
 
-def test_a_gateway_cannot_serve() -> None:
+def test_gateway_may_not_serve() -> None:
     with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
         for subject in ["llm.count", "llm.count workers", "llm.>", ">"]:
             assert "Permissions Violation for Subscription" in gateway.subscribe(subject)
@@ -167,7 +167,7 @@ def test_a_gateway_cannot_serve() -> None:
             next(both.gateway.stream("llm.more"))
 
 
-def test_inboxes_are_read_and_written_by_their_owners_only() -> None:
+def test_inboxes_belong_to_their_owners() -> None:
     with processes(CONFIGS / "one-account.conf") as (port, both), strangers(port) as (gateway, worker):
         for stranger, other in [(gateway, "worker"), (worker, "gateway")]:
             for subject in ["_INBOX.>", f"_INBOX.{other}.>", f"_INBOX.{other}.*.*", f"_INBOX.{other}.*.lane.*", "*.>"]:
@@ -180,7 +180,7 @@ def test_inboxes_are_read_and_written_by_their_owners_only() -> None:
 
 
 @pytest.mark.parametrize("right", ["allow_responses", "gateways' inboxes"])
-def test_what_a_gateway_can_have_a_worker_write_to(tmp_path: Path, right: str) -> None:
+def test_reply_subjects_that_a_gateway_can_make_a_worker_publish_to(tmp_path: Path, right: str) -> None:
     """Any subject, as the reply subject of a request; or gateways' inboxes only, as the comment in worker.conf says."""
     gateways_inboxes, responses = '# "_INBOX.gateway.*.*"', "allow_responses:"
     (tmp_path / "gateway.conf").write_text((CONFIGS / "gateway.conf").read_text())
@@ -217,7 +217,7 @@ def test_what_a_gateway_can_have_a_worker_write_to(tmp_path: Path, right: str) -
         spy.close()
 
 
-def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
+def test_gateways_may_be_separated(tmp_path: Path) -> None:
     """With the change that the comment in gateway.conf describes."""
     gateway, worker = (tmp_path / f"{name}.conf" for name in ["gateway", "worker"])
     gateway.write_text((CONFIGS / "gateway.conf").read_text().replace("_INBOX.gateway.", "_INBOX.gateway.mine."))
@@ -232,7 +232,7 @@ def test_gateways_that_do_not_trust_each_other(tmp_path: Path) -> None:
             assert "Permissions Violation for Subscription" in other.subscribe(subject)
 
 
-def test_tenants_have_nothing_to_do_with_each_other() -> None:
+def test_tenants_are_separated() -> None:
     with processes(CONFIGS / "tenants.conf", tenant="red-") as (port, both), strangers(port, "blue-") as (gateway, _):
         stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
         next(stream)
@@ -252,7 +252,7 @@ def test_tenants_have_nothing_to_do_with_each_other() -> None:
 
 
 @pytest.mark.parametrize("lanes", [True, False])
-def test_two_accounts(lanes: bool) -> None:
+def test_lanes_fall_back_to_level_0_between_accounts(lanes: bool) -> None:
     """A lane cannot cross accounts: a gateway that offers one may lose its first stream, and later ones use level 0."""
     with processes(CONFIGS / "two-accounts.conf", lanes=lanes) as (_, both):
         if lanes:
@@ -290,7 +290,7 @@ def config(missing: str, gateway: str, worker: str, responses: str = '{ max: -1,
 @pytest.mark.parametrize(
     "missing", ["nothing", "gateway publishes", "gateway hears", "worker publishes", "worker hears"]
 )
-def test_where_a_right_is_missing_streams_go_on_level_0(
+def test_missing_permission_falls_back_to_level_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, prefixes: tuple[str, str]
 ) -> None:
     monkeypatch.setitem(WORKER, "inbox_prefix", prefixes[1])
@@ -367,7 +367,7 @@ def worker_apart(port: int, told: Told) -> Iterator[None]:
 
 @pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "level 0"])
 @pytest.mark.parametrize("missing", ["nothing", "gateway announces", "worker hears of it"])
-def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: str, lanes: bool) -> None:
+def test_lanes_stop_senders_without_announcements(tmp_path: Path, missing: str, lanes: bool) -> None:
     """On level 0 the worker goes on until its stream ends."""
     told = Told()
     rights = config(missing, "_INBOX.gateway", "_INBOX.worker")
@@ -391,7 +391,7 @@ def test_where_announcements_are_forbidden_lanes_tell(tmp_path: Path, missing: s
 
 
 @pytest.mark.parametrize("responses", ["true", '{ max: 10, expires: "1h" }', '{ max: -1, expires: "200ms" }', "false"])
-def test_a_worker_whose_answers_are_refused_stops(tmp_path: Path, responses: str) -> None:
+def test_refused_answers_stop_the_worker(tmp_path: Path, responses: str) -> None:
     """On level 0 nobody would receive its results. The gateway is not informed, and reaches its timeout."""
     rights = config("worker publishes", "_INBOX.gateway", "_INBOX.worker", responses)
     with processes(rights, tmp_path, lanes=False) as (_, both):
@@ -403,7 +403,7 @@ def test_a_worker_whose_answers_are_refused_stops(tmp_path: Path, responses: str
         assert both.ends != [""]
 
 
-def test_a_gateway_that_may_not_ask_hears_so() -> None:
+def test_refused_request_ends_with_an_error() -> None:
     with processes(CONFIGS / "one-account.conf") as (_, both):
         since = time.monotonic()
         with pytest.raises(nats_presence.Disconnected, match=r"mlm\.count"):
@@ -411,7 +411,7 @@ def test_a_gateway_that_may_not_ask_hears_so() -> None:
         assert time.monotonic() - since < 5
 
 
-def test_who_may_not_speak_to_himself_hears_nothing_of_the_server() -> None:
+def test_refused_echo_is_reported() -> None:
     """The log says what was refused."""
     with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
         told = Told()

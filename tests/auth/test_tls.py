@@ -76,7 +76,7 @@ def ca(tmp_path: Path, server: Files) -> dict[str, Any]:
     return {"tls_ca_file": str(tmp_path / "ca.pem")}
 
 
-def test_the_server_is_known(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
+def test_server_certificate_is_verified(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
     with nats_server(f"tls {{ {server.server} }}", tmp_path) as port:
         works(f"tls://localhost:{port}", **ca)
         works(f"nats://localhost:{port}", tls_required=True, **ca)
@@ -90,7 +90,7 @@ def test_the_server_is_known(tmp_path: Path, issue: Issue, server: Files, ca: di
 
 
 @pytest.mark.parametrize(("valid", "told"), [(LONG_AGO, "expired"), (NOT_YET, "not valid yet")])
-def test_the_server_s_certificate_has_its_time(tmp_path: Path, issue: Issue, valid: Time, told: str) -> None:
+def test_expired_server_certificate_is_refused(tmp_path: Path, issue: Issue, valid: Time, told: str) -> None:
     files = issue("server", "localhost", valid=valid)
     with nats_server(f"tls {{ {files.server} }}", tmp_path) as port:
         assert told in refused(f"tls://localhost:{port}", tls_ca_file=str(tmp_path / "ca.pem"))
@@ -111,7 +111,7 @@ def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: di
         assert "our certificate" in message
 
 
-def test_files_that_are_not_what_they_should_be(
+def test_wrong_files_are_refused(
     tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]
 ) -> None:
     own, other = issue("client", "client@example.org"), issue("other", "client@example.org")
@@ -147,7 +147,7 @@ def self_signed(key: Any, *, is_authority: bool = False, alternative: bool = Tru
     return builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
 
 
-def test_keys_that_cannot_be_used(tmp_path: Path, issue: Issue) -> None:
+def test_unusable_keys_are_refused(tmp_path: Path, issue: Issue) -> None:
     """No server is needed: files are read first."""
     own = issue("client", "client@example.org")
 
@@ -216,7 +216,7 @@ def test_self_signed_certificates(tmp_path: Path, is_authority: bool, alternativ
             assert "set tls_ca_file" in refused(f"tls://localhost:{port}")
 
 
-def test_an_authority_of_the_same_name(tmp_path: Path, issue: Issue, server: Files) -> None:
+def test_renewed_authority_of_the_same_name(tmp_path: Path, issue: Issue, server: Files) -> None:
     """The authority was renewed under the same name, and the option still names the old file."""
     key = ec.generate_private_key(ec.SECP256R1())
     known = x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes())
@@ -252,7 +252,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[str, Any], name: str) -> None:
+def test_server_without_tls_is_refused(tmp_path: Path, ca: dict[str, Any], name: str) -> None:
     """As when an attacker strips TLS from the server's INFO."""
     scheme, how = WAYS[name]
     options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
@@ -261,7 +261,7 @@ def test_tls_is_not_given_up_when_the_server_has_none(tmp_path: Path, ca: dict[s
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_who_takes_tls_out_gets_no_secret(ca: dict[str, Any], name: str) -> None:
+def test_tls_stripping_reveals_no_secret(ca: dict[str, Any], name: str) -> None:
     scheme, how = WAYS[name]
     options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
     heard = b""

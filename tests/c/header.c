@@ -57,7 +57,7 @@ static_assert(PRESENCE_EVENT_ONLINE == 7 && PRESENCE_EVENT_OFFLINE == 8 && PRESE
 static_assert(PRESENCE_EVENT_DISCONNECTED == 10 && PRESENCE_EVENT_LOG == 11, "kind");
 
 /* Fails to compile if a field changes its type. */
-static void types(void) {
+static void fields_keep_their_types(void) {
   presence_event event;
   memset(&event, 0, sizeof event);
   int32_t *status = &event.kind;
@@ -70,7 +70,7 @@ static void types(void) {
   CHECK(*status == 0 && *tag == 0 && !*sender && !*stream && !*text && !*data && *length == 0);
 }
 
-static void status_texts(void) {
+static void status_texts_are_distinct(void) {
   for (int32_t status = PRESENCE_INTERNAL; status <= PRESENCE_OK; status++) {
     const char *text = presence_status_text(status);
     CHECK(text && *text && strcmp(text, "unknown status") != 0);
@@ -80,7 +80,7 @@ static void status_texts(void) {
   for (int i = 0; i < 4; i++) CHECK(strcmp(presence_status_text(unknown[i]), "unknown status") == 0);
 }
 
-static void version(void) {
+static void version_is_that_of_cargo_toml(void) {
   int major, minor, patch, length;
   CHECK_EQ(sscanf(presence_version(), "%d.%d.%d%n", &major, &minor, &patch, &length), 3);
   CHECK_EQ(presence_version()[length], '\0');
@@ -90,8 +90,8 @@ static void version(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(types);
-  RUN(status_texts);
-  RUN(version);
+  RUN(fields_keep_their_types);
+  RUN(status_texts_are_distinct);
+  RUN(version_is_that_of_cargo_toml);
   return 0;
 }

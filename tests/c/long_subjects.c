@@ -20,7 +20,7 @@ static void check_unharmed(pair both) {
   CHECK_EQ(stats_of(both.gateway).connects, 1);
 }
 
-static void of_the_caller(void) {
+static void long_subjects_of_the_caller_are_refused(void) {
   pair both = open_pair("c");
   presence_error error;
   presence_stream *stream = NULL;
@@ -50,7 +50,7 @@ static void of_the_caller(void) {
 }
 
 /* Headers count as payload. */
-static void large_headers(void) {
+static void large_headers_are_refused(void) {
   pair both = open_pair("c");
   presence_config *config = presence_config_new();
   presence_stream *stream = NULL;
@@ -64,7 +64,7 @@ static void large_headers(void) {
 }
 
 /* The peer is a socket: its requests have reply subjects as long as nats-server accepts. */
-static void of_a_peer(void) {
+static void long_reply_subjects_of_a_peer_are_ignored(void) {
   static char line[2 * LONGEST];
   pair both = open_pair("c");
   presence_service *service = serve(both.worker, "p"); /* short, so that the reply subject may be longer */
@@ -108,8 +108,8 @@ static void of_a_peer(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN_ON_BOTH(of_the_caller);
-  RUN_ON_BOTH(large_headers);
-  RUN_ON_BOTH(of_a_peer);
+  RUN_ON_BOTH(long_subjects_of_the_caller_are_refused);
+  RUN_ON_BOTH(large_headers_are_refused);
+  RUN_ON_BOTH(long_reply_subjects_of_a_peer_are_ignored);
   return 0;
 }

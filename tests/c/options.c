@@ -20,7 +20,7 @@ static void check_wrong(const char *key, const char *value, const char *told) {
 }
 
 /* It describes the last failure, of any kind; successful calls do not change it. */
-static void what_config_error_tells(void) {
+static void config_error_describes_the_last_failure(void) {
   presence_config *config = presence_config_new();
   OK(presence_config_error(config, NULL));
   OK(presence_config_set(config, "retries", "3"));
@@ -47,7 +47,7 @@ static void what_config_error_tells(void) {
   CHECK(!strstr(error.message, "hunter2"));
 }
 
-static void numbers(void) {
+static void non_numbers_are_refused(void) {
   static const char *const keys[] = {
       "connect_timeout_ms", "reconnect_min_ms", "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "send_buffer_bytes",
       "session_grace_ms",   "worker_threads",   "timeout_ms",       "retries",        "retry_delay_ms",   "stream_buffer_bytes",
@@ -66,7 +66,7 @@ static void numbers(void) {
 }
 
 /* Options that were set before apply, and wrong ones do not make the config one for requests. */
-static void a_wrong_option_changes_nothing(void) {
+static void wrong_option_changes_nothing(void) {
   presence_config *config = presence_config_new();
   presence_conn *conn;
   OK(presence_config_set(config, "announce", "never"));
@@ -83,7 +83,7 @@ static void a_wrong_option_changes_nothing(void) {
   OK(presence_close(conn, PATIENCE));
 }
 
-static void options_for_something_else(void) {
+static void options_of_another_kind_are_refused(void) {
   static const char *const of_requests[][2] = {
       {"timeout_ms", "1"},          {"retries", "1"},  {"retry_delay_ms", "1"}, {"stream_buffer_bytes", "1"},
       {"manual_credit", "false"}, {"header.X", "y"},
@@ -116,9 +116,9 @@ static void options_for_something_else(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(numbers);
-  RUN(a_wrong_option_changes_nothing);
-  RUN(options_for_something_else);
-  RUN(what_config_error_tells);
+  RUN(non_numbers_are_refused);
+  RUN(wrong_option_changes_nothing);
+  RUN(options_of_another_kind_are_refused);
+  RUN(config_error_describes_the_last_failure);
   return 0;
 }

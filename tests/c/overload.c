@@ -21,7 +21,7 @@ static void check_resident(long before, long more_kib) {
 enum { PLACES = 10, LEAVE = 2000 };
 
 /* Their gateway does not wait for an answer. A request counts towards max_streams until it is taken from the queue. */
-static void requests_that_nobody_takes(void) {
+static void untaken_requests_count_towards_max_streams(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service;
   OK(presence_serve(worker.conn, worker.queue, "untaken", NULL, PLACES, 0, &service, NULL));
@@ -83,7 +83,7 @@ static void flood(peer worker, peer gateway, peer running, presence_sender **sen
   }
 }
 
-static void a_flood_of_requests(void) {
+static void request_flood_is_answered_busy(void) {
   peer worker = open_peer(), gateway = open_peer(), running = open_peer();
   presence_service *service;
   presence_stream *streams[RUNNING];
@@ -121,7 +121,7 @@ static void a_flood_of_requests(void) {
 
 /* Workers send to idle readers until they are refused. The windows limit what is pending, for messages of any size:
  * lanes block the workers, on level 0 the streams end. */
-static void a_reader_that_takes_nothing(void) {
+static void idle_reader_bounds_memory(void) {
   enum { STREAMS = 20, WINDOW = 1 << 20, OVERHEAD = 64 };
   static char data[100000];
   static const size_t sizes[] = {8, 1000, 100000};
@@ -222,7 +222,7 @@ static int by_size(const void *one, const void *other) {
 }
 
 /* On lanes. The rate is measured with the slow reader and without it, in turn. */
-static void one_slow_among_a_hundred(void) {
+static void slow_reader_among_a_hundred(void) {
   enum { ROUNDS = 15, WINDOW = 1 << 16 };
   peer worker = open_peer(), slow_gateway;
   presence_service *service = serve(worker, "slow");
@@ -275,9 +275,9 @@ static void one_slow_among_a_hundred(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN_ON_BOTH(requests_that_nobody_takes);
-  RUN_ON_BOTH(a_flood_of_requests);
-  RUN_ON_BOTH(a_reader_that_takes_nothing);
-  RUN(one_slow_among_a_hundred);
+  RUN_ON_BOTH(untaken_requests_count_towards_max_streams);
+  RUN_ON_BOTH(request_flood_is_answered_busy);
+  RUN_ON_BOTH(idle_reader_bounds_memory);
+  RUN(slow_reader_among_a_hundred);
   return 0;
 }

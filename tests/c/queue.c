@@ -29,7 +29,7 @@ static int64_t wait_for(size_t max, int64_t timeout_ms) {
   return presence_queue_wait(queue, events, max, timeout_ms);
 }
 
-static void timeouts(void) {
+static void wait_honours_its_timeout(void) {
   open_queue();
   CHECK_EQ(wait_for(1, 0), 0);
   int64_t start = now_ms();
@@ -42,7 +42,7 @@ static void timeouts(void) {
   close_queue();
 }
 
-static void no_room_for_events(void) {
+static void wait_without_capacity_is_refused(void) {
   presence_event event;
   open_queue();
   put();
@@ -52,7 +52,7 @@ static void no_room_for_events(void) {
   close_queue();
 }
 
-static void takes_as_many_as_fit(void) {
+static void wait_returns_as_many_as_fit(void) {
   open_queue();
   for (int i = 0; i < 40; i++) put();
   CHECK_EQ(wait_for(16, 0), 16);
@@ -63,7 +63,7 @@ static void takes_as_many_as_fit(void) {
   close_queue();
 }
 
-static void a_wake_before_the_wait(void) {
+static void wake_before_the_wait_is_kept(void) {
   open_queue();
   presence_queue_wake(queue);
   presence_queue_wake(queue); /* both count as one */
@@ -92,7 +92,7 @@ static pthread_t start_waiting(void) {
   return thread;
 }
 
-static void one_waiter_at_a_time(void) {
+static void second_waiter_is_busy(void) {
   open_queue();
   pthread_t thread = start_waiting();
   CHECK_STATUS(wait_for(1, -1), PRESENCE_BUSY);
@@ -102,7 +102,7 @@ static void one_waiter_at_a_time(void) {
   close_queue();
 }
 
-static void waking_a_waiter(void) {
+static void wake_ends_a_wait(void) {
   open_queue();
   pthread_t thread = start_waiting();
   presence_queue_wake(queue);
@@ -111,7 +111,7 @@ static void waking_a_waiter(void) {
   close_queue();
 }
 
-static void freeing_while_waiting(void) {
+static void free_ends_a_wait(void) {
   open_queue();
   pthread_t thread = start_waiting();
   presence_queue_free(queue);
@@ -131,7 +131,7 @@ static bool is_readable(int fd) {
 }
 
 /* The descriptor is readable exactly while a wait would return at once. */
-static void file_descriptor(void) {
+static void descriptor_is_readable_while_events_wait(void) {
   open_queue();
   put(); /* before presence_queue_fd was called */
   int fd = presence_queue_fd(queue);
@@ -159,7 +159,7 @@ static void *put_in_thread(void *unused) {
 }
 
 /* An event loop in epoll_wait, level-triggered or edge-triggered, is woken by another thread's event. */
-static void event_loops(void) {
+static void epoll_reports_events(void) {
   for (int edge = 0; edge < 2; edge++) {
     open_queue();
     int loop = epoll_create1(EPOLL_CLOEXEC), fd = presence_queue_fd(queue);
@@ -180,7 +180,7 @@ static void event_loops(void) {
 }
 
 /* Events stay valid until the next wait, whatever happens to the queue's other events. */
-static void events_stay_until_the_next_wait(void) {
+static void events_stay_valid_until_the_next_wait(void) {
   presence_event event;
   open_queue();
   OK(mark_client_online("kept"));
@@ -193,15 +193,15 @@ static void events_stay_until_the_next_wait(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(timeouts);
-  RUN(no_room_for_events);
-  RUN(takes_as_many_as_fit);
-  RUN(a_wake_before_the_wait);
-  RUN(one_waiter_at_a_time);
-  RUN(waking_a_waiter);
-  RUN(freeing_while_waiting);
-  RUN(file_descriptor);
-  RUN(event_loops);
-  RUN(events_stay_until_the_next_wait);
+  RUN(wait_honours_its_timeout);
+  RUN(wait_without_capacity_is_refused);
+  RUN(wait_returns_as_many_as_fit);
+  RUN(wake_before_the_wait_is_kept);
+  RUN(second_waiter_is_busy);
+  RUN(wake_ends_a_wait);
+  RUN(free_ends_a_wait);
+  RUN(descriptor_is_readable_while_events_wait);
+  RUN(epoll_reports_events);
+  RUN(events_stay_valid_until_the_next_wait);
   return 0;
 }

@@ -259,13 +259,13 @@ static void race(uint64_t streams, enum closes closes) {
   presence_queue_free(gateway.queue);
 }
 
-static void all_at_once(void) { race(20000, NOTHING); }
+static void all_operations_race(void) { race(20000, NOTHING); }
 
-static void while_connections_close(void) {
+static void operations_race_a_close(void) {
   for (int round = 0; round < 15; round++) race(500 + 200 * (uint64_t)round, (enum closes)(1 + round % 3));
 }
 
-static void while_the_server_restarts(void) {
+static void operations_race_server_restarts(void) {
   own_server own = new_server();
   server = &own;
   race(12000, NOTHING);
@@ -275,8 +275,8 @@ static void while_the_server_restarts(void) {
 
 int main(int argc, char **argv) {
   begin(argc, argv);
-  RUN(all_at_once);
-  RUN(while_connections_close);
-  RUN(while_the_server_restarts);
+  RUN(all_operations_race);
+  RUN(operations_race_a_close);
+  RUN(operations_race_server_restarts);
   return 0;
 }

@@ -8,7 +8,7 @@ from scene import stopped
 OPTIONS = ("reconnect_min_ms=10", "reconnect_max_ms=1000")
 
 
-def test_who_reconnects_late_hears_what_was_announced_meanwhile(connect: Connect, server: Server) -> None:
+def test_late_reconnect_receives_missed_announcements(connect: Connect, server: Server) -> None:
     announcer, late, early = (connect("", *OPTIONS) for _ in range(3))
     for listener in [late, early]:
         listener.do("listen")

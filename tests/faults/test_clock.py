@@ -50,7 +50,7 @@ def scene(server: Server, preloaded: Command) -> Iterator[Scene]:
         yield scene
 
 
-def test_streams_go_on(scene: Scene, jump: Jump) -> None:
+def test_streams_survive_clock_jumps(scene: Scene, jump: Jump) -> None:
     options = ["heartbeat_ms=400", "peer_grace_ms=200", "ping_interval_ms=400"]
     pairs = []
     for of_gateway, of_worker in [("c", "python"), ("python", "go"), ("go", "c")]:
@@ -68,7 +68,7 @@ def test_streams_go_on(scene: Scene, jump: Jump) -> None:
 
 
 @pytest.mark.parametrize("seconds", [YEAR, -YEAR])
-def test_times_are_what_they_were(
+def test_timeouts_ignore_clock_jumps(
     server: Server, shell_program: Command, preloaded: Command, jump: Jump, seconds: int
 ) -> None:
     """Running timeouts, session graces and heartbeats take as long as without the jump."""

@@ -71,7 +71,7 @@ def scene(cluster: Cluster) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("whose", ["gateway", "worker", "both"])
-def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -> None:
+def test_streams_move_to_another_server(cluster: Cluster, scene: Scene, whose: str) -> None:
     """The end goes on at the other server, which the first has advertised."""
     dies, stays = cluster.servers
     worker = scene.worker("c", *SOON, url=dies.url if whose != "gateway" else stays.url)
@@ -85,7 +85,7 @@ def test_the_connected_server_dies(cluster: Cluster, scene: Scene, whose: str) -
     finish(gateway, worker, late, *CLIENTS)
 
 
-def test_the_connected_server_dies_and_others_do_not_answer(cluster: Cluster) -> None:
+def test_streams_survive_unresponsive_servers(cluster: Cluster) -> None:
     """With defaults, neither end gives the other up while it looks for a server that answers."""
     dies, stays = cluster.servers
     with ExitStack() as stack:
@@ -100,7 +100,7 @@ def test_the_connected_server_dies_and_others_do_not_answer(cluster: Cluster) ->
 
 
 @pytest.mark.parametrize("whose", ["gateway", "worker"])
-def test_the_connected_server_dies_on_level_0(cluster: Cluster, connect: Connect, whose: str) -> None:
+def test_level_0_streams_end_with_their_server(cluster: Cluster, connect: Connect, whose: str) -> None:
     dies, stays = cluster.servers
     options = ("lanes=false", *SOON)
     worker = connect((dies if whose == "worker" else stays).url, *options)
@@ -135,7 +135,7 @@ def ask(gateway: Shell, worker: Shell, tag: int) -> int:
     return n
 
 
-def test_the_connected_server_stands_still(cluster: Cluster, scene: Scene) -> None:
+def test_streams_leave_a_stopped_server(cluster: Cluster, scene: Scene) -> None:
     """It is lost after two unanswered pings; lanes go on at the other server."""
     still, well = cluster.servers
     options = (*SOON, "ping_interval_ms=300", "heartbeat_ms=5000", "connect_timeout_ms=300")
@@ -148,7 +148,7 @@ def test_the_connected_server_stands_still(cluster: Cluster, scene: Scene) -> No
         finish(gateway, worker, client)
 
 
-def test_the_connected_server_is_a_lame_duck(tmp_path: Path) -> None:
+def test_streams_leave_a_lame_duck(tmp_path: Path) -> None:
     """It closes one connection a second; each of them goes on at the other server at once."""
     settings = tmp_path / "server.conf"
     settings.write_text("lame_duck_grace_period: 100ms\nlame_duck_duration: 30s\n")
@@ -182,18 +182,18 @@ def rolling_restarts(cluster: Cluster, scene: Scene, rounds: int) -> None:
 
 
 @pytest.mark.parametrize("cluster", [2, 3], indirect=True)
-def test_each_server_is_restarted(cluster: Cluster, scene: Scene) -> None:
+def test_streams_survive_rolling_restarts(cluster: Cluster, scene: Scene) -> None:
     rolling_restarts(cluster, scene, 1)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("cluster", [2, 3], indirect=True)
-def test_each_server_is_restarted_ten_times(cluster: Cluster, scene: Scene) -> None:
+def test_streams_survive_ten_rolling_restarts(cluster: Cluster, scene: Scene) -> None:
     rolling_restarts(cluster, scene, 10)
 
 
 @pytest.mark.parametrize("whose", ["gateway", "worker"])
-def test_a_peer_on_another_server_is_killed(cluster: Cluster, scene: Scene, whose: str) -> None:
+def test_killed_peer_on_another_server_is_gone(cluster: Cluster, scene: Scene, whose: str) -> None:
     """The other server's 503 comes over the route, and means the same."""
     one, other = cluster.servers
     worker = scene.worker("c", *ONLY_503, url=one.url)
@@ -220,7 +220,7 @@ def leave(gateway: Gateway) -> None:
         time.sleep(0.05)
 
 
-def test_a_peer_dies_with_its_server(cluster: Cluster, scene: Scene) -> None:
+def test_peer_that_dies_with_its_server_is_gone(cluster: Cluster, scene: Scene) -> None:
     dies, stays = cluster.servers
     worker = scene.worker("go", *ONLY_503, url=dies.url)
     gateway = scene.gateway("python", *ONLY_503, url=stays.url)
@@ -236,7 +236,7 @@ def test_a_peer_dies_with_its_server(cluster: Cluster, scene: Scene) -> None:
     within(GRACE, GRACE + LATER, since)
 
 
-def test_nobody_serves_on_any_server(cluster: Cluster, connect: Connect) -> None:
+def test_unserved_subject_has_no_responders_in_a_cluster(cluster: Cluster, connect: Connect) -> None:
     gateway = connect(cluster.url)
     gateway.do("request 1 nobody.here ann x")
     assert gateway.wait(event="ERROR")["status"] == "NO_RESPONDERS"

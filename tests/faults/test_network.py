@@ -27,7 +27,7 @@ def urls(proxy: Proxy, whose: str) -> tuple[str, str]:
 
 
 @each_end
-def test_all_comes_late(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
+def test_slow_network_is_no_death(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
     """A slow network is not taken for a dead peer, although an answer takes longer than a heartbeat."""
     of_gateway, of_worker = urls(proxy, whose)
     gateway = scene.gateway("c", "heartbeat_ms=400", url=of_gateway)
@@ -45,7 +45,7 @@ def test_all_comes_late(scene: Scene, proxy: Proxy, connect: Connect, whose: str
 
 @each_end
 @pytest.mark.parametrize("piece", [1, 7])
-def test_all_comes_in_small_pieces(scene: Scene, proxy: Proxy, whose: str, piece: int) -> None:
+def test_tiny_segments_are_reassembled(scene: Scene, proxy: Proxy, whose: str, piece: int) -> None:
     of_gateway, of_worker = urls(proxy, whose)
     proxy.piece = piece
     gateway, worker = scene.gateway("c", url=of_gateway), scene.worker("c", url=of_worker)
@@ -78,18 +78,18 @@ def is_reset(scene: Scene, proxy: Proxy, whose: str, count: int) -> None:
 
 
 @each_end
-def test_reset_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> None:
+def test_streams_survive_resets(scene: Scene, proxy: Proxy, whose: str) -> None:
     is_reset(scene, proxy, whose, 20)
 
 
 @pytest.mark.long
 @each_end
-def test_reset_often_in_the_middle(scene: Scene, proxy: Proxy, whose: str) -> None:
+def test_streams_survive_many_resets(scene: Scene, proxy: Proxy, whose: str) -> None:
     is_reset(scene, proxy, whose, 100)
 
 
 @each_end
-def test_reset_on_level_0(proxy: Proxy, connect: Connect, whose: str) -> None:
+def test_resets_end_level_0_streams_once(proxy: Proxy, connect: Connect, whose: str) -> None:
     """Each stream ends once, with an error and a clear status; what arrived is a prefix."""
     of_gateway, of_worker = urls(proxy, whose)
     options = ("lanes=false", "reconnect_min_ms=10", "reconnect_max_ms=100")
@@ -123,7 +123,7 @@ def test_reset_on_level_0(proxy: Proxy, connect: Connect, whose: str) -> None:
 
 @each_way
 @each_end
-def test_a_black_hole_one_way(scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str) -> None:
+def test_one_way_black_hole_ends_the_streams(scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str) -> None:
     """Both ends detect it in the promised time; the end in the black hole also loses its connection."""
     of_gateway, of_worker = urls(proxy, whose)
     options = [f"heartbeat_ms={BEAT * 1000:.0f}"]
@@ -153,7 +153,7 @@ def test_a_black_hole_one_way(scene: Scene, proxy: Proxy, connect: Connect, whos
 
 @each_way
 @each_end
-def test_a_black_hole_for_less_than_the_beats(
+def test_short_black_hole_is_no_death(
     scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str
 ) -> None:
     of_gateway, of_worker = urls(proxy, whose)
@@ -172,7 +172,7 @@ def test_a_black_hole_for_less_than_the_beats(
 
 
 @each_end
-def test_away_within_the_grace(scene: Scene, proxy: Proxy, whose: str) -> None:
+def test_streams_survive_disconnections_within_the_grace(scene: Scene, proxy: Proxy, whose: str) -> None:
     """The connection breaks again and again; each time nats-server answers 503."""
     of_gateway, of_worker = urls(proxy, whose)
     options = ["peer_grace_ms=3000", "heartbeat_ms=2000", "reconnect_min_ms=10", "reconnect_max_ms=100"]

@@ -1,6 +1,6 @@
 """A gateway or a worker is killed or stopped: the other end detects it in time, not earlier, and once.
 
-The shortest detection times, over hundreds of kills: tests/c/found.c; more in C: tests/c/gone.c; within one language:
+The shortest detection times, over hundreds of kills: tests/c/detection_time.c; more in C: tests/c/peer_death.c; within one language:
 TestPeerGone, test_lanes.py.
 """
 
@@ -55,7 +55,7 @@ def nothing_more(worker: Program) -> None:
 
 @each_end
 @every_language
-def test_killed(scene: Scene, language: str, whose: str) -> None:
+def test_killed_peer_is_gone_after_the_grace(scene: Scene, language: str, whose: str) -> None:
     gateway, worker = both(scene, language, whose)
     since = time.monotonic()
     if whose == "worker":
@@ -100,19 +100,19 @@ def stands_still_within_the_grace(scene: Scene, whose: str, beat: float, rounds:
 
 
 @each_end
-def test_stands_still_within_the_grace(scene: Scene, whose: str) -> None:
+def test_short_stop_is_no_death(scene: Scene, whose: str) -> None:
     stands_still_within_the_grace(scene, whose, beat=1.0, rounds=1)
 
 
 @pytest.mark.long
 @each_end
-def test_stands_still_often_within_the_grace(scene: Scene, whose: str) -> None:
+def test_many_short_stops_are_no_death(scene: Scene, whose: str) -> None:
     stands_still_within_the_grace(scene, whose, beat=0.8, rounds=20)
 
 
 @each_end
 @every_language
-def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> None:
+def test_stopped_peer_is_gone_after_three_heartbeats(scene: Scene, language: str, whose: str) -> None:
     gateway, worker = both(scene, language, whose)
     since = time.monotonic()
     with stopped(gateway if whose == "gateway" else worker):
@@ -134,7 +134,7 @@ def test_stands_still_for_longer(scene: Scene, language: str, whose: str) -> Non
 
 
 @each_end
-def test_the_grace_is_over_while_it_stands_still(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
+def test_grace_that_expires_while_stopped_is_no_death(scene: Scene, proxy: Proxy, connect: Connect, whose: str) -> None:
     """The other end was away and is back in time: this one reads its messages before it judges."""
     options = ("peer_grace_ms=1500", *SOON)
     worker = scene.worker("c", *options, url=proxy.url if whose == "gateway" else "")
@@ -172,11 +172,11 @@ def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: 
 
 
 @pytest.mark.parametrize("order", ["server first", "workers first", "gateways first"])
-def test_the_machine_is_suspended(server: Server, scene: Scene, order: str) -> None:
+def test_suspended_machine_causes_no_death(server: Server, scene: Scene, order: str) -> None:
     """All are stopped for longer than three heartbeats and resumed in this order: one late heartbeat, no death."""
     is_suspended(server, scene, order, beat=0.5, rounds=1)
 
 
 @pytest.mark.long
-def test_the_machine_is_suspended_often(server: Server, scene: Scene) -> None:
+def test_often_suspended_machine_causes_no_death(server: Server, scene: Scene) -> None:
     is_suspended(server, scene, "gateways first", beat=0.5, rounds=15)

@@ -47,18 +47,18 @@ def stack() -> Iterator[ExitStack]:
 
 
 @pytest.mark.parametrize(("delay", "count"), [(0.3, 2000), (1.25, 800)])
-def test_a_long_round_trip(server: Server, stack: ExitStack, delay: float, count: int) -> None:
+def test_long_round_trip_causes_no_retransmission(server: Server, stack: ExitStack, delay: float, count: int) -> None:
     bulk = Bulk(server, Link(server.port, delay), 1, stack)
     assert bulk.carry(count, 1000) < 1.1
 
 
-def test_a_long_round_trip_is_no_silence(server: Server, stack: ExitStack) -> None:
+def test_round_trip_above_three_heartbeats_is_no_death(server: Server, stack: ExitStack) -> None:
     """Three heartbeats are shorter than a round trip."""
     bulk = Bulk(server, Link(server.port, 0.6), 1, stack, "heartbeat_ms=300")
     assert bulk.carry(1000, 1000) < 1.1
 
 
-def test_six_workers_and_a_slow_link(server: Server, stack: ExitStack) -> None:
+def test_slow_link_shared_by_six_workers_is_not_cut(server: Server, stack: ExitStack) -> None:
     """More than the link carries within nats-server's write deadline of 10 s."""
     bulk = Bulk(server, Link(server.port, 0.001, rate=400_000), WORKERS, stack)
     assert bulk.carry(1800, 1000) < 1.1

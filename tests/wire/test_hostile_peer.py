@@ -34,7 +34,7 @@ class Victim:
         self.sent += 1
 
 
-def test_a_flood_of_announcements(connect: Connect, raw: RawPeer) -> None:
+def test_announcement_flood_keeps_memory_flat(connect: Connect, raw: RawPeer) -> None:
     worker = connect()
     worker.do("serve svc workers 0")
     victim = Victim(worker, raw, "svc")
@@ -54,7 +54,7 @@ def test_a_flood_of_announcements(connect: Connect, raw: RawPeer) -> None:
     assert not [event for event in worker.events if event["event"] == "LOG"]
 
 
-def test_announcements_that_are_none_are_logged_a_few_times(connect: Connect, raw: RawPeer) -> None:
+def test_invalid_announcements_are_logged_at_a_limited_rate(connect: Connect, raw: RawPeer) -> None:
     worker = connect()
     worker.do("serve svc workers 0")
     victim = Victim(worker, raw, "svc")
@@ -88,7 +88,7 @@ def guarded(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("lanes", ["true", "false"])
-def test_a_flood_of_requests_that_may_not_be_answered(shell_program: Command, guarded: Server, lanes: str) -> None:
+def test_flood_of_unanswerable_requests_harms_no_stream(shell_program: Command, guarded: Server, lanes: str) -> None:
     raw = RawPeer(guarded.port)
     with Shell(shell_program) as worker:
         assert isinstance(worker, Shell)
@@ -111,7 +111,7 @@ def test_a_flood_of_requests_that_may_not_be_answered(shell_program: Command, gu
     raw.close()
 
 
-def test_a_forged_offer_takes_lanes_from_nobody_else(shell_program: Command, guarded: Server) -> None:
+def test_forged_offer_does_not_disable_other_lanes(shell_program: Command, guarded: Server) -> None:
     raw = RawPeer(guarded.port)
     with Shell(shell_program) as worker, Shell(shell_program) as gateway:
         assert isinstance(worker, Shell)

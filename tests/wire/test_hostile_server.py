@@ -133,7 +133,7 @@ GREETINGS: dict[str, tuple[bytes, bool]] = {
 
 
 @pytest.mark.parametrize("greeting", GREETINGS.values(), ids=GREETINGS.keys())
-def test_who_greets_like_this_is_no_server(shell: Shell, liars: ExitStack, greeting: tuple[bytes, bool]) -> None:
+def test_invalid_greeting_fails_the_connection(shell: Shell, liars: ExitStack, greeting: tuple[bytes, bool]) -> None:
     said, hangs_up = greeting
     liar = Liar(said, hangs_up=hangs_up, alive=False)
     liars.callback(liar.close)
@@ -146,7 +146,7 @@ def test_who_greets_like_this_is_no_server(shell: Shell, liars: ExitStack, greet
     assert resident(shell) - before < MARGIN
 
 
-def test_a_server_that_takes_nobody_is_not_waited_for(shell: Shell) -> None:
+def test_server_that_accepts_no_clients_fails_at_once(shell: Shell) -> None:
     """Its backlog is full: even TCP's handshake is not answered."""
     with socket.socket() as listener, ExitStack() as others:
         listener.bind(("127.0.0.1", 0))
@@ -192,7 +192,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("last", ENDS.values(), ids=ENDS.keys())
-def test_who_says_this_is_left(shell: Shell, liars: ExitStack, last: bytes) -> None:
+def test_fatal_server_line_causes_a_reconnect(shell: Shell, liars: ExitStack, last: bytes) -> None:
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port} reconnect_min_ms=10")
@@ -222,7 +222,7 @@ COMPLAINTS = [
 ]
 
 
-def test_complaints_of_all_kinds(shell: Shell, liars: ExitStack) -> None:
+def test_server_errors_are_reported(shell: Shell, liars: ExitStack) -> None:
     """The first few are reported, and nothing that is not about our own subjects."""
     liar = Liar(info())
     liars.callback(liar.close)
@@ -255,7 +255,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("said", HARMLESS.values(), ids=HARMLESS.keys())
-def test_who_says_this_is_borne(shell: Shell, liars: ExitStack, said: bytes) -> None:
+def test_odd_server_line_is_tolerated(shell: Shell, liars: ExitStack, said: bytes) -> None:
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port}")
@@ -268,7 +268,7 @@ def test_who_says_this_is_borne(shell: Shell, liars: ExitStack, said: bytes) -> 
     closes(shell)
 
 
-def test_what_no_server_confirms_is_over_in_time(shell: Shell, liars: ExitStack) -> None:
+def test_unconfirmed_calls_time_out(shell: Shell, liars: ExitStack) -> None:
     """It accepts everything and answers nothing but PINGs."""
     liar = Liar(info())
     liars.callback(liar.close)
@@ -286,7 +286,7 @@ def test_what_no_server_confirms_is_over_in_time(shell: Shell, liars: ExitStack)
     assert shell.wait(event="ERROR", tag=1)["status"] == "CLOSED"
 
 
-def test_who_falls_silent_is_lost_in_two_pings(shell: Shell, liars: ExitStack) -> None:
+def test_silent_server_is_lost_after_two_pings(shell: Shell, liars: ExitStack) -> None:
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port} ping_interval_ms=100 connect_timeout_ms={TIMEOUT}")
@@ -295,7 +295,7 @@ def test_who_falls_silent_is_lost_in_two_pings(shell: Shell, liars: ExitStack) -
     closes(shell)
 
 
-def test_no_attempt_is_kept_that_failed(shell: Shell, liars: ExitStack) -> None:
+def test_failed_attempts_leave_nothing_behind(shell: Shell, liars: ExitStack) -> None:
     """It sends garbage to each attempt: attempts become rare, and log and memory stay bounded."""
     liar = Liar(info())
     liars.callback(liar.close)

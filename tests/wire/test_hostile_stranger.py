@@ -21,7 +21,7 @@ from lane_peer import GatewayByHand, WorkerByHand, no_responders, take_accept
 from memory import resident
 from raw import Message, RawPeer, Subscription, pub
 from test_hostile_peer import Victim
-from test_supervision import LONE_CR, MALFORMED, assert_serving
+from test_malformed_messages import LONE_CR, MALFORMED, assert_serving
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "faults"))
 
@@ -143,17 +143,17 @@ def overwhelm(victims: Victims, raw: RawPeer, count: int) -> None:
     victims.finish()
 
 
-def test_anything_on_every_subject(victims: Victims, raw: RawPeer) -> None:
+def test_random_messages_on_every_subject(victims: Victims, raw: RawPeer) -> None:
     overwhelm(victims, raw, 30_000)
 
 
 @pytest.mark.long
-def test_anything_on_every_subject_for_long(victims: Victims, raw: RawPeer) -> None:
+def test_random_messages_on_every_subject_for_long(victims: Victims, raw: RawPeer) -> None:
     overwhelm(victims, raw, 300_000)
 
 
 @pytest.mark.long
-def test_a_million_forged_announcements(victims: Victims, raw: RawPeer) -> None:
+def test_million_forged_announcements(victims: Victims, raw: RawPeer) -> None:
     for start in range(0, 1_000_000, 1000):
         raw.send(b"".join(pub("client.offline", b"stranger %d" % n) for n in range(start, start + 1000)))
         if start % 50_000 == 0:
@@ -163,7 +163,7 @@ def test_a_million_forged_announcements(victims: Victims, raw: RawPeer) -> None:
     victims.finish()
 
 
-def test_the_ids_of_others(connect: Connect, raw: RawPeer) -> None:
+def test_forged_client_ids_stop_only_the_forger(connect: Connect, raw: RawPeer) -> None:
     """A stranger requests in the name of another's client, cancels because "the client is offline", and breaks its
     lane: only its own streams stop."""
     worker, gateway = connect(), connect()
@@ -189,7 +189,7 @@ def test_the_ids_of_others(connect: Connect, raw: RawPeer) -> None:
     gateway.wait(event="END", tag=1)
 
 
-def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
+def test_forged_reply_subjects_and_offers(connect: Connect, raw: RawPeer) -> None:
     """Reply subjects and offers that name the service itself, others' lanes, and forbidden subjects."""
     worker = connect()
     worker.do("serve svc workers 10")
@@ -233,7 +233,7 @@ def test_requests_of_all_kinds(connect: Connect, raw: RawPeer) -> None:
     assert len([event for event in worker.events if event["event"] == "LOG"]) < LOGS
 
 
-def test_a_worker_that_must_not_be_answered_takes_lanes_from_nobody_else(
+def test_unanswerable_worker_does_not_disable_other_lanes(
     tmp_path: Path, shell_program: Command
 ) -> None:
     """A false worker gives a subject at which the gateway may not publish: other workers stay on lanes."""
@@ -297,7 +297,7 @@ LONE_CRS = [
 
 
 @pytest.mark.parametrize("malformed", [LONE_CRS, [*LONE_CRS, *MALFORMED.values()]], ids=["a lone CR", "of all kinds"])
-def test_malformed_a_hundred_times_a_second(connect: Connect, raw: RawPeer, malformed: list[bytes]) -> None:
+def test_hundred_malformed_messages_a_second_at_a_worker(connect: Connect, raw: RawPeer, malformed: list[bytes]) -> None:
     worker = connect()
     worker.do("serve svc.* workers 0")
     before = resident(worker)
@@ -306,7 +306,7 @@ def test_malformed_a_hundred_times_a_second(connect: Connect, raw: RawPeer, malf
     assert resident(worker) - before < MARGIN
 
 
-def test_malformed_a_hundred_times_a_second_at_a_gateway(connect: Connect, raw: RawPeer) -> None:
+def test_hundred_malformed_messages_a_second_at_a_gateway(connect: Connect, raw: RawPeer) -> None:
     requests = raw.subscribe("llm.generate")
     gateway = connect()
     gateway.do("listen")
@@ -367,7 +367,7 @@ def is_streaming(gateway: Shell, requests: Subscription, raw: RawPeer, tag: int)
 
 
 @pytest.mark.long
-def test_malformed_a_hundred_times_a_second_a_hundred_times(connect: Connect, raw: RawPeer) -> None:
+def test_hundred_malformed_messages_a_second_for_long(connect: Connect, raw: RawPeer) -> None:
     worker = connect()
     worker.do("serve svc.* workers 0")
     before = resident(worker)

@@ -89,7 +89,7 @@ def test_requests_offer_one_lane_and_a_key_each(connect: Connect, worker: Worker
 
 
 @pytest.mark.parametrize(("buffer", "window"), [("65536", 65536), ("4194304", 4194304), ("999999999", 4194304)])
-def test_the_window_is_the_readers(gateway: Shell, worker: WorkerByHand, buffer: str, window: int) -> None:
+def test_offer_states_the_stream_buffer(gateway: Shell, worker: WorkerByHand, buffer: str, window: int) -> None:
     gateway.do(f"option stream_buffer_bytes {buffer}")
     assert ask(gateway, worker, 1).window == window
 
@@ -105,7 +105,7 @@ def test_windows_shrink_when_they_add_up_to_the_receive_buffer(connect: Connect,
     assert ask(gateway, worker, 4).window == 262144
 
 
-def test_a_stream(gateway: Shell, worker: WorkerByHand) -> None:
+def test_frames_become_events(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     payloads = [b"one", b"", bytes(range(256)), b"__STREAM_END__", b"__STREAM_ERROR__:x", b"x" * 100_000]
     lane.send(*(data(1, payload) for payload in payloads[:3]))
@@ -122,7 +122,7 @@ def test_a_stream(gateway: Shell, worker: WorkerByHand) -> None:
     assert (stats["lanes"], stats["streams"], stats["messages_ignored"], stats["offline_out"]) == (1, 0, 0, 0)
 
 
-def test_the_gateways_end_is_the_offer_with_a_number(gateway: Shell, worker: WorkerByHand) -> None:
+def test_lane_subject_is_the_offer_with_a_number(gateway: Shell, worker: WorkerByHand) -> None:
     names = set()
     for tag in range(1, 4):
         lane = begin(gateway, worker, tag)
@@ -134,7 +134,7 @@ def test_the_gateways_end_is_the_offer_with_a_number(gateway: Shell, worker: Wor
     assert gateway.ask("stats")["lanes"] == 3
 
 
-def test_what_came_is_acknowledged_by_itself(gateway: Shell, worker: WorkerByHand) -> None:
+def test_messages_are_acknowledged_without_other_traffic(gateway: Shell, worker: WorkerByHand) -> None:
     since = time.monotonic()
     lane = begin(gateway, worker, 1)
     assert lane.receive() == LaneMessage(0, 0, 1)
@@ -149,7 +149,7 @@ def test_what_came_is_acknowledged_by_itself(gateway: Shell, worker: WorkerByHan
     assert acks[-1] == 6
 
 
-def test_streams_of_a_lane_do_not_mix(gateway: Shell, worker: WorkerByHand) -> None:
+def test_streams_of_a_lane_stay_separate(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     for tag in range(2, 6):
         go_on(gateway, worker, lane, tag, tag)
@@ -162,7 +162,7 @@ def test_streams_of_a_lane_do_not_mix(gateway: Shell, worker: WorkerByHand) -> N
 
 
 @pytest.mark.parametrize("text", ["no such model", "", "server busy", "__STREAM_END__"])
-def test_an_error(gateway: Shell, worker: WorkerByHand, text: str) -> None:
+def test_error_frame_ends_the_stream(gateway: Shell, worker: WorkerByHand, text: str) -> None:
     lane = begin(gateway, worker, 1)
     lane.send(data(1, b"one"), error(1, text.encode()), data(1, b"late"), end(1))
     assert gateway.wait(event="DATA")["data"] == "one"
@@ -176,7 +176,7 @@ def test_an_error(gateway: Shell, worker: WorkerByHand, text: str) -> None:
     ("command", "status", "reason"),
     [("cancel 1", "CANCELLED", CANCELLED), ("drop 1", None, CANCELLED), ("offline alice", "OFFLINE", OFFLINE)],
 )
-def test_leaving_cancels(
+def test_offline_client_sends_cancel(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer, command: str, status: str | None, reason: int
 ) -> None:
     announcements = raw.subscribe("client.offline")
@@ -203,14 +203,14 @@ def test_leaving_cancels(
         assert announcements.payload() == b"alice"
 
 
-def test_a_stream_that_took_too_long_is_cancelled(gateway: Shell, worker: WorkerByHand) -> None:
+def test_timeout_sends_cancel(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option timeout_ms 50")
     lane = begin(gateway, worker, 1)
     assert lane.take() == cancel(1, TIMEOUT)
     assert gateway.wait(event="ERROR")["status"] == "TIMEOUT"
 
 
-def test_announcing_only_streams_that_have_no_lane(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_announce_streams_skips_lane_streams(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
     announcements = raw.subscribe("client.offline")
     gateway = connect("", "announce=streams")
     lane = begin(gateway, worker, 1, "on_a_lane")
@@ -224,7 +224,7 @@ def test_announcing_only_streams_that_have_no_lane(connect: Connect, worker: Wor
     assert announcements.payload() == b"asked"
 
 
-def test_an_announcement_of_a_peer_ends_the_stream(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_peer_announcement_ends_the_stream(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     gateway.do("listen")
     lane = begin(gateway, worker, 1)
     lane.ask()
@@ -237,7 +237,7 @@ def test_an_announcement_of_a_peer_ends_the_stream(gateway: Shell, worker: Worke
 
 
 @pytest.mark.parametrize("command", ["cancel 1", "drop 1", "offline alice"])
-def test_a_cancel_before_the_accept(gateway: Shell, worker: WorkerByHand, command: str) -> None:
+def test_cancel_before_accept_is_sent_after_it(gateway: Shell, worker: WorkerByHand, command: str) -> None:
     asked = ask(gateway, worker, 1)
     gateway.do(command)
     lane = worker.lane(asked)
@@ -246,7 +246,7 @@ def test_a_cancel_before_the_accept(gateway: Shell, worker: WorkerByHand, comman
     assert gateway.take(event="DATA") is None
 
 
-def test_a_key_that_nobody_asked_with(gateway: Shell, worker: WorkerByHand) -> None:
+def test_unknown_key_is_cancelled(gateway: Shell, worker: WorkerByHand) -> None:
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
     lane.send(accept(1, asked.key ^ 1), data(1, b"forged"), error(1, b"forged"))
@@ -256,7 +256,7 @@ def test_a_key_that_nobody_asked_with(gateway: Shell, worker: WorkerByHand) -> N
     assert_goes_on(gateway, lane, 1, 2)
 
 
-def test_a_request_is_accepted_once(gateway: Shell, worker: WorkerByHand) -> None:
+def test_second_accept_is_cancelled(gateway: Shell, worker: WorkerByHand) -> None:
     asked = ask(gateway, worker, 1)
     first, second = worker.lane(asked), worker.lane(asked)
     first.send(accept(1, asked.key))
@@ -268,7 +268,7 @@ def test_a_request_is_accepted_once(gateway: Shell, worker: WorkerByHand) -> Non
     assert_goes_on(gateway, first, 1)
 
 
-def test_an_accept_counts_after_an_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_accept_after_a_level_0_answer_still_counts(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     """The answer may come from anyone who can read the request."""
     asked = ask(gateway, worker, 1)
     raw.send(pub(asked.reply, b"one"))
@@ -284,7 +284,7 @@ def test_an_accept_counts_after_an_answer_on_level_0(gateway: Shell, worker: Wor
 STORED = b'{"stream":"AUDIT","seq":1}'
 
 
-def test_the_acknowledgement_of_an_audit_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_audit_ack_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     """A JetStream stream that captures the requests acknowledges each at its reply subject."""
     asked = ask(gateway, worker, 1)
     raw.send(pub(asked.reply, STORED))
@@ -295,7 +295,7 @@ def test_the_acknowledgement_of_an_audit_is_ignored(gateway: Shell, worker: Work
     assert ignored(gateway) == 1
 
 
-def test_one_acknowledgement_of_an_audit_is_ignored_on_level_0(
+def test_one_audit_ack_is_ignored_on_level_0(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer
 ) -> None:
     asked = ask(gateway, worker, 1)
@@ -307,7 +307,7 @@ def test_one_acknowledgement_of_an_audit_is_ignored_on_level_0(
     gateway.wait(event="END")
 
 
-def test_an_early_end_is_announced_after_an_answer_on_level_0(
+def test_early_end_is_announced_after_a_level_0_answer(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer
 ) -> None:
     announcements = raw.subscribe("client.offline")
@@ -319,7 +319,7 @@ def test_an_early_end_is_announced_after_an_answer_on_level_0(
     assert announcements.payload() == b"client-3"
 
 
-def test_what_comes_on_level_0_after_the_accept_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_level_0_messages_after_accept_are_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
     lane.send(accept(1, asked.key))
@@ -329,7 +329,7 @@ def test_what_comes_on_level_0_after_the_accept_is_ignored(gateway: Shell, worke
     assert ignored(gateway) == 3
 
 
-def test_other_workers_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_workers_without_lanes_answer_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     # Both at once, from one gateway.
     lane = begin(gateway, worker, 1)
     asked = ask(gateway, worker, 2)
@@ -339,7 +339,7 @@ def test_other_workers_answer_on_level_0(gateway: Shell, worker: WorkerByHand, r
     assert_goes_on(gateway, lane, 1)
 
 
-def test_a_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByHand) -> None:
+def test_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByHand) -> None:
     gateway = connect("", "lanes=false")
     gateway.do("request 1 llm.generate alice hello")
     assert b"Presence-Lane" not in worker.requests.next().header
@@ -348,7 +348,7 @@ def test_a_gateway_without_lanes_offers_none(connect: Connect, worker: WorkerByH
 # The window ----------------------------------------------------------------------------------------------------------
 
 
-def test_credit_comes_when_more_than_a_quarter_was_used(gateway: Shell, worker: WorkerByHand) -> None:
+def test_credit_is_sent_after_a_quarter_of_the_window(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option stream_buffer_bytes 1000")
     lane = begin(gateway, worker, 1)
     total = 0
@@ -363,7 +363,7 @@ def test_credit_comes_when_more_than_a_quarter_was_used(gateway: Shell, worker: 
     assert not lane.frames
 
 
-def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
+def test_manual_credit_follows_consumed(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option stream_buffer_bytes 1000")
     gateway.do("option manual_credit true")
     lane = begin(gateway, worker, 1)
@@ -397,7 +397,7 @@ def test_manual_credit(gateway: Shell, worker: WorkerByHand) -> None:
         [437, 500],  # 501: more than half is taken
     ],
 )
-def test_a_worker_that_sends_more_than_the_window(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
+def test_overrunning_the_window_cancels_the_stream(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
     gateway.do("option manual_credit true")
     go = begin(gateway, worker, 2)  # with a window of 256 KiB
     gateway.do("option stream_buffer_bytes 1000")
@@ -414,7 +414,7 @@ def test_a_worker_that_sends_more_than_the_window(gateway: Shell, worker: Worker
 
 
 @pytest.mark.parametrize("sizes", [[36] * 10, [5000], [436, 5000]])
-def test_a_worker_that_sends_what_the_window_allows(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
+def test_filling_the_window_is_allowed(gateway: Shell, worker: WorkerByHand, sizes: list[int]) -> None:
     gateway.do("option manual_credit true")
     gateway.do("option stream_buffer_bytes 1000")
     lane = begin(gateway, worker, 1)
@@ -428,7 +428,7 @@ def test_a_worker_that_sends_what_the_window_allows(gateway: Shell, worker: Work
 # Numbers, acknowledgements, gaps -------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_sent_again(gateway: Shell, worker: WorkerByHand) -> None:
+def test_gap_causes_retransmission(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     go_on(gateway, worker, lane, 2, 2)
     lane.ask()
@@ -443,7 +443,7 @@ def test_what_is_missing_is_sent_again(gateway: Shell, worker: WorkerByHand) -> 
     ]  # fmt: skip
 
 
-def test_what_is_not_acknowledged_is_asked_for(gateway: Shell, worker: WorkerByHand) -> None:
+def test_unacknowledged_frames_cause_a_ping(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
     lane.acknowledges = lane.answers_pings = False
@@ -467,7 +467,7 @@ def test_duplicates_are_dropped(gateway: Shell, worker: WorkerByHand) -> None:
     assert gateway.take(event="DATA") is None
 
 
-def test_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
+def test_streams_survive_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
     dice = random.Random(2)
     for tag in range(1, 31):
         asked = ask(gateway, worker, tag)
@@ -488,7 +488,7 @@ def test_every_order_of_arrival(gateway: Shell, worker: WorkerByHand) -> None:
         assert received == [text for i in range(2, 12) for text in (str(i), f"{i}'")] + [""]
 
 
-def test_a_gap_is_told_once(gateway: Shell, worker: WorkerByHand) -> None:
+def test_gap_is_reported_once(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
     lane.sent = 2  # Message number 2 was lost.
@@ -503,7 +503,7 @@ def test_a_gap_is_told_once(gateway: Shell, worker: WorkerByHand) -> None:
     assert [gateway.wait(event="DATA")["data"] for _ in range(2, 10)] == [str(i) for i in range(2, 10)]
 
 
-def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHand) -> None:
+def test_lost_first_message_of_a_lane_is_requested(gateway: Shell, worker: WorkerByHand) -> None:
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
     lane.sent = 1
@@ -521,7 +521,7 @@ def test_the_first_message_of_a_lane_is_lost(gateway: Shell, worker: WorkerByHan
 # New and invalid content ----------------------------------------------------------------------------------------------
 
 
-def test_unknown_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+def test_unknown_frame_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.send(Frame(7, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
     assert [gateway.wait(event="DATA")["data"] for _ in range(2)] == ["x", "z"]
@@ -529,14 +529,14 @@ def test_unknown_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None
     assert ignored(gateway) == 0
 
 
-def test_what_only_gateways_say_is_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+def test_gateway_frames_from_a_worker_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.send(cancel(1, CANCELLED), Frame(CREDIT, 1, bytes(8)), Frame(CREDIT, 1))
     lane.ask()
     assert_goes_on(gateway, lane, 1)
 
 
-def test_streams_that_were_never_accepted_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
+def test_frames_of_unaccepted_streams_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     for other in [0, 2, 1000, 2**32 - 1]:
         lane.send(data(other, b"x"), data(other, b"y"), end(other), error(other, b"x"))
@@ -559,7 +559,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_frames_end_the_lane_and_no_other(
+def test_malformed_frames_end_only_their_lane(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer, frames: bytes
 ) -> None:
     bystander = begin(gateway, worker, 1)
@@ -572,7 +572,7 @@ def test_malformed_frames_end_the_lane_and_no_other(
     assert_goes_on(gateway, bystander, 1)
 
 
-def test_an_acknowledgement_of_what_was_not_sent_ends_the_lane(
+def test_ack_of_unsent_messages_ends_the_lane(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer
 ) -> None:
     lane = begin(gateway, worker, 1)
@@ -592,7 +592,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("payload", STRANGE.values(), ids=STRANGE.keys())
-def test_other_versions_and_nonsense_are_ignored(
+def test_unknown_versions_and_garbage_are_ignored(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer, payload: bytes
 ) -> None:
     lane = begin(gateway, worker, 1)
@@ -618,7 +618,7 @@ def strangers(lane: LaneEnd) -> Iterator[str]:
     LaneMessage(0, 2, 0, (end(1),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0),
     LaneMessage(0, 2, 2**64 - 1),
 ])  # fmt: skip
-def test_who_is_not_the_other_end_is_ignored(
+def test_messages_from_another_sender_are_ignored(
     gateway: Shell, worker: WorkerByHand, raw: RawPeer, forged: LaneMessage
 ) -> None:
     lane = begin(gateway, worker, 1)
@@ -636,7 +636,7 @@ def test_who_is_not_the_other_end_is_ignored(
     assert_goes_on(gateway, lane, 1)
 
 
-def test_a_stranger_begins_a_lane_and_gains_nothing(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_lane_of_a_stranger_has_no_effect(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     lane = begin(gateway, worker, 1)
     asked = ask(gateway, worker, 2)
     stranger = worker.lane(asked)
@@ -647,7 +647,7 @@ def test_a_stranger_begins_a_lane_and_gains_nothing(gateway: Shell, worker: Work
     assert_goes_on(gateway, lane, 2, 2)
 
 
-def test_lanes_of_strangers_who_are_not_there_end(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_lanes_of_absent_strangers_end(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     lane = begin(gateway, worker, 1)
     first = encode(LaneMessage(NEW, 1, 0, (accept(1, 0), data(1, b"forged"))))
     raw.send(b"".join(pub(lane.peer, first, reply=f"_INBOX.nobody.{i}") for i in range(5000)))
@@ -659,7 +659,7 @@ def test_lanes_of_strangers_who_are_not_there_end(gateway: Shell, worker: Worker
     assert_goes_on(gateway, lane, 1)
 
 
-def test_there_are_8192_lanes_at_most(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_lanes_are_limited_to_8192(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
     """For any number of strangers who start one, and who are all there."""
     # The heartbeat is so long that none is gone meanwhile.
     gateway = connect("", "heartbeat_ms=60000")
@@ -674,7 +674,7 @@ def test_there_are_8192_lanes_at_most(connect: Connect, worker: WorkerByHand, ra
     assert_goes_on(gateway, lane, 1)
 
 
-def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_forbidden_lane_subjects_are_refused(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     everything = raw.subscribe(">")
     forbidden = ["client.offline", "$SYS.REQ.SERVER.PING", "$JS.API.INFO", "a.*", "a.>", ""]
@@ -692,7 +692,7 @@ def test_the_names_of_lanes_that_must_not_be_published_to(gateway: Shell, worker
     assert_goes_on(gateway, lane, 1)
 
 
-def test_lanes_that_are_not_known_are_told_so(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_unknown_lanes_are_reset(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
     lane.acked = 1  # So NEW is no longer set.
@@ -709,7 +709,7 @@ def test_lanes_that_are_not_known_are_told_so(gateway: Shell, worker: WorkerByHa
     assert_goes_on(gateway, lane, 1)
 
 
-def test_random_bytes_on_every_subject(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_random_bytes_on_every_subject_are_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     lane = begin(gateway, worker, 1)
     own = lane.inbox.next().reply.decode()
     dice = random.Random(1)
@@ -729,7 +729,7 @@ def test_random_bytes_on_every_subject(gateway: Shell, worker: WorkerByHand, raw
     assert_goes_on(gateway, lane, 1)
 
 
-def test_frames_at_random(gateway: Shell, worker: WorkerByHand) -> None:
+def test_random_frames_end_only_their_lane(gateway: Shell, worker: WorkerByHand) -> None:
     """Well-formed messages of a broken worker end at most its own lane."""
     bystander = begin(gateway, worker, 1)
     dice = random.Random(3)
@@ -751,7 +751,7 @@ def test_frames_at_random(gateway: Shell, worker: WorkerByHand) -> None:
 # Death ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_forged_503_ends_nothing_while_the_peer_answers(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     lane = begin(gateway, worker, 1)
     own = lane.inbox.next().reply.decode()
     for i in range(20):
@@ -764,7 +764,7 @@ def test_a_503_from_nowhere_ends_nothing_while_we_answer(gateway: Shell, worker:
     assert_goes_on(gateway, lane, 1)
 
 
-def test_a_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     """Other workers know the offer: the lanes' own subjects have numbers, and 503s come to those."""
     lane = begin(gateway, worker, 1)
     raw.send(no_responders(lane.peer) + no_responders(f"{lane.peer}-0"))
@@ -773,7 +773,7 @@ def test_a_503_to_the_offer_is_ignored(gateway: Shell, worker: WorkerByHand, raw
     assert_goes_on(gateway, lane, 1)
 
 
-def test_without_grace_one_503_is_enough(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
+def test_without_grace_one_503_ends_the_lane(connect: Connect, worker: WorkerByHand, raw: RawPeer) -> None:
     """So use peer_grace_ms=0 only where nobody forges messages."""
     gateway = connect("", "peer_grace_ms=0")
     lane = begin(gateway, worker, 1)
@@ -781,7 +781,7 @@ def test_without_grace_one_503_is_enough(connect: Connect, worker: WorkerByHand,
     assert gateway.wait(event="ERROR")["status"] == "PEER_GONE"
 
 
-def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: Server, worker: WorkerByHand) -> None:
+def test_true_503_ends_the_lane_after_the_grace(connect: Connect, server: Server, worker: WorkerByHand) -> None:
     gateway = connect("", "peer_grace_ms=300", "heartbeat_ms=100")
     bystander = begin(gateway, worker, 1)
     dying = RawPeer(server.port)
@@ -800,7 +800,7 @@ def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: S
     assert_goes_on(gateway, bystander, 1)
 
 
-def test_a_silent_worker_is_gone_after_three_beats(connect: Connect, worker: WorkerByHand) -> None:
+def test_silent_worker_is_gone_after_three_heartbeats(connect: Connect, worker: WorkerByHand) -> None:
     gateway = connect("", "heartbeat_ms=100")
     lane = begin(gateway, worker, 1)
     lane.answers_pings = False
@@ -813,7 +813,7 @@ def test_a_silent_worker_is_gone_after_three_beats(connect: Connect, worker: Wor
     lane.wait_for_end()
 
 
-def test_the_other_end_resets(gateway: Shell, worker: WorkerByHand) -> None:
+def test_reset_from_the_worker_ends_the_lane(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
     lane.say(RESET)
@@ -824,7 +824,7 @@ def test_the_other_end_resets(gateway: Shell, worker: WorkerByHand) -> None:
     assert_goes_on(gateway, begin(gateway, worker, 2), 2)
 
 
-def test_closing_cancels(gateway: Shell, worker: WorkerByHand) -> None:
+def test_close_sends_cancel(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
     gateway.tell("close 900")

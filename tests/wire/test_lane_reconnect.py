@@ -13,7 +13,7 @@ from lane_codec import GAP, NEW, PING, PONG, Frame, LaneMessage, cancel, data, e
 from lane_peer import GatewayByHand, WorkerByHand, take_accept
 from proxy import Proxy
 from raw import RawPeer, Subscription, pub
-from test_supervision import LONE_CR
+from test_malformed_messages import LONE_CR
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def as_sent(stream: int, text: str) -> bytes:
     return encode_frame(data(stream, text.encode()))
 
 
-def test_the_server_is_killed_and_started_again(connect: Connect, server: Server) -> None:
+def test_streams_survive_a_server_restart(connect: Connect, server: Server) -> None:
     gateway, worker = connect(), connect()
     worker.do("serve llm.generate workers 0")
     streams = {tag: begin(gateway, worker, tag) for tag in range(1, 6)}
@@ -77,7 +77,7 @@ def test_the_server_is_killed_and_started_again(connect: Connect, server: Server
     assert gateway.ask("stats")["lanes"] == worker.ask("stats")["lanes"] == 1
 
 
-def test_a_cancel_made_meanwhile_arrives(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+def test_cancel_while_disconnected_arrives_later(connect: Connect, worker: Shell, proxy: Proxy) -> None:
     gateway = connect(proxy.url)
     first, second = begin(gateway, worker, 1), begin(gateway, worker, 2)
     proxy.cut()
@@ -94,7 +94,7 @@ def test_a_cancel_made_meanwhile_arrives(connect: Connect, worker: Shell, proxy:
 
 
 @pytest.mark.parametrize("whose", ["worker", "gateway", "both"])
-def test_cut_while_messages_flow(connect: Connect, proxy: Proxy, whose: str) -> None:
+def test_streams_survive_repeated_cuts(connect: Connect, proxy: Proxy, whose: str) -> None:
     worker = connect("" if whose == "gateway" else proxy.url)
     gateway = connect("" if whose == "worker" else proxy.url)
     worker.do("serve llm.generate workers 0")
@@ -119,7 +119,7 @@ def test_cut_while_messages_flow(connect: Connect, proxy: Proxy, whose: str) -> 
 
 
 @pytest.mark.parametrize("last", ["0", "1", "500", "999"])
-def test_messages_lost_on_the_way_come_after_all(connect: Connect, worker: Shell, proxy: Proxy, last: str) -> None:
+def test_lost_messages_are_retransmitted(connect: Connect, worker: Shell, proxy: Proxy, last: str) -> None:
     gateway = connect()
     n = begin(gateway, worker, 1)
     # What the worker sends after `last` is lost, the end too; it does not know until the connection is cut.
@@ -133,7 +133,7 @@ def test_messages_lost_on_the_way_come_after_all(connect: Connect, worker: Shell
     gateway.wait(event="END")
 
 
-def test_an_accept_lost_on_the_way_comes_after_all(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+def test_lost_accept_is_retransmitted(connect: Connect, worker: Shell, proxy: Proxy) -> None:
     gateway = connect()
     begin(gateway, worker, 1)
     # At first everything of the lane's second stream is lost.
@@ -147,7 +147,7 @@ def test_an_accept_lost_on_the_way_comes_after_all(connect: Connect, worker: She
     receive(gateway, 2, 0, 100)
 
 
-def test_while_it_is_away_sends_are_taken_up_to_the_window(connect: Connect, worker: Shell, proxy: Proxy) -> None:
+def test_sends_while_disconnected_fill_the_window(connect: Connect, worker: Shell, proxy: Proxy) -> None:
     gateway = connect()
     gateway.do("option stream_buffer_bytes 10000")
     n = begin(gateway, worker, 1)
@@ -167,7 +167,7 @@ def test_while_it_is_away_sends_are_taken_up_to_the_window(connect: Connect, wor
     assert worker.wait(event="reply")["status"] == "OK"
 
 
-def test_after_a_reconnect_nothing_is_sent_before_there_was_a_pong(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
+def test_after_a_reconnect_only_pings_are_sent_until_a_pong(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
     gateway = GatewayByHand(raw)
     lane = gateway.lane()
     gateway.request("llm.generate", "alice", key=1)
@@ -191,7 +191,7 @@ def test_after_a_reconnect_nothing_is_sent_before_there_was_a_pong(worker: Shell
     assert came == [data(1, b"before"), data(1, b"meanwhile")]
 
 
-def test_a_gateway_asks_for_what_it_has_missed(connect: Connect, raw: RawPeer, proxy: Proxy) -> None:
+def test_gateway_requests_missed_messages_after_a_reconnect(connect: Connect, raw: RawPeer, proxy: Proxy) -> None:
     gateway = connect(proxy.url)
     worker = WorkerByHand(raw, "llm.generate")
     gateway.do("request 1 llm.generate alice x")
@@ -212,7 +212,7 @@ def test_a_gateway_asks_for_what_it_has_missed(connect: Connect, raw: RawPeer, p
 
 
 @pytest.mark.parametrize("whose", ["worker", "gateway"])
-def test_a_client_that_died_of_a_malformed_message(connect: Connect, raw: RawPeer, whose: str) -> None:
+def test_streams_survive_a_malformed_message(connect: Connect, raw: RawPeer, whose: str) -> None:
     gateway, worker = connect(), connect()
     worker.do("serve llm.generate workers 0")
     end = worker if whose == "worker" else gateway
@@ -235,7 +235,7 @@ def test_a_client_that_died_of_a_malformed_message(connect: Connect, raw: RawPee
     assert end.ask("stats")["connects"] == 21
 
 
-def test_a_server_that_takes_small_messages_only(connect: Connect, server: Server, tmp_path: Path) -> None:
+def test_small_max_payload(connect: Connect, server: Server, tmp_path: Path) -> None:
     server.kill()
     settings = tmp_path / "server.conf"
     settings.write_text("max_payload: 2048")
@@ -255,7 +255,7 @@ def test_a_server_that_takes_small_messages_only(connect: Connect, server: Serve
     assert worker.ask("stats")["connects"] == 1
 
 
-def test_a_server_that_takes_less_than_before(connect: Connect, server: Server, tmp_path: Path) -> None:
+def test_max_payload_shrinks_at_a_reconnect(connect: Connect, server: Server, tmp_path: Path) -> None:
     gateway, worker = connect(), connect()
     worker.do("serve llm.generate workers 0")
     n = begin(gateway, worker, 1)
@@ -275,7 +275,7 @@ def test_a_server_that_takes_less_than_before(connect: Connect, server: Server, 
     assert worker.ask(f"send {n} {'x' * 5000}")["status"] == "TOO_LARGE"
 
 
-def test_away_for_too_long(connect: Connect, proxy: Proxy) -> None:
+def test_long_disconnection_ends_the_lane(connect: Connect, proxy: Proxy) -> None:
     worker = connect(proxy.url)
     worker.do("serve llm.generate workers 0")
     gateway = connect("", "heartbeat_ms=100", "peer_grace_ms=300")
@@ -298,7 +298,7 @@ def test_away_for_too_long(connect: Connect, proxy: Proxy) -> None:
 
 
 @pytest.mark.parametrize("whose", ["worker", "gateway"])
-def test_one_end_is_killed(connect: Connect, whose: str) -> None:
+def test_killed_peer_ends_the_lane(connect: Connect, whose: str) -> None:
     options = ["peer_grace_ms=0", "heartbeat_ms=200"]
     gateway, worker = connect("", *options), connect("", *options)
     worker.do("serve llm.generate workers 0")
@@ -312,7 +312,7 @@ def test_one_end_is_killed(connect: Connect, whose: str) -> None:
 
 
 @pytest.mark.parametrize("whose", ["worker", "gateway"])
-def test_one_end_is_stopped(connect: Connect, whose: str) -> None:
+def test_stopped_peer_ends_the_lane(connect: Connect, whose: str) -> None:
     options = ["heartbeat_ms=200"]
     gateway, worker = connect("", *options), connect("", *options)
     worker.do("serve llm.generate workers 0")
@@ -337,7 +337,7 @@ def test_one_end_is_stopped(connect: Connect, whose: str) -> None:
     assert stopped.wait(event="STOPPED" if whose == "worker" else "ERROR")["status"] == "PEER_GONE"
 
 
-def test_new_is_said_until_something_was_acknowledged(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
+def test_new_flag_is_sent_until_an_ack(worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
     gateway = GatewayByHand(raw)
     lane = gateway.lane()
     gateway.request("llm.generate", "alice", key=1)

@@ -75,7 +75,7 @@ def assert_goes_on(worker: Shell, lane: LaneEnd, n: int, stream: int) -> None:
     assert lane.take() == end(stream)
 
 
-def test_a_stream(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_messages_and_end_become_frames(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     answers = gateway.request("llm.generate", "alice", key=7)
     request = worker.wait(event="REQUEST")
     assert (request["client"], request["data"]) == ("alice", "hello")
@@ -99,7 +99,7 @@ def test_a_stream(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     assert (stats["lanes"], stats["senders"], stats["bytes_waiting"], stats["messages_ignored"]) == (1, 0, 0, 0)
 
 
-def test_the_workers_end_has_128_random_bits_of_its_own(worker: Shell, raw: RawPeer) -> None:
+def test_lane_inbox_has_128_random_bits(worker: Shell, raw: RawPeer) -> None:
     inboxes = set()
     for key in range(20):
         gateway = GatewayByHand(raw)
@@ -133,7 +133,7 @@ def test_streams_of_a_gateway_share_a_lane(worker: Shell, gateway: GatewayByHand
     assert worker.ask("stats")["lanes"] == 1
 
 
-def test_what_gathers_comes_in_one_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_queued_frames_share_a_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, _ = begin(worker, gateway, lane, "alice", window=1 << 22)
     worker.do(f"flood {n} 50000")
     got: list[bytes] = []
@@ -149,14 +149,14 @@ def test_what_gathers_comes_in_one_message(worker: Shell, gateway: GatewayByHand
     assert messages < 25_000
 
 
-def test_an_error(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_error_becomes_a_frame(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     worker.do(f"send {n} one")
     worker.do(f"error {n} no such model")
     assert [lane.take(), lane.take()] == [data(stream, b"one"), error(stream, b"no such model")]
 
 
-def test_a_sender_freed_without_an_end_ends_with_an_error(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_freed_sender_ends_with_an_error(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     worker.do(f"free {n}")
     assert lane.take() == error(stream, b"the worker left the stream unfinished")
@@ -165,7 +165,7 @@ def test_a_sender_freed_without_an_end_ends_with_an_error(worker: Shell, gateway
 @pytest.mark.parametrize(
     ("reason", "status"), [(CANCELLED, "CANCELLED"), (OFFLINE, "OFFLINE"), (0, "CANCELLED"), (255, "CANCELLED")]
 )
-def test_cancel_stops_that_sender(
+def test_cancel_stops_only_its_sender(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, reason: int, status: str
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -179,20 +179,20 @@ def test_cancel_stops_that_sender(
     assert_goes_on(worker, lane, other, others)
 
 
-def test_a_cancel_without_a_reason(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_cancel_without_a_reason(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(Frame(cancel(1, 0).kind, stream))
     assert worker.wait(event="STOPPED", n=n)["status"] == "CANCELLED"
 
 
-def test_an_announcement_stops_the_sender(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_announcement_stops_the_sender(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     raw.send(pub("client.offline", b"alice"))
     assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
     assert lane.take() == error(stream, b"the client is offline")
 
 
-def test_over_the_limit_server_busy(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_request_beyond_max_streams_is_busy(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
     worker = connect()
     worker.do("serve llm.generate workers 1")
     n, stream = begin(worker, gateway, lane, "alice")
@@ -218,7 +218,7 @@ def test_over_the_limit_server_busy(connect: Connect, gateway: GatewayByHand, la
         (0, 100, 1),
     ],
 )
-def test_the_window(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window: int, size: int, count: int) -> None:
+def test_window_limits_outstanding_bytes(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window: int, size: int, count: int) -> None:
     n, stream = begin(worker, gateway, lane, "alice", window)
     refused = worker.ask(f"fill {n} {size}")
     assert (refused["status"], refused["text"]) == ("FULL", str(count))
@@ -233,7 +233,7 @@ def test_the_window(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window
     assert worker.ask(f"fill {n} {size}")["text"] == str(count)
 
 
-def test_half_of_the_window_is_enough_for_a_message_of_any_size(
+def test_half_of_the_window_admits_a_message_of_any_size(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1000)
@@ -247,7 +247,7 @@ def test_half_of_the_window_is_enough_for_a_message_of_any_size(
 
 
 @pytest.mark.parametrize("weight", [2**64 - 1, 2**63, 65537])
-def test_more_credit_than_is_due_is_all(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, weight: int) -> None:
+def test_excess_credit_opens_the_whole_window(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, weight: int) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1000)
     other, _ = begin(worker, gateway, lane, "bob", 1000)
     worker.ask(f"fill {n} 36")
@@ -257,7 +257,7 @@ def test_more_credit_than_is_due_is_all(worker: Shell, gateway: GatewayByHand, l
     assert worker.ask(f"fill {other} 36")["text"] == "10"
 
 
-def test_a_stream_without_room_does_not_hold_up_others(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_blocked_stream_does_not_delay_others(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     slow, _ = begin(worker, gateway, lane, "slow", 1000)
     quick, stream = begin(worker, gateway, lane, "quick")
     assert worker.ask(f"fill {slow} 36")["text"] == "10"
@@ -266,7 +266,7 @@ def test_a_stream_without_room_does_not_hold_up_others(worker: Shell, gateway: G
     assert_goes_on(worker, lane, quick, stream)
 
 
-def test_what_is_not_acknowledged_has_a_limit(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_unacknowledged_bytes_are_limited(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
     worker = connect("", "send_buffer_bytes=65536")
     worker.do("serve llm.generate workers 0")
     n, _ = begin(worker, gateway, lane, "alice", 1 << 22)
@@ -281,7 +281,7 @@ def test_what_is_not_acknowledged_has_a_limit(connect: Connect, gateway: Gateway
     assert worker.wait(event="WRITABLE")["n"] == n
 
 
-def test_the_largest_message(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_largest_message_fits(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1 << 22)
     largest = (1 << 20) - 64
     assert worker.ask(f"fill {n} {largest + 1}")["status"] == "TOO_LARGE"
@@ -292,7 +292,7 @@ def test_the_largest_message(worker: Shell, gateway: GatewayByHand, lane: LaneEn
 # Numbers, acknowledgements, gaps -------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_sent_again(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_gap_causes_retransmission(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     for i in range(5):
         worker.do(f"send {n} {i}")
@@ -311,7 +311,7 @@ def test_what_is_missing_is_sent_again(worker: Shell, gateway: GatewayByHand, la
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_what_is_not_acknowledged_is_asked_for(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_unacknowledged_frames_cause_a_ping(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.acknowledges = lane.answers_pings = False
     worker.do(f"send {n} lost")
@@ -337,7 +337,7 @@ def test_duplicates_are_dropped(worker: Shell, gateway: GatewayByHand, lane: Lan
     assert worker.ask(f"fill {n} 36")["text"] == "5"
 
 
-def test_what_comes_out_of_order_waits_for_what_is_missing(
+def test_out_of_order_messages_cause_a_gap(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -360,7 +360,7 @@ def test_what_comes_out_of_order_waits_for_what_is_missing(
     assert lane.ask().ack == 3
 
 
-def test_a_gap_at_the_end_is_seen_by_a_message_without_frames(
+def test_message_without_frames_reveals_a_gap(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -372,7 +372,7 @@ def test_a_gap_at_the_end_is_seen_by_a_message_without_frames(
     assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
 
 
-def test_a_ping_is_answered(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_ping_is_answered(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(credit(stream, 1))
     assert lane.ask() == LaneMessage(PONG, 1, 1)
@@ -391,7 +391,7 @@ def test_a_ping_is_answered(worker: Shell, gateway: GatewayByHand, lane: LaneEnd
      "1 {inbox}.* {key} 65536", "1 {inbox}.> {key} 65536", "1 > {key} 65536", "1 . {key} 65536", "1 a..b {key} 65536",
      "1 a\tb {key} 65536", "1 " + "x" * 4096 + ".* {key} 65536"],
 )  # fmt: skip
-def test_an_offer_that_is_not_ours_is_answered_on_level_0(
+def test_unsupported_offer_is_answered_on_level_0(
     worker: Shell, raw: RawPeer, gateway: GatewayByHand, offer: str
 ) -> None:
     everything = raw.subscribe(">")
@@ -407,7 +407,7 @@ def test_an_offer_that_is_not_ours_is_answered_on_level_0(
     assert (stats["lanes"], stats["requests_ignored"]) == (0, 0)
 
 
-def test_there_are_8192_lanes_at_most(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_lanes_are_limited_to_8192(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     """For any number of strangers who offer one, and who are all there. Further offers are answered on level 0."""
     # The heartbeat is so long that none is gone meanwhile.
     worker = connect("", "heartbeat_ms=60000")
@@ -432,12 +432,12 @@ def test_there_are_8192_lanes_at_most(connect: Connect, gateway: GatewayByHand, 
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_more_words_in_an_offer_are_for_later_versions(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_further_words_in_an_offer_are_ignored(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     gateway.request("llm.generate", "alice", key=0, offer=f"1 {gateway.offer} 0123456789abcdef 65536 and more")
     take_accept(lane, 0x0123456789ABCDEF)
 
 
-def test_a_worker_without_lanes_answers_on_level_0(connect: Connect, gateway: GatewayByHand) -> None:
+def test_worker_without_lanes_answers_on_level_0(connect: Connect, gateway: GatewayByHand) -> None:
     worker = connect("", "lanes=false")
     worker.do("serve llm.generate workers 0")
     answers = gateway.request("llm.generate", "alice", key=1)
@@ -446,21 +446,21 @@ def test_a_worker_without_lanes_answers_on_level_0(connect: Connect, gateway: Ga
     assert answers.payload() == b"one"
 
 
-def test_unknown_kinds_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_unknown_frame_kinds_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(Frame(7, stream, b"x" * 300), Frame(0, stream), Frame(255, 2**32 - 1, b"y"), cancel(stream, OFFLINE))
     assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
     assert ignored(worker) == 0
 
 
-def test_what_only_workers_say_is_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_worker_frames_from_a_gateway_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(accept(9, 9), data(stream, b"x"), end(stream), error(stream, b"x"))
     lane.ask()
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_streams_that_were_never_opened_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_frames_of_unknown_streams_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(*(frame for other in [0, 2, 1000, 2**32 - 1] for frame in (cancel(other, OFFLINE), credit(other, 1))))
     lane.ask()
@@ -487,7 +487,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("frames", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_frames_end_the_lane_and_no_other(
+def test_malformed_frames_end_only_their_lane(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, frames: bytes
 ) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
@@ -505,7 +505,7 @@ def test_malformed_frames_end_the_lane_and_no_other(
     assert again.peer != lane.peer
 
 
-def test_an_acknowledgement_of_what_was_not_sent_ends_the_lane(
+def test_ack_of_unsent_messages_ends_the_lane(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
 ) -> None:
     """Somebody answered in the gateway's place, or it lies: what has arrived is no longer known."""
@@ -516,7 +516,7 @@ def test_an_acknowledgement_of_what_was_not_sent_ends_the_lane(
     assert ignored(worker) == 1
 
 
-def test_another_end_of_the_gateway_ends_the_lane(
+def test_new_gateway_end_ends_the_lane(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
 ) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
@@ -540,7 +540,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("payload", STRANGE.values(), ids=STRANGE.keys())
-def test_other_versions_and_nonsense_are_ignored(
+def test_unknown_versions_and_garbage_are_ignored(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, payload: bytes
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -564,7 +564,7 @@ def strangers(lane: LaneEnd) -> Iterator[str]:
     LaneMessage(0, 1, 1, (cancel(1, OFFLINE),)), LaneMessage(RESET, 0, 0), LaneMessage(PING | GAP, 0, 0),
     LaneMessage(NEW, 1, 0, (accept(1, 1),)), LaneMessage(0, 1, 2**64 - 1),
 ])  # fmt: skip
-def test_who_is_not_the_other_end_is_ignored(
+def test_messages_from_another_sender_are_ignored(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer, forged: LaneMessage
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -578,7 +578,7 @@ def test_who_is_not_the_other_end_is_ignored(
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_lanes_that_are_not_known_are_told_so(
+def test_unknown_lanes_are_reset(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -603,7 +603,7 @@ def test_lanes_that_are_not_known_are_told_so(
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_random_bytes_on_every_subject(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_random_bytes_on_every_subject_are_ignored(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
 
     dice = random.Random(1)
@@ -631,7 +631,7 @@ def test_random_bytes_on_every_subject(worker: Shell, gateway: GatewayByHand, la
 # Death ---------------------------------------------------------------------------------------------------------------
 
 
-def test_a_503_from_nowhere_ends_nothing_while_we_answer(
+def test_forged_503_ends_nothing_while_the_peer_answers(
     worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
 ) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
@@ -645,7 +645,7 @@ def test_a_503_from_nowhere_ends_nothing_while_we_answer(
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: Server, raw: RawPeer) -> None:
+def test_true_503_ends_the_lane_after_the_grace(connect: Connect, server: Server, raw: RawPeer) -> None:
     worker = connect("", "peer_grace_ms=300")
     worker.do("serve llm.generate workers 0")
     dying = RawPeer(server.port)
@@ -665,7 +665,7 @@ def test_a_503_that_is_true_ends_all_after_the_grace(connect: Connect, server: S
     assert worker.ask("stats")["lanes"] == 1
 
 
-def test_without_grace_one_503_is_enough(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_without_grace_one_503_ends_the_lane(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     """So use peer_grace_ms=0 only where nobody forges messages."""
     worker = connect("", "peer_grace_ms=0")
     worker.do("serve llm.generate workers 0")
@@ -675,7 +675,7 @@ def test_without_grace_one_503_is_enough(connect: Connect, gateway: GatewayByHan
     lane.wait_for_end()
 
 
-def test_503s_to_other_subjects_are_ignored(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_503_to_other_subjects_is_ignored(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     prefix = lane.peer.rpartition(".")[0]
     raw.send(no_responders(f"{prefix}.x") + no_responders(f"{prefix}.{'0' * 32}"))
@@ -684,7 +684,7 @@ def test_503s_to_other_subjects_are_ignored(worker: Shell, gateway: GatewayByHan
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_a_silent_gateway_is_gone_after_three_beats(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_silent_gateway_is_gone_after_three_heartbeats(connect: Connect, gateway: GatewayByHand, lane: LaneEnd) -> None:
     worker = connect("", "heartbeat_ms=100")
     worker.do("serve llm.generate workers 0")
     n, _ = begin(worker, gateway, lane, "alice")
@@ -699,7 +699,7 @@ def test_a_silent_gateway_is_gone_after_three_beats(connect: Connect, gateway: G
     lane.wait_for_end()
 
 
-def test_the_other_end_resets(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_reset_from_the_gateway_ends_the_lane(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
     lane.ask()  # It sends nothing more but heartbeats.
     lane.say(RESET)
@@ -715,7 +715,7 @@ def test_the_other_end_resets(worker: Shell, gateway: GatewayByHand, lane: LaneE
     assert_goes_on(worker, again, n, stream)
 
 
-def test_a_request_that_the_gateway_cannot_have_heard_accepted_ends_on_level_0_too(
+def test_unacknowledged_accept_ends_on_level_0_too(
     connect: Connect, raw: RawPeer, server: Server
 ) -> None:
     worker = connect("", "peer_grace_ms=100")
@@ -726,7 +726,7 @@ def test_a_request_that_the_gateway_cannot_have_heard_accepted_ends_on_level_0_t
     assert answers.payload().startswith(b"__STREAM_ERROR__:")
 
 
-def test_closing_tells_the_gateway(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+def test_close_ends_the_streams(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     worker.do(f"send {n} x")
     worker.tell("close 900")
