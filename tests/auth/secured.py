@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "bindings" / "python"), str(ROOT / "tests" / "e2e")]
 
 import nats_presence  # noqa: E402
-from harness import BUILD, PATIENCE, environment, run, server_binary, steady_port  # noqa: E402
+from harness import BUILD, TIMEOUT, environment, run, server_binary, steady_port  # noqa: E402
 
 __all__ = [
     "BUILD",
-    "PATIENCE",
     "ROOT",
+    "TIMEOUT",
     "Stranger",
     "environment",
     "nats_presence",
@@ -84,14 +84,14 @@ class Stranger:
     """A user with a raw connection, who does with its permissions what our library would not do."""
 
     def __init__(self, port: int, user: str, password: str) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        self._socket = socket.create_connection(("127.0.0.1", port), TIMEOUT)
         self._lines = self._socket.makefile("rb")
         self._numbers = itertools.count(1)
         # Messages received, with their subjects.
-        self.heard: list[tuple[str, bytes]] = []
-        self.say(f'CONNECT {{"verbose":false,"headers":true,"user":"{user}","pass":"{password}"}}')
+        self.received: list[tuple[str, bytes]] = []
+        self.send(f'CONNECT {{"verbose":false,"headers":true,"user":"{user}","pass":"{password}"}}')
 
-    def say(self, line: str, payload: bytes | None = None) -> str:
+    def send(self, line: str, payload: bytes | None = None) -> str:
         """Sends a line and returns nats-server's errors; messages that arrive meanwhile are kept."""
         data = line.encode() + b"\r\n" + (b"" if payload is None else payload + b"\r\n")
         self._socket.sendall(data + b"PING\r\n")
@@ -103,9 +103,9 @@ class Stranger:
 
     def wait(self, count: int) -> list[tuple[str, bytes]]:
         """Waits until `count` messages have arrived."""
-        while len(self.heard) < count:
+        while len(self.received) < count:
             self._line()
-        return self.heard
+        return self.received
 
     def _line(self) -> bytes:
         """Returns the next line; keeps a message."""
@@ -113,14 +113,14 @@ class Stranger:
         assert line, "nats-server ended the connection"
         words = line.split()
         if words[0] in (b"MSG", b"HMSG"):
-            self.heard.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))
+            self.received.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))
         return line
 
     def publish(self, subject: str, payload: bytes = b"", reply: str = "") -> str:
-        return self.say(f"PUB {subject} {reply} {len(payload)}", payload)
+        return self.send(f"PUB {subject} {reply} {len(payload)}", payload)
 
     def subscribe(self, subject: str) -> str:
-        return self.say(f"SUB {subject} {next(self._numbers)}")
+        return self.send(f"SUB {subject} {next(self._numbers)}")
 
     def close(self) -> None:
         self._lines.close()

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import nkeys
 import pytest
-from secured import PATIENCE, ROOT, nats_presence, nats_server, refused, works
+from secured import ROOT, TIMEOUT, nats_presence, nats_server, refused, works
 
 SECRET = "s3cret/with:odd@characters"
 SECRET_IN_URL = quote(SECRET, safe="")
@@ -49,8 +49,8 @@ def jwt(issuer: Any, subject: Any, name: str, nats: dict[str, Any], expires: int
     }
     claims["jti"] = base64.b32encode(hashlib.sha256(json.dumps(claims).encode()).digest()).rstrip(b"=").decode()
     head = encode(b'{"typ":"JWT","alg":"ed25519-nkey"}')
-    said = f"{head}.{encode(json.dumps(claims).encode())}"
-    return f"{said}.{encode(issuer.sign(said.encode()))}"
+    output = f"{head}.{encode(json.dumps(claims).encode())}"
+    return f"{output}.{encode(issuer.sign(output.encode()))}"
 
 
 class Operator:
@@ -112,13 +112,13 @@ def test_credentials_file(tmp_path: Path) -> None:
         works(url, creds_file=operator.credentials("user")[0])
         # The permissions in it apply, too.
         file, _ = operator.credentials("poor", pub={"deny": ["nobody"]})
-        told: list[Any] = []
+        events: list[Any] = []
         with (
             contextlib.suppress(nats_presence.Disconnected),
-            nats_presence.connect(url, creds_file=file, on_event=told.append) as conn,
+            nats_presence.connect(url, creds_file=file, on_event=events.append) as conn,
         ):
             next(conn.stream("nobody", timeout_ms=200))
-        assert any('Permissions Violation for Publish to "nobody"' in event.text for event in told)
+        assert any('Permissions Violation for Publish to "nobody"' in event.text for event in events)
         expired, _ = operator.credentials("old", expires=int(time.time()) - 60)
         stranger, _ = operator.credentials("stranger", issuer=new_key(nkeys.PREFIX_BYTE_ACCOUNT))
         for wrong in [{}, {"creds_file": expired}, {"creds_file": stranger}]:
@@ -152,12 +152,12 @@ import json, sys, threading
 import nats_presence
 url, options = json.loads(sys.stdin.readline())
 lost = threading.Event()
-def told(event):
+def show(event):
     print("event", event, event.text, flush=True)
     if "cannot connect" in event.text:
         lost.set()
 try:
-    with nats_presence.connect(url, on_event=told, reconnect_max_ms=60, **options) as conn:
+    with nats_presence.connect(url, on_event=show, reconnect_max_ms=60, **options) as conn:
         print("connected", conn, repr(conn), vars(conn) if hasattr(conn, "__dict__") else "", conn.stats(), flush=True)
         sys.stdin.readline()
         assert lost.wait(20)
@@ -197,10 +197,10 @@ def chatterbox(url: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def secrets_in(said: str, secrets: list[str]) -> list[str]:
+def secrets_in(output: str, secrets: list[str]) -> list[str]:
     """The secrets, or halves of one, that the text shows."""
     parts = [part for secret in secrets for part in (secret, quote(secret, safe=""), secret[: len(secret) // 2])]
-    return [part for part in parts if part in said]
+    return [part for part in parts if part in output]
 
 
 def way(folder: Path, name: str) -> tuple[str, str, dict[str, str], list[str]]:
@@ -234,21 +234,21 @@ def test_secrets_are_never_shown(tmp_path: Path, name: str) -> None:
             url = f"nats://{before_host}127.0.0.1:{port}"
             good = stack.enter_context(chatterbox(url, **options))
             assert good.stdout
-            said = good.stdout.readline()
-            while "connected" not in said.splitlines()[-1].split()[0]:
-                said += good.stdout.readline() or pytest.fail(said)
+            output = good.stdout.readline()
+            while "connected" not in output.splitlines()[-1].split()[0]:
+                output += good.stdout.readline() or pytest.fail(output)
         # The server is killed: the connection is lost and cannot be made again.
-        rest, _ = good.communicate("\n", PATIENCE)
-        said += rest
-        assert "cannot connect" in said
-        assert "stream" in said
+        rest, _ = good.communicate("\n", TIMEOUT)
+        output += rest
+        assert "cannot connect" in output
+        assert "stream" in output
         # Another server refuses these secrets, and some that are malformed.
         with nats_server('authorization { user: other, password: "other" }', tmp_path) as port:
             for host in [f"127.0.0.1:{port}", f"127.0.0.1:{port}/path", "127.0.0.1:99999", "::1"]:
                 bad = stack.enter_context(chatterbox(f"nats://{before_host}{host}", **options))
-                refusal, _ = bad.communicate(timeout=PATIENCE)
+                refusal, _ = bad.communicate(timeout=TIMEOUT)
                 assert "refused" in refusal
-                said += refusal
+                output += refusal
             # With secrets that cannot be read.
             for option, value in options.items():
                 if option == "creds_file":
@@ -256,8 +256,8 @@ def test_secrets_are_never_shown(tmp_path: Path, name: str) -> None:
                 elif option == "nkey_seed":
                     options[option] = value[:-1] + "!"
                 bad = stack.enter_context(chatterbox(f"nats://127.0.0.1:{port}", **options))
-                refusal, _ = bad.communicate(timeout=PATIENCE)
+                refusal, _ = bad.communicate(timeout=TIMEOUT)
                 assert "refused" in refusal
                 assert option in refusal or option not in ("nkey_seed", "creds_file")
-                said += refusal
-        assert secrets_in(said, secrets) == []
+                output += refusal
+        assert secrets_in(output, secrets) == []

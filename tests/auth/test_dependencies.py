@@ -30,8 +30,8 @@ patched = [">= 999"]
 
 def metadata() -> dict[str, Any]:
     command = ["cargo", "metadata", "--locked", "--format-version", "1", "--filter-platform"]
-    told: dict[str, Any] = json.loads(subprocess.check_output([*command, "x86_64-unknown-linux-gnu"], cwd=ROOT))
-    return told
+    found: dict[str, Any] = json.loads(subprocess.check_output([*command, "x86_64-unknown-linux-gnu"], cwd=ROOT))
+    return found
 
 
 def test_each_dependency_is_documented_with_its_reason() -> None:
@@ -101,7 +101,7 @@ def test_deny_finds_an_advisory(tmp_path: Path, deny: Callable[[], str], kind: s
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "told"),
+    ("file", "old", "new", "expected"),
     [
         ("tools/advisories/SNAPSHOT", "\ntokio\n", "\n", "knows nothing of tokio"),
         ("deny.toml", '"MIT", ', "", "rejected"),
@@ -112,7 +112,7 @@ def test_deny_finds_an_advisory(tmp_path: Path, deny: Callable[[], str], kind: s
     ],
 )
 def test_deny_reports_a_broken_rule(
-    tmp_path: Path, deny: Callable[[], str], file: str, old: str, new: str, told: str
+    tmp_path: Path, deny: Callable[[], str], file: str, old: str, new: str, expected: str
 ) -> None:
     replace(tmp_path / file, old, new)
-    assert told in deny()
+    assert expected in deny()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from secured import PATIENCE, ROOT, nats_presence, nats_server
+from secured import ROOT, TIMEOUT, nats_presence, nats_server
 
 CONFIGS = ROOT / "docs/nats-server"
 ENVIRONMENT = {"GATEWAY_PASSWORD": "of-gateways", "WORKER_PASSWORD": "of-workers"}
@@ -66,7 +66,7 @@ def test_expired_allow_responses_stops_the_sender(tmp_path: Path) -> None:
     with processes(config, tmp_path) as (gateway, worker):
         with pytest.raises(nats_presence.Timeout):
             list(gateway.stream("llm.slow", b"long", timeout_ms=2500))
-        assert worker.ended.acquire(timeout=PATIENCE)
+        assert worker.ended.acquire(timeout=TIMEOUT)
         assert worker.ends == ["Disconnected"]
 
 
@@ -83,5 +83,5 @@ def test_expired_response_threshold_times_out(tmp_path: Path) -> None:
             else:
                 with pytest.raises(nats_presence.Timeout):
                     list(stream)
-            assert worker.ended.acquire(timeout=PATIENCE)
+            assert worker.ended.acquire(timeout=TIMEOUT)
             assert worker.ends == ["went on"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from secured import PATIENCE, ROOT, Stranger, nats_presence, nats_server
+from secured import ROOT, TIMEOUT, Stranger, nats_presence, nats_server
 
 CONFIGS = ROOT / "docs/nats-server"
 PASSWORDS = {"GATEWAY_PASSWORD": "of-gateways", "WORKER_PASSWORD": "of-workers"}
@@ -21,7 +21,7 @@ GATEWAY = {"inbox_prefix": "_INBOX.gateway"}
 WORKER = {"inbox_prefix": "_INBOX.worker", "announce": "never"}
 
 
-class Told:
+class Events:
     """Collects the events of connections."""
 
     def __init__(self) -> None:
@@ -44,15 +44,15 @@ class Told:
     def wait(self, *words: str) -> None:
         with self._changed:
             assert self._changed.wait_for(
-                lambda: any(all(word in text for word in words) for text in self._texts), PATIENCE
-            ), f"nobody told of {words}: {self._texts}"
+                lambda: any(all(word in text for word in words) for text in self._texts), TIMEOUT
+            ), f"no event has {words}: {self._texts}"
 
 
 class Processes:
     """A gateway, and a worker that counts; `ends` has the result of each of its senders."""
 
     def __init__(self, urls: contextlib.ExitStack, port: int, tenant: str = "", **options: Any) -> None:
-        self.told = Told()
+        self.events = Events()
         self.ends: list[str] = []
         self.ended = threading.Semaphore(0)
         self.started = threading.Semaphore(0)
@@ -60,7 +60,7 @@ class Processes:
         self.worker, self.gateway = (
             urls.enter_context(
                 nats_presence.connect(
-                    f"nats://{tenant}{user}:of-{user}s@127.0.0.1:{port}", on_event=self.told, **own[user]
+                    f"nats://{tenant}{user}:of-{user}s@127.0.0.1:{port}", on_event=self.events, **own[user]
                 )
             )
             for user in ["worker", "gateway"]
@@ -116,10 +116,10 @@ def test_documented_permissions_are_enough(lanes: bool) -> None:
         next(stream)
         stream.cancel()
         for _ in range(2):
-            assert both.ended.acquire(timeout=PATIENCE)
+            assert both.ended.acquire(timeout=TIMEOUT)
         assert both.ends == ["", "Cancelled" if lanes else "Offline"]
         assert both.worker.stats()["lanes"] + both.gateway.stats()["lanes"] == (2 if lanes else 0)
-        assert "iolation" not in both.told.text
+        assert "iolation" not in both.events.text
 
 
 def test_only_gateways_may_announce() -> None:
@@ -135,17 +135,17 @@ def test_only_gateways_may_announce() -> None:
         with pytest.raises(nats_presence.Offline):
             for _ in stream:
                 pass
-        assert both.ended.acquire(timeout=PATIENCE)
+        assert both.ended.acquire(timeout=TIMEOUT)
         assert both.ends == ["Offline"]
 
 
 def test_refused_announcement_is_logged(tmp_path: Path) -> None:
     with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
-        told = Told()
+        events = Events()
         url = f"nats://worker:of-workers@127.0.0.1:{port}"
-        with nats_presence.connect(url, on_event=told, inbox_prefix=WORKER["inbox_prefix"]):
+        with nats_presence.connect(url, on_event=events, inbox_prefix=WORKER["inbox_prefix"]):
             nats_presence.mark_client_offline("somebody")
-            told.wait("Permissions Violation for Publish", "client.offline")
+            events.wait("Permissions Violation for Publish", "client.offline")
 
 
 def test_gateway_may_not_serve() -> None:
@@ -162,7 +162,7 @@ def test_gateway_may_not_serve() -> None:
 
         with pytest.raises(nats_presence.Disconnected, match=r'Permissions Violation for Subscription to "llm\.more"'):
             both.gateway.service("llm.more", queue="workers")(more)
-        both.told.wait("Permissions Violation for Subscription", "llm.more")
+        both.events.wait("Permissions Violation for Subscription", "llm.more")
         with pytest.raises(nats_presence.NoResponders):
             next(both.gateway.stream("llm.more"))
 
@@ -176,7 +176,7 @@ def test_inboxes_belong_to_their_owners() -> None:
             token = "0" * 32
             assert "Permissions Violation for Publish" in stranger.publish(f"_INBOX.{other}.{token}.1234", b"lie")
         assert both.count(1000) == 1000
-        assert (gateway.heard, worker.heard) == ([], [])
+        assert (gateway.received, worker.received) == ([], [])
 
 
 @pytest.mark.parametrize("right", ["allow_responses", "gateways' inboxes"])
@@ -198,19 +198,19 @@ def test_reply_subjects_that_a_gateway_can_make_a_worker_publish_to(tmp_path: Pa
         for target in targets:
             assert spy.subscribe(target) == ""
             assert gateway.publish("llm.count", b"1", reply=target) == ""
-            assert both.ended.acquire(timeout=PATIENCE)
+            assert both.ended.acquire(timeout=TIMEOUT)
             if right == "allow_responses":
                 assert spy.wait(2) == [(target, b"0" + bytes(1000)), (target, b"__STREAM_END__")]
-                spy.heard.clear()
+                spy.received.clear()
             else:
-                both.told.wait("Permissions Violation for Publish", target)
+                both.events.wait("Permissions Violation for Publish", target)
                 assert gateway.publish("llm.endless", b"", reply=target) == ""
-                assert both.ended.acquire(timeout=PATIENCE)
+                assert both.ended.acquire(timeout=TIMEOUT)
                 assert both.ends.pop() == "Disconnected"
         # Honest gateways have their streams, also streams that run longer than `expires` allows.
         assert both.count(10_000) == 10_000
         assert spy.publish("some.subject") == ""
-        assert spy.heard == []
+        assert spy.received == []
         # The price: a worker may publish to any gateway whose subject it knows.
         refused = worker.publish(f"_INBOX.gateway.{'0' * 32}.1234", b"lie")
         assert ("Permissions Violation for Publish" in refused) == (right == "allow_responses")
@@ -247,7 +247,7 @@ def test_tenants_are_separated() -> None:
         assert both.worker.stats()["requests"] == 2
         assert both.worker.stats()["offline_in"] == 0
         # nats-server answers with "no responders".
-        assert [payload[:12] for _, payload in gateway.heard] == []
+        assert [payload[:12] for _, payload in gateway.received] == []
         stream.cancel()
 
 
@@ -307,9 +307,9 @@ def test_missing_permission_falls_back_to_level_0(
         lanes = both.worker.stats()["lanes"] + both.gateway.stats()["lanes"]
         if missing == "nothing":
             assert lanes == 2
-            assert "iolation" not in both.told.text
+            assert "iolation" not in both.events.text
         else:
-            both.told.wait("Permissions Violation", "lane", "lanes=false")
+            both.events.wait("Permissions Violation", "lane", "lanes=false")
             if "hears" in missing:
                 assert lanes == 0
 
@@ -319,12 +319,12 @@ WORKER_APART = """
 import sys, threading, time
 import nats_presence
 
-def tell(text):
+def emit(text):
     print(text, flush=True)
 
 finish = threading.Event()
 with nats_presence.connect(
-    sys.argv[1], inbox_prefix="_INBOX.worker", announce="never", on_event=lambda event: tell(event.text)
+    sys.argv[1], inbox_prefix="_INBOX.worker", announce="never", on_event=lambda event: emit(event.text)
 ) as conn:
     @conn.service("llm.endless")
     def endless(request, sender):
@@ -332,31 +332,31 @@ with nats_presence.connect(
             while not finish.is_set():
                 sender.send("more")
                 time.sleep(0.01)
-            # Some more, for what stops it may come a little later than what was said after it.
+            # A stop may arrive a little later than the request that was sent after it.
             for _ in range(20):
                 sender.send("more")
                 time.sleep(0.01)
-            tell("it went on to its end")
+            emit("it went on to its end")
         except nats_presence.PresenceError as error:
-            tell("it ended with " + type(error).__name__)
+            emit("it ended with " + type(error).__name__)
 
     conn.service("llm.finish")(lambda request, sender: finish.set())
-    tell("it serves")
+    emit("it serves")
     conn.run()
 """
 
 
 @contextlib.contextmanager
-def worker_apart(port: int, told: Told) -> Iterator[None]:
+def worker_apart(port: int, events: Events) -> Iterator[None]:
     """Runs the worker; yields its events and the results of its streams."""
     command = [sys.executable, "-c", WORKER_APART, f"nats://worker:of-workers@127.0.0.1:{port}"]
     path = os.pathsep.join(filter(None, [str(ROOT / "bindings/python"), os.environ.get("PYTHONPATH")]))
     worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     assert worker.stdout
-    reader = threading.Thread(target=lambda lines: [told.take(line) for line in lines], args=[worker.stdout])
+    reader = threading.Thread(target=lambda lines: [events.take(line) for line in lines], args=[worker.stdout])
     reader.start()
     try:
-        told.wait("it serves")
+        events.wait("it serves")
         yield
     finally:
         worker.kill()
@@ -369,25 +369,25 @@ def worker_apart(port: int, told: Told) -> Iterator[None]:
 @pytest.mark.parametrize("missing", ["nothing", "gateway announces", "worker hears of it"])
 def test_lanes_stop_senders_without_announcements(tmp_path: Path, missing: str, lanes: bool) -> None:
     """On level 0 the worker goes on until its stream ends."""
-    told = Told()
+    events = Events()
     rights = config(missing, "_INBOX.gateway", "_INBOX.worker")
-    with nats_server(rights, tmp_path) as port, worker_apart(port, told):
+    with nats_server(rights, tmp_path) as port, worker_apart(port, events):
         url = f"nats://gateway:of-gateways@127.0.0.1:{port}"
-        with nats_presence.connect(url, lanes=lanes, on_event=told, **GATEWAY) as gateway:
+        with nats_presence.connect(url, lanes=lanes, on_event=events, **GATEWAY) as gateway:
             stream = gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
             next(stream)
             stream.cancel()
             if lanes:
-                told.wait("it ended with Cancelled")
+                events.wait("it ended with Cancelled")
             elif missing == "nothing":
-                told.wait("it ended with Offline")
+                events.wait("it ended with Offline")
             else:
                 refused = "Publish" if missing == "gateway announces" else "Subscription"
-                told.wait(f"Permissions Violation for {refused}", "client.offline")
+                events.wait(f"Permissions Violation for {refused}", "client.offline")
                 # After the announcement, on the same connection.
                 assert list(gateway.stream("llm.finish", timeout_ms=20_000)) == []
-                told.wait("it went on to its end")
-                assert "it ended" not in told.text
+                events.wait("it went on to its end")
+                assert "it ended" not in events.text
 
 
 @pytest.mark.parametrize("responses", ["true", '{ max: 10, expires: "1h" }', '{ max: -1, expires: "200ms" }', "false"])
@@ -397,9 +397,9 @@ def test_refused_answers_stop_the_worker(tmp_path: Path, responses: str) -> None
     with processes(rights, tmp_path, lanes=False) as (_, both):
         with pytest.raises(nats_presence.Timeout):
             list(both.gateway.stream("llm.endless", timeout_ms=700))
-        both.told.wait("Permissions Violation for Publish", "_INBOX.gateway.", "allow_responses")
+        both.events.wait("Permissions Violation for Publish", "_INBOX.gateway.", "allow_responses")
         # It was anonymous: the gateway could not stop it.
-        assert both.ended.acquire(timeout=PATIENCE)
+        assert both.ended.acquire(timeout=TIMEOUT)
         assert both.ends != [""]
 
 
@@ -414,11 +414,11 @@ def test_refused_request_ends_with_an_error() -> None:
 def test_refused_echo_is_reported() -> None:
     """The log says what was refused."""
     with nats_server(CONFIGS / "one-account.conf", environment=PASSWORDS) as port:
-        told = Told()
+        events = Events()
         url = f"nats://worker:of-workers@127.0.0.1:{port}"
         # A prefix that no permission allows.
-        conn = nats_presence.connect(url, on_event=told, inbox_prefix="_INBOX.x", connect_timeout_ms=300)
-        told.wait("Permissions Violation", "_INBOX.x.")
+        conn = nats_presence.connect(url, on_event=events, inbox_prefix="_INBOX.x", connect_timeout_ms=300)
+        events.wait("Permissions Violation", "_INBOX.x.")
         with pytest.raises(nats_presence.Timeout):
             conn.listen_offline()
         with pytest.raises(nats_presence.Timeout):

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import trustme
-from secured import BUILD, PATIENCE, environment, nats_presence, nats_server, run, steady_port
+from secured import BUILD, TIMEOUT, environment, nats_presence, nats_server, run, steady_port
 
 NAME = "servers.test"
 CONNECT = """
@@ -82,7 +82,9 @@ DEAD, LIVE = [f"127.0.0.{n}" for n in range(2, 7)], "127.0.0.1"
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
-def test_connects_although_most_addresses_are_dead(tmp_path: Path, preload: str, authority: trustme.CA, tls: bool) -> None:
+def test_connects_although_most_addresses_are_dead(
+    tmp_path: Path, preload: str, authority: trustme.CA, tls: bool
+) -> None:
     """More addresses than fit into the timeout one after the other."""
     config = f"tls {{ {certificate(tmp_path, authority, NAME)} }}" if tls else ""
     with nats_server(config, tmp_path) as port, silent(DEAD, port):
@@ -95,26 +97,24 @@ def test_certificate_is_checked_against_the_name(tmp_path: Path, preload: str, a
     """A certificate that names only an address is not one of the requested name."""
     with nats_server(f"tls {{ {certificate(tmp_path, authority, LIVE)} }}", tmp_path) as port:
         ca = str(tmp_path / "ca.pem")
-        said = connect(preload, ["127.0.0.2", LIVE], f"tls://{NAME}:{port}", tls_ca_file=ca)
-        assert f'not valid for name "{NAME}"' in said
+        output = connect(preload, ["127.0.0.2", LIVE], f"tls://{NAME}:{port}", tls_ca_file=ca)
+        assert f'not valid for name "{NAME}"' in output
 
 
-def test_sni_names_the_server(
-    tmp_path: Path, preload: str, authority: trustme.CA
-) -> None:
+def test_sni_names_the_server(tmp_path: Path, preload: str, authority: trustme.CA) -> None:
     pairs = ", ".join(f"{{ {certificate(tmp_path, authority, name)} }}" for name in ["other.test", NAME])
     with nats_server(f"tls {{ certs: [ {pairs} ] }}", tmp_path) as port:
         ca = str(tmp_path / "ca.pem")
-        said = connect(preload, [LIVE, "127.0.0.2"], f"tls://{NAME}:{port}", tls_ca_file=ca)
-        assert said == "connected\n"
+        output = connect(preload, [LIVE, "127.0.0.2"], f"tls://{NAME}:{port}", tls_ca_file=ca)
+        assert output == "connected\n"
 
 
 def test_system_authorities_are_trusted(tmp_path: Path, preload: str, authority: trustme.CA) -> None:
     with nats_server(f"tls {{ {certificate(tmp_path, authority, NAME)} }}", tmp_path) as port, silent(DEAD, port):
         system = {"SSL_CERT_FILE": str(tmp_path / "ca.pem")}
         url = f"tls://{NAME}:{port}"
-        said = connect(preload, [*DEAD, LIVE], url, system, connect_timeout_ms=2000)
-        assert said == "connected\n"
+        output = connect(preload, [*DEAD, LIVE], url, system, connect_timeout_ms=2000)
+        assert output == "connected\n"
         assert "UnknownIssuer" in connect(preload, [LIVE, "127.0.0.7"], url)
 
 
@@ -131,7 +131,7 @@ def cluster(folder: Path, tls: str) -> Iterator[tuple[int, contextlib.ExitStack]
             config = f"{tls}\ncluster {{ name: test, listen: 127.0.0.1:{route}, routes: [{known}] }}"
             ports.append(stack.enter_context(nats_server(config, own)))
         # It advertises the second server to clients once they have connected to each other.
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while f":{ports[1]}" not in info(ports[0]):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -145,21 +145,19 @@ def info(port: int) -> str:
 
 
 @pytest.mark.parametrize("names", [["localhost"], ["localhost", "127.0.0.1"]], ids=["name", "name and address"])
-def test_advertised_address_may_show_the_known_name(
-    tmp_path: Path, authority: trustme.CA, names: list[str]
-) -> None:
+def test_advertised_address_may_show_the_known_name(tmp_path: Path, authority: trustme.CA, names: list[str]) -> None:
     with cluster(tmp_path, f"tls {{ {certificate(tmp_path, authority, *names)} }}") as (port, first):
         connected = threading.Semaphore(0)
         texts: list[str] = []
 
-        def tell(event: Any) -> None:
+        def on_event(event: Any) -> None:
             texts.append(event.text)
             if event.kind == "connected":
                 connected.release()
 
-        options = {"tls_ca_file": str(tmp_path / "ca.pem"), "on_event": tell, "reconnect_max_ms": 200}
+        options = {"tls_ca_file": str(tmp_path / "ca.pem"), "on_event": on_event, "reconnect_max_ms": 200}
         with nats_presence.connect(f"tls://localhost:{port}", **options) as conn:
             first.close()
-            assert connected.acquire(timeout=PATIENCE), texts
+            assert connected.acquire(timeout=TIMEOUT), texts
             with pytest.raises(nats_presence.NoResponders):
                 next(conn.stream("nobody", retries=50, retry_delay_ms=20))

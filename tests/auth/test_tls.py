@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 from cryptography.x509.oid import NameOID
-from secured import PATIENCE, nats_presence, nats_server, refused, works
+from secured import TIMEOUT, nats_presence, nats_server, refused, works
 
 NOW = datetime.datetime.now(datetime.timezone.utc)
 DAY = datetime.timedelta(days=1)
@@ -89,11 +89,11 @@ def test_server_certificate_is_verified(tmp_path: Path, issue: Issue, server: Fi
         assert "localhost" in message
 
 
-@pytest.mark.parametrize(("valid", "told"), [(LONG_AGO, "expired"), (NOT_YET, "not valid yet")])
-def test_expired_server_certificate_is_refused(tmp_path: Path, issue: Issue, valid: Time, told: str) -> None:
+@pytest.mark.parametrize(("valid", "expected"), [(LONG_AGO, "expired"), (NOT_YET, "not valid yet")])
+def test_expired_server_certificate_is_refused(tmp_path: Path, issue: Issue, valid: Time, expected: str) -> None:
     files = issue("server", "localhost", valid=valid)
     with nats_server(f"tls {{ {files.server} }}", tmp_path) as port:
-        assert told in refused(f"tls://localhost:{port}", tls_ca_file=str(tmp_path / "ca.pem"))
+        assert expected in refused(f"tls://localhost:{port}", tls_ca_file=str(tmp_path / "ca.pem"))
 
 
 def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
@@ -111,9 +111,7 @@ def test_client_certificates(tmp_path: Path, issue: Issue, server: Files, ca: di
         assert "our certificate" in message
 
 
-def test_wrong_files_are_refused(
-    tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]
-) -> None:
+def test_wrong_files_are_refused(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, Any]) -> None:
     own, other = issue("client", "client@example.org"), issue("other", "client@example.org")
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("-----BEGIN NONSENSE-----\n")
@@ -151,7 +149,7 @@ def test_unusable_keys_are_refused(tmp_path: Path, issue: Issue) -> None:
     """No server is needed: files are read first."""
     own = issue("client", "client@example.org")
 
-    def told(**options: Any) -> str:
+    def refusal(**options: Any) -> str:
         files = {**own.client, **{name: str(path) for name, path in options.items()}}
         return refused("tls://localhost:1", **files)
 
@@ -160,7 +158,7 @@ def test_unusable_keys_are_refused(tmp_path: Path, issue: Issue) -> None:
         return tmp_path / name
 
     p521 = ec.generate_private_key(ec.SECP521R1())
-    message = told(
+    message = refusal(
         tls_cert_file=file("p521.pem", self_signed(p521)),
         tls_key_file=file("p521.key", key_pem(p521)),
     )
@@ -168,33 +166,33 @@ def test_unusable_keys_are_refused(tmp_path: Path, issue: Issue) -> None:
     assert "P-521, which is not supported" in message
     assert "P-256" in message
     old = file("old.key", key_pem(p521, form=PrivateFormat.TraditionalOpenSSL))
-    assert "P-521" in told(tls_key_file=old)
+    assert "P-521" in refusal(tls_key_file=old)
     small = file("small.key", key_pem(rsa.generate_private_key(65537, 1024)))
-    assert "RSA of 2048" in told(tls_key_file=small)
+    assert "RSA of 2048" in refusal(tls_key_file=small)
     # Two ways to encrypt a key.
     for form in [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL]:
-        message = told(tls_key_file=file("secret.key", key_pem(p521, b"hunter2", form)))
+        message = refusal(tls_key_file=file("secret.key", key_pem(p521, b"hunter2", form)))
         assert "encrypted" in message
         assert "openssl pkey" in message
-    assert "do not belong together" in told(tls_key_file=issue("other", "client@example.org").key)
+    assert "do not belong together" in refusal(tls_key_file=issue("other", "client@example.org").key)
     # The right key, and files that are no keys.
-    assert "its first section is CERTIFICATE" in told(tls_key_file=own.certificate)
-    assert "PRIVATE KEY" in told(tls_cert_file=own.key)
-    assert "PRIVATE KEY" in told(tls_ca_file=own.key)
-    assert "directory" in told(tls_key_file=tmp_path)
-    assert "directory" in told(tls_ca_file=tmp_path)
-    assert "empty" in told(tls_cert_file=file("empty.pem", b"\n"))
-    assert "DER" in told(tls_cert_file=file("client.der", x509.load_pem_x509_certificate(
+    assert "its first section is CERTIFICATE" in refusal(tls_key_file=own.certificate)
+    assert "PRIVATE KEY" in refusal(tls_cert_file=own.key)
+    assert "PRIVATE KEY" in refusal(tls_ca_file=own.key)
+    assert "directory" in refusal(tls_key_file=tmp_path)
+    assert "directory" in refusal(tls_ca_file=tmp_path)
+    assert "empty" in refusal(tls_cert_file=file("empty.pem", b"\n"))
+    assert "DER" in refusal(tls_cert_file=file("client.der", x509.load_pem_x509_certificate(
         own.certificate.read_bytes()).public_bytes(Encoding.DER)))  # fmt: skip
-    assert "cannot be read" in told(tls_key_file=file("cut.key", own.key.read_bytes()[:-40]))
+    assert "cannot be read" in refusal(tls_key_file=file("cut.key", own.key.read_bytes()[:-40]))
     broken = own.certificate.read_bytes().replace(b"MII", b"!!!", 1)
-    assert "cannot be read" in told(tls_cert_file=file("broken.pem", broken))
+    assert "cannot be read" in refusal(tls_cert_file=file("broken.pem", broken))
     order = file("order.pem", (tmp_path / "ca.pem").read_bytes() + own.certificate.read_bytes())
-    assert "number 2 in it" in told(tls_cert_file=order)
+    assert "number 2 in it" in refusal(tls_cert_file=order)
 
 
 @pytest.mark.parametrize(
-    ("is_authority", "alternative", "curve", "told"),
+    ("is_authority", "alternative", "curve", "expected"),
     [
         (True, True, ec.SECP256R1(), "CA:FALSE"),
         (False, False, ec.SECP256R1(), 'not valid for name "localhost"'),
@@ -203,14 +201,16 @@ def test_unusable_keys_are_refused(tmp_path: Path, issue: Issue) -> None:
     ],
     ids=["authority", "only a common name", "P-521", "right"],
 )
-def test_self_signed_certificates(tmp_path: Path, is_authority: bool, alternative: bool, curve: Any, told: str) -> None:
+def test_self_signed_certificates(
+    tmp_path: Path, is_authority: bool, alternative: bool, curve: Any, expected: str
+) -> None:
     key = ec.generate_private_key(curve)
     (tmp_path / "self.pem").write_bytes(self_signed(key, is_authority=is_authority, alternative=alternative))
     (tmp_path / "self.key").write_bytes(key_pem(key))
     with nats_server(f"tls {{ {Files(tmp_path, 'self').server} }}", tmp_path) as port:
         own = {"tls_ca_file": str(tmp_path / "self.pem")}
-        if told:
-            assert told in refused(f"tls://localhost:{port}", **own)
+        if expected:
+            assert expected in refused(f"tls://localhost:{port}", **own)
         else:
             works(f"tls://localhost:{port}", **own)
             assert "set tls_ca_file" in refused(f"tls://localhost:{port}")
@@ -264,16 +264,16 @@ def test_server_without_tls_is_refused(tmp_path: Path, ca: dict[str, Any], name:
 def test_tls_stripping_reveals_no_secret(ca: dict[str, Any], name: str) -> None:
     scheme, how = WAYS[name]
     options = {**how, **({} if name in ("scheme", "tls_required") else ca)}
-    heard = b""
+    received = b""
 
     def listen() -> None:
-        nonlocal heard
+        nonlocal received
         connection, _ = listener.accept()
         with connection, contextlib.suppress(ConnectionError):
-            connection.settimeout(PATIENCE)
+            connection.settimeout(TIMEOUT)
             connection.sendall(b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576,"headers":true}\r\n')
             while data := connection.recv(4096):
-                heard += data
+                received += data
                 if not data.startswith(b"\x16"):
                     connection.sendall(b"PONG\r\n")
 
@@ -285,5 +285,5 @@ def test_tls_stripping_reveals_no_secret(ca: dict[str, Any], name: str) -> None:
             nats_presence.connect(url, user="me", password="s3cret", connect_timeout_ms=300, **options)
         thread.join()
     # A TLS handshake at most.
-    assert heard[:1] in (b"", b"\x16")
-    assert b"s3cret" not in heard
+    assert received[:1] in (b"", b"\x16")
+    assert b"s3cret" not in received

@@ -4,7 +4,7 @@
 static pid_t server; /* the process ID of nats-server */
 
 /* A pair whose worker has a send buffer of this size. */
-static pair open_pair_with_room(const char *client, const char *send_buffer_bytes) {
+static pair open_pair_with_buffer(const char *client, const char *send_buffer_bytes) {
   pair self;
   self.worker = open_peer_with("send_buffer_bytes", send_buffer_bytes);
   self.gateway = open_peer();
@@ -24,7 +24,7 @@ static void read_numbers(peer gateway, int first, int count) {
 }
 
 static void full_is_followed_by_writable(void) {
-  pair both = open_pair_with_room("c", "1000");
+  pair both = open_pair_with_buffer("c", "1000");
   int sent = 0;
   for (int round = 0; round < 100; round++) {
     int32_t status;
@@ -42,7 +42,7 @@ static void full_is_followed_by_writable(void) {
 
 static void send_wait_blocks_until_writable(void) {
   enum { COUNT = 20000 };
-  pair both = open_pair_with_room("c", "1000");
+  pair both = open_pair_with_buffer("c", "1000");
   for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, -1));
   OK(presence_sender_end(both.sender));
   read_numbers(both.gateway, 0, COUNT);
@@ -52,11 +52,11 @@ static void send_wait_blocks_until_writable(void) {
 
 /* A message larger than the whole buffer is sent alone. */
 static void message_larger_than_the_send_buffer(void) {
-  pair both = open_pair_with_room("c", "1000");
+  pair both = open_pair_with_buffer("c", "1000");
   char large[5000];
   memset(large, 'x', sizeof large);
   for (int i = 0; i < 10; i++) {
-    OK(presence_sender_send_wait(both.sender, large, sizeof large, PATIENCE));
+    OK(presence_sender_send_wait(both.sender, large, sizeof large, TIMEOUT_MS));
     CHECK_EQ(expect(both.gateway.queue, PRESENCE_EVENT_DATA).data_len, sizeof large);
   }
   close_pair(both);
@@ -64,13 +64,13 @@ static void message_larger_than_the_send_buffer(void) {
 
 struct wait {
   presence_sender *sender;
-  int32_t gave;
+  int32_t result;
 };
 
-static void *wait_for_room(void *argument) {
+static void *block_on_send(void *argument) {
   static const char data[1 << 16] = {0};
   struct wait *wait = (struct wait *)argument;
-  wait->gave = presence_sender_send_wait(wait->sender, data, sizeof data, -1);
+  wait->result = presence_sender_send_wait(wait->sender, data, sizeof data, -1);
   return NULL;
 }
 
@@ -78,7 +78,7 @@ static void *wait_for_room(void *argument) {
 static void stopped_server_bounds_the_send_buffer(void) {
   enum { SIZE = 1 << 16, SOCKETS = 24 << 20 /* the most that the system's buffers hold */ };
   static char data[SIZE];
-  pair both = open_pair_with_room("leaves", "200000");
+  pair both = open_pair_with_buffer("leaves", "200000");
   presence_stream *streams[] = {request(both.gateway, "flow", "ends", 2), request(both.gateway, "flow", "stays", 3)};
   presence_sender *ends = accept_request(both.worker), *stays = accept_request(both.worker);
 
@@ -95,30 +95,30 @@ static void stopped_server_bounds_the_send_buffer(void) {
   CHECK(stats_of(both.worker).bytes_waiting <= 200000 + 4096); /* ends are always accepted */
 
   struct wait waits[] = {{both.sender, 0}, {ends, 0}};
-  pthread_t threads[] = {start_thread(wait_for_room, &waits[0]), start_thread(wait_for_room, &waits[1])};
+  pthread_t threads[] = {start_thread(block_on_send, &waits[0]), start_thread(block_on_send, &waits[1])};
   usleep(50000); /* most likely they are blocked by now; if not, the test still holds */
   OK(mark_client_offline("leaves"));
   OK(presence_sender_end(ends));
   for (int i = 0; i < 2; i++) join_thread(threads[i]);
-  CHECK_STATUS(waits[0].gave, PRESENCE_OFFLINE);
-  CHECK_STATUS(waits[1].gave, PRESENCE_CLOSED);
+  CHECK_STATUS(waits[0].result, PRESENCE_OFFLINE);
+  CHECK_STATUS(waits[1].result, PRESENCE_CLOSED);
 
   resume(server);
   /* The sender that was refused becomes writable; it may have become so before, because the system's buffers grow. */
   for (int stopped = 0, writable = 0; stopped + writable < 2;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, TIMEOUT_MS), 1);
     stopped += event.kind == PRESENCE_EVENT_STOPPED && event.sender == both.sender;
     writable += event.kind == PRESENCE_EVENT_WRITABLE && event.sender == stays;
     CHECK(stopped < 2 && writable < 2);
   }
-  OK(presence_sender_send_wait(stays, "last", 4, PATIENCE));
+  OK(presence_sender_send_wait(stays, "last", 4, TIMEOUT_MS));
   OK(presence_sender_end(stays));
   /* Everything accepted arrives, and the end of "ends"; "leaves" ended at once. */
   int64_t received = 0;
   for (int ended = 0; ended < 3;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(both.gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(both.gateway.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_DATA) {
       CHECK_EQ(event.tag, 3);
       received += (int64_t)event.data_len;
@@ -147,16 +147,16 @@ static void close_times_out_while_the_server_is_stopped(void) {
 /* A stream whose messages are not read ends, and no other does. (On a lane its worker is blocked: see lane_streams.c.) */
 static void slow_reader_ends_its_own_stream(void) {
   enum { COUNT = 1000, ROOM = 20000 };
-  peer worker = open_peer(), gateway = open_peer(), watch = beside(gateway);
+  peer worker = open_peer(), gateway = open_peer(), watch = second_queue(gateway);
   OK(presence_conn_watch(gateway.conn, watch.queue, 7));
   presence_service *service = serve(worker, "flow");
   presence_stream *slow = request_with(gateway, "flow", "slow", 1, "stream_buffer_bytes", "20000");
   presence_stream *other = request(gateway, "flow", "other", 2);
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
   for (int i = 0; i < COUNT; i++) {
-    int32_t status = presence_sender_send_wait(senders[0], &i, sizeof i, PATIENCE);
+    int32_t status = presence_sender_send_wait(senders[0], &i, sizeof i, TIMEOUT_MS);
     CHECK(status == PRESENCE_OK || status == PRESENCE_OFFLINE); /* it may be stopped already */
-    OK(presence_sender_send_wait(senders[1], &i, sizeof i, PATIENCE));
+    OK(presence_sender_send_wait(senders[1], &i, sizeof i, TIMEOUT_MS));
   }
   OK(presence_sender_end(senders[1]));
   /* The worker is stopped as if the client had left. Until then the reader has read nothing. */
@@ -166,7 +166,7 @@ static void slow_reader_ends_its_own_stream(void) {
   bool has_ended[] = {false, false};
   while (!has_ended[0] || !has_ended[1]) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
     int which = event.tag == 1 ? 0 : 1;
     switch (event.kind) {
       case PRESENCE_EVENT_DATA:
@@ -211,15 +211,15 @@ static void receive_buffer_limit_ends_the_largest_streams(void) {
   for (uint64_t i = 0; i < 2; i++) {
     streams[i] = request(gateway, "flow", "", i);
     senders[i] = accept_request(worker);
-    for (int k = 0; k < sent[i]; k++) OK(presence_sender_send_wait(senders[i], message, SIZE, PATIENCE));
+    for (int k = 0; k < sent[i]; k++) OK(presence_sender_send_wait(senders[i], message, SIZE, TIMEOUT_MS));
     if (i == 0) continue;
-    for (int k = 0; k < 2; k++) OK(presence_sender_send_wait(senders[k], message, SIZE, PATIENCE)); /* one too many for each */
+    for (int k = 0; k < 2; k++) OK(presence_sender_send_wait(senders[k], message, SIZE, TIMEOUT_MS)); /* one too many for each */
   }
   uint64_t all = (uint64_t)(sent[0] + sent[1] + 2);
-  for (int64_t deadline = now_ms() + PATIENCE; stats_of(gateway).messages_in < all; usleep(1000)) CHECK(now_ms() < deadline);
+  for (int64_t deadline = now_ms() + TIMEOUT_MS; stats_of(gateway).messages_in < all; usleep(1000)) CHECK(now_ms() < deadline);
   for (int ended = 0; ended < 2;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_DATA) {
       received[event.tag]++;
     } else {
@@ -233,7 +233,7 @@ static void receive_buffer_limit_ends_the_largest_streams(void) {
   /* Messages that were read no longer count. */
   streams[2] = request(gateway, "flow", "", 2);
   senders[2] = accept_request(worker);
-  for (int k = 0; k < sent[2]; k++) OK(presence_sender_send_wait(senders[2], message, SIZE, PATIENCE));
+  for (int k = 0; k < sent[2]; k++) OK(presence_sender_send_wait(senders[2], message, SIZE, TIMEOUT_MS));
   OK(presence_sender_end(senders[2]));
   for (int k = 0; k < sent[2]; k++) CHECK_EQ(expect(gateway.queue, PRESENCE_EVENT_DATA).data_len, SIZE);
   expect(gateway.queue, PRESENCE_EVENT_END);
@@ -253,7 +253,7 @@ static void reader_that_keeps_up_is_never_cut_off(void) {
   presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes", "1000");
   presence_sender *sender = accept_request(worker);
   for (int i = 0; i < 1000; i++) {
-    OK(presence_sender_send_wait(sender, &i, sizeof i, PATIENCE)); /* on a lane, blocks until credit arrives */
+    OK(presence_sender_send_wait(sender, &i, sizeof i, TIMEOUT_MS)); /* on a lane, blocks until credit arrives */
     read_numbers(gateway, i, 1);
   }
   OK(presence_sender_end(sender));

@@ -8,12 +8,12 @@ static char data[SIZE];
 
 struct wait {
   presence_sender *sender;
-  int32_t gave;
+  int32_t result;
 };
 
-static void *wait_for_room(void *argument) {
+static void *block_on_send(void *argument) {
   struct wait *self = (struct wait *)argument;
-  self->gave = presence_sender_send_wait(self->sender, data, SIZE, -1);
+  self->result = presence_sender_send_wait(self->sender, data, SIZE, -1);
   return NULL;
 }
 
@@ -45,7 +45,7 @@ static void check_wait_ends(void (*end)(void), int32_t expected) {
   while (status == PRESENCE_OK);
   CHECK_STATUS(status, PRESENCE_TIMEOUT);
   struct wait wait = {both.sender, 1};
-  pthread_t thread = start_thread(wait_for_room, &wait);
+  pthread_t thread = start_thread(block_on_send, &wait);
   usleep(100000); /* most likely it is blocked by now; if not, the test still holds */
   end();
   struct timespec deadline;
@@ -54,12 +54,12 @@ static void check_wait_ends(void (*end)(void), int32_t expected) {
   int joined = pthread_timedjoin_np(thread, NULL, &deadline);
   resume(atoi(server));
   CHECK_EQ(joined, 0);
-  CHECK_STATUS(wait.gave, expected);
+  CHECK_STATUS(wait.result, expected);
 
   presence_sender_free(both.sender);
   presence_stream_free(both.stream);
   presence_service_free(both.service);
-  if (end != by_close) OK(presence_close(both.worker.conn, PATIENCE));
+  if (end != by_close) OK(presence_close(both.worker.conn, TIMEOUT_MS));
   presence_queue_free(both.worker.queue);
   close_peer(both.gateway);
 }

@@ -18,20 +18,20 @@
 #include <unistd.h>
 
 /* Timeout in ms for anything that must happen. It usually takes a few. */
-#define PATIENCE 20000
+#define TIMEOUT_MS 20000
 
 static const char *url;
-static const char *asked_for; /* the one test to run; NULL: all */
+static const char *selected_test; /* the one test to run; NULL: all */
 static const char *running = "main";
 static const char *level = ""; /* printed after the test's name */
 static bool is_long;           /* the long form, which prints figures: `tests/c/run --long` */
 
-static inline void start_of_line(const char *file, int line) {
+static inline void begin_failure(const char *file, int line) {
   fprintf(stderr, "%s:%d: %s%s: ", file, line, running, level);
 }
 
 /* Exits without running atexit handlers: the test may be about them. */
-static inline void end_of_line(void) {
+static inline void end_failure(void) {
   fputc('\n', stderr);
   _exit(1);
 }
@@ -39,9 +39,9 @@ static inline void end_of_line(void) {
 #define CHECK(condition)                       \
   do {                                         \
     if (!(condition)) {                        \
-      start_of_line(__FILE__, __LINE__);       \
-      fputs("not so: " #condition, stderr);    \
-      end_of_line();                           \
+      begin_failure(__FILE__, __LINE__);       \
+      fputs("failed: " #condition, stderr);    \
+      end_failure();                           \
     }                                          \
   } while (0)
 
@@ -49,9 +49,9 @@ static inline void end_of_line(void) {
   do {                                                                                          \
     long long is_ = (long long)(actual), should_be_ = (long long)(expected);                    \
     if (is_ != should_be_) {                                                                    \
-      start_of_line(__FILE__, __LINE__);                                                        \
+      begin_failure(__FILE__, __LINE__);                                                        \
       fprintf(stderr, "%s is %lld, not %s (%lld)", #actual, is_, #expected, should_be_);        \
-      end_of_line();                                                                            \
+      end_failure();                                                                            \
     }                                                                                           \
   } while (0)
 
@@ -60,21 +60,21 @@ static inline void end_of_line(void) {
   do {                                                                                                           \
     long long is_ = (long long)(call), should_be_ = (long long)(expected);                                       \
     if (is_ != should_be_) {                                                                                     \
-      start_of_line(__FILE__, __LINE__);                                                                         \
+      begin_failure(__FILE__, __LINE__);                                                                         \
       fprintf(stderr, "%s is %lld (%s), not %s", #call, is_, presence_status_text((int32_t)is_), #expected);     \
-      end_of_line();                                                                                             \
+      end_failure();                                                                                             \
     }                                                                                                            \
   } while (0)
 
 #define OK(call) CHECK_STATUS(call, PRESENCE_OK)
 
 /* Checks that a message contains this text. */
-#define CHECK_TELLS(message, part)                                                 \
+#define CHECK_CONTAINS(message, part)                                                 \
   do {                                                                             \
     if (!strstr((message), (part))) {                                              \
-      start_of_line(__FILE__, __LINE__);                                           \
-      fprintf(stderr, "\"%s\" does not tell \"%s\"", (message), (part));           \
-      end_of_line();                                                               \
+      begin_failure(__FILE__, __LINE__);                                           \
+      fprintf(stderr, "\"%s\" does not contain \"%s\"", (message), (part));           \
+      end_failure();                                                               \
     }                                                                              \
   } while (0)
 
@@ -84,16 +84,16 @@ static inline void begin(int argc, char **argv) {
   is_long = getenv("LONG") != NULL;
   alarm(seconds ? (unsigned)atoi(seconds) : is_long ? 280 : 100);
   url = argc > 1 ? argv[1] : "nats://127.0.0.1:4222";
-  asked_for = argc > 2 ? argv[2] : NULL;
-  running = asked_for ? asked_for : "main";
+  selected_test = argc > 2 ? argv[2] : NULL;
+  running = selected_test ? selected_test : "main";
 }
 
-static inline bool is_asked_for(const char *test) { return asked_for && strcmp(asked_for, test) == 0; }
+static inline bool is_selected(const char *test) { return selected_test && strcmp(selected_test, test) == 0; }
 
 /* Runs a test, which must leave no client online. */
 #define RUN(test)                               \
   do {                                          \
-    if (!asked_for || is_asked_for(#test)) {    \
+    if (!selected_test || is_selected(#test)) {    \
       running = #test;                          \
       test();                                   \
       CHECK_EQ(presence_online_count(), 0);     \
@@ -120,7 +120,7 @@ static inline bool is_asked_for(const char *test) { return asked_for && strcmp(a
 /* Runs the part of a test that needs a process of its own. */
 #define ROLE(role)                       \
   do {                                   \
-    if (is_asked_for(#role)) role();     \
+    if (is_selected(#role)) role();     \
   } while (0)
 
 /* Prints a figure of the long form. */

@@ -25,7 +25,7 @@ static int ends[ROUNDS + 1], messages[ROUNDS + 1];
 static presence_event take_until(peer self, uint64_t tag, int count) {
   for (;;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, TIMEOUT_MS), 1);
     CHECK_EQ(ends[event.tag], 0); /* nothing follows the end */
     CHECK(event.stream == streams[event.tag]);
     if (event.kind == PRESENCE_EVENT_DATA) {
@@ -82,7 +82,7 @@ static void leave_at_every_moment(void) {
         if (moment == AFTER_END) OK(mark_client_offline("c"));
     }
     /* In one process, the worker's sender may stop a moment later. */
-    if (is_asked_for("leave_at_every_moment")) CHECK(!is_client_online("c"));
+    if (is_selected("leave_at_every_moment")) CHECK(!is_client_online("c"));
   }
   expect_nothing(self.queue);
   for (int i = 0; i <= ROUNDS; i++) {
@@ -92,7 +92,7 @@ static void leave_at_every_moment(void) {
   close_peer(self);
 }
 
-static void *come_and_go_in_a_thread(void *unused) {
+static void *leave_at_every_moment_in_a_thread(void *unused) {
   leave_at_every_moment();
   return unused;
 }
@@ -109,11 +109,11 @@ static struct {
   int stops;
 } kept[KEPT];
 
-static void serve_who_comes_and_goes(peer self) {
+static void serve_leaving_client(peer self) {
   memset(kept, 0, sizeof kept);
   for (bool is_over = false; !is_over;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(self.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_STOPPED) {
       for (int i = 0; i < KEPT; i++) {
         if (kept[i].sender != event.sender) continue;
@@ -159,15 +159,15 @@ static void serve_who_comes_and_goes(peer self) {
   }
 }
 
-static void a_thousand_times(bool in_one_process) {
+static void leave_a_thousand_times(bool in_one_process) {
   peer worker = open_peer();
   presence_service *service = serve(worker, "leaving");
   pthread_t thread = 0;
   pid_t process = 0;
-  settle(worker, beside(worker), "leaving");
-  if (in_one_process) thread = start_thread(come_and_go_in_a_thread, NULL);
+  run_whole_stream(worker, second_queue(worker), "leaving");
+  if (in_one_process) thread = start_thread(leave_at_every_moment_in_a_thread, NULL);
   else process = start("leave_at_every_moment");
-  serve_who_comes_and_goes(worker);
+  serve_leaving_client(worker);
   if (in_one_process) join_thread(thread);
   else expect_exit(process, 0);
   for (int i = 0; i < KEPT; i++) presence_sender_free(kept[i].sender);
@@ -176,14 +176,14 @@ static void a_thousand_times(bool in_one_process) {
   close_peer(worker);
 }
 
-static void client_leaves_a_thousand_times_in_one_process(void) { a_thousand_times(true); }
-static void client_leaves_a_thousand_times_in_two_processes(void) { a_thousand_times(false); }
+static void client_leaves_a_thousand_times_in_one_process(void) { leave_a_thousand_times(true); }
+static void client_leaves_a_thousand_times_in_two_processes(void) { leave_a_thousand_times(false); }
 
 /* Two gateways -------------------------------------------------------------------------------------------------------- */
 
 /* One of the gateways, in its own process: the stream "orders" tells it what to do with its two streams. */
 static void run_gateway(void) {
-  peer self = open_peer(), orders = beside(self);
+  peer self = open_peer(), orders = second_queue(self);
   presence_session *session;
   presence_event event;
   OK(presence_listen_offline(self.conn));
@@ -222,7 +222,7 @@ static void run_gateway(void) {
  * streams. A mark ends all streams; on level 0 the end of a session does, too, because it can only be announced to
  * all. */
 static void client_at_two_gateways(void) {
-  peer worker = open_peer(), control = beside(worker);
+  peer worker = open_peer(), control = second_queue(worker);
   presence_service *services[] = {serve(worker, "two"), serve(control, "orders")};
   pid_t gateways[2];
   presence_sender *senders[2][2], *orders[2];
@@ -298,7 +298,7 @@ static void early_cancel_at_one_gateway_leaves_the_other(void) {
   int requests = 0, stops = 0;
   for (int ended = 0; ended < 2 || stops < 4 * EARLY;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_REQUEST && event.client_len == 0) {
       OK(presence_sender_end(event.sender));
       presence_sender_free(event.sender);

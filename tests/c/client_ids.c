@@ -141,15 +141,15 @@ static void watchers_receive_presence_changes(void) {
   OK(mark_client_offline("before"));
   CHECK_STATUS(mark_client_online("\n"), PRESENCE_INVALID);
   for (int i = 0; i < 2; i++) {
-    presence_queue *told = i == 0 ? queue : other;
+    presence_queue *watcher = i == 0 ? queue : other;
     uint64_t tag = i == 0 ? 7 : 8;
-    expect_presence(told, PRESENCE_EVENT_ONLINE, tag, "w");
-    expect_presence(told, PRESENCE_EVENT_OFFLINE, tag, "w");
-    expect_presence(told, PRESENCE_EVENT_ONLINE, tag, "v");
-    expect_presence(told, PRESENCE_EVENT_OFFLINE, tag, "v");
-    expect_presence(told, PRESENCE_EVENT_OFFLINE, tag, "before");
-    expect_nothing(told);
-    presence_queue_free(told);
+    expect_presence(watcher, PRESENCE_EVENT_ONLINE, tag, "w");
+    expect_presence(watcher, PRESENCE_EVENT_OFFLINE, tag, "w");
+    expect_presence(watcher, PRESENCE_EVENT_ONLINE, tag, "v");
+    expect_presence(watcher, PRESENCE_EVENT_OFFLINE, tag, "v");
+    expect_presence(watcher, PRESENCE_EVENT_OFFLINE, tag, "before");
+    expect_nothing(watcher);
+    presence_queue_free(watcher);
   }
 }
 

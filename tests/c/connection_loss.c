@@ -13,13 +13,13 @@ static pair open_pair_at(const char *workers_url, const char *gateways_url, cons
   self.service = serve(self.worker, "pair");
   self.stream = request_with(self.gateway, "pair", client, 1, "stream_buffer_bytes", "6400");
   self.sender = accept_request(self.worker);
-  settle(self.worker, self.gateway, "pair");
+  run_whole_stream(self.worker, self.gateway, "pair");
   return self;
 }
 
 static pair open_pair_here(const char *client) { return open_pair_at(server.url, server.url, client, NULL, NULL); }
 
-static void expect_lost(pair both) {
+static void expect_disconnected(pair both) {
   expect(both.worker.queue, PRESENCE_EVENT_DISCONNECTED);
   expect(both.gateway.queue, PRESENCE_EVENT_DISCONNECTED);
 }
@@ -27,7 +27,7 @@ static void expect_lost(pair both) {
 /* The next event that is not about the connection. */
 static presence_event next_event(peer self) {
   presence_event event;
-  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, TIMEOUT_MS), 1);
   while (event.kind >= PRESENCE_EVENT_CONNECTED);
   return event;
 }
@@ -55,7 +55,7 @@ static void sends_while_disconnected_arrive_later(void) {
   for (uint64_t i = 0; i < 10; i++) OK(send_content(both.sender, 1, i));
   take_content(both.gateway, 1, 0, 10);
   kill_server(&server);
-  expect_lost(both);
+  expect_disconnected(both);
 
   int32_t status;
   uint64_t sent = 10;
@@ -108,9 +108,9 @@ static void ends_while_disconnected_stop_the_sender_later(void) {
     streams[i] = request_with(both.gateway, "pair", "c", 2 + i, i == TIMEOUT ? "timeout_ms" : NULL, "400");
     senders[i] = accept_request(both.worker);
   }
-  settle(both.worker, both.gateway, "pair");
+  run_whole_stream(both.worker, both.gateway, "pair");
   kill_server(&server);
-  expect_lost(both);
+  expect_disconnected(both);
   OK(presence_stream_cancel(streams[CANCEL]));
   presence_stream_free(streams[FREE]);
   presence_event event = next_event(both.gateway);
@@ -158,9 +158,9 @@ static void peer_that_closed_while_disconnected_is_gone(void) {
     OK(send_content(both.sender, 1, 0));
     take_content(both.gateway, 1, 0, 1);
     kill_server(&server);
-    expect_lost(both);
+    expect_disconnected(both);
     peer closes = worker_closes ? both.worker : both.gateway;
-    CHECK_STATUS(presence_close(closes.conn, PATIENCE), PRESENCE_DISCONNECTED);
+    CHECK_STATUS(presence_close(closes.conn, TIMEOUT_MS), PRESENCE_DISCONNECTED);
     presence_event event = next_event(closes);
     CHECK_EQ(event.kind, worker_closes ? PRESENCE_EVENT_STOPPED : PRESENCE_EVENT_ERROR);
     CHECK_STATUS(event.status, PRESENCE_CLOSED);
@@ -171,7 +171,7 @@ static void peer_that_closed_while_disconnected_is_gone(void) {
     presence_sender_free(both.sender);
     presence_stream_free(both.stream);
     presence_service_free(both.service);
-    OK(presence_close(worker_closes ? both.gateway.conn : both.worker.conn, PATIENCE));
+    OK(presence_close(worker_closes ? both.gateway.conn : both.worker.conn, TIMEOUT_MS));
     presence_queue_free(both.gateway.queue);
     presence_queue_free(both.worker.queue);
   }
@@ -193,8 +193,8 @@ static void giving_up_ends_the_streams(void) {
   presence_sender_free(both.sender);
   presence_stream_free(both.stream);
   presence_service_free(both.service);
-  CHECK(presence_close(both.worker.conn, PATIENCE) != PRESENCE_OK);
-  CHECK(presence_close(both.gateway.conn, PATIENCE) != PRESENCE_OK);
+  CHECK(presence_close(both.worker.conn, TIMEOUT_MS) != PRESENCE_OK);
+  CHECK(presence_close(both.gateway.conn, TIMEOUT_MS) != PRESENCE_OK);
   presence_queue_free(both.gateway.queue);
   presence_queue_free(both.worker.queue);
   start_server(&server);
@@ -252,7 +252,7 @@ static void silent_link_ends_the_streams_after_three_heartbeats(void) {
     expect(cut.queue, PRESENCE_EVENT_DISCONNECTED);
     expect(cut.queue, PRESENCE_EVENT_CONNECTED);
     OK(presence_listen_offline(both.worker.conn)); /* returns when the service is subscribed again */
-    settle(both.worker, both.gateway, "pair");
+    run_whole_stream(both.worker, both.gateway, "pair");
     close_pair(both);
     close(before->listener);
   }

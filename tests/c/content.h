@@ -34,11 +34,11 @@ static inline void check_content(const char *file, int line, const presence_even
   if (event->data_len != length || memcmp(event->data, expected, length) != 0) {
     uint64_t head[2] = {0, 0};
     memcpy(head, event->data, event->data_len < sizeof head ? event->data_len : sizeof head);
-    start_of_line(file, line);
+    begin_failure(file, line);
     fprintf(stderr, "message %llu of stream %llu, with %zu bytes, is message %llu of stream %llu, or no such, with %zu",
             (unsigned long long)number, (unsigned long long)stream, length, (unsigned long long)head[1],
             (unsigned long long)head[0], event->data_len);
-    end_of_line();
+    end_failure();
   }
   free(expected);
 }

@@ -54,7 +54,7 @@ static void *load(void) {
 
 static presence_event next(presence_queue *queue, int32_t kind) {
   presence_event event;
-  CHECK_EQ(use.wait(queue, &event, 1, PATIENCE), 1);
+  CHECK_EQ(use.wait(queue, &event, 1, TIMEOUT_MS), 1);
   CHECK_EQ(event.kind, kind);
   return event;
 }

@@ -10,7 +10,7 @@ static char data[1 << 16];
 static void *read_later(void *self) {
   presence_event event;
   usleep(50000); /* most likely a sender is blocked by then */
-  while (presence_queue_wait(((pair *)self)->gateway.queue, &event, 1, PATIENCE) == 1) {
+  while (presence_queue_wait(((pair *)self)->gateway.queue, &event, 1, TIMEOUT_MS) == 1) {
     if (event.kind != PRESENCE_EVENT_DATA) return NULL;
   }
   CHECK(!"the end came");
@@ -140,16 +140,16 @@ static void byte_pointers_need_no_alignment(void) {
 /* Anything larger than a byte must be aligned: otherwise the call is refused and writes nothing. (A misaligned error
  * is treated as NULL.) */
 static void misaligned_pointers_are_refused(void) {
-  static char room[sizeof(presence_event) * 4], untouched[sizeof room];
+  static char buffer[sizeof(presence_event) * 4], untouched[sizeof buffer];
   pair both = open_pair("c");
   const char *name = NULL;
   size_t length = 7;
   for (int offset = 1; offset < 8; offset++) {
-    void *odd = (void *)((uintptr_t)room + (uintptr_t)offset);
-    memset(room, 'x', sizeof room);
+    void *odd = (void *)((uintptr_t)buffer + (uintptr_t)offset);
+    memset(buffer, 'x', sizeof buffer);
     memset(untouched, 'x', sizeof untouched);
     OK(send_text(both.sender, "waits"));
-    CHECK_STATUS(presence_queue_wait(both.gateway.queue, (presence_event *)odd, 1, PATIENCE), PRESENCE_INVALID);
+    CHECK_STATUS(presence_queue_wait(both.gateway.queue, (presence_event *)odd, 1, TIMEOUT_MS), PRESENCE_INVALID);
     expect_data(both.gateway.queue, "waits"); /* it was not lost */
     CHECK_STATUS(presence_queue_new((presence_queue **)odd), PRESENCE_INVALID);
     CHECK_STATUS(presence_connect(url, NULL, (presence_conn **)odd, NULL), PRESENCE_INVALID);
@@ -165,7 +165,7 @@ static void misaligned_pointers_are_refused(void) {
       CHECK_STATUS(presence_connect("", NULL, NULL, (presence_error *)odd), PRESENCE_INVALID);
       CHECK_STATUS(presence_connect("http://x", NULL, (presence_conn **)&name, (presence_error *)odd), PRESENCE_INVALID);
     }
-    CHECK(memcmp(room, untouched, sizeof room) == 0);
+    CHECK(memcmp(buffer, untouched, sizeof buffer) == 0);
     CHECK(!name && length == 7 && !is_client_online("d"));
   }
   close_pair(both);

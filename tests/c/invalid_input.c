@@ -7,17 +7,17 @@ static presence_error error;
 static void forget_error(void) { memset(&error, 0, sizeof error); }
 
 /* Checks that the last call failed with this status and that its message contains this text. */
-#define CHECK_ERROR(call, expected, told)   \
+#define CHECK_ERROR(call, expected, text)   \
   do {                                      \
     forget_error();                         \
     CHECK_STATUS(call, expected);           \
     CHECK_EQ(error.status, expected);       \
-    CHECK_TELLS(error.message, told);       \
+    CHECK_CONTAINS(error.message, text);       \
   } while (0)
 
 /* A wrong value, and what the message about it must contain. */
 struct bad {
-  const char *value, *told;
+  const char *value, *text;
 };
 
 static int32_t try_request(peer self, const char *subject, const char *client, size_t length, presence_config *config) {
@@ -40,7 +40,7 @@ static int32_t try_connect(const char *to, const presence_config *config) {
   presence_conn *conn = NULL;
   int32_t status = presence_connect(to, config, &conn, &error);
   CHECK(status == PRESENCE_OK || !conn);
-  if (conn) OK(presence_close(conn, PATIENCE));
+  if (conn) OK(presence_close(conn, TIMEOUT_MS));
   return status;
 }
 
@@ -53,15 +53,15 @@ static void invalid_subjects_are_refused(void) {
       {"a\xc2\xa0z", "white"},
   };
   for (size_t i = 0; i < sizeof nowhere / sizeof *nowhere; i++) {
-    CHECK_ERROR(try_request(self, nowhere[i].value, "c", 1, NULL), PRESENCE_INVALID, nowhere[i].told);
-    CHECK_TELLS(error.message, "subject");
-    CHECK_ERROR(try_serve(self, nowhere[i].value, "g"), PRESENCE_INVALID, nowhere[i].told);
-    CHECK_TELLS(error.message, "subject");
+    CHECK_ERROR(try_request(self, nowhere[i].value, "c", 1, NULL), PRESENCE_INVALID, nowhere[i].text);
+    CHECK_CONTAINS(error.message, "subject");
+    CHECK_ERROR(try_serve(self, nowhere[i].value, "g"), PRESENCE_INVALID, nowhere[i].text);
+    CHECK_CONTAINS(error.message, "subject");
   }
   const char *wildcards[] = {"*", ">", "a.*", "a.*.b", "a.>"};
   for (int i = 0; i < 5; i++) {
     CHECK_ERROR(try_request(self, wildcards[i], "c", 1, NULL), PRESENCE_INVALID, "wildcard");
-    CHECK_TELLS(error.message, wildcards[i]);
+    CHECK_CONTAINS(error.message, wildcards[i]);
     forget_error();
     OK(try_serve(self, wildcards[i], "g")); /* wildcards are allowed here */
   }
@@ -80,7 +80,7 @@ static void invalid_client_ids_are_refused(void) {
   char too_long[1025];
   memset(too_long, 'x', sizeof too_long);
   CHECK_ERROR(try_request(self, "ids", too_long, sizeof too_long, NULL), PRESENCE_INVALID, "1025");
-  CHECK_TELLS(error.message, "1024");
+  CHECK_CONTAINS(error.message, "1024");
   CHECK_ERROR(try_request(self, "ids", "a\xff", 2, NULL), PRESENCE_INVALID, "UTF-8");
   CHECK_ERROR(try_request(self, "ids", "a\nb", 3, NULL), PRESENCE_INVALID, "\\n");
   CHECK_ERROR(try_request(self, "ids", "a\0b", 3, NULL), PRESENCE_INVALID, "\\0");
@@ -99,7 +99,7 @@ static void unknown_options_are_refused(void) {
   for (int i = 0; i < 6; i++) {
     CHECK_STATUS(presence_config_set(config, unknown[i], "1"), PRESENCE_INVALID);
     CHECK_ERROR(presence_config_error(config, &error), PRESENCE_INVALID, "unknown");
-    CHECK_TELLS(error.message, unknown[i]);
+    CHECK_CONTAINS(error.message, unknown[i]);
     /* The message lists every known option. */
     const char *known[] = {
         "name", "user", "password", "token", "nkey_seed", "creds_file", "tls_required", "tls_first", "tls_ca_file",
@@ -108,7 +108,7 @@ static void unknown_options_are_refused(void) {
         "lanes", "heartbeat_ms", "peer_grace_ms", "send_buffer_bytes", "receive_buffer_bytes", "session_grace_ms", "worker_threads",
         "timeout_ms", "retries", "retry_delay_ms", "stream_buffer_bytes", "manual_credit", "header.NAME",
     };
-    for (size_t k = 0; k < sizeof known / sizeof *known; k++) CHECK_TELLS(error.message, known[k]);
+    for (size_t k = 0; k < sizeof known / sizeof *known; k++) CHECK_CONTAINS(error.message, known[k]);
   }
   CHECK_STATUS(presence_config_set(config, "n\xff", "1"), PRESENCE_INVALID);
   CHECK_STATUS(presence_config_set(config, "name", "\xff"), PRESENCE_INVALID);
@@ -154,8 +154,8 @@ static void wrong_option_values_are_refused(void) {
     CHECK_STATUS(presence_config_set(config, wrong[i].key, wrong[i].value), PRESENCE_INVALID);
     CHECK_ERROR(presence_config_error(config, &error), PRESENCE_INVALID, wrong[i].right);
     const char *name = strncmp(wrong[i].key, "header.", 7) == 0 ? wrong[i].key + 7 : wrong[i].key;
-    CHECK_TELLS(error.message, name);
-    if (!strpbrk(wrong[i].value, "\r\n") && wrong[i].value[0] != 'x') CHECK_TELLS(error.message, wrong[i].value);
+    CHECK_CONTAINS(error.message, name);
+    if (!strpbrk(wrong[i].value, "\r\n") && wrong[i].value[0] != 'x') CHECK_CONTAINS(error.message, wrong[i].value);
     OK(try_connect(url, config));
     presence_config_free(config);
   }
@@ -176,8 +176,8 @@ static void malformed_urls_are_refused(void) {
       {"\xff", "UTF-8"},
   };
   for (size_t i = 0; i < sizeof urls / sizeof *urls; i++) {
-    CHECK_ERROR(try_connect(urls[i].value, NULL), PRESENCE_INVALID, urls[i].told);
-    if (strcmp(urls[i].told, "UTF-8") != 0) CHECK_TELLS(error.message, "use nats://host:port");
+    CHECK_ERROR(try_connect(urls[i].value, NULL), PRESENCE_INVALID, urls[i].text);
+    if (strcmp(urls[i].text, "UTF-8") != 0) CHECK_CONTAINS(error.message, "use nats://host:port");
   }
 }
 
@@ -186,7 +186,7 @@ static void unreachable_servers_are_named(void) {
   OK(presence_config_set(config, "connect_timeout_ms", "2000"));
   CHECK_ERROR(try_connect("nats://127.0.0.1:1", config), PRESENCE_DISCONNECTED, "127.0.0.1:1");
   CHECK_ERROR(try_connect("nats://127.0.0.1:1,nats://127.0.0.1:2", config), PRESENCE_DISCONNECTED, "127.0.0.1:1");
-  CHECK_TELLS(error.message, "127.0.0.1:2");
+  CHECK_CONTAINS(error.message, "127.0.0.1:2");
   char one_of_two[256];
   snprintf(one_of_two, sizeof one_of_two, "nats://127.0.0.1:1,%s", url);
   OK(try_connect(one_of_two, config));

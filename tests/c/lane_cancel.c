@@ -25,7 +25,7 @@ enum how { CANCELLED_BY_CALL, FREED, TIMED_OUT, HOWS };
 
 static void cancel_stops_only_its_own_sender(void) {
   for (int how = 0; how < HOWS; how++) {
-    peer worker = open_peer(), gateway = open_peer(), watch = beside(gateway);
+    peer worker = open_peer(), gateway = open_peer(), watch = second_queue(gateway);
     OK(presence_watch(watch.queue, 0));
     presence_service *service = serve(worker, "two");
     presence_stream *first = request_with(gateway, "two", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "500");
@@ -73,7 +73,7 @@ static void cancel_stops_only_its_own_sender(void) {
 /* A client that is marked online stays online when its only stream is cancelled. */
 static void cancel_leaves_the_client_online(void) {
   pair both = open_pair("c");
-  settle(both.worker, both.gateway, "pair");
+  run_whole_stream(both.worker, both.gateway, "pair");
   OK(mark_client_online("c"));
   OK(presence_stream_cancel(both.stream));
   expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED);
@@ -167,7 +167,7 @@ static void cancel_races_the_workers_end(void) {
     }
     CHECK(ended == PRESENCE_OK || ended == PRESENCE_CANCELLED);
     presence_event last;
-    CHECK_EQ(presence_queue_wait(gateway.queue, &last, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(gateway.queue, &last, 1, TIMEOUT_MS), 1);
     CHECK(last.stream == stream);
     if (cancelled == PRESENCE_OK) CHECK(last.kind == PRESENCE_EVENT_ERROR && last.status == PRESENCE_CANCELLED);
     else CHECK_EQ(last.kind, PRESENCE_EVENT_END);
@@ -198,7 +198,7 @@ static void cancel_releases_unread_messages(void) {
     if (round % 2) presence_stream_free(stream);
     else OK(presence_stream_cancel(stream));
     presence_event event;
-    do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     while (event.kind == PRESENCE_EVENT_WRITABLE); /* the lane may have become writable meanwhile */
     CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
     check_stopped(sender, PRESENCE_CANCELLED);

@@ -21,7 +21,7 @@ static crowd open_crowd(void) {
     self.senders[i] = accept_request(self.worker);
     self.sent[i] = 0;
   }
-  settle(self.worker, self.gateway, "crowd");
+  run_whole_stream(self.worker, self.gateway, "crowd");
   return self;
 }
 
@@ -54,12 +54,12 @@ static void worker_close_delivers_what_was_sent(void) {
   crowd self = open_crowd();
   send_much(&self);
   for (int i = 0; i < STREAMS; i += 2) OK(presence_sender_end(self.senders[i]));
-  OK(presence_close(self.worker.conn, PATIENCE));
+  OK(presence_close(self.worker.conn, TIMEOUT_MS));
   for (int i = 0; i < STREAMS; i++) CHECK_STATUS(send_text(self.senders[i], "late"), PRESENCE_CLOSED);
   uint64_t received[STREAMS] = {0};
   for (int ended = 0; ended < STREAMS;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(self.gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(self.gateway.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_DATA) {
       CHECK_CONTENT(&event, SIZE, event.tag, received[event.tag]);
       received[event.tag]++;
@@ -74,12 +74,12 @@ static void worker_close_delivers_what_was_sent(void) {
   expect_nothing(self.gateway.queue);
   for (int i = 1; i < STREAMS; i += 2) { /* streams that were not ended get STOPPED; some became writable before */
     presence_event event;
-    do CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, PATIENCE), 1);
+    do CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, TIMEOUT_MS), 1);
     while (event.kind == PRESENCE_EVENT_WRITABLE);
     CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
     CHECK_STATUS(event.status, PRESENCE_CLOSED);
   }
-  OK(presence_close(self.gateway.conn, PATIENCE));
+  OK(presence_close(self.gateway.conn, TIMEOUT_MS));
   free_crowd(&self);
 }
 
@@ -87,10 +87,10 @@ static void worker_close_delivers_what_was_sent(void) {
 static void gateway_close_stops_the_senders(void) {
   crowd self = open_crowd();
   send_much(&self);
-  OK(presence_close(self.gateway.conn, PATIENCE));
+  OK(presence_close(self.gateway.conn, TIMEOUT_MS));
   for (int stopped = 0; stopped < STREAMS;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(self.worker.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_WRITABLE) continue;
     CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
     CHECK_STATUS(event.status, PRESENCE_CANCELLED);
@@ -105,13 +105,13 @@ static void gateway_close_stops_the_senders(void) {
     ended++;
   }
   expect_nothing(self.gateway.queue);
-  OK(presence_close(self.worker.conn, PATIENCE));
+  OK(presence_close(self.worker.conn, TIMEOUT_MS));
   free_crowd(&self);
 }
 
 static void *close_conn(void *conn) {
   int64_t since = now_ms();
-  OK(presence_close((presence_conn *)conn, PATIENCE));
+  OK(presence_close((presence_conn *)conn, TIMEOUT_MS));
   CHECK(now_ms() - since < 10000);
   return NULL;
 }
@@ -153,13 +153,13 @@ static void close_without_drain_time_ends_the_streams(void) {
     CHECK(status == PRESENCE_OK || status == PRESENCE_TIMEOUT);
     for (int ended = 0; ended < STREAMS;) {
       presence_event event;
-      CHECK_EQ(presence_queue_wait(other.queue, &event, 1, PATIENCE), 1);
+      CHECK_EQ(presence_queue_wait(other.queue, &event, 1, TIMEOUT_MS), 1);
       if (event.kind == PRESENCE_EVENT_DATA || event.kind == PRESENCE_EVENT_WRITABLE) continue;
       CHECK_EQ(event.kind, round % 2 ? PRESENCE_EVENT_ERROR : PRESENCE_EVENT_STOPPED);
       if (event.status != PRESENCE_PEER_GONE) CHECK_STATUS(event.status, round % 2 ? PRESENCE_REMOTE : PRESENCE_CANCELLED);
       ended++;
     }
-    OK(presence_close(other.conn, PATIENCE));
+    OK(presence_close(other.conn, TIMEOUT_MS));
     free_crowd(&self);
   }
 }
@@ -173,10 +173,10 @@ static void send_close_and_exit(void) {
   unsigned char message[SIZE];
   for (uint64_t i = 0; i < 20000; i++) {
     fill_content(message, SIZE, 1, i);
-    OK(presence_sender_send_wait(sender, message, SIZE, PATIENCE));
+    OK(presence_sender_send_wait(sender, message, SIZE, TIMEOUT_MS));
   }
   OK(presence_sender_end(sender));
-  OK(presence_close(self.conn, PATIENCE));
+  OK(presence_close(self.conn, TIMEOUT_MS));
   (void)service;
   _exit(0);
 }
@@ -201,7 +201,7 @@ static void read_close_and_exit(void) {
   (void)request(self, "leave", "c", 2);
   expect_data(self.queue, "first");
   expect_data(self.queue, "first");
-  OK(presence_close(self.conn, PATIENCE));
+  OK(presence_close(self.conn, TIMEOUT_MS));
   _exit(0);
 }
 
@@ -215,7 +215,7 @@ static void gateway_exits_right_after_close(void) {
   expect_exit(gateway, 0);
   int64_t since = now_ms();
   while (stats_of(worker).lanes > 0) { /* the lane is gone, too */
-    CHECK(now_ms() - since < PATIENCE);
+    CHECK(now_ms() - since < TIMEOUT_MS);
     usleep(1000);
   }
   for (int i = 0; i < 2; i++) presence_sender_free(senders[i]);
@@ -228,7 +228,7 @@ static void read_until_error(void) {
   peer self = open_peer();
   presence_stream *stream = request(self, "leave", "c", 1);
   presence_event event;
-  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, PATIENCE), 1);
+  do CHECK_EQ(presence_queue_wait(self.queue, &event, 1, TIMEOUT_MS), 1);
   while (event.kind == PRESENCE_EVENT_DATA);
   CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
   presence_stream_free(stream);
@@ -258,7 +258,7 @@ int main(int argc, char **argv) {
   ROLE(send_close_and_exit);
   ROLE(read_close_and_exit);
   ROLE(read_until_error);
-  if (is_asked_for("read_until_error")) return 0;
+  if (is_selected("read_until_error")) return 0;
   RUN(worker_close_delivers_what_was_sent);
   RUN(gateway_close_stops_the_senders);
   RUN(both_ends_close_at_once);

@@ -23,7 +23,7 @@ static void *send_content(void *argument) {
   unsigned char message[300];
   for (uint64_t i = 0; i < self.count; i++) {
     fill_content(message, i % 300, self.stream, i);
-    OK(presence_sender_send_wait(self.sender, message, i % 300, PATIENCE));
+    OK(presence_sender_send_wait(self.sender, message, i % 300, TIMEOUT_MS));
   }
   OK(presence_sender_end(self.sender));
   presence_sender_free(self.sender);
@@ -78,7 +78,7 @@ static void manual_credit_on_level_0_limits_unread_bytes(void) {
     for (; taken < 100; taken++) {
       int32_t status = presence_sender_send(sender, data, sizeof data);
       CHECK(status == PRESENCE_OK || status == PRESENCE_OFFLINE);
-      CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+      CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
       if (event.kind != PRESENCE_EVENT_DATA) break;
       if (is_consumed) OK(presence_stream_consumed(stream, sizeof data));
     }
@@ -91,7 +91,7 @@ static void manual_credit_on_level_0_limits_unread_bytes(void) {
       expect(gateway.queue, PRESENCE_EVENT_END);
     } else {
       CHECK_EQ(taken, 1000 / (100 + 64));
-      while (event.kind == PRESENCE_EVENT_LOG) CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+      while (event.kind == PRESENCE_EVENT_LOG) CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
       CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
       CHECK_STATUS(event.status, PRESENCE_FULL);
     }
@@ -127,7 +127,7 @@ static void small_max_payload(void) {
   for (uint64_t i = 0; i < 2000; i++) {
     size_t length = i % 50 == 0 ? LARGEST - i / 50 : i % 40;
     fill_content(message, length, 1, i);
-    OK(presence_sender_send_wait(sender, message, length, PATIENCE));
+    OK(presence_sender_send_wait(sender, message, length, TIMEOUT_MS));
   }
   char text[2000];
   memset(text, 'x', sizeof text);
@@ -178,7 +178,7 @@ static void many_connections_share_a_service(void) {
   for (int i = 0; i < GATEWAYS; i++) close_peer(gateways[i]);
   for (int i = 0; i < WORKERS; i++) {
     presence_service_free(services[i]);
-    OK(presence_close(workers[i].conn, PATIENCE));
+    OK(presence_close(workers[i].conn, TIMEOUT_MS));
   }
   presence_queue_free(workers[0].queue);
 }
@@ -187,7 +187,7 @@ static void many_connections_share_a_service(void) {
  * stays online. */
 static void second_accept_is_cancelled(void) {
   for (int same = 0; same < 2; same++) {
-    peer first = open_peer(), second = same ? beside(first) : open_peer(), gateway = open_peer();
+    peer first = open_peer(), second = same ? second_queue(first) : open_peer(), gateway = open_peer();
     presence_service *services[] = {serve(first, "both"), serve(second, "both")};
     for (int round = 0; round < 50; round++) {
       presence_stream *stream = request(gateway, "both", "c", 1);
@@ -224,7 +224,7 @@ static void second_accept_is_cancelled(void) {
 /* Both ends serve, and each requests from the other, at the same time. */
 static void streams_in_both_directions(void) {
   enum { COUNT = 20000 };
-  peer a = open_peer(), b = open_peer(), from_a = beside(a), from_b = beside(b);
+  peer a = open_peer(), b = open_peer(), from_a = second_queue(a), from_b = second_queue(b);
   presence_service *services[] = {serve(a, "a"), serve(b, "b")};
   presence_stream *streams[] = {request(from_a, "b", "c", 1), request(from_b, "a", "c", 2)};
   task tasks[] = {{accept_request(b), 1, COUNT}, {accept_request(a), 2, COUNT}};
@@ -246,7 +246,7 @@ static void streams_in_both_directions(void) {
 
 /* Serves `own` and requests `their`, for the tests below. */
 static void exchange(peer self, const char *own, const char *their, uint64_t stream) {
-  peer aside = beside(self);
+  peer aside = second_queue(self);
   presence_service *service = serve(self, own);
   presence_stream *requested = request_with(aside, their, "c", 1, "retries", "100000");
   task task = {accept_request(self), stream, 20000};
@@ -269,7 +269,7 @@ static void streams_in_both_directions_between_processes(void) {
 
 /* Requests to its own service, on the same connection, with every way to end. */
 static void connection_requests_of_itself(void) {
-  peer self = open_peer(), aside = beside(self);
+  peer self = open_peer(), aside = second_queue(self);
   presence_service *service = serve(self, "self");
   presence_stream *stream = request(aside, "self", "c", 1);
   task task = {accept_request(self), 1, 20000};
@@ -309,11 +309,11 @@ static void connection_requests_of_itself(void) {
   OK(send_text(sender, "first"));
   expect_data(aside.queue, "first");
   OK(send_text(sender, "unread"));
-  OK(presence_close(self.conn, PATIENCE));
+  OK(presence_close(self.conn, TIMEOUT_MS));
   presence_event event = expect(self.queue, PRESENCE_EVENT_STOPPED);
   CHECK(event.status == PRESENCE_CLOSED || event.status == PRESENCE_CANCELLED); /* the connection is both ends */
   expect_nothing(self.queue);
-  do CHECK_EQ(presence_queue_wait(aside.queue, &event, 1, PATIENCE), 1);
+  do CHECK_EQ(presence_queue_wait(aside.queue, &event, 1, TIMEOUT_MS), 1);
   while (event.kind == PRESENCE_EVENT_DATA);
   CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
   expect_nothing(aside.queue);
@@ -341,7 +341,7 @@ static void ten_thousand_streams_share_a_lane(void) {
     OK(presence_request(gateway.conn, gateway.queue, "many", &i, sizeof i, client, strlen(client), NULL, i, &streams[i], NULL));
   }
   for (int accepted = 0; accepted < COUNT;) {
-    int64_t count = presence_queue_wait(worker.queue, events, 1000, PATIENCE);
+    int64_t count = presence_queue_wait(worker.queue, events, 1000, TIMEOUT_MS);
     CHECK(count > 0);
     for (int64_t i = 0; i < count; i++) {
       uint64_t number;
@@ -354,7 +354,7 @@ static void ten_thousand_streams_share_a_lane(void) {
     }
   }
   for (int received = 0; received < COUNT;) {
-    int64_t count = presence_queue_wait(gateway.queue, events, 1000, PATIENCE);
+    int64_t count = presence_queue_wait(gateway.queue, events, 1000, TIMEOUT_MS);
     CHECK(count > 0);
     for (int64_t i = 0; i < count; i++) {
       CHECK_EQ(events[i].kind, PRESENCE_EVENT_DATA);
@@ -375,7 +375,7 @@ static void ten_thousand_streams_share_a_lane(void) {
     OK(mark_client_offline(client)); /* the first of these clients have other streams, too */
   }
   for (int left = COUNT; left > 0;) {
-    int64_t count = presence_queue_wait(gateway.queue, events, 1000, PATIENCE);
+    int64_t count = presence_queue_wait(gateway.queue, events, 1000, TIMEOUT_MS);
     CHECK(count > 0);
     for (int64_t i = 0; i < count; i++) {
       uint64_t number = events[i].tag;
@@ -392,7 +392,7 @@ static void ten_thousand_streams_share_a_lane(void) {
   for (int left = COUNT; left > 0;) {
     /* Each sender that was not ended was stopped, once. */
     int running = (int)stats_of(worker).senders;
-    int64_t count = presence_queue_wait(worker.queue, events, 1000, running ? PATIENCE : 0);
+    int64_t count = presence_queue_wait(worker.queue, events, 1000, running ? TIMEOUT_MS : 0);
     for (int64_t i = 0; i < count; i++) {
       CHECK_EQ(events[i].kind, PRESENCE_EVENT_STOPPED);
       CHECK(events[i].status == PRESENCE_CANCELLED || events[i].status == PRESENCE_OFFLINE);

@@ -16,7 +16,7 @@ static void *send_all_lengths(void *sender) {
   unsigned char *message = (unsigned char *)malloc(LARGEST);
   for (uint64_t i = 0; i < 20000; i++) {
     fill_content(message, length_of(i), 1, i);
-    OK(presence_sender_send_wait((presence_sender *)sender, message, length_of(i), PATIENCE));
+    OK(presence_sender_send_wait((presence_sender *)sender, message, length_of(i), TIMEOUT_MS));
   }
   OK(presence_sender_end((presence_sender *)sender));
   free(message);
@@ -29,7 +29,7 @@ static void messages_of_many_lengths_arrive_in_order(void) {
   presence_event events[100];
   uint64_t next = 0;
   for (bool has_ended = false; !has_ended;) {
-    int64_t count = presence_queue_wait(both.gateway.queue, events, 1 + next % 100, PATIENCE);
+    int64_t count = presence_queue_wait(both.gateway.queue, events, 1 + next % 100, TIMEOUT_MS);
     CHECK(count > 0);
     for (int64_t i = 0; i < count; i++) {
       CHECK(!has_ended);
@@ -66,7 +66,7 @@ static void message_of_every_allowed_length(void) {
   for (uint64_t i = 0; i < sizeof around / sizeof *around; i++) {
     for (size_t length = around[i] > 3 ? around[i] - 3 : 0; length <= around[i] + 3 && length <= LARGEST; length++) {
       fill_content(message, length, 1, i);
-      OK(presence_sender_send_wait(both.sender, message, length, PATIENCE));
+      OK(presence_sender_send_wait(both.sender, message, length, TIMEOUT_MS));
       presence_event event = expect(both.gateway.queue, PRESENCE_EVENT_DATA);
       CHECK_CONTENT(&event, length, 1, i);
     }
@@ -123,14 +123,14 @@ static void take(peer gateway, int count) {
 /* Checks that this queue has no event after the lane has delivered everything: a whole stream ran over it. */
 static void check_still_nothing(peer worker, peer gateway, const char *subject) {
   expect_nothing(worker.queue);
-  settle(worker, gateway, subject);
+  run_whole_stream(worker, gateway, subject);
   expect_nothing(worker.queue);
 }
 
 /* An idle reader blocks its worker, and nothing else on the lane. */
 static void full_is_followed_by_writable(void) {
   enum { WINDOW = 64000 };
-  peer worker = open_peer(), gateway = open_peer(), aside = beside(gateway);
+  peer worker = open_peer(), gateway = open_peer(), aside = second_queue(gateway);
   presence_service *service = serve(worker, "full");
   presence_stream *stream = request_with(gateway, "full", "c", 1, "stream_buffer_bytes", "64000");
   presence_sender *sender = accept_request(worker);
@@ -158,7 +158,7 @@ static void full_is_followed_by_writable(void) {
   take(gateway, waiting);
   expect(gateway.queue, PRESENCE_EVENT_END);
   expect_nothing(gateway.queue);
-  settle(worker, aside, "full");
+  run_whole_stream(worker, aside, "full");
   expect_nothing(worker.queue); /* there is credit now, but no sender to use it */
   presence_sender_free(sender);
   presence_stream_free(stream);
@@ -172,7 +172,7 @@ static void full_is_followed_by_writable(void) {
 static void window_limits_unread_messages(void) {
   struct {
     const char *bytes;
-    int room;
+    int fits;
   } windows[] = {{"1", 1}, {"64", 1}, {"640", 10}, {"100000000", (4 << 20) / OVERHEAD}, {NULL, (256 << 10) / OVERHEAD}};
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "windows");
@@ -184,9 +184,9 @@ static void window_limits_unread_messages(void) {
     int32_t status;
     while ((status = presence_sender_send_wait(sender, "", 0, 500)) == PRESENCE_OK) sent++;
     CHECK_STATUS(status, PRESENCE_TIMEOUT);
-    CHECK_EQ(sent, windows[i].room);
+    CHECK_EQ(sent, windows[i].fits);
     take(gateway, sent);
-    OK(presence_sender_send_wait(sender, "", 0, PATIENCE));
+    OK(presence_sender_send_wait(sender, "", 0, TIMEOUT_MS));
     OK(presence_sender_end(sender));
     take(gateway, 1);
     expect(gateway.queue, PRESENCE_EVENT_END);
@@ -212,7 +212,7 @@ static void message_larger_than_the_window(void) {
     presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
     CHECK_CONTENT(&event, LARGEST, 1, 0);
     CHECK(expect(worker.queue, PRESENCE_EVENT_WRITABLE).sender == sender);
-    OK(presence_sender_send_wait(sender, message, LARGEST, PATIENCE)); /* the lane's own buffer may still be full */
+    OK(presence_sender_send_wait(sender, message, LARGEST, TIMEOUT_MS)); /* the lane's own buffer may still be full */
   }
   free(message);
   presence_sender_free(sender);
@@ -224,12 +224,12 @@ static void message_larger_than_the_window(void) {
 
 struct wait {
   presence_sender *sender;
-  int32_t gave;
+  int32_t result;
 };
 
-static void *wait_for_room(void *argument) {
+static void *block_on_send(void *argument) {
   struct wait *wait = (struct wait *)argument;
-  wait->gave = presence_sender_send_wait(wait->sender, "", 0, -1);
+  wait->result = presence_sender_send_wait(wait->sender, "", 0, -1);
   return NULL;
 }
 
@@ -282,7 +282,7 @@ static void blocked_send_ends_with_its_stream(void) {
     presence_stream *stream = request_with(gateway, "waiting", "c", 1, "stream_buffer_bytes", "640");
     struct wait wait = {accept_request(worker), 1};
     CHECK_EQ(fill(wait.sender), 10);
-    pthread_t thread = start_thread(wait_for_room, &wait);
+    pthread_t thread = start_thread(block_on_send, &wait);
     usleep(20000); /* most likely it is blocked by now; if not, the test still holds */
     int32_t expected = PRESENCE_OK;
     switch (way) {
@@ -307,19 +307,19 @@ static void blocked_send_ends_with_its_stream(void) {
         break;
       case CLOSE_GATEWAY:
         expected = PRESENCE_CANCELLED;
-        OK(presence_close(gateway.conn, PATIENCE));
+        OK(presence_close(gateway.conn, TIMEOUT_MS));
         break;
       default:
         expected = PRESENCE_CLOSED;
-        OK(presence_close(worker.conn, PATIENCE));
+        OK(presence_close(worker.conn, TIMEOUT_MS));
     }
     join_thread(thread);
-    CHECK_STATUS(wait.gave, expected);
+    CHECK_STATUS(wait.result, expected);
     presence_sender_free(wait.sender);
     presence_stream_free(stream);
     presence_service_free(service);
-    if (way != CLOSE_GATEWAY) OK(presence_close(gateway.conn, PATIENCE));
-    if (way != CLOSE_WORKER) OK(presence_close(worker.conn, PATIENCE));
+    if (way != CLOSE_GATEWAY) OK(presence_close(gateway.conn, TIMEOUT_MS));
+    if (way != CLOSE_WORKER) OK(presence_close(worker.conn, TIMEOUT_MS));
     presence_queue_free(gateway.queue);
     presence_queue_free(worker.queue);
   }
@@ -328,7 +328,7 @@ static void blocked_send_ends_with_its_stream(void) {
 /* One stream is not read; fifty others on the same lane run to their end meanwhile. */
 static void slow_reader_does_not_delay_others(void) {
   enum { MANY = 50, COUNT = 2000 };
-  peer worker = open_peer(), gateway = open_peer(), slow = beside(gateway);
+  peer worker = open_peer(), gateway = open_peer(), slow = second_queue(gateway);
   presence_service *service = serve(worker, "many");
   presence_stream *slow_stream = request_with(slow, "many", "slow", 0, "stream_buffer_bytes", "6400");
   presence_sender *slow_sender = accept_request(worker), *senders[MANY];
@@ -367,7 +367,7 @@ static void slow_reader_does_not_delay_others(void) {
   }
   CHECK_STATUS(presence_sender_send(slow_sender, "", 0), PRESENCE_FULL);
   take(slow, 100);
-  OK(presence_sender_send_wait(slow_sender, "last", 4, PATIENCE));
+  OK(presence_sender_send_wait(slow_sender, "last", 4, TIMEOUT_MS));
   OK(presence_sender_end(slow_sender));
   expect_data(slow.queue, "last");
   expect(slow.queue, PRESENCE_EVENT_END);
@@ -398,7 +398,7 @@ static void stream_outlives_its_queue(void) {
   presence_sender_free(sender);
   presence_stream_free(stream);
   presence_service_free(service);
-  OK(presence_close(gateway.conn, PATIENCE));
+  OK(presence_close(gateway.conn, TIMEOUT_MS));
   close_peer(worker);
 }
 
@@ -438,7 +438,7 @@ static void manual_credit_opens_the_window(void) {
   /* For many messages at once, and one by one. */
   OK(presence_stream_consumed(stream, (size_t)(WINDOW - WINDOW / 4 - 1 + sent) * SIZE));
   for (int i = 0; i < 1000; i++) {
-    OK(presence_sender_send_wait(sender, data, SIZE, PATIENCE));
+    OK(presence_sender_send_wait(sender, data, SIZE, TIMEOUT_MS));
     take(gateway, 1);
     OK(presence_stream_consumed(stream, SIZE));
   }
@@ -460,7 +460,7 @@ static void manual_credit_counts_empty_messages(void) {
   presence_stream *stream = request_manually(gateway, "manual", "6400");
   presence_sender *sender = accept_request(worker);
   for (int round = 0; round < 20; round++) {
-    for (int i = 0; i < 100; i++) OK(presence_sender_send_wait(sender, "", 0, PATIENCE));
+    for (int i = 0; i < 100; i++) OK(presence_sender_send_wait(sender, "", 0, TIMEOUT_MS));
     CHECK_STATUS(presence_sender_send_wait(sender, "", 0, 0), PRESENCE_TIMEOUT);
     take(gateway, 100);
     if (round == 0) CHECK_STATUS(presence_sender_send_wait(sender, "", 0, 200), PRESENCE_TIMEOUT);
@@ -477,7 +477,7 @@ static void *send_twenty_thousand(void *sender) {
   unsigned char message[100];
   for (uint64_t i = 0; i < 20000; i++) {
     fill_content(message, i % 100, 1, i);
-    OK(presence_sender_send_wait((presence_sender *)sender, message, i % 100, PATIENCE));
+    OK(presence_sender_send_wait((presence_sender *)sender, message, i % 100, TIMEOUT_MS));
   }
   return NULL;
 }
@@ -511,7 +511,7 @@ static void excess_manual_credit_is_ignored(void) {
 
 /* Without the option presence_stream_consumed has no effect: only reading gives credit. */
 static void consumed_without_manual_credit_has_no_effect(void) {
-  peer worker = open_peer(), gateway = open_peer(), aside = beside(gateway);
+  peer worker = open_peer(), gateway = open_peer(), aside = second_queue(gateway);
   presence_service *service = serve(worker, "manual");
   presence_stream *stream = request_with(gateway, "manual", "c", 1, "stream_buffer_bytes", "640");
   presence_sender *sender = accept_request(worker);

@@ -15,7 +15,7 @@ static void *call_in(void *number) {
   snprintf(id, sizeof id, "thread-%d", *(int *)number);
   OK(mark_client_online(id));
   OK(presence_session_open(id, strlen(id), &session));
-  OK(presence_sender_send_wait(both.sender, id, strlen(id), PATIENCE));
+  OK(presence_sender_send_wait(both.sender, id, strlen(id), TIMEOUT_MS));
   int64_t count = presence_queue_wait(both.worker.queue, &event, 1, 0);
   CHECK(count == PRESENCE_BUSY || count == 0 || event.kind == PRESENCE_EVENT_WRITABLE);
   presence_session_close(session);

@@ -4,10 +4,10 @@
 static presence_error error;
 
 /* Checks that a failed call's error has its status and names the NULL argument. */
-static void check_error(int32_t status, const char *told) {
+static void check_error(int32_t status, const char *text) {
   CHECK_STATUS(status, PRESENCE_INVALID);
   CHECK_EQ(error.status, status);
-  CHECK_TELLS(error.message, told);
+  CHECK_CONTAINS(error.message, text);
   memset(&error, 0, sizeof error);
 }
 
@@ -64,7 +64,7 @@ static void connections_refuse_null(void) {
   CHECK_STATUS(presence_conn_watch(NULL, queue, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_conn_watch(conn, NULL, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_conn_stats(conn, NULL), PRESENCE_INVALID);
-  OK(presence_close(conn, PATIENCE));
+  OK(presence_close(conn, TIMEOUT_MS));
   presence_queue_free(queue);
 }
 

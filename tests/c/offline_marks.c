@@ -150,7 +150,7 @@ static void cancel_stops_the_sender(void) {
 
 static void freeing_a_stream_stops_the_sender(void) {
   pair both = open_pair("c");
-  settle(both.worker, both.gateway, "pair");
+  run_whole_stream(both.worker, both.gateway, "pair");
   OK(send_text(both.sender, "unread"));
   presence_stream_free(both.stream);
   expect_nothing(both.gateway.queue);
@@ -344,7 +344,7 @@ static void ask_many(void) {
   close_peer(self);
 }
 
-static void *mark_until_told(void *is_over) {
+static void *mark_until_over(void *is_over) {
   while (!__atomic_load_n((bool *)is_over, __ATOMIC_ACQUIRE)) OK(mark_client_offline("c"));
   return NULL;
 }
@@ -356,12 +356,12 @@ static void marks_race_incoming_requests(void) {
   peer worker = open_peer_with("announce", "never");
   presence_service *service = serve(worker, "marked");
   pid_t other = start("ask_many");
-  pthread_t thread = start_thread(mark_until_told, &is_over);
+  pthread_t thread = start_thread(mark_until_over, &is_over);
   /* The gateway may learn of the stop and request again before the event arrives. */
   presence_sender *running[2] = {NULL, NULL};
   for (int i = 0; i < 2 * MARKED; i++) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     bool is_request = event.kind == PRESENCE_EVENT_REQUEST;
     if (!is_request) CHECK_STATUS(event.status, PRESENCE_OFFLINE);
     int at = running[0] == (is_request ? NULL : event.sender) ? 0 : 1;

@@ -62,7 +62,7 @@ static void flood(peer worker, peer gateway, peer running, presence_sender **sen
       OK(presence_sender_send(senders[i], message, sizeof message));
     }
     for (int refused = 0; refused < AT_ONCE;) {
-      int64_t found = presence_queue_wait(gateway.queue, events, AT_ONCE, PATIENCE);
+      int64_t found = presence_queue_wait(gateway.queue, events, AT_ONCE, TIMEOUT_MS);
       CHECK(found > 0);
       for (int64_t i = 0; i < found; i++) {
         CHECK_EQ(events[i].kind, PRESENCE_EVENT_ERROR);
@@ -141,7 +141,7 @@ static void idle_reader_bounds_memory(void) {
     int64_t since = now_ms();
     bool are_all_ahead = false;
     for (int idle = 0; idle < 10 || !are_all_ahead; idle++) { /* until no sender was writable for 200 ms */
-      CHECK(now_ms() - since < PATIENCE);
+      CHECK(now_ms() - since < TIMEOUT_MS);
       are_all_ahead = true;
       for (int i = 0; i < STREAMS; i++) {
         while (sent[i] < 3 * fits && presence_sender_send(senders[i], data, sizes[k]) == PRESENCE_OK) {
@@ -154,9 +154,9 @@ static void idle_reader_bounds_memory(void) {
     }
     for (int i = 0; i < STREAMS; i++) CHECK(sent[i] <= (on_lanes() ? fits + 1 : 3 * fits));
     if (!on_lanes()) { /* when this stream has ended, everything before it has been read */
-      peer answers = beside(worker), asks = beside(gateway);
+      peer answers = second_queue(worker), asks = second_queue(gateway);
       presence_service *last = serve(answers, "last");
-      settle(answers, asks, "last");
+      run_whole_stream(answers, asks, "last");
       presence_queue_free(answers.queue);
       presence_queue_free(asks.queue);
       presence_service_free(last);
@@ -232,7 +232,7 @@ static void slow_reader_among_a_hundred(void) {
   double with[ROUNDS], ratio[ROUNDS];
   int rounds = is_long ? ROUNDS : 1;
   fast_gateway = open_peer();
-  slow_gateway = beside(fast_gateway); /* the same lane */
+  slow_gateway = second_queue(fast_gateway); /* the same lane */
   fast_received = 0;
   is_over = false;
   for (uint64_t i = 0; i < FAST; i++) {
@@ -244,7 +244,7 @@ static void slow_reader_among_a_hundred(void) {
   for (int i = 0; i < rounds; i++) {
     double without = rate_of_fast(senders, FAST, is_long ? 500 : 300);
     presence_stream *slow = request_with(slow_gateway, "slow", "", FAST, "stream_buffer_bytes", "65536");
-    do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     while (event.kind == PRESENCE_EVENT_WRITABLE);
     senders[FAST] = event.sender;
     with[i] = rate_of_fast(senders, FAST + 1, is_long ? 500 : 300);
@@ -265,7 +265,7 @@ static void slow_reader_among_a_hundred(void) {
   __atomic_store_n(&is_over, true, __ATOMIC_SEQ_CST);
   join_thread(reader);
   for (int i = 0; i < FAST; i++) presence_sender_free(senders[i]);
-  OK(presence_close(worker.conn, PATIENCE));
+  OK(presence_close(worker.conn, TIMEOUT_MS));
   for (int i = 0; i < FAST; i++) presence_stream_free(streams[i]);
   presence_service_free(service);
   presence_queue_free(worker.queue);

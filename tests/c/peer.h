@@ -39,13 +39,13 @@ static inline peer open_peer_with(const char *key, const char *value) {
 static inline peer open_peer(void) { return open_peer_with(NULL, NULL); }
 
 /* The same connection with another queue. */
-static inline peer beside(peer other) {
+static inline peer second_queue(peer other) {
   OK(presence_queue_new(&other.queue));
   return other;
 }
 
 static inline void close_peer(peer self) {
-  OK(presence_close(self.conn, PATIENCE));
+  OK(presence_close(self.conn, TIMEOUT_MS));
   presence_queue_free(self.queue);
 }
 
@@ -82,12 +82,12 @@ static inline void resume(pid_t process) { CHECK_EQ(kill(process, SIGCONT), 0); 
 static inline presence_event expect_at(presence_queue *queue, int32_t kind, const char *file, int line) {
   presence_event event;
   memset(&event, 0, sizeof event);
-  int64_t count = presence_queue_wait(queue, &event, 1, PATIENCE);
+  int64_t count = presence_queue_wait(queue, &event, 1, TIMEOUT_MS);
   if (count != 1 || event.kind != kind) {
-    start_of_line(file, line);
+    begin_failure(file, line);
     fprintf(stderr, "wait gives %d, event %d (status %d, \"%.*s\") instead of event %d", (int)count, (int)event.kind,
             (int)event.status, (int)event.data_len, event.data ? (const char *)event.data : "", (int)kind);
-    end_of_line();
+    end_failure();
   }
   /* Fields that an event of its kind does not have are NULL, and others are not: Go rejects invalid addresses. */
   bool may_be_of_a_service = kind == PRESENCE_EVENT_CONNECTED || kind == PRESENCE_EVENT_DISCONNECTED;
@@ -105,10 +105,10 @@ static inline presence_event expect_status_at(presence_queue *queue, int32_t kin
                                               int line) {
   presence_event event = expect_at(queue, kind, file, line);
   if (event.status != status) {
-    start_of_line(file, line);
+    begin_failure(file, line);
     fprintf(stderr, "event %d has status %d (%.*s), not %d", (int)kind, (int)event.status, (int)event.data_len,
             (const char *)event.data, (int)status);
-    end_of_line();
+    end_failure();
   }
   return event;
 }
@@ -170,7 +170,7 @@ static inline presence_stats stats_of(peer self) {
 }
 
 /* Runs one whole stream: when it has ended, the gateway knows the lane of every stream before it. */
-static inline void settle(peer worker, peer gateway, const char *subject) {
+static inline void run_whole_stream(peer worker, peer gateway, const char *subject) {
   presence_stream *stream = request(gateway, subject, "", 0);
   presence_sender *sender = accept_request(worker);
   OK(presence_sender_end(sender));

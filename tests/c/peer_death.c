@@ -102,7 +102,7 @@ static void run_gateway(void) {
 static void expect_gone(peer gateway, int count, uint64_t others) {
   for (int gone = 0; gone < count;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_DATA) continue;
     CHECK_EQ(event.kind, PRESENCE_EVENT_ERROR);
     CHECK_STATUS(event.status, PRESENCE_PEER_GONE);
@@ -117,7 +117,7 @@ static void expect_gone(peer gateway, int count, uint64_t others) {
 static void killed_worker_ends_its_streams(void) {
   static const char *const graces[] = {"0", "1000"};
   for (int i = 0; i < 2; i++) {
-    peer gateway = open_peer_with("peer_grace_ms", graces[i]), other = open_peer(), aside = beside(gateway);
+    peer gateway = open_peer_with("peer_grace_ms", graces[i]), other = open_peer(), aside = second_queue(gateway);
     presence_service *service = serve(other, "other");
     presence_stream *others = request(aside, "other", "c", 7);
     presence_sender *sender = accept_request(other);
@@ -163,19 +163,19 @@ static void stopped_worker_is_gone_after_three_heartbeats(void) {
 
   /* Its senders were stopped: the one that start_worker freed, and these two. */
   presence_event event;
-  char told[16] = {0};
+  char statuses[16] = {0};
   size_t count = 0;
   while (count < 3) {
     presence_stream *stream = request(gateway, "gone.stopped", "", 2);
     event = expect(gateway.queue, PRESENCE_EVENT_DATA);
     count = event.data_len;
-    memcpy(told, event.data, count < sizeof told ? count : sizeof told);
+    memcpy(statuses, event.data, count < sizeof statuses ? count : sizeof statuses);
     expect(gateway.queue, PRESENCE_EVENT_END);
     presence_stream_free(stream);
   }
   CHECK_EQ(count, 3);
-  CHECK_STATUS((signed char)told[0], PRESENCE_CANCELLED);
-  for (int i = 1; i < 3; i++) CHECK_STATUS((signed char)told[i], PRESENCE_PEER_GONE);
+  CHECK_STATUS((signed char)statuses[0], PRESENCE_CANCELLED);
+  for (int i = 1; i < 3; i++) CHECK_STATUS((signed char)statuses[i], PRESENCE_PEER_GONE);
   stop_worker(gateway, worker);
   for (int i = 0; i < 2; i++) presence_stream_free(streams[i]);
   close_peer(gateway);
@@ -214,7 +214,7 @@ static void close_after_the_worker_was_killed(void) {
     if (round == 0) OK(presence_stream_cancel(stream)); /* in other rounds the close cancels it */
     end_process(worker);
     int64_t since = now_ms();
-    OK(presence_close(gateway.conn, PATIENCE));
+    OK(presence_close(gateway.conn, TIMEOUT_MS));
     CHECK(now_ms() - since < 12000);
     int32_t how = expect(gateway.queue, PRESENCE_EVENT_ERROR).status;
     if (round == 1 && how == PRESENCE_PEER_GONE) how = PRESENCE_CLOSED; /* detected before the close */
@@ -234,7 +234,7 @@ static void close_while_the_worker_is_stopped(void) {
     suspend(worker);
     if (is_cancelled) OK(presence_stream_cancel(stream));
     int64_t since = now_ms();
-    OK(presence_close(gateway.conn, PATIENCE));
+    OK(presence_close(gateway.conn, TIMEOUT_MS));
     CHECK(now_ms() - since < 10000);
     end_process(worker);
     presence_stream_free(stream);
@@ -253,7 +253,7 @@ static int64_t send_until_gone(peer worker, presence_sender **senders) {
   int64_t after = now_ms() - since;
   for (int stopped = 0; stopped < 2;) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_WRITABLE) continue;
     CHECK_EQ(event.kind, PRESENCE_EVENT_STOPPED);
     CHECK_STATUS(event.status, PRESENCE_PEER_GONE);
@@ -313,7 +313,7 @@ static void stopped_gateway_is_gone_after_three_heartbeats(void) {
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("run_gateway");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
-  settle(worker, beside(worker), "ask"); /* over another lane: the first message of this one has been sent by then */
+  run_whole_stream(worker, second_queue(worker), "ask"); /* over another lane: the first message of this one has been sent by then */
   OK(send_text(senders[1], "begins"));
   suspend(gateway);
   int64_t after = send_until_gone(worker, senders);
@@ -341,7 +341,7 @@ static void idle_worker_detects_a_killed_gateway(void) {
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(run_worker);
-  if (is_asked_for("run_worker")) return 0;
+  if (is_selected("run_worker")) return 0;
   ROLE(run_gateway);
   RUN(killed_worker_ends_its_streams);
   RUN(stopped_worker_is_gone_after_three_heartbeats);

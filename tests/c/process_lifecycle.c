@@ -140,7 +140,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
   memset(&error, 0, sizeof error);
   CHECK_STATUS(presence_connect(url, NULL, &other, &error), PRESENCE_FORKED);
   CHECK(!other);
-  CHECK_TELLS(error.message, "fork");
+  CHECK_CONTAINS(error.message, "fork");
 
   presence_sender_free(both.sender);
   presence_stream_free(both.stream);
@@ -265,7 +265,7 @@ static void role_close_reaches_the_server_despite_a_child(void) {
     exit(read(ends[0], &byte, 1) == 0 ? 0 : 1); /* until its parent has finished */
   }
   close_pair(both);
-  for (int64_t deadline = now_ms() + PATIENCE; count_connections() > before; usleep(1000)) CHECK(now_ms() < deadline);
+  for (int64_t deadline = now_ms() + TIMEOUT_MS; count_connections() > before; usleep(1000)) CHECK(now_ms() < deadline);
   close(ends[1]);
   expect_child(child);
 }
@@ -423,7 +423,7 @@ static void role_host_signals_are_untouched(void) {
     CHECK(pthread_equal(handler_ran_on, pthread_self()));
     expect_data(both.gateway.queue, "x");
   }
-  OK(presence_close(named, PATIENCE));
+  OK(presence_close(named, TIMEOUT_MS));
   close_pair(both);
 }
 
@@ -462,16 +462,16 @@ static void role_server_death_leaves_the_host_alive(void) {
   signal(SIGPIPE, SIG_DFL);
   pair both = open_pair(""); /* anonymous: only the loss of its own connection stops the sender */
   OK(presence_conn_watch(both.worker.conn, both.worker.queue, 7));
-  for (int i = 0; i < 1000; i++) OK(presence_sender_send_wait(both.sender, "before", 6, PATIENCE));
+  for (int i = 0; i < 1000; i++) OK(presence_sender_send_wait(both.sender, "before", 6, TIMEOUT_MS));
   CHECK_EQ(kill(atoi(server), SIGKILL), 0);
   int32_t status;
-  while ((status = presence_sender_send_wait(both.sender, "after", 5, PATIENCE)) == PRESENCE_OK) continue;
+  while ((status = presence_sender_send_wait(both.sender, "after", 5, TIMEOUT_MS)) == PRESENCE_OK) continue;
   CHECK_STATUS(status, PRESENCE_DISCONNECTED);
 
   bool stopped = false, disconnected = false;
   while (!stopped || !disconnected) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind == PRESENCE_EVENT_STOPPED) {
       CHECK_STATUS(event.status, PRESENCE_DISCONNECTED);
       CHECK(event.sender == both.sender);
@@ -482,7 +482,7 @@ static void role_server_death_leaves_the_host_alive(void) {
     }
   }
   presence_event last;
-  do CHECK_EQ(presence_queue_wait(both.gateway.queue, &last, 1, PATIENCE), 1);
+  do CHECK_EQ(presence_queue_wait(both.gateway.queue, &last, 1, TIMEOUT_MS), 1);
   while (last.kind == PRESENCE_EVENT_DATA);
   CHECK_EQ(last.kind, PRESENCE_EVENT_ERROR);
   CHECK_STATUS(last.status, PRESENCE_DISCONNECTED);
@@ -493,8 +493,8 @@ static void role_server_death_leaves_the_host_alive(void) {
   CHECK(!stream && !is_client_online("c"));
   CHECK_EQ(sigaction(SIGPIPE, NULL, &now), 0);
   CHECK(now.sa_handler == SIG_DFL);
-  CHECK_STATUS(presence_close(both.gateway.conn, PATIENCE), PRESENCE_DISCONNECTED);
-  CHECK_STATUS(presence_close(both.worker.conn, PATIENCE), PRESENCE_DISCONNECTED);
+  CHECK_STATUS(presence_close(both.gateway.conn, TIMEOUT_MS), PRESENCE_DISCONNECTED);
+  CHECK_STATUS(presence_close(both.worker.conn, TIMEOUT_MS), PRESENCE_DISCONNECTED);
   presence_sender_free(both.sender);
   presence_stream_free(both.stream);
   presence_service_free(both.service);

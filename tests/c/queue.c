@@ -76,12 +76,12 @@ static void wake_before_the_wait_is_kept(void) {
 }
 
 /* The result of wait_in_thread. */
-static int64_t gave;
+static int64_t result;
 
 /* Waits without limit. The check whether it waits already may be the one waiter for a moment. */
 static void *wait_in_thread(void *unused) {
-  do gave = wait_for(1, -1);
-  while (gave == PRESENCE_BUSY);
+  do result = wait_for(1, -1);
+  while (result == PRESENCE_BUSY);
   return unused;
 }
 
@@ -98,7 +98,7 @@ static void second_waiter_is_busy(void) {
   CHECK_STATUS(wait_for(1, -1), PRESENCE_BUSY);
   put();
   join_thread(thread);
-  CHECK_EQ(gave, 1);
+  CHECK_EQ(result, 1);
   close_queue();
 }
 
@@ -107,7 +107,7 @@ static void wake_ends_a_wait(void) {
   pthread_t thread = start_waiting();
   presence_queue_wake(queue);
   join_thread(thread);
-  CHECK_EQ(gave, 0);
+  CHECK_EQ(result, 0);
   close_queue();
 }
 
@@ -116,7 +116,7 @@ static void free_ends_a_wait(void) {
   pthread_t thread = start_waiting();
   presence_queue_free(queue);
   join_thread(thread);
-  CHECK_STATUS(gave, PRESENCE_CLOSED);
+  CHECK_STATUS(result, PRESENCE_CLOSED);
   CHECK_STATUS(wait_for(1, -1), PRESENCE_CLOSED);
   CHECK_STATUS(presence_queue_fd(queue), PRESENCE_CLOSED);
   CHECK_STATUS(presence_watch(queue, 0), PRESENCE_CLOSED);
@@ -170,7 +170,7 @@ static void epoll_reports_events(void) {
     for (int round = 0; round < 100; round++) {
       CHECK_EQ(epoll_wait(loop, &source, 1, 0), 0);
       pthread_t thread = start_thread(put_in_thread, NULL);
-      CHECK_EQ(epoll_wait(loop, &source, 1, PATIENCE), 1);
+      CHECK_EQ(epoll_wait(loop, &source, 1, TIMEOUT_MS), 1);
       CHECK_EQ(wait_for(16, 0), 1);
       join_thread(thread);
     }

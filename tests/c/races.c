@@ -46,14 +46,14 @@ static void answer(struct job job) {
   for (; number < count && status == PRESENCE_OK; number += status == PRESENCE_OK) {
     size_t length = 16 + scramble(chance + number) % 280;
     fill_content(message, length, job.tag, number);
-    status = number % 3 == 0 ? presence_sender_send_wait(job.sender, message, length, PATIENCE)
+    status = number % 3 == 0 ? presence_sender_send_wait(job.sender, message, length, TIMEOUT_MS)
                              : presence_sender_send(job.sender, message, length);
-    if (status == PRESENCE_FULL) status = presence_sender_send_wait(job.sender, message, length, PATIENCE);
+    if (status == PRESENCE_FULL) status = presence_sender_send_wait(job.sender, message, length, TIMEOUT_MS);
   }
   if (status == PRESENCE_OK && chance / 60 % 4 == 0) {
     status = presence_sender_error(job.sender, "enough", 6);
   } else if (status == PRESENCE_OK && chance / 60 % 4 != 1) { /* otherwise it is freed unfinished */
-    status = presence_sender_send_wait(job.sender, &number, sizeof number, PATIENCE); /* how many there were */
+    status = presence_sender_send_wait(job.sender, &number, sizeof number, TIMEOUT_MS); /* how many there were */
     if (status == PRESENCE_OK) status = presence_sender_end(job.sender);
   }
   CHECK(status == PRESENCE_OK || status == PRESENCE_CANCELLED || status == PRESENCE_OFFLINE ||
@@ -184,7 +184,7 @@ static void *request_all(void *client) {
       int64_t since = now_ms();
       while (!table[tags[i]].is_freed && __atomic_load_n(&table[tags[i]].ends, __ATOMIC_SEQ_CST) == 0) {
         usleep(50);
-        CHECK(now_ms() - since < PATIENCE);
+        CHECK(now_ms() - since < TIMEOUT_MS);
       }
       presence_stream_free(table[tags[i]].stream);
     }
@@ -198,7 +198,7 @@ static void *request_all(void *client) {
 enum closes { NOTHING, THE_WORKER, THE_GATEWAY, BOTH };
 
 static void *close_conn(void *conn) {
-  int32_t status = presence_close((presence_conn *)conn, PATIENCE);
+  int32_t status = presence_close((presence_conn *)conn, TIMEOUT_MS);
   CHECK_STATUS(status, PRESENCE_OK);
   return NULL;
 }
@@ -241,7 +241,7 @@ static void race(uint64_t streams, enum closes closes) {
   while ((!(closes & THE_WORKER) && stats_of(worker).senders > 0) ||
          (!(closes & THE_GATEWAY) && stats_of(gateway).streams > 0)) {
     usleep(1000);
-    CHECK(now_ms() - since < PATIENCE);
+    CHECK(now_ms() - since < TIMEOUT_MS);
   }
   if (!(closes & THE_WORKER)) close_conn(worker.conn);
   if (!(closes & THE_GATEWAY)) close_conn(gateway.conn);

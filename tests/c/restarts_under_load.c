@@ -47,7 +47,7 @@ static void send_some(struct served *self, uint64_t connects) {
 /* The last message has the number of messages before it, and their hash. */
 static void finish(struct served *self) {
   uint64_t last[2] = {self->number, self->hash};
-  OK(presence_sender_send_wait(self->sender, last, sizeof last, PATIENCE));
+  OK(presence_sender_send_wait(self->sender, last, sizeof last, TIMEOUT_MS));
   OK(presence_sender_end(self->sender));
   presence_sender_free(self->sender);
 }
@@ -66,7 +66,7 @@ static void run_worker(void) {
       send_some(&all[i], connects);
       is_busy |= !all[i].is_full;
     }
-    int64_t taken = presence_queue_wait(self.queue, events, 64, is_busy ? 1 : PATIENCE);
+    int64_t taken = presence_queue_wait(self.queue, events, 64, is_busy ? 1 : TIMEOUT_MS);
     CHECK(taken > 0 || is_busy);
     for (int64_t i = 0; i < taken; i++) {
       presence_event *event = &events[i];
@@ -92,7 +92,7 @@ static void run_worker(void) {
   OK(presence_sender_end(stop));
   presence_sender_free(stop);
   CHECK_EQ(stats_of(self).senders, 0);
-  OK(presence_close(self.conn, PATIENCE));
+  OK(presence_close(self.conn, TIMEOUT_MS));
   presence_service_free(service);
   presence_queue_free(self.queue);
 }
@@ -132,7 +132,7 @@ static void take_data(const presence_event *event) {
 
 static void take_events(peer gateway) {
   presence_event events[256];
-  int64_t count = presence_queue_wait(gateway.queue, events, 256, PATIENCE);
+  int64_t count = presence_queue_wait(gateway.queue, events, 256, TIMEOUT_MS);
   CHECK(count > 0); /* no stream stalls that long */
   for (int64_t i = 0; i < count; i++) {
     if (events[i].kind == PRESENCE_EVENT_DATA) {
@@ -228,7 +228,7 @@ static void worker_connection_is_cut(void) { run_under(cut, true, false, server.
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(run_worker);
-  if (is_asked_for("run_worker")) return 0;
+  if (is_selected("run_worker")) return 0;
   server = new_server();
   before_server = new_proxy(server.port);
   RUN(server_is_killed);

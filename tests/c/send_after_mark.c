@@ -51,17 +51,17 @@ static void *send_on_all(void *number) {
     int before = 0;
     for (int after = 0; after < sends_after;) {
       bool is_marked = __atomic_load_n(marked, __ATOMIC_SEQ_CST);
-      uint32_t told = __atomic_load_n(word, __ATOMIC_RELAXED);
+      uint32_t stopped = __atomic_load_n(word, __ATOMIC_RELAXED);
       int32_t status;
       int64_t count = send_somehow(slot + own, sender, &status);
       own_sent += (uint64_t)count;
       if (status == PRESENCE_OK) {
-        CHECK(!is_marked && !told && !was_refused);
+        CHECK(!is_marked && !stopped && !was_refused);
         own_accepted += (uint64_t)count;
         was_accepted = true;
         if (++before > BEFORE) sched_yield();
       } else if (status == PRESENCE_FULL) {
-        CHECK(!is_marked && !told && !was_refused);
+        CHECK(!is_marked && !stopped && !was_refused);
         own_sent--; /* this send raced nothing */
         was_accepted = false;
         sched_yield();

@@ -66,7 +66,7 @@ static void serve_and_close(void *(*meanwhile)(void *)) {
   presence_service *service = serve(self, "drain");
   presence_sender *sender = accept_request(self);
   OK(send_text(sender, "begins"));
-  settle(self, beside(self), "drain");
+  run_whole_stream(self, second_queue(self), "drain");
   suspend(server);
   for (int i = 0; i < SENT; i++) OK(presence_sender_send(sender, &i, sizeof i));
   OK(presence_sender_end(sender));
@@ -133,7 +133,7 @@ static void close_drains_despite_handled_sigterm(void) {
 }
 
 /* The host ends at once. */
-static void an_end_in_the_middle(const char *role, int signal_number, int code) {
+static void end_during_close(const char *role, int signal_number, int code) {
   peer gateway = open_peer();
   presence_stream *stream;
   pid_t other = start_and_request(role, gateway, &stream);
@@ -146,8 +146,8 @@ static void an_end_in_the_middle(const char *role, int signal_number, int code) 
   close_peer(gateway);
 }
 
-static void unhandled_sigterm_during_close_ends_the_process(void) { an_end_in_the_middle("role_dies_of_sigterm", SIGTERM, 0); }
-static void exit_during_close_ends_the_process(void) { an_end_in_the_middle("role_calls_exit", 0, 8); }
+static void unhandled_sigterm_during_close_ends_the_process(void) { end_during_close("role_dies_of_sigterm", SIGTERM, 0); }
+static void exit_during_close_ends_the_process(void) { end_during_close("role_calls_exit", 0, 8); }
 
 int main(int argc, char **argv) {
   begin(argc, argv);

@@ -8,7 +8,7 @@ static void thousand_messages_arrive_in_order(void) {
   for (size_t i = 0; i < sizeof expected; i++) expected[i] = (unsigned char)(i * 7);
   for (size_t i = 0; i < 1000; i++) {
     memcpy(message, expected + i % 256, i);
-    OK(presence_sender_send_wait(both.sender, message, i, PATIENCE));
+    OK(presence_sender_send_wait(both.sender, message, i, TIMEOUT_MS));
     memset(message, 'x', i); /* it was copied */
   }
   CHECK_EQ(presence_sender_send_count(both.sender), 1000);
@@ -40,8 +40,8 @@ static void request_event_has_all_fields(void) {
   size_t length;
   OK(presence_config_set(config, "header.X-Model", "small"));
   OK(presence_config_set(config, "header.X-Model", "large"));
-  OK(presence_serve(worker.conn, worker.queue, "tells.*", "group", 0, 42, &service, NULL));
-  OK(presence_request(gateway.conn, gateway.queue, "tells.me", "a\0b", 3, "client \xc3\xbc", 9, config, 1, &stream, NULL));
+  OK(presence_serve(worker.conn, worker.queue, "fields.*", "group", 0, 42, &service, NULL));
+  OK(presence_request(gateway.conn, gateway.queue, "fields.all", "a\0b", 3, "client \xc3\xbc", 9, config, 1, &stream, NULL));
   presence_config_free(config);
 
   presence_event event = expect_status(worker.queue, PRESENCE_EVENT_REQUEST, PRESENCE_OK);
@@ -49,7 +49,7 @@ static void request_event_has_all_fields(void) {
   CHECK_EQ(event.tag, 42);
   CHECK(sender && !event.stream);
   CHECK(is_text(event.client, event.client_len, "client \xc3\xbc"));
-  CHECK(is_text(event.subject, event.subject_len, "tells.me"));
+  CHECK(is_text(event.subject, event.subject_len, "fields.all"));
   CHECK(event.data_len == 3 && memcmp(event.data, "a\0b", 3) == 0);
   CHECK(event.reserved[0] == 0 && event.reserved[1] == 0);
   OK(presence_sender_header(sender, "X-Model", &value, &length));
@@ -150,7 +150,7 @@ static void freed_sender_ends_with_an_error(void) {
 }
 
 static void *send_and_end(void *sender) {
-  for (int i = 0; i < 100; i++) OK(presence_sender_send_wait((presence_sender *)sender, &i, sizeof i, PATIENCE));
+  for (int i = 0; i < 100; i++) OK(presence_sender_send_wait((presence_sender *)sender, &i, sizeof i, TIMEOUT_MS));
   OK(presence_sender_end((presence_sender *)sender));
   return NULL;
 }
@@ -165,7 +165,7 @@ static void two_threads_send_two_streams(void) {
   int next[3] = {0, 0, 0}, ends = 0;
   while (ends < 2) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(first.gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(first.gateway.queue, &event, 1, TIMEOUT_MS), 1);
     CHECK(event.stream == (event.tag == 1 ? first.stream : second_stream));
     if (event.kind == PRESENCE_EVENT_DATA) {
       CHECK_EQ(event.data_len, sizeof(int));
@@ -214,7 +214,7 @@ static void unsendable_messages_are_refused(void) {
   presence_error error;
   CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", large, MAX_PAYLOAD + 1, "c", 1, NULL, 0,
                                 &stream, &error), PRESENCE_TOO_LARGE);
-  CHECK_TELLS(error.message, "1048576");
+  CHECK_CONTAINS(error.message, "1048576");
   CHECK(!stream && !is_client_online("c"));
   CHECK_EQ(stats_of(both.gateway).connects, 1); /* nothing of it reached the server */
   free(large);
@@ -472,10 +472,10 @@ static void timeout_ends_the_stream(void) {
   /* A stream that ends in time does not time out later. */
   stream = request_with(gateway, "slow", "c", 2, "timeout_ms", "1");
   presence_event request_event;
-  CHECK(presence_queue_wait(worker.queue, &request_event, 1, PATIENCE) == 1);
+  CHECK(presence_queue_wait(worker.queue, &request_event, 1, TIMEOUT_MS) == 1);
   if (presence_sender_end(request_event.sender) == PRESENCE_OK) {
     presence_event event;
-    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, PATIENCE), 1);
+    CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, TIMEOUT_MS), 1);
     CHECK(event.kind == PRESENCE_EVENT_END || event.status == PRESENCE_TIMEOUT);
     CHECK_EQ(presence_queue_wait(gateway.queue, &event, 1, 20), 0); /* exactly one of them */
   }
@@ -490,7 +490,7 @@ static void timeout_ends_the_stream(void) {
 static void worker_close_ends_the_streams(void) {
   pair both = open_pair("c");
   OK(send_text(both.sender, "some"));
-  OK(presence_close(both.worker.conn, PATIENCE));
+  OK(presence_close(both.worker.conn, TIMEOUT_MS));
   presence_event stopped = expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_CLOSED);
   CHECK(stopped.sender == both.sender && is_text(stopped.client, stopped.client_len, "c"));
   CHECK_STATUS(send_text(both.sender, "late"), PRESENCE_CLOSED);
@@ -507,8 +507,8 @@ static void worker_close_ends_the_streams(void) {
 /* The gateway's connection closes: its streams end, and their workers are informed. */
 static void gateway_close_ends_the_streams(void) {
   pair both = open_pair("c");
-  settle(both.worker, both.gateway, "pair");
-  OK(presence_close(both.gateway.conn, PATIENCE));
+  run_whole_stream(both.worker, both.gateway, "pair");
+  OK(presence_close(both.gateway.conn, TIMEOUT_MS));
   presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CLOSED);
   CHECK(last.stream == both.stream);
   CHECK_STATUS(presence_stream_cancel(both.stream), PRESENCE_CLOSED);
@@ -524,9 +524,9 @@ static void gateway_close_ends_the_streams(void) {
 static void close_drains(void) {
   enum { COUNT = 20000 };
   pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
-  for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, PATIENCE));
+  for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, TIMEOUT_MS));
   OK(presence_sender_end(both.sender));
-  OK(presence_close(both.worker.conn, PATIENCE));
+  OK(presence_close(both.worker.conn, TIMEOUT_MS));
   for (int i = 0; i < COUNT; i++) {
     presence_event event = expect(both.gateway.queue, PRESENCE_EVENT_DATA);
     CHECK(event.data_len == sizeof i && memcmp(event.data, &i, sizeof i) == 0);
@@ -562,8 +562,8 @@ static void events_stay_valid_until_the_next_wait(void) {
   expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, CANCELLED);
   presence_sender_free(both.sender);
   presence_service_free(both.service);
-  OK(presence_close(both.worker.conn, PATIENCE));
-  OK(presence_close(both.gateway.conn, PATIENCE));
+  OK(presence_close(both.worker.conn, TIMEOUT_MS));
+  OK(presence_close(both.gateway.conn, TIMEOUT_MS));
   CHECK(is_text(kept.data, kept.data_len, text));
   CHECK_STATUS(presence_stream_cancel(kept.stream), PRESENCE_CLOSED);
   CHECK_EQ(presence_queue_wait(both.gateway.queue, &again, 1, 0), 0);

@@ -27,7 +27,7 @@ STAGE = ROOT / "build/stage"
 BUILD = ROOT / "build/tests"
 PEERS = Path(__file__).resolve().parent / "peers"
 
-PATIENCE = 20.0
+TIMEOUT = 20.0
 """Timeout in seconds for anything that must happen. It usually takes milliseconds."""
 
 Event = dict[str, Any]
@@ -181,16 +181,16 @@ class Program:
         assert self.process.stdout
         for line in self.process.stdout:
             with self._changed:
-                self._hear(json.loads(line))
+                self._on_event(json.loads(line))
                 self._changed.notify_all()
         with self._changed:
             self.has_ended = True
             self._changed.notify_all()
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         self.events.append(event)
 
-    def tell(self, line: str) -> None:
+    def send_line(self, line: str) -> None:
         assert self.process.stdin
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
@@ -200,9 +200,9 @@ class Program:
         with self._changed:
             return self._take(fields)
 
-    def wait(self, *, patience: float = PATIENCE, **fields: object) -> Event:
+    def wait(self, *, timeout: float = TIMEOUT, **fields: object) -> Event:
         """Waits for an event with these fields and takes it: the next wait returns a later one."""
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         with self._changed:
             while True:
                 event = self._take(fields)
@@ -210,8 +210,8 @@ class Program:
                     return event
                 left = deadline - time.monotonic()
                 if self.has_ended or left <= 0:
-                    why = "ended" if self.has_ended else "did not tell in time"
-                    raise AssertionError(f"{self.name} {why}: {fields}; it told {self.events[-20:]}")
+                    why = "ended" if self.has_ended else "printed no such event in time"
+                    raise AssertionError(f"{self.name} {why}: {fields}; it printed {self.events[-20:]}")
                 self._changed.wait(left)
 
     def _take(self, fields: dict[str, object]) -> Event | None:
@@ -231,7 +231,7 @@ class Program:
         with suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            assert self.process.wait(PATIENCE) == self._exits_with, f"{self.name} exited with {self.process.returncode}"
+            assert self.process.wait(TIMEOUT) == self._exits_with, f"{self.name} exited with {self.process.returncode}"
         finally:
             self.process.kill()
             self.process.wait()
@@ -253,7 +253,7 @@ class Shell(Program):
 
     def ask(self, line: str) -> Event:
         """Sends a command and returns its reply."""
-        self.tell(line)
+        self.send_line(line)
         return self.wait(event="reply")
 
     def do(self, line: str) -> None:

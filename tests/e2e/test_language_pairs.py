@@ -53,7 +53,7 @@ def receive(gateway: Program, client: str, first: int, count: int) -> None:
 @every_gateway
 def test_streams_arrive_complete(gateway: Program, worker: Program) -> None:
     for client in CLIENTS:
-        gateway.tell(f"request svc {client} count 1000")
+        gateway.send_line(f"request svc {client} count 1000")
     for client in CLIENTS:
         receive(gateway, client, 0, 1000)
         gateway.wait(event="end", client=client)
@@ -67,10 +67,10 @@ def test_streams_arrive_complete(gateway: Program, worker: Program) -> None:
 @every_gateway
 def test_departed_client_stops_the_worker(gateway: Program, worker: Program) -> None:
     for client in CLIENTS:
-        gateway.tell(f"request svc {client} endless")
+        gateway.send_line(f"request svc {client} endless")
     for client in CLIENTS:
         receive(gateway, client, 0, 100)
-    gateway.tell("leave bob")
+    gateway.send_line("leave bob")
     # The worker's sender refuses from then on, and the gateway's stream has ended.
     done = worker.wait(event="done")
     assert (done["client"], done["why"], done["accepted"]) == ("bob", OFFLINE, 0)
@@ -85,7 +85,7 @@ def test_departed_client_stops_the_worker(gateway: Program, worker: Program) -> 
     # The others go on to their end.
     for client in ["ann", "cho"]:
         receive(gateway, client, 100, 100)
-    worker.tell("finish")
+    worker.send_line("finish")
     for client in ["ann", "cho"]:
         done = worker.wait(event="done", client=client)
         assert (done["why"], done["accepted"]) == (0, 0)
@@ -97,7 +97,7 @@ def test_departed_client_stops_the_worker(gateway: Program, worker: Program) -> 
 @every_worker
 @every_gateway
 def test_worker_error_arrives(gateway: Program, worker: Program) -> None:
-    gateway.tell("request svc ann fail no such model: 模型")
+    gateway.send_line("request svc ann fail no such model: 模型")
     receive(gateway, "ann", 0, 1)
     error = gateway.wait(event="error", client="ann")
     assert (error["status"], error["text"]) == (REMOTE, "no such model: 模型")
@@ -107,8 +107,8 @@ def test_worker_error_arrives(gateway: Program, worker: Program) -> None:
 
 @every_gateway
 def test_unserved_subject_has_no_responders(gateway: Program) -> None:
-    gateway.tell("request nobody.here ann count 1")
-    assert gateway.wait(event="error", patience=5)["status"] == NO_RESPONDERS
+    gateway.send_line("request nobody.here ann count 1")
+    assert gateway.wait(event="error", timeout=5)["status"] == NO_RESPONDERS
 
 
 @every_worker
@@ -116,7 +116,7 @@ def test_unserved_subject_has_no_responders(gateway: Program) -> None:
 @pytest.mark.parametrize("lanes", ["true"], ids=["lanes"], indirect=True)
 def test_streams_survive_server_restarts(server: Server, gateway: Program, worker: Program) -> None:
     for client in CLIENTS:
-        gateway.tell(f"request svc {client} endless")
+        gateway.send_line(f"request svc {client} endless")
     received = 0
     for _ in range(2):
         for client in CLIENTS:
@@ -128,7 +128,7 @@ def test_streams_survive_server_restarts(server: Server, gateway: Program, worke
     for client in CLIENTS:
         receive(gateway, client, received, 100)
     received += 100
-    worker.tell("finish")
+    worker.send_line("finish")
     for client in CLIENTS:
         done = worker.wait(event="done", client=client)
         assert (done["why"], done["accepted"]) == (0, 0)

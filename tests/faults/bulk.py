@@ -14,7 +14,7 @@ import time
 import nats_presence as presence
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -26,7 +26,7 @@ def work(request: presence.Request, sender: presence.Sender) -> None:
             sender.send(b"%d" % number + b"." * (size - len(b"%d" % number)))
         sender.end()
     except presence.PresenceError as error:
-        tell(event="stopped", client=request.client_id, status=error.status)
+        emit(event="stopped", client=request.client_id, status=error.status)
 
 
 def read(conn: presence.Connection, subject: str, client: str, text: str, pause: float) -> None:
@@ -39,7 +39,7 @@ def read(conn: presence.Connection, subject: str, client: str, text: str, pause:
                 time.sleep(pause)
     except presence.PresenceError as error:
         why = error.status
-    tell(event="end", client=client, came=came, why=why, connects=conn.stats()["connects"])
+    emit(event="end", client=client, came=came, why=why, connects=conn.stats()["connects"])
 
 
 is_worker = sys.argv[1] == "worker"
@@ -47,7 +47,7 @@ options = dict(option.split("=", 1) for option in sys.argv[4 if is_worker else 3
 with presence.connect(sys.argv[2], **options) as conn:
     if is_worker:
         conn.service(sys.argv[3])(work)
-    tell(event="ready")
+    emit(event="ready")
     for line in sys.stdin:
         subject, client, count, size, *pause = line.split()
         arguments = (conn, subject, client, f"{count} {size}", float(pause[0]) if pause else 0.0)

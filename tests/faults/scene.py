@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from harness import PATIENCE, Command, Event, Program, Server, command
+from harness import TIMEOUT, Command, Event, Program, Server, command
 
 DISCONNECTED, PEER_GONE, NO_RESPONDERS = -8, -9, -10
 
@@ -27,9 +27,9 @@ class Gateway(Program):
         self.wrong: list[object] = []
         super().__init__(program, *arguments)
 
-    def _hear(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if event["event"] == "ready":
-            return super()._hear(event)
+            return super()._on_event(event)
         client = event["client"]
         if client in self.ended:
             self.wrong.append((event, "after", self.ended[client]))
@@ -42,12 +42,12 @@ class Gateway(Program):
             self.ended[client] = event
 
     def request(self, subject: str, client: str, what: str = "endless") -> None:
-        self.tell(f"request {subject} {client} {what}")
+        self.send_line(f"request {subject} {client} {what}")
 
-    def until(self, is_so: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+    def until(self, is_so: Callable[[], bool], what: str, timeout: float = TIMEOUT) -> None:
         """Waits until an event makes this true."""
         with self._changed:
-            if not self._changed.wait_for(lambda: is_so() or self.wrong or self.has_ended, patience):
+            if not self._changed.wait_for(lambda: is_so() or self.wrong or self.has_ended, timeout):
                 raise AssertionError(f"{self.name}: {what}: not in time; {self.received}, {self.ended}")
         assert not self.wrong, self.wrong[:5]
         assert is_so(), f"{self.name} ended; {self.received}, {self.ended}"
@@ -63,8 +63,8 @@ class Gateway(Program):
 
         self.until(go_on, "streams go on")
 
-    def wait_for_end(self, client: str, patience: float = PATIENCE) -> Event:
-        self.until(lambda: client in self.ended, f"{client}'s stream ends", patience)
+    def wait_for_end(self, client: str, timeout: float = TIMEOUT) -> Event:
+        self.until(lambda: client in self.ended, f"{client}'s stream ends", timeout)
         return self.ended[client]
 
     def end(self) -> None:
@@ -116,7 +116,7 @@ def begin(gateway: Gateway, subject: str = "svc") -> str:
 
 def finish(gateway: Gateway, worker: Program, *clients: str) -> None:
     """Has the worker end all its streams; checks that everything it sent has arrived."""
-    worker.tell("finish")
+    worker.send_line("finish")
     for client in clients:
         done = worker.wait(event="done", client=client)
         assert (done["why"], done["accepted"]) == (0, 0)

@@ -25,9 +25,7 @@ def goes_on(gateway: Shell, worker: Shell, tag: int, n: int) -> None:
 
 @every_level
 @pytest.mark.parametrize("listens", [True, False], ids=["listens", "does not listen"])
-def test_offline_mark_at_one_gateway_reaches_workers_and_listeners(
-    connect: Connect, lanes: str, listens: bool
-) -> None:
+def test_offline_mark_at_one_gateway_reaches_workers_and_listeners(connect: Connect, lanes: str, listens: bool) -> None:
     one, other, worker = connect("", lanes), connect("", lanes), connect("", lanes)
     worker.do("serve svc workers 0")
     other.do("watch")
@@ -43,8 +41,7 @@ def test_offline_mark_at_one_gateway_reaches_workers_and_listeners(
     assert {worker.wait(event="STOPPED", status="OFFLINE")["n"] for _ in range(2)} == {mine, theirs}
     for n in [mine, theirs]:
         assert worker.ask(f"send {n} more")["status"] == "OFFLINE"
-    The other gateway receives it from the announcement or from the worker; a mark there is withdrawn only if it
-    # listens.
+    # The other gateway receives it by the announcement or from the worker; it withdraws a mark only if it listens.
     assert other.wait(event="ERROR", tag=1)["status"] == "OFFLINE"
     if listens:
         assert other.wait(event="OFFLINE")["client"] == "ann"

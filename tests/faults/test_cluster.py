@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, Connect, Server, Shell, steady_port
+from harness import TIMEOUT, Connect, Server, Shell, steady_port
 from scene import PEER_GONE, SOON, Gateway, Scene, begin, finish, stopped, within
 
 CLIENTS = ["ann", "bob", "cho"]
@@ -48,7 +48,7 @@ class Cluster:
 
     def wait_for_routes(self, server: Server, count: int) -> None:
         """Waits until the server's log names `count` other servers."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while len(set(re.findall(r'Registering remote route "(\w+)"\n', "".join(server.log)))) < count:
             assert time.monotonic() < deadline, "".join(server.log)
             time.sleep(0.01)
@@ -159,7 +159,7 @@ def test_streams_leave_a_lame_duck(tmp_path: Path) -> None:
         worker, gateway = scene.worker("go", *SOON, url=leaves.url), scene.gateway("c", *SOON, url=leaves.url)
         client = begin(gateway)
         leaves.process.send_signal(signal.SIGUSR2)
-        leaves.process.wait(PATIENCE)
+        leaves.process.wait(TIMEOUT)
         gateway.all_go_on(client, count=100)
         finish(gateway, worker, client)
 
@@ -216,7 +216,7 @@ def test_killed_peer_on_another_server_is_gone(cluster: Cluster, scene: Scene, w
 def leave(gateway: Gateway) -> None:
     """Makes the gateway send to the worker for some time: only a message can be answered with a 503."""
     for leaving in LEAVING:
-        gateway.tell(f"leave {leaving}")
+        gateway.send_line(f"leave {leaving}")
         time.sleep(0.05)
 
 

@@ -16,7 +16,7 @@ from scene import PEER_GONE, Scene, finish, within
 each_end = pytest.mark.parametrize("whose", ["gateway", "worker"])
 each_way = pytest.mark.parametrize("direction", ["to server", "to client"])
 
-BEAT = 0.5
+HEARTBEAT = 0.5
 LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
@@ -101,8 +101,8 @@ def test_resets_end_level_0_streams_once(proxy: Proxy, connect: Connect, whose: 
         gateway.do(f"request {tag} svc c{tag} x")
         n = worker.wait(event="REQUEST", client=f"c{tag}")["n"]
         proxy.reset_after(places.randrange(500, 10000))
-        worker.tell(f"flood {n} 5000")
-        worker.tell(f"end {n}")
+        worker.send_line(f"flood {n} 5000")
+        worker.send_line(f"end {n}")
         assert proxy.wait_for_reset(20)
         received = 0
         while (event := gateway.wait(tag=tag))["event"] == "DATA":
@@ -123,10 +123,12 @@ def test_resets_end_level_0_streams_once(proxy: Proxy, connect: Connect, whose: 
 
 @each_way
 @each_end
-def test_one_way_black_hole_ends_the_streams(scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str) -> None:
+def test_one_way_black_hole_ends_the_streams(
+    scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str
+) -> None:
     """Both ends detect it in the promised time; the end in the black hole also loses its connection."""
     of_gateway, of_worker = urls(proxy, whose)
-    options = [f"heartbeat_ms={BEAT * 1000:.0f}"]
+    options = [f"heartbeat_ms={HEARTBEAT * 1000:.0f}"]
     gateway = scene.gateway("c", *options, url=of_gateway)
     worker = scene.worker("c", *options, url=of_worker)
     watching = connect(proxy.url, "ping_interval_ms=300")
@@ -138,9 +140,9 @@ def test_one_way_black_hole_ends_the_streams(scene: Scene, proxy: Proxy, connect
     done = worker.wait(event="done")
     assert (done["why"], done["accepted"]) == (PEER_GONE, 0)
     # Three heartbeats; the later end may be informed by the other, or detects it by itself.
-    within(2 * BEAT, 3 * BEAT + LATER, since)
+    within(2 * HEARTBEAT, 3 * HEARTBEAT + LATER, since)
     watching.wait(event="DISCONNECTED")
-    within(0.3, 4 * BEAT + LATER, since)
+    within(0.3, 4 * HEARTBEAT + LATER, since)
     assert gateway.received["ann"] <= done["sent"]
     # What was held arrives later, and has no effect.
     proxy.let_go()
@@ -153,9 +155,7 @@ def test_one_way_black_hole_ends_the_streams(scene: Scene, proxy: Proxy, connect
 
 @each_way
 @each_end
-def test_short_black_hole_is_no_death(
-    scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str
-) -> None:
+def test_short_black_hole_is_no_death(scene: Scene, proxy: Proxy, connect: Connect, whose: str, direction: str) -> None:
     of_gateway, of_worker = urls(proxy, whose)
     options = ["heartbeat_ms=1000", "peer_grace_ms=200"]
     gateway = scene.gateway("c", *options, url=of_gateway)

@@ -1,7 +1,7 @@
 """A gateway or a worker is killed or stopped: the other end detects it in time, not earlier, and once.
 
-The shortest detection times, over hundreds of kills: tests/c/detection_time.c; more in C: tests/c/peer_death.c; within one language:
-TestPeerGone, test_lanes.py.
+The shortest detection times, over hundreds of kills: tests/c/detection_time.c; more in C: tests/c/peer_death.c; within
+one language: TestPeerGone, test_lanes.py.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from scene import LANGUAGES, PEER_GONE, SOON, Gateway, Scene, finish, stopped, w
 OTHER = dict(zip(LANGUAGES, LANGUAGES[1:] + LANGUAGES[:1]))
 """The language of the other end."""
 
-GRACE, BEAT = 0.4, 0.4
-OPTIONS = (f"peer_grace_ms={GRACE * 1000:.0f}", f"heartbeat_ms={BEAT * 1000:.0f}")
+GRACE, HEARTBEAT = 0.4, 0.4
+OPTIONS = (f"peer_grace_ms={GRACE * 1000:.0f}", f"heartbeat_ms={HEARTBEAT * 1000:.0f}")
 LATER = 2.0
 """Seconds that a busy machine may take longer."""
 
@@ -88,11 +88,11 @@ def all_pairs(scene: Scene, *options: str) -> list[tuple[Gateway, Program, list[
     return pairs
 
 
-def stands_still_within_the_grace(scene: Scene, whose: str, beat: float, rounds: int) -> None:
-    pairs = all_pairs(scene, f"heartbeat_ms={beat * 1000:.0f}")
+def stands_still_within_the_grace(scene: Scene, whose: str, heartbeat: float, rounds: int) -> None:
+    pairs = all_pairs(scene, f"heartbeat_ms={heartbeat * 1000:.0f}")
     for _ in range(rounds):
         with stopped(*[gateway if whose == "gateway" else worker for gateway, worker, _ in pairs]):
-            time.sleep(1.5 * beat)
+            time.sleep(1.5 * heartbeat)
         for gateway, _, clients in pairs:
             gateway.all_go_on(*clients)
     for gateway, worker, clients in pairs:
@@ -101,13 +101,13 @@ def stands_still_within_the_grace(scene: Scene, whose: str, beat: float, rounds:
 
 @each_end
 def test_short_stop_is_no_death(scene: Scene, whose: str) -> None:
-    stands_still_within_the_grace(scene, whose, beat=1.0, rounds=1)
+    stands_still_within_the_grace(scene, whose, heartbeat=1.0, rounds=1)
 
 
 @pytest.mark.long
 @each_end
 def test_many_short_stops_are_no_death(scene: Scene, whose: str) -> None:
-    stands_still_within_the_grace(scene, whose, beat=0.8, rounds=20)
+    stands_still_within_the_grace(scene, whose, heartbeat=0.8, rounds=20)
 
 
 @each_end
@@ -121,7 +121,7 @@ def test_stopped_peer_is_gone_after_three_heartbeats(scene: Scene, language: str
         else:
             all_are_gone(gateway, None)
         # The first of three heartbeats may have begun before.
-        within(2 * BEAT, 3 * BEAT + LATER, since)
+        within(2 * HEARTBEAT, 3 * HEARTBEAT + LATER, since)
     # The stopped end learns of it, too, and both go on.
     if whose == "gateway":
         all_are_gone(gateway, None)
@@ -154,8 +154,8 @@ def test_grace_that_expires_while_stopped_is_no_death(scene: Scene, proxy: Proxy
     finish(gateway, worker, "ann")
 
 
-def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: int) -> None:
-    pairs = all_pairs(scene, f"heartbeat_ms={beat * 1000:.0f}", "peer_grace_ms=200")
+def is_suspended(server: Server, scene: Scene, order: str, heartbeat: float, rounds: int) -> None:
+    pairs = all_pairs(scene, f"heartbeat_ms={heartbeat * 1000:.0f}", "peer_grace_ms=200")
     gateways, workers = [gateway for gateway, _, _ in pairs], [worker for _, worker, _ in pairs]
     orders: dict[str, list[Program | Server]] = {
         "server first": [server, *gateways, *workers],
@@ -164,7 +164,7 @@ def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: 
     }
     for _ in range(rounds):
         with stopped(*orders[order]):
-            time.sleep(4 * beat)
+            time.sleep(4 * heartbeat)
         for gateway, _, clients in pairs:
             gateway.all_go_on(*clients)
     for gateway, worker, clients in pairs:
@@ -174,9 +174,9 @@ def is_suspended(server: Server, scene: Scene, order: str, beat: float, rounds: 
 @pytest.mark.parametrize("order", ["server first", "workers first", "gateways first"])
 def test_suspended_machine_causes_no_death(server: Server, scene: Scene, order: str) -> None:
     """All are stopped for longer than three heartbeats and resumed in this order: one late heartbeat, no death."""
-    is_suspended(server, scene, order, beat=0.5, rounds=1)
+    is_suspended(server, scene, order, heartbeat=0.5, rounds=1)
 
 
 @pytest.mark.long
 def test_often_suspended_machine_causes_no_death(server: Server, scene: Scene) -> None:
-    is_suspended(server, scene, "gateways first", beat=0.5, rounds=15)
+    is_suspended(server, scene, "gateways first", heartbeat=0.5, rounds=15)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, Server, steady_port
+from harness import TIMEOUT, Server, steady_port
 from proxy import Link
 from scene import DISCONNECTED, NO_RESPONDERS, Gateway, Scene, finish
 
@@ -56,7 +56,7 @@ def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Linked]:
 
 def begin(gateway: Gateway) -> str:
     """Starts a stream, once the servers know each other's subscriptions; returns its client."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + TIMEOUT
     for client in (f"early{attempt}" for attempt in range(1000)):
         gateway.request("svc", client)
         gateway.until(lambda: client in gateway.received or client in gateway.ended, "an answer comes")  # noqa: B023

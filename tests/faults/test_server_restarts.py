@@ -146,7 +146,7 @@ def stands_still_until_lost(
     since = time.monotonic()
     with stopped(server):
         for end in [old_gateway, old_worker]:
-            end.wait(event="DISCONNECTED", patience=most)
+            end.wait(event="DISCONNECTED", timeout=most)
         # The first PING may have been sent before, and the second is missed in the third interval.
         within(ping, 3 * ping + 1, since)
         assert old_gateway.wait(event="ERROR")["status"] == "DISCONNECTED"

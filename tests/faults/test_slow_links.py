@@ -13,7 +13,7 @@ from proxy import Link
 
 BULK = Path(__file__).resolve().parent / "bulk.py"
 WORKERS = 6
-PATIENCE = 55.0
+TIMEOUT = 55.0
 
 
 class Bulk:
@@ -32,9 +32,9 @@ class Bulk:
         """Streams `count` messages from each worker; returns the bytes that passed the link per byte of payload."""
         before = self.link.to_client
         for number in range(self.workers):
-            self.gateway.tell(f"svc{number} client{number} {count} {size}")
+            self.gateway.send_line(f"svc{number} client{number} {count} {size}")
         for _ in range(self.workers):
-            end = self.gateway.wait(event="end", patience=PATIENCE)
+            end = self.gateway.wait(event="end", timeout=TIMEOUT)
             assert (end["came"], end["why"], end["connects"]) == (count, 0, 1), end
         assert self.link.connections == 1
         return (self.link.to_client - before) / (self.workers * count * size)

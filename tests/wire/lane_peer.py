@@ -47,7 +47,7 @@ class LaneEnd:
         self.sent += 1
         return self.post(LaneMessage(flags, self.sent, self.received, frames))
 
-    def say(self, flags: int = 0, *, ack: int | None = None) -> None:
+    def send_control(self, flags: int = 0, *, ack: int | None = None) -> None:
         """Sends a message without frames."""
         self.post(LaneMessage(flags, self.sent, self.received if ack is None else ack))
 
@@ -84,7 +84,7 @@ class LaneEnd:
         self.peer_server = decoded.server
         return decoded.plain()
 
-    def hear(self) -> LaneMessage:
+    def receive_news(self) -> LaneMessage:
         """The next message with something new: acknowledgements are repeated while streams run."""
         while True:
             message = self.receive()
@@ -99,11 +99,11 @@ class LaneEnd:
             self.received += 1
             self.frames += message.frames
             if self.acknowledges:
-                self.say()
+                self.send_control()
         elif message.sequence > self.received:
             raise AssertionError(f"{message} comes after number {self.received}")
         if message.flags & PING and self.answers_pings:
-            self.say(PONG)
+            self.send_control(PONG)
 
     def take(self, kind: int | None = None) -> Frame:
         """The next frame; of this kind, if one is given."""
@@ -115,7 +115,7 @@ class LaneEnd:
 
     def ask(self) -> LaneMessage:
         """Waits for the answer to a PING: everything sent before has been processed."""
-        self.say(PING)
+        self.send_control(PING)
         while True:
             message = self.receive()
             self.apply(message)

@@ -72,8 +72,8 @@ class Proxy:
         with self._lock:
             self._resets_after = count
 
-    def wait_for_reset(self, patience: float) -> bool:
-        return self._resets.acquire(timeout=patience)
+    def wait_for_reset(self, timeout: float) -> bool:
+        return self._resets.acquire(timeout=timeout)
 
     def _reset(self) -> None:
         for end in self._sockets:

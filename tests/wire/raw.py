@@ -10,7 +10,7 @@ import socket
 import threading
 from typing import BinaryIO, NamedTuple
 
-from harness import PATIENCE
+from harness import TIMEOUT
 
 
 class Message(NamedTuple):
@@ -39,9 +39,9 @@ class Subscription:
     def put(self, message: Message) -> None:
         self._messages.put(message)
 
-    def next(self, patience: float = PATIENCE) -> Message:
+    def next(self, timeout: float = TIMEOUT) -> Message:
         """Waits for the next message; queue.Empty after the timeout."""
-        return self._messages.get(timeout=patience)
+        return self._messages.get(timeout=timeout)
 
     def payload(self) -> bytes:
         return self.next().payload
@@ -72,7 +72,7 @@ class RawPeer:
     def flush(self) -> None:
         """Waits until the server has processed everything sent; fails with the server's error, if any."""
         self.send(b"PING\r\n")
-        answer = self._pongs.get(timeout=PATIENCE)
+        answer = self._pongs.get(timeout=TIMEOUT)
         assert answer == b"PONG", answer
 
     def subscribe(self, subject: str, group: str = "") -> Subscription:

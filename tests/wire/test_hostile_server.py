@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import Shell
-from harness import PATIENCE, Command
+from harness import TIMEOUT, Command
 from memory import resident
 
 MARGIN = 32 << 20
 """The most bytes by which a process may grow, whatever a server sends."""
-TIMEOUT = 500
+CONNECT_TIMEOUT = 500
 """The connect_timeout_ms of every connection here."""
 LATER = 2.0
 """Seconds that a busy machine may take longer."""
@@ -49,7 +49,7 @@ class Liar:
         self._connections: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def say(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
         """Sends to the last client; one that has hung up receives nothing."""
         with suppress(OSError):
             self._connections[-1].sendall(data)
@@ -134,15 +134,15 @@ GREETINGS: dict[str, tuple[bytes, bool]] = {
 
 @pytest.mark.parametrize("greeting", GREETINGS.values(), ids=GREETINGS.keys())
 def test_invalid_greeting_fails_the_connection(shell: Shell, liars: ExitStack, greeting: tuple[bytes, bool]) -> None:
-    said, hangs_up = greeting
-    liar = Liar(said, hangs_up=hangs_up, alive=False)
+    lines, hangs_up = greeting
+    liar = Liar(lines, hangs_up=hangs_up, alive=False)
     liars.callback(liar.close)
     before = resident(shell)
     begun = time.monotonic()
-    reply = shell.ask(f"connect nats://127.0.0.1:{liar.port} connect_timeout_ms={TIMEOUT}")
+    reply = shell.ask(f"connect nats://127.0.0.1:{liar.port} connect_timeout_ms={CONNECT_TIMEOUT}")
     assert reply["status"] in ("DISCONNECTED", "TIMEOUT"), reply
     assert f"127.0.0.1:{liar.port}" in reply["text"]
-    assert time.monotonic() - begun < 2 * TIMEOUT / 1000 + LATER
+    assert time.monotonic() - begun < 2 * CONNECT_TIMEOUT / 1000 + LATER
     assert resident(shell) - before < MARGIN
 
 
@@ -156,9 +156,9 @@ def test_server_that_accepts_no_clients_fails_at_once(shell: Shell) -> None:
             other.setblocking(False)
             other.connect_ex(listener.getsockname())
         begun = time.monotonic()
-        reply = shell.ask(f"connect nats://127.0.0.1:{listener.getsockname()[1]} connect_timeout_ms={TIMEOUT}")
+        reply = shell.ask(f"connect nats://127.0.0.1:{listener.getsockname()[1]} connect_timeout_ms={CONNECT_TIMEOUT}")
         assert reply["status"] == "TIMEOUT"
-        assert time.monotonic() - begun < 2 * TIMEOUT / 1000 + LATER
+        assert time.monotonic() - begun < 2 * CONNECT_TIMEOUT / 1000 + LATER
 
 
 MOST = (1 << 64) - 1
@@ -197,7 +197,7 @@ def test_fatal_server_line_causes_a_reconnect(shell: Shell, liars: ExitStack, la
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port} reconnect_min_ms=10")
     before = resident(shell)
-    liar.say(last)
+    liar.send(last)
     assert shell.wait(event="DISCONNECTED")["status"] == "DISCONNECTED"
     # It goes on with a working connection.
     shell.wait(event="CONNECTED")
@@ -229,13 +229,13 @@ def test_server_errors_are_reported(shell: Shell, liars: ExitStack) -> None:
     shell.do(f"connect nats://127.0.0.1:{liar.port}")
     before = resident(shell)
     for _ in range(1000):
-        liar.say(b"\r\n".join([*COMPLAINTS, b""]))
+        liar.send(b"\r\n".join([*COMPLAINTS, b""]))
     assert "nats-server says" in shell.wait(event="LOG")["data"]
     assert shell.ask("stats")["connects"] == 1
-    told = 1
+    events = 1
     while shell.take(event="LOG"):
-        told += 1
-    assert told < 40
+        events += 1
+    assert events < 40
     assert resident(shell) - before < MARGIN
     closes(shell)
 
@@ -254,13 +254,13 @@ HARMLESS = {
 }
 
 
-@pytest.mark.parametrize("said", HARMLESS.values(), ids=HARMLESS.keys())
-def test_odd_server_line_is_tolerated(shell: Shell, liars: ExitStack, said: bytes) -> None:
+@pytest.mark.parametrize("line", HARMLESS.values(), ids=HARMLESS.keys())
+def test_odd_server_line_is_tolerated(shell: Shell, liars: ExitStack, line: bytes) -> None:
     liar = Liar(info())
     liars.callback(liar.close)
     shell.do(f"connect nats://127.0.0.1:{liar.port}")
     before = resident(shell)
-    liar.say(said)
+    liar.send(line)
     liar.hang_up()
     shell.wait(event="DISCONNECTED")
     shell.wait(event="CONNECTED")
@@ -272,7 +272,7 @@ def test_unconfirmed_calls_time_out(shell: Shell, liars: ExitStack) -> None:
     """It accepts everything and answers nothing but PINGs."""
     liar = Liar(info())
     liars.callback(liar.close)
-    shell.do(f"connect nats://127.0.0.1:{liar.port} connect_timeout_ms={TIMEOUT}")
+    shell.do(f"connect nats://127.0.0.1:{liar.port} connect_timeout_ms={CONNECT_TIMEOUT}")
     for command, status in [
         ("serve svc - 0", "TIMEOUT"),
         ("listen", "TIMEOUT"),
@@ -282,16 +282,16 @@ def test_unconfirmed_calls_time_out(shell: Shell, liars: ExitStack) -> None:
     ]:
         begun = time.monotonic()
         assert shell.ask(command)["status"] == status, command
-        assert time.monotonic() - begun < 2 * TIMEOUT / 1000 + LATER, command
+        assert time.monotonic() - begun < 2 * CONNECT_TIMEOUT / 1000 + LATER, command
     assert shell.wait(event="ERROR", tag=1)["status"] == "CLOSED"
 
 
 def test_silent_server_is_lost_after_two_pings(shell: Shell, liars: ExitStack) -> None:
     liar = Liar(info())
     liars.callback(liar.close)
-    shell.do(f"connect nats://127.0.0.1:{liar.port} ping_interval_ms=100 connect_timeout_ms={TIMEOUT}")
+    shell.do(f"connect nats://127.0.0.1:{liar.port} ping_interval_ms=100 connect_timeout_ms={CONNECT_TIMEOUT}")
     liar.alive = False
-    shell.wait(event="DISCONNECTED", patience=1 + LATER)
+    shell.wait(event="DISCONNECTED", timeout=1 + LATER)
     closes(shell)
 
 
@@ -305,10 +305,10 @@ def test_failed_attempts_leave_nothing_behind(shell: Shell, liars: ExitStack) ->
     liar.hang_up()
     time.sleep(2)
     liar.greeting = info()
-    shell.wait(event="CONNECTED", patience=PATIENCE)
-    told = 0
+    shell.wait(event="CONNECTED", timeout=TIMEOUT)
+    events = 0
     while shell.take(event="LOG"):
-        told += 1
-    assert 1 <= told < 40
+        events += 1
+    assert 1 <= events < 40
     assert resident(shell) - before < MARGIN
     closes(shell)

@@ -65,7 +65,7 @@ class Victims:
         self.go_on()
         grown = [now - before for now, before in zip(self._resident(), self._before)]
         assert max(grown) < MARGIN, grown
-        self.worker.tell("finish")
+        self.worker.send_line("finish")
         for client, gateway in self.gateways.items():
             done = self.worker.wait(event="done", client=client)
             assert (done["why"], done["accepted"]) == (0, 0)
@@ -83,8 +83,8 @@ def victims(server: Server, raw: RawPeer) -> Iterator[Victims]:
 
 
 def names(victims: Victims) -> list[str]:
-    """Reply subjects of a stranger: none, forbidden ones, its own, others'. (Not the lane's other end: whoever knows that
-    subject and may publish there is that end.)"""
+    """Reply subjects of a stranger: none, forbidden ones, its own, others'. (Not the lane's other end: whoever knows
+    that subject and may publish there is that end.)"""
     return [
         "",
         "client.offline",
@@ -180,7 +180,7 @@ def test_forged_client_ids_stop_only_the_forger(connect: Connect, raw: RawPeer) 
             lane.send(cancel(stream, 2))
             assert worker.wait(event="STOPPED", n=n)["status"] == "OFFLINE"
         else:
-            lane.say(ack=1 << 40)
+            lane.send_control(ack=1 << 40)
             assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
         worker.do(f"send {own} {breaks}")
         assert gateway.wait(event="DATA", tag=1)["data"] == breaks
@@ -233,9 +233,7 @@ def test_forged_reply_subjects_and_offers(connect: Connect, raw: RawPeer) -> Non
     assert len([event for event in worker.events if event["event"] == "LOG"]) < LOGS
 
 
-def test_unanswerable_worker_does_not_disable_other_lanes(
-    tmp_path: Path, shell_program: Command
-) -> None:
+def test_unanswerable_worker_does_not_disable_other_lanes(tmp_path: Path, shell_program: Command) -> None:
     """A false worker gives a subject at which the gateway may not publish: other workers stay on lanes."""
     (tmp_path / "server.conf").write_text(
         """
@@ -287,8 +285,8 @@ def assert_little_was_told(program: Shell) -> None:
     """It backs off: far fewer connections than messages were lost."""
     connects = program.ask("stats")["connects"]
     assert 1 < connects < 60, connects
-    told = [event for event in program.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
-    assert len(told) < LOGS + 2 * connects
+    reported = [event for event in program.events if event["event"] in ("LOG", "DISCONNECTED", "CONNECTED")]
+    assert len(reported) < LOGS + 2 * connects
 
 
 LONE_CRS = [
@@ -297,7 +295,9 @@ LONE_CRS = [
 
 
 @pytest.mark.parametrize("malformed", [LONE_CRS, [*LONE_CRS, *MALFORMED.values()]], ids=["a lone CR", "of all kinds"])
-def test_hundred_malformed_messages_a_second_at_a_worker(connect: Connect, raw: RawPeer, malformed: list[bytes]) -> None:
+def test_hundred_malformed_messages_a_second_at_a_worker(
+    connect: Connect, raw: RawPeer, malformed: list[bytes]
+) -> None:
     worker = connect()
     worker.do("serve svc.* workers 0")
     before = resident(worker)
@@ -310,7 +310,7 @@ def test_hundred_malformed_messages_a_second_at_a_gateway(connect: Connect, raw:
     requests = raw.subscribe("llm.generate")
     gateway = connect()
     gateway.do("listen")
-    tags = itertools.cycle(range(1, 1000))  # the shell has room for tags below 1000
+    tags = itertools.cycle(range(1, 1000))  # the shell knows tags below 1000
     asked = ask(gateway, requests, next(tags))
     assert asked
     offer = re.search(rb"Presence-Lane: 1 (\S+)", asked.header)
@@ -345,7 +345,7 @@ def ask(gateway: Shell, requests: Subscription, tag: int) -> Message | None:
         return None
     with contextlib.suppress(queue.Empty):
         while True:
-            asked = requests.next(patience=0.05)
+            asked = requests.next(timeout=0.05)
             # Skip those of earlier requests.
             if asked.payload == b"%d" % tag:
                 return asked

@@ -295,9 +295,7 @@ def test_audit_ack_is_ignored(gateway: Shell, worker: WorkerByHand, raw: RawPeer
     assert ignored(gateway) == 1
 
 
-def test_one_audit_ack_is_ignored_on_level_0(
-    gateway: Shell, worker: WorkerByHand, raw: RawPeer
-) -> None:
+def test_one_audit_ack_is_ignored_on_level_0(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     asked = ask(gateway, worker, 1)
     raw.send(pub(asked.reply, STORED) + pub(asked.reply, b"one") + pub(asked.reply, STORED))
     assert gateway.wait(event="DATA")["data"] == "one"
@@ -307,9 +305,7 @@ def test_one_audit_ack_is_ignored_on_level_0(
     gateway.wait(event="END")
 
 
-def test_early_end_is_announced_after_a_level_0_answer(
-    gateway: Shell, worker: WorkerByHand, raw: RawPeer
-) -> None:
+def test_early_end_is_announced_after_a_level_0_answer(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     announcements = raw.subscribe("client.offline")
     for tag, answer in enumerate([b"__STREAM_END__", b"__STREAM_ERROR__:no", STORED, b"one"]):
         asked = ask(gateway, worker, tag, f"client-{tag}")
@@ -433,11 +429,11 @@ def test_gap_causes_retransmission(gateway: Shell, worker: WorkerByHand) -> None
     go_on(gateway, worker, lane, 2, 2)
     lane.ask()
     gateway.do("cancel 1")
-    assert lane.hear().frames == (cancel(1, CANCELLED),)
+    assert lane.receive_news().frames == (cancel(1, CANCELLED),)
     gateway.do("cancel 2")
-    assert lane.hear().frames == (cancel(2, CANCELLED),)
-    lane.say(GAP)
-    again = [lane.hear() for _ in range(2)]
+    assert lane.receive_news().frames == (cancel(2, CANCELLED),)
+    lane.send_control(GAP)
+    again = [lane.receive_news() for _ in range(2)]
     assert [(message.sequence, message.frames) for message in again] == [
         (1, (cancel(1, CANCELLED),)), (2, (cancel(2, CANCELLED),))
     ]  # fmt: skip
@@ -448,10 +444,10 @@ def test_unacknowledged_frames_cause_a_ping(gateway: Shell, worker: WorkerByHand
     lane.ask()
     lane.acknowledges = lane.answers_pings = False
     gateway.do("cancel 1")
-    assert lane.hear().frames == (cancel(1, CANCELLED),)
-    assert lane.hear() == LaneMessage(PING, 1, 1)
-    lane.say(PONG)
-    assert lane.hear().frames == (cancel(1, CANCELLED),)
+    assert lane.receive_news().frames == (cancel(1, CANCELLED),)
+    assert lane.receive_news() == LaneMessage(PING, 1, 1)
+    lane.send_control(PONG)
+    assert lane.receive_news().frames == (cancel(1, CANCELLED),)
 
 
 def test_duplicates_are_dropped(gateway: Shell, worker: WorkerByHand) -> None:
@@ -494,8 +490,8 @@ def test_gap_is_reported_once(gateway: Shell, worker: WorkerByHand) -> None:
     lane.sent = 2  # Message number 2 was lost.
     for i in range(3, 10):
         lane.send(data(1, b"%d" % i))
-    told = lane.hear()
-    assert (told.flags, told.ack) == (GAP, 1)
+    message = lane.receive_news()
+    assert (message.flags, message.ack) == (GAP, 1)
     assert lane.ask() == LaneMessage(PONG, 0, 1)
     lane.sent = 1
     for i in range(2, 10):
@@ -509,8 +505,8 @@ def test_lost_first_message_of_a_lane_is_requested(gateway: Shell, worker: Worke
     lane.sent = 1
     lane.send(data(1, b"x"), end(1))
     # A lane begins with number 1: until that arrives there is no such lane, and nothing is lost.
-    told = lane.inbox.next()
-    assert (told.reply.decode(), decode(told.payload)) == (asked.offer, LaneMessage(GAP, 0, 0))
+    message = lane.inbox.next()
+    assert (message.reply.decode(), decode(message.payload)) == (asked.offer, LaneMessage(GAP, 0, 0))
     assert gateway.ask("stats")["lanes"] == 0
     lane.sent = 0
     lane.send(accept(1, asked.key))
@@ -572,9 +568,7 @@ def test_malformed_frames_end_only_their_lane(
     assert_goes_on(gateway, bystander, 1)
 
 
-def test_ack_of_unsent_messages_ends_the_lane(
-    gateway: Shell, worker: WorkerByHand, raw: RawPeer
-) -> None:
+def test_ack_of_unsent_messages_ends_the_lane(gateway: Shell, worker: WorkerByHand, raw: RawPeer) -> None:
     lane = begin(gateway, worker, 1)
     raw.send(pub(lane.peer, encode(LaneMessage(0, 1, 1)), reply=lane.own))
     assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
@@ -696,10 +690,10 @@ def test_unknown_lanes_are_reset(gateway: Shell, worker: WorkerByHand, raw: RawP
     asked = ask(gateway, worker, 1)
     lane = worker.lane(asked)
     lane.acked = 1  # So NEW is no longer set.
-    lane.say()
+    lane.send_control()
     assert lane.receive() == LaneMessage(RESET, 0, 0)
     # RESET is not answered, nor is a message that is no lane message or has a forbidden reply subject.
-    lane.say(RESET)
+    lane.send_control(RESET)
     raw.send(pub(asked.offer, b"nonsense", reply=lane.own))
     raw.send(pub(asked.offer, encode(LaneMessage(0, 1, 0)), reply=""))
     lane.acked = 0
@@ -756,8 +750,8 @@ def test_forged_503_ends_nothing_while_the_peer_answers(gateway: Shell, worker: 
     own = lane.inbox.next().reply.decode()
     for i in range(20):
         raw.send(no_responders(own))
-        assert lane.hear().flags & PING
-        lane.say(PONG)
+        assert lane.receive_news().flags & PING
+        lane.send_control(PONG)
         lane.send(data(1, b"%d" % i))
         assert gateway.wait(event="DATA")["data"] == str(i)
         lane.ask()
@@ -806,7 +800,7 @@ def test_silent_worker_is_gone_after_three_heartbeats(connect: Connect, worker: 
     lane.answers_pings = False
     for _ in range(5):
         lane.wait_for(PING)
-        lane.say(PONG)
+        lane.send_control(PONG)
     since = time.monotonic()
     assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
     assert 0.2 < time.monotonic() - since < 2
@@ -816,7 +810,7 @@ def test_silent_worker_is_gone_after_three_heartbeats(connect: Connect, worker: 
 def test_reset_from_the_worker_ends_the_lane(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
-    lane.say(RESET)
+    lane.send_control(RESET)
     assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
     deadline = time.monotonic() + 3
     while gateway.ask("stats")["lanes"]:
@@ -827,7 +821,7 @@ def test_reset_from_the_worker_ends_the_lane(gateway: Shell, worker: WorkerByHan
 def test_close_sends_cancel(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     lane.ask()
-    gateway.tell("close 900")
+    gateway.send_line("close 900")
     assert lane.take(CANCEL).stream == 1
     lane.wait_for_end()
     gateway.wait(event="reply", status="OK")

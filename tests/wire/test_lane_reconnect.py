@@ -101,8 +101,8 @@ def test_streams_survive_repeated_cuts(connect: Connect, proxy: Proxy, whose: st
     for tag in range(1, 11):
         n = begin(gateway, worker, tag)
         proxy.cut_after(as_sent(tag, str(tag * 400)))
-        worker.tell(f"flood {n} 5000")
-        worker.tell(f"end {n}")
+        worker.send_line(f"flood {n} 5000")
+        worker.send_line(f"end {n}")
         cut = gateway if whose == "gateway" else worker
         cut.wait(event="DISCONNECTED")
         proxy.resume()
@@ -159,7 +159,7 @@ def test_sends_while_disconnected_fill_the_window(connect: Connect, worker: Shel
     assert refused["status"] == "FULL"
     assert 98 <= int(refused["text"]) <= 100
     # A blocked send continues.
-    worker.tell(f"flood {n} 1000")
+    worker.send_line(f"flood {n} 1000")
     proxy.resume()
     for _ in range(int(refused["text"])):
         assert gateway.wait(event="DATA")["data"] == "\0" * 36
@@ -178,13 +178,13 @@ def test_after_a_reconnect_only_pings_are_sent_until_a_pong(worker: Shell, raw: 
     proxy.cut()
     worker.wait(event="DISCONNECTED")
     worker.do("send 1 meanwhile")
-    lane.say(GAP)  # Nobody is there to receive it.
+    lane.send_control(GAP)  # Nobody is there to receive it.
     proxy.resume()
     assert lane.receive() == LaneMessage(PING | GAP, 2, 0)
     for _ in range(5):
         message = lane.receive()
         assert (message.flags & PING, message.frames) == (PING, ())
-    lane.say(PONG)
+    lane.send_control(PONG)
     came: list[Frame] = []
     while len(came) < 2:
         came += lane.receive().frames
@@ -206,7 +206,7 @@ def test_gateway_requests_missed_messages_after_a_reconnect(connect: Connect, ra
     assert (asked.flags, asked.ack, asked.frames) == (PING | GAP, 1, ())
     for message in lost:
         lane.post(message)
-    lane.say(PONG)
+    lane.send_control(PONG)
     assert lane.take() == cancel(1, 4)
     assert lane.ask().ack == 11
 
@@ -307,7 +307,7 @@ def test_killed_peer_ends_the_lane(connect: Connect, whose: str) -> None:
     receive(gateway, 1, 0, 10)
     dying, left = (worker, gateway) if whose == "worker" else (gateway, worker)
     dying.kill()
-    ended = left.wait(event="ERROR" if whose == "worker" else "STOPPED", patience=2)
+    ended = left.wait(event="ERROR" if whose == "worker" else "STOPPED", timeout=2)
     assert ended["status"] == "PEER_GONE"
 
 
@@ -347,7 +347,7 @@ def test_new_flag_is_sent_until_an_ack(worker: Shell, raw: RawPeer, proxy: Proxy
     worker.wait(event="DISCONNECTED")
     proxy.resume()
     assert lane.receive() == LaneMessage(PING | GAP | NEW, 1, 0)
-    lane.say(PONG)
+    lane.send_control(PONG)
     # The lane's first message was lost.
     while (again := lane.receive()).frames == ():
         pass

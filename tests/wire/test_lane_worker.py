@@ -85,7 +85,7 @@ def test_messages_and_end_become_frames(worker: Shell, gateway: GatewayByHand, l
     worker.do("send 1 one")
     assert lane.receive() == LaneMessage(NEW, 2, 0, (data(1, b"one"),))
     lane.received = 2
-    lane.say()
+    lane.send_control()
     assert lane.ask() == LaneMessage(PONG, 2, 0)
     worker.do("send 1 ")
     # Reserved texts, which level 0 cannot send.
@@ -218,7 +218,9 @@ def test_request_beyond_max_streams_is_busy(connect: Connect, gateway: GatewayBy
         (0, 100, 1),
     ],
 )
-def test_window_limits_outstanding_bytes(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window: int, size: int, count: int) -> None:
+def test_window_limits_outstanding_bytes(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, window: int, size: int, count: int
+) -> None:
     n, stream = begin(worker, gateway, lane, "alice", window)
     refused = worker.ask(f"fill {n} {size}")
     assert (refused["status"], refused["text"]) == ("FULL", str(count))
@@ -233,9 +235,7 @@ def test_window_limits_outstanding_bytes(worker: Shell, gateway: GatewayByHand, 
     assert worker.ask(f"fill {n} {size}")["text"] == str(count)
 
 
-def test_half_of_the_window_admits_a_message_of_any_size(
-    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
-) -> None:
+def test_half_of_the_window_admits_a_message_of_any_size(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1000)
     worker.ask(f"fill {n} 36")
     lane.send(credit(stream, 499))
@@ -247,7 +247,9 @@ def test_half_of_the_window_admits_a_message_of_any_size(
 
 
 @pytest.mark.parametrize("weight", [2**64 - 1, 2**63, 65537])
-def test_excess_credit_opens_the_whole_window(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, weight: int) -> None:
+def test_excess_credit_opens_the_whole_window(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, weight: int
+) -> None:
     n, stream = begin(worker, gateway, lane, "alice", 1000)
     other, _ = begin(worker, gateway, lane, "bob", 1000)
     worker.ask(f"fill {n} 36")
@@ -299,13 +301,13 @@ def test_gap_causes_retransmission(worker: Shell, gateway: GatewayByHand, lane: 
         assert lane.receive().frames == (data(stream, b"%d" % i),)
     # Acknowledge two of them.
     lane.received = 3
-    lane.say(GAP)
+    lane.send_control(GAP)
     again = [lane.receive() for _ in range(3)]
     assert [(message.sequence, message.frames) for message in again] == [
         (4, (data(stream, b"2"),)), (5, (data(stream, b"3"),)), (6, (data(stream, b"4"),))
     ]  # fmt: skip
     # The same GAP twice counts once.
-    lane.say(GAP)
+    lane.send_control(GAP)
     lane.received = 6
     assert lane.ask() == LaneMessage(PONG, 6, 0)
     assert_goes_on(worker, lane, n, stream)
@@ -319,10 +321,10 @@ def test_unacknowledged_frames_cause_a_ping(worker: Shell, gateway: GatewayByHan
     # The message and the first PING were lost, or the PONG was.
     assert lane.receive() == LaneMessage(PING, 2, 0)
     assert lane.receive() == LaneMessage(PING, 2, 0)
-    lane.say(PONG)
+    lane.send_control(PONG)
     assert lane.receive() == LaneMessage(0, 2, 0, (data(stream, b"lost"),))
     lane.received = 2
-    lane.say(PONG)
+    lane.send_control(PONG)
     assert_goes_on(worker, lane, n, stream)
 
 
@@ -337,17 +339,15 @@ def test_duplicates_are_dropped(worker: Shell, gateway: GatewayByHand, lane: Lan
     assert worker.ask(f"fill {n} 36")["text"] == "5"
 
 
-def test_out_of_order_messages_cause_a_gap(
-    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
-) -> None:
+def test_out_of_order_messages_cause_a_gap(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     other, others = begin(worker, gateway, lane, "bob")
     messages = [LaneMessage(0, 1, lane.received, (cancel(stream, OFFLINE),)),
                 LaneMessage(0, 2, lane.received, (credit(others, 100),)),
                 LaneMessage(0, 3, lane.received, (cancel(others, OFFLINE),))]  # fmt: skip
     lane.post(messages[2])
-    told = lane.wait_for(GAP)
-    assert told.ack == 0
+    message = lane.wait_for(GAP)
+    assert message.ack == 0
     assert worker.take(event="STOPPED") is None
     # Reported once, not for each message that follows.
     lane.post(messages[1])
@@ -360,12 +360,10 @@ def test_out_of_order_messages_cause_a_gap(
     assert lane.ask().ack == 3
 
 
-def test_message_without_frames_reveals_a_gap(
-    worker: Shell, gateway: GatewayByHand, lane: LaneEnd
-) -> None:
+def test_message_without_frames_reveals_a_gap(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.sent = 1  # Lost on the way.
-    lane.say()
+    lane.send_control()
     assert lane.wait_for(GAP).ack == 0
     lane.sent = 0
     lane.send(cancel(stream, OFFLINE))
@@ -516,9 +514,7 @@ def test_ack_of_unsent_messages_ends_the_lane(
     assert ignored(worker) == 1
 
 
-def test_new_gateway_end_ends_the_lane(
-    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
-) -> None:
+def test_new_gateway_end_ends_the_lane(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
     lane.ask()
     # The gateway began this lane anew: what the first end had is lost.
@@ -578,9 +574,7 @@ def test_messages_from_another_sender_are_ignored(
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_unknown_lanes_are_reset(
-    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
-) -> None:
+def test_unknown_lanes_are_reset(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     prefix = lane.peer.rpartition(".")[0]
     reply, answers = raw.inbox()
@@ -603,7 +597,9 @@ def test_unknown_lanes_are_reset(
     assert_goes_on(worker, lane, n, stream)
 
 
-def test_random_bytes_on_every_subject_are_ignored(worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_random_bytes_on_every_subject_are_ignored(
+    worker: Shell, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
 
     dice = random.Random(1)
@@ -640,7 +636,7 @@ def test_forged_503_ends_nothing_while_the_peer_answers(
         # It sends PINGs, and nothing else until we answer.
         assert lane.receive().flags & PING
         worker.do(f"send {n} {i}")
-        lane.say(PONG)
+        lane.send_control(PONG)
         assert lane.take() == data(stream, b"%d" % i)
     assert_goes_on(worker, lane, n, stream)
 
@@ -665,7 +661,9 @@ def test_true_503_ends_the_lane_after_the_grace(connect: Connect, server: Server
     assert worker.ask("stats")["lanes"] == 1
 
 
-def test_without_grace_one_503_ends_the_lane(connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer) -> None:
+def test_without_grace_one_503_ends_the_lane(
+    connect: Connect, gateway: GatewayByHand, lane: LaneEnd, raw: RawPeer
+) -> None:
     """So use peer_grace_ms=0 only where nobody forges messages."""
     worker = connect("", "peer_grace_ms=0")
     worker.do("serve llm.generate workers 0")
@@ -692,7 +690,7 @@ def test_silent_gateway_is_gone_after_three_heartbeats(connect: Connect, gateway
     # While it answers it is not gone, however long it sends nothing else.
     for _ in range(5):
         lane.wait_for(PING)
-        lane.say(PONG)
+        lane.send_control(PONG)
     since = time.monotonic()
     assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
     assert 0.2 < time.monotonic() - since < 2
@@ -702,22 +700,20 @@ def test_silent_gateway_is_gone_after_three_heartbeats(connect: Connect, gateway
 def test_reset_from_the_gateway_ends_the_lane(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, _ = begin(worker, gateway, lane, "alice")
     lane.ask()  # It sends nothing more but heartbeats.
-    lane.say(RESET)
+    lane.send_control(RESET)
     assert worker.wait(event="STOPPED", n=n)["status"] == "PEER_GONE"
     # Later messages meet an unknown lane.
     deadline = time.monotonic() + 3
     while worker.ask("stats")["lanes"]:
         assert time.monotonic() < deadline, "the lane stays"
-    lane.say()
+    lane.send_control()
     assert decode(gateway.behind.payload()) == LaneMessage(RESET, 0, 0)
     again = gateway.lane()
     n, stream = begin(worker, gateway, again, "alice")
     assert_goes_on(worker, again, n, stream)
 
 
-def test_unacknowledged_accept_ends_on_level_0_too(
-    connect: Connect, raw: RawPeer, server: Server
-) -> None:
+def test_unacknowledged_accept_ends_on_level_0_too(connect: Connect, raw: RawPeer, server: Server) -> None:
     worker = connect("", "peer_grace_ms=100")
     worker.do("serve llm.generate workers 0")
     gateway = GatewayByHand(raw)
@@ -729,7 +725,7 @@ def test_unacknowledged_accept_ends_on_level_0_too(
 def test_close_ends_the_streams(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     worker.do(f"send {n} x")
-    worker.tell("close 900")
+    worker.send_line("close 900")
     assert lane.take() == data(stream, b"x")
     assert lane.take(ERROR).stream == stream
     lane.wait_for_end()

@@ -122,9 +122,7 @@ def test_error_marker_ends_the_stream(gateway: Shell, raw: RawPeer, requests: Su
     [b"__STREAM_END__x", b"__STREAM_END__ ", b"__STREAM_END__\n", b" __STREAM_END__", b"__STREAM_END_",
      b"__stream_end__", b"__STREAM_ERROR__", b"__STREAM_ERROR__x", b"x__STREAM_ERROR__:x", b"__STREAM_"],
 )  # fmt: skip
-def test_near_markers_are_data(
-    gateway: Shell, raw: RawPeer, requests: Subscription, payload: bytes
-) -> None:
+def test_near_markers_are_data(gateway: Shell, raw: RawPeer, requests: Subscription, payload: bytes) -> None:
     inbox = begin(gateway, requests, 1, "alice")
     raw.send(pub(inbox, payload) + pub(inbox, b"__STREAM_END__"))
     assert gateway.wait(event="DATA")["data"].encode() == payload
@@ -143,9 +141,7 @@ def test_messages_after_the_end_are_ignored(gateway: Shell, raw: RawPeer, reques
     assert gateway.ask("stats")["messages_ignored"] == 3
 
 
-def test_answers_may_have_headers_and_reply_subjects(
-    gateway: Shell, raw: RawPeer, requests: Subscription
-) -> None:
+def test_answers_may_have_headers_and_reply_subjects(gateway: Shell, raw: RawPeer, requests: Subscription) -> None:
     inbox = begin(gateway, requests, 1, "alice")
     raw.send(
         pub(inbox, b"x", reply="some.where", header=b"X: y\r\n") + pub(inbox, b"__STREAM_END__", header=b"X: y\r\n")
@@ -157,7 +153,7 @@ def test_answers_may_have_headers_and_reply_subjects(
 def test_unserved_subject_has_no_responders(gateway: Shell) -> None:
     gateway.do("request 1 nobody.here alice hello")
     # At once: the server answers, no timeout is needed.
-    error = gateway.wait(event="ERROR", patience=1)
+    error = gateway.wait(event="ERROR", timeout=1)
     assert error["status"] == "NO_RESPONDERS"
     assert "nobody.here" in error["data"]
     assert gateway.ask("is_online alice")["text"] == "no"
@@ -308,9 +304,7 @@ def test_ended_stream_is_not_announced(
     assert announcements.payload() == b"after"
 
 
-def test_timeout_is_announced(
-    gateway: Shell, requests: Subscription, announcements: Subscription
-) -> None:
+def test_timeout_is_announced(gateway: Shell, requests: Subscription, announcements: Subscription) -> None:
     gateway.do("option timeout_ms 50")
     begin(gateway, requests, 1, "alice")
     assert gateway.wait(event="ERROR")["status"] == "TIMEOUT"

@@ -83,7 +83,7 @@ def test_blocked_send_ends_with_the_connection(connect: Connect, server: Server,
     n, _ = begin(worker, raw, "alice")
     server.process.send_signal(signal.SIGSTOP)
     # More than all buffers on the way hold: it blocks.
-    worker.tell(f"flood {n} 100000000")
+    worker.send_line(f"flood {n} 100000000")
     server.kill()
     assert worker.wait(event="reply")["status"] == "DISCONNECTED"
     assert worker.wait(event="STOPPED")["status"] == "DISCONNECTED"
@@ -120,9 +120,7 @@ def test_request_is_retried_until_the_worker_reconnects(connect: Connect, worker
 
 
 @pytest.mark.parametrize("last", [b"0", b"1", b"500", b"998", b"999"])
-def test_lost_messages_are_never_followed_by_the_end(
-    worker: Shell, raw: RawPeer, proxy: Proxy, last: bytes
-) -> None:
+def test_lost_messages_are_never_followed_by_the_end(worker: Shell, raw: RawPeer, proxy: Proxy, last: bytes) -> None:
     n, answers = begin(worker, raw, "alice")
     # What the worker sends after `last` is lost, the end too; it does not know until the connection is cut.
     proxy.swallow_after(b"\r\n" + last + b"\r\n")
@@ -192,8 +190,8 @@ def test_repeated_cuts_end_each_stream_once(connect: Connect, proxy: Proxy, whos
         gateway.do(f"request {tag} llm.generate alice{tag} x")
         n = worker.wait(event="REQUEST")["n"]
         proxy.cut_after(b"\r\n%d\r\n" % last)
-        worker.tell(f"flood {n} 5000")
-        worker.tell(f"end {n}")
+        worker.send_line(f"flood {n} 5000")
+        worker.send_line(f"end {n}")
         cut = worker if whose == "worker" else gateway
         cut.wait(event="DISCONNECTED")
         proxy.resume()

@@ -114,7 +114,7 @@ def test_request_with_a_forbidden_reply_subject_is_ignored(worker: Shell, raw: R
     assert (stats["requests"], stats["requests_ignored"], stats["senders"]) == (2, 1, 1)
     assert worker.ask("is_online alice")["text"] == "no"
     assert "reply" in worker.wait(event="LOG")["data"]
-    # Nothing was sent to anyone: the worker's next message is the one that it is told to send.
+    # Nothing was sent to anyone: the worker's next message is the one that the test sends next.
     assert everything.payload() == b""  # bob's request
     worker.do("send 1 x")
     assert everything.payload() == b"x"

@@ -20,7 +20,7 @@ def assert_serving(worker: Shell, raw: RawPeer, since: float) -> None:
         data = f"{since:f} {len(probes)}"
         probes[data] = raw.request("svc.generate", "probe", data.encode())
         try:
-            request = worker.wait(event="REQUEST", client="probe", patience=0.01)
+            request = worker.wait(event="REQUEST", client="probe", timeout=0.01)
         except AssertionError:
             assert time.monotonic() - since < 1, "it does not serve again within a second"
             continue
@@ -56,8 +56,8 @@ def test_worker_survives_a_hundred_lone_crs(connect: Connect, raw: RawPeer) -> N
     worker.wait(event="REQUEST", client="bob")
     raw.send(pub("client.offline", b"bob"))
     assert worker.wait(event="STOPPED", client="bob")["status"] == "OFFLINE"
-    heard = [announcements.payload() for _ in range(TIMES // 2 + 1)]
-    assert heard == [b"poison"] * (TIMES // 2) + [b"bob"]
+    received = [announcements.payload() for _ in range(TIMES // 2 + 1)]
+    assert received == [b"poison"] * (TIMES // 2) + [b"bob"]
 
 
 @pytest.mark.parametrize("target", ["inbox", "client.offline"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import nats
 from conftest import Connect, Shell
-from harness import PATIENCE, Event, Server
+from harness import TIMEOUT, Event, Server
 from lane_codec import NEW, Frame, LaneMessage, accept, cancel, data, decode, encode, end, from_u64
 from nats.aio.client import Client
 from nats.aio.msg import Msg
@@ -23,7 +23,7 @@ def asynchronous(test: Test) -> Callable[[Connect, Server], None]:
 
     @wraps(test)
     def run(connect: Connect, server: Server) -> None:
-        asyncio.run(asyncio.wait_for(test(connect, server), PATIENCE))
+        asyncio.run(asyncio.wait_for(test(connect, server), TIMEOUT))
 
     return run
 
@@ -47,12 +47,12 @@ async def test_worker_serves_nats_py(connect: Connect, server: Server) -> None:
         request = worker.wait(event="REQUEST")
         assert (request["client"], request["data"]) == ("alice", "hello")
         worker.do("flood 1 1000")
-        assert [(await answers.next_msg(PATIENCE)).data for _ in range(1000)] == [b"%d" % i for i in range(1000)]
+        assert [(await answers.next_msg(TIMEOUT)).data for _ in range(1000)] == [b"%d" % i for i in range(1000)]
         await client.publish("client.offline", b"alice")
         await client.flush()
         assert worker.wait(event="STOPPED")["status"] == "OFFLINE"
         assert worker.ask("send 1 more")["status"] == "OFFLINE"
-        assert (await answers.next_msg(PATIENCE)).data == b"__STREAM_ERROR__:the client is offline"
+        assert (await answers.next_msg(TIMEOUT)).data == b"__STREAM_ERROR__:the client is offline"
 
 
 @asynchronous
@@ -79,15 +79,15 @@ async def test_gateway_reads_from_nats_py(connect: Connect, server: Server) -> N
         for tag, name in enumerate(["alice", "bob", "carol", "dave"], 1):
             gateway.do(f"request {tag} llm.generate {name} {name}")
         for tag in range(1, 5):
-            received = [(await told(gateway, event="DATA", tag=tag))["data"] for _ in range(1000)]
+            received = [(await wait_in_thread(gateway, event="DATA", tag=tag))["data"] for _ in range(1000)]
             assert received == [str(i) for i in range(1000)]
-        await told(gateway, event="END", tag=1)
-        assert (await told(gateway, event="ERROR", tag=2))["data"] == "no such model"
+        await wait_in_thread(gateway, event="END", tag=1)
+        assert (await wait_in_thread(gateway, event="ERROR", tag=2))["data"] == "no such model"
         gateway.do("cancel 3")
         assert (await offline.get()).data == b"carol"
         await client.publish("client.offline", b"dave")
         await client.flush()
-        assert (await told(gateway, event="ERROR", tag=4))["status"] == "OFFLINE"
+        assert (await wait_in_thread(gateway, event="ERROR", tag=4))["status"] == "OFFLINE"
 
 
 @asynchronous
@@ -106,7 +106,7 @@ async def test_worker_serves_nats_py_on_a_lane(connect: Connect, server: Server)
         worker.do("end 1")
         frames: list[Frame] = []
         while len(frames) < 1002:
-            message = await messages.next_msg(PATIENCE)
+            message = await messages.next_msg(TIMEOUT)
             assert not message.headers
             content = decode(message.data)
             frames += content.frames
@@ -115,15 +115,15 @@ async def test_worker_serves_nats_py_on_a_lane(connect: Connect, server: Server)
         assert level_0.pending_msgs == 0
         # Another stream is cancelled.
         await client.publish("llm.generate", b"hello", reply=f"{offer}.reply", headers=headers)
-        message = await messages.next_msg(PATIENCE)
+        message = await messages.next_msg(TIMEOUT)
         while not decode(message.data).frames:
-            message = await messages.next_msg(PATIENCE)
+            message = await messages.next_msg(TIMEOUT)
         assert decode(message.data).frames == (accept(2, 7),)
         content = decode(message.data)
         left = encode(LaneMessage(0, 1, content.sequence, (cancel(2, 2),)))
         await client.publish(message.reply, left, reply=f"{offer}-1")
         await client.flush()
-        assert (await told(worker, event="STOPPED"))["status"] == "OFFLINE"
+        assert (await wait_in_thread(worker, event="STOPPED"))["status"] == "OFFLINE"
 
 
 @asynchronous
@@ -134,7 +134,7 @@ async def test_gateway_reads_from_nats_py_on_a_lane(connect: Connect, server: Se
         requests = await client.subscribe("llm.generate", queue="workers")
         await client.flush()
         gateway.do("request 1 llm.generate alice hello")
-        request = await requests.next_msg(PATIENCE)
+        request = await requests.next_msg(TIMEOUT)
         assert request.headers
         version, offer, key, window = request.headers["Presence-Lane"].split(" ")
         assert (version, window) == ("1", "10000")
@@ -143,20 +143,20 @@ async def test_gateway_reads_from_nats_py_on_a_lane(connect: Connect, server: Se
         first = encode(LaneMessage(NEW, 1, 0, (accept(1, int(key, 16)), data(1, b"0"))))
         await client.publish(offer, first, reply=own)
         # Send as much as the window allows, and more when credit arrives.
-        room, received = 10_000 - 65, 0
+        credit, received = 10_000 - 65, 0
         for i in range(1, 1001):
             frame = data(1, b"%d" % i) if i < 1000 else end(1)
-            while room < 100:
-                content = decode((await messages.next_msg(PATIENCE)).data)
+            while credit < 100:
+                content = decode((await messages.next_msg(TIMEOUT)).data)
                 received = max(received, content.sequence)
-                room += sum(from_u64(frame.body) for frame in content.frames)
-            room -= len(frame.body) + 64
+                credit += sum(from_u64(frame.body) for frame in content.frames)
+            credit -= len(frame.body) + 64
             await client.publish(offer, encode(LaneMessage(0, i + 1, received, (frame,))), reply=own)
-        await told(gateway, event="END")
+        await wait_in_thread(gateway, event="END")
         assert [gateway.wait(event="DATA")["data"] for _ in range(1000)] == [str(i) for i in range(1000)]
         assert received > 5
 
 
-async def told(gateway: Shell, **fields: Any) -> Event:
+async def wait_in_thread(gateway: Shell, **fields: Any) -> Event:
     """Waits for an event while the peer works on."""
     return await asyncio.to_thread(lambda: gateway.wait(**fields))

@@ -152,9 +152,7 @@ def begin(gateway: Shell, worker: WorkerByHand) -> LaneEnd:
 @pytest.mark.parametrize(("message", "example"), [
     (LaneMessage(0, 7, 3), "reset"), (LaneMessage(lane_codec.NEW | lane_codec.PING, 7, 3, ping=2), "unknown"),
 ])  # fmt: skip
-def test_gateway_resets_an_unknown_lane(
-    connect: Connect, raw: RawPeer, message: LaneMessage, example: str
-) -> None:
+def test_gateway_resets_an_unknown_lane(connect: Connect, raw: RawPeer, message: LaneMessage, example: str) -> None:
     gateway = connect()
     worker = WorkerByHand(raw, "llm.generate")
     gateway.do("request 1 llm.generate alice hello")

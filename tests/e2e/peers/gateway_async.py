@@ -9,7 +9,7 @@ import sys
 from nats_presence import PresenceError, aio, mark_client_offline
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -17,16 +17,16 @@ def tell(**event: object) -> None:
 async def read(stream: aio.Stream, client: str) -> None:
     try:
         async for message in stream:
-            tell(event="data", client=client, data=message.decode())
-        tell(event="end", client=client)
+            emit(event="data", client=client, data=message.decode())
+        emit(event="end", client=client)
     except PresenceError as error:
-        tell(event="error", client=client, status=error.status, text=str(error))
+        emit(event="error", client=client, status=error.status, text=str(error))
 
 
 async def main(url: str, lanes: str, *options: str) -> None:
     readers = set()
     async with aio.connect(url, lanes=lanes, **dict(option.split("=", 1) for option in options)) as conn:
-        tell(event="ready")
+        emit(event="ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             command, *words = line.rstrip("\n").split(" ", 3)
             if command == "request":
@@ -34,7 +34,7 @@ async def main(url: str, lanes: str, *options: str) -> None:
                 try:
                     stream = conn.stream(subject, text, client_id=client)
                 except PresenceError as error:
-                    tell(event="error", client=client, status=error.status, text=str(error))
+                    emit(event="error", client=client, status=error.status, text=str(error))
                 else:
                     readers.add(asyncio.create_task(read(stream, client)))
             elif command == "leave":

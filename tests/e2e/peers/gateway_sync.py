@@ -9,7 +9,7 @@ import threading
 import nats_presence as presence
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -17,15 +17,15 @@ def tell(**event: object) -> None:
 def read(stream: presence.Stream, client: str) -> None:
     try:
         for message in stream:
-            tell(event="data", client=client, data=message.decode())
-        tell(event="end", client=client)
+            emit(event="data", client=client, data=message.decode())
+        emit(event="end", client=client)
     except presence.PresenceError as error:
-        tell(event="error", client=client, status=error.status, text=str(error))
+        emit(event="error", client=client, status=error.status, text=str(error))
 
 
 options = dict(option.split("=", 1) for option in sys.argv[3:])
 with presence.connect(sys.argv[1], lanes=sys.argv[2], **options) as conn:
-    tell(event="ready")
+    emit(event="ready")
     for line in sys.stdin:
         command, *words = line.rstrip("\n").split(" ", 3)
         if command == "request":
@@ -33,7 +33,7 @@ with presence.connect(sys.argv[1], lanes=sys.argv[2], **options) as conn:
             try:
                 stream = conn.stream(subject, text, client_id=client)
             except presence.PresenceError as error:
-                tell(event="error", client=client, status=error.status, text=str(error))
+                emit(event="error", client=client, status=error.status, text=str(error))
             else:
                 threading.Thread(target=read, args=(stream, client)).start()
         elif command == "leave":

@@ -12,7 +12,7 @@ from nats_presence import PresenceError, Request, aio
 FURTHER = 100
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -43,9 +43,9 @@ async def main(url: str, subject: str, lanes: str, *options: str) -> None:
             for _ in range(FURTHER):
                 with suppress(PresenceError):
                     await sender.send("more")
-            tell(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
+            emit(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
 
-        tell(event="ready")
+        emit(event="ready")
         while await asyncio.to_thread(sys.stdin.readline):  # "finish" is the only command
             finishing.set()
 

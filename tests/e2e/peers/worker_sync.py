@@ -14,7 +14,7 @@ FURTHER = 100
 finishing = threading.Event()
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -38,12 +38,12 @@ def answer(request: presence.Request, sender: presence.Sender) -> None:
     for _ in range(FURTHER):
         with suppress(presence.PresenceError):
             sender.send("more")
-    tell(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
+    emit(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
 
 
 options = dict(option.split("=", 1) for option in sys.argv[4:])
 with presence.connect(sys.argv[1], lanes=sys.argv[3], **options) as conn:
     conn.service(sys.argv[2], queue="workers")(answer)
-    tell(event="ready")
+    emit(event="ready")
     for _ in sys.stdin:  # "finish" is the only command
         finishing.set()

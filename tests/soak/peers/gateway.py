@@ -75,7 +75,7 @@ class Reader:
                 self.last = time.monotonic()
                 if self.received >= self.count or message != soak.content(self.key, self.received, self.size):
                     which = f"message {self.received} of {self.count} of a stream of {self.worker}"
-                    soak.tell(event="violation", what=f"{which} is not what was sent")
+                    soak.emit(event="violation", what=f"{which} is not what was sent")
                     self.stream.cancel()
                     return "WRONG"
                 self.received += 1
@@ -125,7 +125,7 @@ class Cycle:
 
     async def run(self) -> None:
         await asyncio.gather(*(self.client(number) for number in range(self.clients)))
-        soak.tell(event="cycle", clients=self.clients, most=self.most, counts=self.counts)
+        soak.emit(event="cycle", clients=self.clients, most=self.most, counts=self.counts)
 
     async def client(self, number: int) -> None:
         rng = random.Random(f"{self.seed} {number}")
@@ -180,7 +180,7 @@ async def settle() -> None:
     ]
     await asyncio.gather(*(reader.count_outcome(counts, "") for reader in readers))
     soak.give_back()
-    soak.tell(event="cycle", clients=0, counts=counts)
+    soak.emit(event="cycle", clients=0, counts=counts)
     soak.tell_stats("quiet", conns)
 
 
@@ -188,7 +188,7 @@ async def commands() -> None:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    soak.tell(event="ready")
+    soak.emit(event="ready")
     tasks = [asyncio.create_task(watch_over())]
     while line := (await reader.readline()).decode():
         command, *numbers = line.split()

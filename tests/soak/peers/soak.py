@@ -60,7 +60,7 @@ class Connection(Protocol):
     def stats(self) -> dict[str, int]: ...
 
 
-def tell(**event: object) -> None:
+def emit(**event: object) -> None:
     sys.stdout.write(json.dumps(event) + "\n")
     sys.stdout.flush()
 
@@ -73,7 +73,7 @@ def tell_stats(event: str, conns: Sequence[Connection], **more: int) -> None:
     }
     waiting = sum(stats["bytes_waiting"] for stats in both)
     heap = mallinfo2()
-    tell(event=event, heap=heap.uordblks + heap.hblkhd, online=presence.online_count(), waiting=waiting, **sums, **more)
+    emit(event=event, heap=heap.uordblks + heap.hblkhd, online=presence.online_count(), waiting=waiting, **sums, **more)
 
 
 def give_back() -> None:

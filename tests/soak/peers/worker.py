@@ -53,7 +53,7 @@ for conn, subject in zip(conns, [sys.argv[2], f"{sys.argv[2]}.0"]):
     conn.service(subject, queue="soak", threads=THREADS, max_streams=10_000)(serve)
 ended = threading.Event()
 teller = threading.Thread(target=tell_stats, args=(ended,))
-soak.tell(event="ready")
+soak.emit(event="ready")
 teller.start()
 for _ in sys.stdin:  # "quiet" is the only command
     soak.give_back()
