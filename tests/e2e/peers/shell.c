@@ -228,13 +228,13 @@ static void execute(char *line) {
 int main(void) {
   pthread_t printer;
   char *line = NULL;
-  size_t room = 0;
+  size_t capacity = 0;
   ssize_t length;
   setvbuf(stdout, NULL, _IOLBF, 0);
   presence_queue_new(&queue);
   options = presence_config_new();
   pthread_create(&printer, NULL, print_events, NULL);
-  while ((length = getline(&line, &room, stdin)) > 0) {
+  while ((length = getline(&line, &capacity, stdin)) > 0) {
     line[length - 1] = '\0';
     execute(line);
   }

@@ -35,7 +35,7 @@ var (
 	name  string
 )
 
-// cycle is one coming and going of all clients.
+// cycle is one round in which all clients come and leave.
 type cycle struct {
 	mu     sync.Mutex
 	counts map[string]int
@@ -63,7 +63,7 @@ func main() {
 	}
 }
 
-// run has so many clients come during the first 0.4 of this time, and leave during its second half.
+// run has all clients come during the first 0.4 of this time, and leave during its second half.
 func run(seed uint64, clients int, length time.Duration) {
 	c := &cycle{counts: map[string]int{}}
 	var gone sync.WaitGroup
@@ -73,7 +73,7 @@ func run(seed uint64, clients int, length time.Duration) {
 		})
 	}
 	gone.Wait()
-	soak.Tell(map[string]any{"event": "cycle", "clients": clients, "most": c.most.Load(), "counts": c.counts})
+	soak.Emit(map[string]any{"event": "cycle", "clients": clients, "most": c.most.Load(), "counts": c.counts})
 }
 
 func (c *cycle) client(id string, random *rand.Rand, length time.Duration) {
@@ -115,7 +115,7 @@ func (c *cycle) client(id string, random *rand.Rand, length time.Duration) {
 		if name == "reads" {
 			after = time.Duration(random.Int64N(leaves - comes))
 		} else if name == "cancels" && i == 1 {
-			name = "reads" // of two streams one is cancelled, the other read to its end
+			name = "reads" // of two streams, only one is cancelled
 		}
 		r := rand.New(rand.NewPCG(random.Uint64(), uint64(i)))
 		soak.Go(&streams, func() {
@@ -140,12 +140,12 @@ func (c *cycle) client(id string, random *rand.Rand, length time.Duration) {
 	streams.Wait()
 }
 
-// stream requests a stream from a worker on a connection of ours that has lanes or not, at a subject of its that has them or
-// not, reads it, and counts how it ended.
+// stream requests a stream from a worker, reads it, and counts its outcome. Both our connection and the worker's subject
+// are with or without lanes.
 func (c *cycle) stream(client, kind, worker string, lanesHere, lanesThere bool, random *rand.Rand) {
 	key, shape := random.Uint64()>>2, random.IntN(100)
 	var count, size, burst, pause int
-	opts := []presence.Option{presence.With("timeout_ms", "60000")} // never comes
+	opts := []presence.Option{presence.With("timeout_ms", "60000")} // never reached
 	switch {
 	case kind == "slow": // more than its window
 		count, size, burst = 50, 2000, 50
@@ -205,7 +205,7 @@ func (c *cycle) stream(client, kind, worker string, lanesHere, lanesThere bool, 
 		timer.Reset(silence)
 		if isComplete || !soak.IsContent(message, key, uint64(received), size) {
 			text := fmt.Sprintf("message %d of %d of a stream of %s is not what was sent", received, count, worker)
-			soak.Tell(map[string]any{"event": "violation", "what": text})
+			soak.Emit(map[string]any{"event": "violation", "what": text})
 			finish("WRONG")
 			return
 		}
@@ -240,7 +240,7 @@ func outcome(err error, what string, isComplete, isSilent bool) string {
 	return "FAILED_EARLY"
 }
 
-// settle has one stream from each worker, so that there are all the lanes that there will be.
+// settle has one stream from each worker, so that all lanes exist.
 func settle() {
 	c := &cycle{counts: map[string]int{}}
 	var streams sync.WaitGroup
@@ -252,6 +252,6 @@ func settle() {
 	}
 	streams.Wait()
 	soak.GiveBack()
-	soak.Tell(map[string]any{"event": "cycle", "clients": 0, "counts": c.counts})
-	soak.TellStats("quiet", conns, nil)
+	soak.Emit(map[string]any{"event": "cycle", "clients": 0, "counts": c.counts})
+	soak.EmitStats("quiet", conns, nil)
 }

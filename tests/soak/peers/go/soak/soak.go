@@ -1,4 +1,4 @@
-// Package soak is what both peers in Go share: soak.h in Go.
+// Package soak is shared by both peers in Go: soak.h in Go.
 package soak
 
 // #include <malloc.h>
@@ -21,7 +21,7 @@ import (
 )
 
 const (
-	// Head is how many bytes of a message are the stream's key and the message's number.
+	// Head is the number of bytes that hold the stream's key and the message's number.
 	Head    = 16
 	largest = 1 << 16
 	shifts  = 4096
@@ -58,8 +58,8 @@ func IsContent(message []byte, key, number uint64, size int) bool {
 		binary.LittleEndian.Uint64(message[8:]) == number && bytes.Equal(message[Head:], table[at:at+uint64(size-Head)])
 }
 
-// Connect makes two connections with the options "KEY=VALUE,…": with lanes, and on level 0; the second leaves the
-// announcing to the first.
+// Connect makes two connections with the options "KEY=VALUE,…": with lanes, and on level 0; the second leaves
+// announcements to the first.
 func Connect(url, options string) (conns [2]*presence.Conn) {
 	var opts []presence.Option
 	for option := range strings.SplitSeq(options, ",") {
@@ -75,8 +75,8 @@ func Connect(url, options string) (conns [2]*presence.Conn) {
 	return conns
 }
 
-// TellStats tells what is in hand, and how many bytes of C's heap are in use, as an event of this name.
-func TellStats(event string, conns [2]*presence.Conn, more map[string]any) {
+// EmitStats prints statistics, with the bytes of C's heap in use, as an event of this name.
+func EmitStats(event string, conns [2]*presence.Conn, more map[string]any) {
 	sum := map[string]any{}
 	for key, value := range more {
 		sum[key] = value
@@ -97,19 +97,19 @@ func TellStats(event string, conns [2]*presence.Conn, more map[string]any) {
 	sum["heap"] = heap.uordblks + heap.hblkhd
 	sum["event"], sum["online"], sum["connected"], sum["connects"] = event, presence.OnlineCount(), connected, connects
 	sum["streams"], sum["senders"], sum["lanes"], sum["waiting"] = streams, senders, lanes, waiting
-	Tell(sum)
+	Emit(sum)
 }
 
-// Tell writes one event.
-func Tell(event map[string]any) {
+// Emit prints one event.
+func Emit(event map[string]any) {
 	line, err := json.Marshal(event)
 	Check(err)
 	os.Stdout.Write(append(line, '\n')) // one write: lines of several goroutines do not mix
 }
 
-// Run tells what is in hand each half second, and calls f with each line of the standard input, until that ends.
+// Run prints statistics each half second, and calls f with each line of the standard input, until that ends.
 func Run(conns [2]*presence.Conn, more func() map[string]any, f func(line string)) {
-	Tell(map[string]any{"event": "ready"})
+	Emit(map[string]any{"event": "ready"})
 	lines := make(chan string)
 	go func() {
 		for scanner := bufio.NewScanner(os.Stdin); scanner.Scan(); {
@@ -125,12 +125,12 @@ func Run(conns [2]*presence.Conn, more func() map[string]any, f func(line string
 			}
 			f(line)
 		case <-tick:
-			TellStats("stats", conns, more())
+			EmitStats("stats", conns, more())
 		}
 	}
 }
 
-// Go runs f in a goroutine that is waited for.
+// Go runs f in a goroutine that wait waits for.
 func Go(wait *sync.WaitGroup, f func()) {
 	wait.Add(1)
 	go func() {
@@ -139,7 +139,7 @@ func Go(wait *sync.WaitGroup, f func()) {
 	}()
 }
 
-// GiveBack gives memory that is not used back to the system: Go's, and C's.
+// GiveBack returns unused memory to the system: Go's, and C's.
 func GiveBack() {
 	debug.FreeOSMemory()
 	C.malloc_trim(0)

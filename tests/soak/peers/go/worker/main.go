@@ -34,7 +34,7 @@ func main() {
 	}
 	soak.Run(conns, more, func(string) {
 		soak.GiveBack()
-		soak.TellStats("quiet", conns, more())
+		soak.EmitStats("quiet", conns, more())
 	})
 	stop()
 	serving.Wait()
@@ -43,7 +43,7 @@ func main() {
 	}
 }
 
-// serve sends what is asked for; after that, or when it was stopped, nothing more may be taken.
+// serve sends what the request asks for; when the stream has ended, no further send may be accepted.
 func serve(ctx context.Context, req *presence.Request, s *presence.Sender) error {
 	var key uint64
 	var count, size, burst, pause int
