@@ -1,4 +1,4 @@
-//! Stop, send, end, wait and receive, on a lane: both ends, and what is between them.
+//! Stop, send, end, wait and receive on a lane, with both ends and the messages between them.
 
 use super::*;
 use crate::events::{Kind, Single};
@@ -6,7 +6,7 @@ use crate::nats::outbox::interleavings::search;
 use shuttle::sync::atomic::{AtomicBool, AtomicU32};
 use shuttle::thread;
 
-/// A sender or a stream, as a lane sees it.
+/// The lane's view of a sender or a stream.
 struct Probe {
     queue: Arc<Queue>,
     word: StatusWord,
@@ -34,7 +34,7 @@ impl Probe {
         self.queue.push(Single::new(Kind::End, Status::Ok, 0, "E"));
     }
 
-    /// What its reader gets, up to the end.
+    /// Everything that the reader receives, up to the end.
     fn read(&self) -> String {
         let mut all = String::new();
         while !all.ends_with('E') {
@@ -92,8 +92,7 @@ struct World {
     over: Arc<AtomicBool>,
 }
 
-/// The task of one end: takes what its state has to send, and gives it to the other end. What is due soon is done when
-/// nothing else is.
+/// The task of one end: passes the messages of its state to the other end. Timers fire when nothing else is left to do.
 async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<AtomicBool>, window: u32) {
     let readers = Wakeups::default();
     let mut now = Instant::now();
@@ -122,7 +121,7 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
 }
 
 impl World {
-    /// Without anything between the ends.
+    /// A world in which no task connects the ends.
     fn apart(window: u32) -> World {
         let patience = PeerTimeouts {
             heartbeat: Duration::from_secs(3600),
@@ -177,7 +176,7 @@ impl World {
     }
 }
 
-/// What was accepted comes, in order, then one end, and nothing behind it, whoever ends it when.
+/// What was accepted arrives in order, then one end, and nothing after it, whichever thread ends it and when.
 #[test]
 fn nothing_follows_the_end() {
     search(|| {
@@ -199,9 +198,9 @@ fn nothing_follows_the_end() {
     });
 }
 
-/// Who waits for room leaves: the reader makes room, or the stream is stopped. (Else: a deadlock.)
+/// A blocked send returns: the reader gives credit, or the stream is stopped. (Otherwise shuttle reports a deadlock.)
 #[test]
-fn who_waits_leaves() {
+fn blocked_send_returns() {
     for case in 0..2 {
         search(move || {
             let world = if case == 0 { World::new(1) } else { World::apart(1) };
@@ -210,7 +209,7 @@ fn who_waits_leaves() {
                 .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.credit, b"b", None)))
                 .collect();
             if case == 0 {
-                // The reader takes one after the other.
+                // The reader takes one event at a time.
                 let mut all = String::new();
                 while all.len() < 3 {
                     world.stream.queue.wait(1, None, |event| all += str::from_utf8(event.data).unwrap()).unwrap();
@@ -230,9 +229,9 @@ fn who_waits_leaves() {
     }
 }
 
-/// Who was refused hears of room when there is some.
+/// A sender that was refused is notified when it is writable.
 #[test]
-fn who_was_refused_is_told() {
+fn refused_sender_is_notified() {
     search(|| {
         let world = World::new(1);
         assert_eq!(world.send(&["a"]), "a");
@@ -255,16 +254,16 @@ fn who_was_refused_is_told() {
     });
 }
 
-/// A cancel against an end: the stream has its end, or the sender hears of the cancel, or both.
+/// A cancel races an end: the stream gets its end, or the sender the cancel, or both.
 #[test]
-fn a_cancel_against_an_end() {
+fn cancel_races_an_end() {
     search(|| {
         let world = World::new(1 << 16);
         let ender = world.spawn(|world| {
             world.send(&["a"]);
             world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).unwrap();
         });
-        // Its number is 1: the first of the lane.
+        // It is stream 1, the first of the lane.
         world.gateway.cancel(1, Status::Cancelled);
         ender.join().unwrap();
         world.worker.changed.notify_one();
@@ -274,10 +273,10 @@ fn a_cancel_against_an_end() {
     });
 }
 
-/// A lane's end against a send and an end: who was told that the other end is gone cannot end the stream well, and who
-/// ended it well was not told.
+/// The end of a lane races a send and an end: a sender that was notified that its peer is gone cannot end the stream
+/// successfully, and one that ended it successfully is not notified.
 #[test]
-fn a_lanes_end_against_an_end() {
+fn lane_end_races_a_stream_end() {
     search(|| {
         let world = World::apart(1 << 16);
         let sender = world.spawn(|world| {

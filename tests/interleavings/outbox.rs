@@ -1,4 +1,4 @@
-//! Stop, send, end, wait and hand over, on level 0.
+//! Stop, send, end, wait and flush on level 0.
 
 use super::*;
 use shuttle::thread;
@@ -8,13 +8,13 @@ fn schedules() -> usize {
     std::env::var("INTERLEAVINGS").ok().map_or(2000, |n| n.parse().unwrap())
 }
 
-/// Random schedules, and such as change threads seldom, at the worst moments.
+/// Random schedules, and schedules with few but adversarial thread switches.
 pub(crate) fn search(test: impl Fn() + Send + Sync + Clone + 'static) {
     shuttle::check_random(test.clone(), schedules());
     shuttle::check_pct(test, schedules(), 3);
 }
 
-/// What came out: bodies of messages, and E for the note.
+/// The published messages: their bodies, and E for the end.
 fn written(outbox: &Outbox) -> String {
     use futures_util::FutureExt;
     let mut all = String::new();
@@ -42,7 +42,7 @@ fn send_some(outbox: &Outbox, word: &StatusWord, letters: &[&str]) -> String {
     sent
 }
 
-/// Nothing follows the end, whoever ends it; what was accepted is before it; it ends once.
+/// Nothing follows the end, whichever thread ends it; everything accepted precedes it; it ends once.
 fn ends_race_with_sends() {
     let outbox = Arc::new(Outbox::new(1 << 20));
     let word = Arc::new(StatusWord::default());
@@ -54,7 +54,7 @@ fn ends_race_with_sends() {
         let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
         move || outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok()
     });
-    // As the registry does it: the word first, without the lock, and then the note.
+    // Like the registry: the status word first, without the lock, and then the end.
     let stopped = word.try_stop(Status::Offline);
     let late = send_some(&outbox, &word, &["c"]);
     if stopped {
@@ -73,7 +73,7 @@ fn nothing_follows_the_end() {
 
 #[test]
 fn nothing_follows_the_end_in_any_order() {
-    // All schedules of one send against one end and one stop.
+    // All schedules of one send, one end and one stop.
     let every = || {
         let outbox = Arc::new(Outbox::new(1 << 20));
         let word = Arc::new(StatusWord::default());
@@ -91,9 +91,10 @@ fn nothing_follows_the_end_in_any_order() {
     shuttle::check_dfs(every, None);
 }
 
-/// Who waits for room leaves, with room, with the stop, or with the loss of the connection. (Else: a deadlock.)
+/// A blocked send returns when the buffer drains, when its sender stops, or when the connection is lost.
+/// (Otherwise shuttle reports a deadlock.)
 #[test]
-fn who_waits_leaves() {
+fn blocked_send_returns() {
     for case in 0..3 {
         search(move || {
             let outbox = Arc::new(Outbox::new(1));
@@ -107,7 +108,7 @@ fn who_waits_leaves() {
                 .collect();
             match case {
                 0 => {
-                    // One finds room, the other when the first one's is handed over.
+                    // One fits at once, the other when the first has been flushed.
                     let mut all = String::new();
                     while all.len() < 3 {
                         all += &written(&outbox);
@@ -120,7 +121,7 @@ fn who_waits_leaves() {
                     outbox.push(DurableMessage::End("to".into()).into());
                 }
                 _ => {
-                    // With the connection goes what waited for it: there is room.
+                    // The pending messages are dropped with the connection: the buffer is empty.
                     outbox.connection_lost([]);
                 }
             }
@@ -141,9 +142,9 @@ impl BlockedSender for Told {
     }
 }
 
-/// Who was refused hears of room once, unless it was the last to hand over something itself.
+/// A sender that was refused is notified once, unless its own flush was the last.
 #[test]
-fn who_was_refused_is_told() {
+fn refused_sender_is_notified() {
     search(|| {
         let outbox = Arc::new(Outbox::new(1));
         let word = StatusWord::default();
@@ -161,9 +162,9 @@ fn who_was_refused_is_told() {
     });
 }
 
-/// The connection's task learns of all that is appended: a forgotten call would leave it asleep.
+/// The connection's task is woken for everything that is appended: a missed wakeup would leave it asleep.
 #[test]
-fn the_task_takes_all() {
+fn task_takes_everything() {
     search(|| {
         let outbox = Arc::new(Outbox::new(1 << 20));
         let word = Arc::new(StatusWord::default());

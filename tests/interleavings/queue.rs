@@ -111,7 +111,7 @@ fn close_ends_the_wait_and_loses_no_request() {
 
 /// A wait returns for a wake that came before it or during it.
 #[test]
-fn a_wake_is_not_lost() {
+fn wake_is_not_lost() {
     let test = || {
         let queue = Queue::new();
         let other = Arc::clone(&queue);

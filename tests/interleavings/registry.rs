@@ -1,4 +1,4 @@
-//! Marks, sessions and streams of one client, all at once.
+//! Marks, sessions and streams of one client at the same time.
 
 use super::*;
 use crate::nats::outbox::interleavings::search;
@@ -45,9 +45,9 @@ impl Stoppable for Probe {
     }
 }
 
-/// What was attached when a mark began is forbidden when it returns; two marks stop it once; nothing is left.
+/// Streams attached before a mark began are stopped when it returns; two marks stop each once; nothing is left.
 #[test]
-fn a_mark_stops_all_that_was_there() {
+fn mark_stops_every_attached_stream() {
     search(|| {
         let probe = Probe::attach("a");
         let marker = thread::spawn({
@@ -76,9 +76,9 @@ fn a_mark_stops_all_that_was_there() {
     });
 }
 
-/// A stream's own end against the mark: it is one or the other.
+/// A stream's own end races the mark: one of them takes effect.
 #[test]
-fn an_end_against_a_mark() {
+fn end_races_a_mark() {
     let test = || {
         let probe = Probe::attach("a");
         let ender = thread::spawn({
@@ -97,9 +97,9 @@ fn an_end_against_a_mark() {
     shuttle::check_dfs(test, None);
 }
 
-/// Two sessions close at once, and one opens meanwhile: who is the last takes the client offline.
+/// Two sessions close at once while one opens: the last one to close takes the client offline.
 #[test]
-fn sessions() {
+fn last_session_takes_the_client_offline() {
     search(|| {
         let first = Session::open(b"a").unwrap();
         let second = Session::open(b"a").unwrap();
@@ -113,9 +113,9 @@ fn sessions() {
     });
 }
 
-/// Watchers hear ONLINE and OFFLINE in turn, whoever causes them.
+/// Watchers receive ONLINE and OFFLINE alternately, whatever causes them.
 #[test]
-fn watchers_hear_in_turn() {
+fn watchers_receive_alternating_events() {
     search(|| {
         let queue = Queue::new();
         watch(&queue, 1);
