@@ -236,7 +236,7 @@ def test_tenants_are_separated() -> None:
     with processes(CONFIGS / "tenants.conf", tenant="red-") as (port, both), strangers(port, "blue-") as (gateway, _):
         stream = both.gateway.stream("llm.endless", client_id="somebody", timeout_ms=20_000)
         next(stream)
-        # What is allowed there has no effect here: the same client, the same subject, an inbox.
+        # Permissions in that account have no effect in this one: the same client, the same subject, an inbox.
         assert gateway.publish("client.offline", b"somebody") == ""
         assert gateway.subscribe("_INBOX.gateway.>") == ""
         assert gateway.publish("llm.count", b"10", reply="_INBOX.gateway.x.1") == ""

@@ -200,7 +200,7 @@ static void giving_up_ends_the_streams(void) {
   start_server(&server);
 }
 
-/* One end's connection ---------------------------------------------------------------------------------------------- */
+/* Losing one end's connection --------------------------------------------------------------------------------------- */
 
 /* All that one end sends and receives is lost for a while, then its connection is cut: nothing is missing
  * afterwards. */

@@ -1,5 +1,5 @@
-/* Messages whose content follows from the stream's number and their own, so that what is lost, doubled, mixed up or
- * changed shows. */
+/* Messages whose content follows from the stream's number and their own, so that lost, duplicated, reordered or
+ * changed messages are noticed. */
 #ifndef CONTENT_H
 #define CONTENT_H
 

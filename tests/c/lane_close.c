@@ -164,7 +164,7 @@ static void close_without_drain_time_ends_the_streams(void) {
   }
 }
 
-/* Processes that end right after they closed ------------------------------------------------------------------------- */
+/* Processes that exit right after a close ---------------------------------------------------------------------------- */
 
 static void send_close_and_exit(void) {
   peer self = open_peer();

@@ -102,7 +102,7 @@ static void error_text_arrives(void) {
   }
 }
 
-/* Room -------------------------------------------------------------------------------------------------------------- */
+/* Backpressure ------------------------------------------------------------------------------------------------------ */
 
 /* Sends empty messages until the sender is full, and returns how many. */
 static int fill(presence_sender *sender) {

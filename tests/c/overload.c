@@ -16,7 +16,7 @@ static void check_resident(long before, long more_kib) {
   CHECK(now <= before + more_kib || (fprintf(stderr, "from %ld to %ld KiB: ", before, now), 0));
 }
 
-/* Requests that nobody takes ------------------------------------------------------------------------------------------ */
+/* Untaken requests ---------------------------------------------------------------------------------------------------- */
 
 enum { PLACES = 10, LEAVE = 2000 };
 
@@ -117,7 +117,7 @@ static void request_flood_is_answered_busy(void) {
   close_peer(worker);
 }
 
-/* Readers that take nothing ------------------------------------------------------------------------------------------- */
+/* Idle readers -------------------------------------------------------------------------------------------------------- */
 
 /* Workers send to idle readers until they are refused. The windows limit what is pending, for messages of any size:
  * lanes block the workers, on level 0 the streams end. */

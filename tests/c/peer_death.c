@@ -97,7 +97,7 @@ static void run_gateway(void) {
   close_peer(self);
 }
 
-/* A worker is gone -------------------------------------------------------------------------------------------------- */
+/* The worker is gone ------------------------------------------------------------------------------------------------ */
 
 static void expect_gone(peer gateway, int count, uint64_t others) {
   for (int gone = 0; gone < count;) {
@@ -242,7 +242,7 @@ static void close_while_the_worker_is_stopped(void) {
   }
 }
 
-/* A gateway is gone ------------------------------------------------------------------------------------------------- */
+/* The gateway is gone ----------------------------------------------------------------------------------------------- */
 
 /* Sends on the first sender until it is stopped; the second, which is idle, is stopped with it. */
 static int64_t send_until_gone(peer worker, presence_sender **senders) {

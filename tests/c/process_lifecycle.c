@@ -565,7 +565,7 @@ static void role_broken_connections_raise_no_sigpipe(void) {
   (void)presence_close(conn, 0);
 }
 
-/* What threads take over ---------------------------------------------------------------------------------------------- */
+/* What the runtime's threads inherit ---------------------------------------------------------------------------------- */
 
 /* With an environment that asks for small stacks; resolving a name needs more. */
 static void role_small_default_stacks_are_enough(void) {

@@ -6,7 +6,7 @@
 static pid_t server; /* the process ID of nats-server */
 static pair both;
 
-/* A busy timer -------------------------------------------------------------------------------------------------------- */
+/* Frequent signals ---------------------------------------------------------------------------------------------------- */
 
 static int ticks; /* atomic */
 
@@ -55,7 +55,7 @@ static void role_frequent_signals_interrupt_nothing(void) {
 
 static void frequent_signals_interrupt_nothing(void) { expect_exit(start("role_frequent_signals_interrupt_nothing"), 0); }
 
-/* The end during a close ---------------------------------------------------------------------------------------------- */
+/* Ending the process during a close ----------------------------------------------------------------------------------- */
 
 enum { SENT = 1000 };
 

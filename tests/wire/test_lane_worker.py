@@ -583,7 +583,7 @@ def test_unknown_lanes_are_reset(worker: Shell, gateway: GatewayByHand, lane: La
         answer = answers.next()
         assert (answer.reply.decode(), answer.payload) == (unknown, encode(LaneMessage(RESET, 0, 0)))
     assert ignored(worker) == 2
-    # No answer: to what is no lane message, to RESET, and to a forbidden reply subject.
+    # No answer to messages that are no lane messages, to RESET, and to a forbidden reply subject.
     everything = raw.subscribe(">")
     for payload in [b"", b"\x02" * HEADER, b"hello", encode(LaneMessage(RESET, 0, 0))]:
         raw.send(pub(f"{prefix}.x", payload, reply=reply))
