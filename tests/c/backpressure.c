@@ -3,14 +3,14 @@
 
 static pid_t server; /* the process ID of nats-server */
 
-/* A pair whose worker has a send buffer of this size. */
+/* A pair whose worker has a send buffer of a chosen size. */
 static pair open_pair_with_buffer(const char *client, const char *send_buffer_bytes) {
   pair self;
-  self.worker = open_peer_with("send_buffer_bytes", send_buffer_bytes);
+  self.worker = open_peer_with(send_buffer_bytes);
   self.gateway = open_peer();
   self.service = serve(self.worker, "flow");
   /* The window is large: the reader reads when everything has been sent. */
-  self.stream = request_with(self.gateway, "flow", client, 1, "stream_buffer_bytes", "67108864");
+  self.stream = request_with(self.gateway, "flow", client, 1, "stream_buffer_bytes=67108864");
   self.sender = accept_request(self.worker);
   return self;
 }
@@ -24,7 +24,7 @@ static void read_numbers(peer gateway, int first, int count) {
 }
 
 static void full_is_followed_by_writable(void) {
-  pair both = open_pair_with_buffer("c", "1000");
+  pair both = open_pair_with_buffer("c", "send_buffer_bytes=1000");
   int sent = 0;
   for (int round = 0; round < 100; round++) {
     int32_t status;
@@ -42,7 +42,7 @@ static void full_is_followed_by_writable(void) {
 
 static void send_wait_blocks_until_writable(void) {
   enum { COUNT = 20000 };
-  pair both = open_pair_with_buffer("c", "1000");
+  pair both = open_pair_with_buffer("c", "send_buffer_bytes=1000");
   for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, -1));
   OK(presence_sender_end(both.sender));
   read_numbers(both.gateway, 0, COUNT);
@@ -52,7 +52,7 @@ static void send_wait_blocks_until_writable(void) {
 
 /* A message larger than the whole buffer is sent alone. */
 static void message_larger_than_the_send_buffer(void) {
-  pair both = open_pair_with_buffer("c", "1000");
+  pair both = open_pair_with_buffer("c", "send_buffer_bytes=1000");
   char large[5000];
   memset(large, 'x', sizeof large);
   for (int i = 0; i < 10; i++) {
@@ -78,7 +78,7 @@ static void *block_on_send(void *argument) {
 static void stopped_server_bounds_the_send_buffer(void) {
   enum { SIZE = 1 << 16, SOCKETS = 24 << 20 /* the most that the system's buffers hold */ };
   static char data[SIZE];
-  pair both = open_pair_with_buffer("leaves", "200000");
+  pair both = open_pair_with_buffer("leaves", "send_buffer_bytes=200000");
   presence_stream *streams[] = {request(both.gateway, "flow", "ends", 2), request(both.gateway, "flow", "stays", 3)};
   presence_sender *ends = accept_request(both.worker), *stays = accept_request(both.worker);
 
@@ -150,7 +150,7 @@ static void slow_reader_ends_its_own_stream(void) {
   peer worker = open_peer(), gateway = open_peer(), watch = second_queue(gateway);
   OK(presence_conn_watch(gateway.conn, watch.queue, 7));
   presence_service *service = serve(worker, "flow");
-  presence_stream *slow = request_with(gateway, "flow", "slow", 1, "stream_buffer_bytes", "20000");
+  presence_stream *slow = request_with(gateway, "flow", "slow", 1, "stream_buffer_bytes=20000");
   presence_stream *other = request(gateway, "flow", "other", 2);
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
   for (int i = 0; i < COUNT; i++) {
@@ -202,7 +202,7 @@ static void slow_reader_ends_its_own_stream(void) {
 /* When a connection holds many unread messages, the streams with a large share end and the others go on. */
 static void receive_buffer_limit_ends_the_largest_streams(void) {
   enum { SIZE = 1000, WEIGHT = SIZE + 64, LIMIT = 640000, PART = LIMIT / 64 };
-  peer worker = open_peer(), gateway = open_peer_with("receive_buffer_bytes", "640000");
+  peer worker = open_peer(), gateway = open_peer_with("receive_buffer_bytes=640000");
   presence_service *service = serve(worker, "flow");
   presence_stream *streams[3];
   presence_sender *senders[3];
@@ -250,7 +250,7 @@ static void receive_buffer_limit_ends_the_largest_streams(void) {
 static void reader_that_keeps_up_is_never_cut_off(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "flow");
-  presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes", "1000");
+  presence_stream *stream = request_with(gateway, "flow", "c", 1, "stream_buffer_bytes=1000");
   presence_sender *sender = accept_request(worker);
   for (int i = 0; i < 1000; i++) {
     OK(presence_sender_send_wait(sender, &i, sizeof i, TIMEOUT_MS)); /* on a lane, blocks until credit arrives */

@@ -33,7 +33,7 @@ static void by_close(void) { CHECK_STATUS(presence_close(both.worker.conn, 0), P
 static void check_wait_ends(void (*end)(void), int32_t expected) {
   const char *server = getenv("NATS_SERVER_PID");
   CHECK(server && atoi(server) > 1);
-  both.worker = open_peer_with("send_buffer_bytes", "200000");
+  both.worker = open_peer_with("send_buffer_bytes=200000");
   both.gateway = open_peer();
   both.service = serve(both.worker, "waits");
   both.stream = request(both.gateway, "waits", "c", 1);

@@ -265,9 +265,9 @@ enum { EARLY = 50 };
 
 /* Requests streams and frees them at once: of a service, and of a subject without workers. */
 static void leave_before_the_answer(void) {
-  const char *const announce[] = {"always", "streams"};
+  const char *const announce[] = {"announce=always", "announce=streams"};
   for (int k = 0; k < 2; k++) {
-    peer self = open_peer_with("announce", announce[k]);
+    peer self = open_peer_with(announce[k]);
     for (int i = 0; i < EARLY; i++) {
       presence_stream_free(request(self, "early", "c", 1));
       presence_stream_free(request(self, "nobody", "c", 2));

@@ -4,20 +4,19 @@
 
 static own_server server;
 
-/* A pair whose ends connect to these URLs, with one option for both. */
-static pair open_pair_at(const char *workers_url, const char *gateways_url, const char *client, const char *key,
-                         const char *value) {
+/* A pair whose ends connect to these URLs, both with these options. */
+static pair open_pair_at(const char *workers_url, const char *gateways_url, const char *client, const char *options) {
   pair self;
-  self.worker = open_peer_at(workers_url, key, value);
-  self.gateway = open_peer_at(gateways_url, key, value);
+  self.worker = open_peer_at(workers_url, options);
+  self.gateway = open_peer_at(gateways_url, options);
   self.service = serve(self.worker, "pair");
-  self.stream = request_with(self.gateway, "pair", client, 1, "stream_buffer_bytes", "6400");
+  self.stream = request_with(self.gateway, "pair", client, 1, "stream_buffer_bytes=6400");
   self.sender = accept_request(self.worker);
   run_whole_stream(self.worker, self.gateway, "pair");
   return self;
 }
 
-static pair open_pair_here(const char *client) { return open_pair_at(server.url, server.url, client, NULL, NULL); }
+static pair open_pair_here(const char *client) { return open_pair_at(server.url, server.url, client, NULL); }
 
 static void expect_disconnected(pair both) {
   expect(both.worker.queue, PRESENCE_EVENT_DISCONNECTED);
@@ -105,7 +104,7 @@ static void ends_while_disconnected_stop_the_sender_later(void) {
   presence_stream *streams[WAYS];
   presence_sender *senders[WAYS];
   for (uint64_t i = 0; i < WAYS; i++) {
-    streams[i] = request_with(both.gateway, "pair", "c", 2 + i, i == TIMEOUT ? "timeout_ms" : NULL, "400");
+    streams[i] = request_with(both.gateway, "pair", "c", 2 + i, i == TIMEOUT ? "timeout_ms=400" : NULL);
     senders[i] = accept_request(both.worker);
   }
   run_whole_stream(both.worker, both.gateway, "pair");
@@ -154,7 +153,7 @@ static void unaccepted_request_ends_with_the_connection(void) {
 /* One end closes its connection meanwhile: the other finds it gone after its reconnect. */
 static void peer_that_closed_while_disconnected_is_gone(void) {
   for (int worker_closes = 0; worker_closes < 2; worker_closes++) {
-    pair both = open_pair_at(server.url, server.url, "c", "reconnect_max_ms", "100");
+    pair both = open_pair_at(server.url, server.url, "c", "reconnect_max_ms=100 connect_timeout_ms=500");
     OK(send_content(both.sender, 1, 0));
     take_content(both.gateway, 1, 0, 1);
     kill_server(&server);
@@ -179,7 +178,7 @@ static void peer_that_closed_while_disconnected_is_gone(void) {
 
 /* A connection that gives up ends its streams. */
 static void giving_up_ends_the_streams(void) {
-  pair both = open_pair_at(server.url, server.url, "c", "max_reconnects", "2");
+  pair both = open_pair_at(server.url, server.url, "c", "max_reconnects=2");
   OK(send_content(both.sender, 1, 0));
   take_content(both.gateway, 1, 0, 1);
   kill_server(&server);
@@ -207,7 +206,7 @@ static void giving_up_ends_the_streams(void) {
 static void messages_lost_with_the_connection_are_retransmitted(void) {
   for (int workers = 0; workers < 2; workers++) {
     proxy *before = new_proxy(server.port);
-    pair both = open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", NULL, NULL);
+    pair both = open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", NULL);
     uint64_t sent = 0, taken = 0;
     for (int round = 0; round < 5; round++) {
       uint64_t out = stats_of(both.worker).messages_out;
@@ -231,7 +230,7 @@ static void silent_link_ends_the_streams_after_three_heartbeats(void) {
   for (int workers = 0; workers < 2; workers++) {
     proxy *before = new_proxy(server.port);
     pair both =
-        open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", "heartbeat_ms", "500");
+        open_pair_at(workers ? before->url : server.url, workers ? server.url : before->url, "c", "heartbeat_ms=500");
     while (stats_of(both.worker).bytes_waiting > 0) usleep(1000); /* the gateway has acknowledged something */
     proxy_swallow(before, true);
     int64_t since = now_ms();
@@ -261,7 +260,7 @@ static void silent_link_ends_the_streams_after_three_heartbeats(void) {
 /* With peer_grace_ms=0 a peer is gone as soon as nats-server does not know it, even for a moment. */
 static void without_grace_a_disconnected_peer_is_gone(void) {
   proxy *before = new_proxy(server.port);
-  pair both = open_pair_at(server.url, before->url, "c", "peer_grace_ms", "0");
+  pair both = open_pair_at(server.url, before->url, "c", "peer_grace_ms=0");
   close(before->listener); /* it cannot reconnect at once */
   proxy_cut(before);
   int32_t status;

@@ -23,12 +23,12 @@ static void request_until_killed(void) {
 }
 
 /* Starts a stream with another process, which `end` ends; returns the time until it is detected, in µs. */
-static int64_t detect(const char *role, const char *key, const char *value, void (*end)(pid_t)) {
+static int64_t detect(const char *role, const char *options, void (*end)(pid_t)) {
   bool is_worker = strcmp(role, "serve_until_killed") == 0;
-  peer self = open_peer_with(key, value);
+  peer self = open_peer_with(options);
   presence_service *service = is_worker ? NULL : serve(self, "found");
   pid_t other = start(role);
-  presence_stream *stream = is_worker ? request_with(self, "found", "c", 1, "retries", "100000") : NULL;
+  presence_stream *stream = is_worker ? request_with(self, "found", "c", 1, "retries=100000") : NULL;
   presence_sender *sender = is_worker ? NULL : accept_request(self);
   presence_event event;
   if (is_worker) {
@@ -70,8 +70,8 @@ static int by_size(const void *one, const void *other) {
 enum { MOST = 500 };
 static int64_t times[MOST];
 
-static void measure(const char *role, const char *key, const char *value, void (*end)(pid_t), int count) {
-  for (int i = 0; i < count; i++) times[i] = detect(role, key, value, end);
+static void measure(const char *role, const char *options, void (*end)(pid_t), int count) {
+  for (int i = 0; i < count; i++) times[i] = detect(role, options, end);
   qsort(times, (size_t)count, sizeof *times, by_size);
 }
 
@@ -79,7 +79,7 @@ static void measure(const char *role, const char *key, const char *value, void (
  * acknowledgement. If that was sent before nats-server noticed the death, the next heartbeat finds it. */
 static void killed(const char *role, const char *name) {
   int count = is_long ? MOST : 5, slow = 0;
-  measure(role, "peer_grace_ms", "0", end_by_kill, count);
+  measure(role, "peer_grace_ms=0", end_by_kill, count);
   CHECK(times[count - 1] < 15000000);
   for (int i = 0; i < count; i++) slow += times[i] > 50000;
   if (!is_long) return;
@@ -94,16 +94,18 @@ static void killed_worker_is_detected(void) { killed("serve_until_killed", "a wo
 
 /* Detected three heartbeats after the last sign of life. */
 static void stopped(const char *role, const char *name) {
-  static const char *const heartbeats[] = {"200", "5000"};
+  static const int heartbeats[] = {200, 5000};
   for (int i = 0; i < (is_long ? 2 : 1); i++) {
     int count = is_long && i == 0 ? 20 : 1;
-    int64_t three = 3000 * atoll(heartbeats[i]);
-    measure(role, "heartbeat_ms", heartbeats[i], suspend, count);
+    int64_t three = 3000 * heartbeats[i];
+    char option[40];
+    snprintf(option, sizeof option, "heartbeat_ms=%d", heartbeats[i]);
+    measure(role, option, suspend, count);
     CHECK(times[0] > three - three / 3 - 100000); /* a message may have been in flight when it was stopped */
     CHECK(times[count - 1] < three + 10000000);
     if (!is_long) continue;
     CHECK(times[count - 1] < three + 1000000); /* it did not wait for a fourth heartbeat */
-    FIGURE("%s is stopped, heartbeat_ms=%s, %d times: detected at most %.1f ms after three heartbeats (p50 %.1f)", name, heartbeats[i],
+    FIGURE("%s is stopped, heartbeat_ms=%d, %d times: detected at most %.1f ms after three heartbeats (p50 %.1f)", name, heartbeats[i],
            count, (double)(times[count - 1] - three) / 1e3, (double)(times[count / 2] - three) / 1e3);
   }
 }

@@ -22,7 +22,7 @@ static void extreme_timeouts(void) {
   static const int64_t for_ever[] = {INT64_MAX, INT64_MAX - 1, (int64_t)1 << 53, -1, INT64_MIN};
   for (int i = 0; i < 5; i++) {
     pair both = open_pair("c");
-    presence_stream *narrow = request_with(both.gateway, "pair", "d", 2, "stream_buffer_bytes", "100000");
+    presence_stream *narrow = request_with(both.gateway, "pair", "d", 2, "stream_buffer_bytes=100000");
     presence_sender *sender = accept_request(both.worker);
     if (on_lanes()) {
       while (presence_sender_send(sender, data, sizeof data) == PRESENCE_OK) continue;

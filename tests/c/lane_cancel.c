@@ -28,7 +28,7 @@ static void cancel_stops_only_its_own_sender(void) {
     peer worker = open_peer(), gateway = open_peer(), watch = second_queue(gateway);
     OK(presence_watch(watch.queue, 0));
     presence_service *service = serve(worker, "two");
-    presence_stream *first = request_with(gateway, "two", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "500");
+    presence_stream *first = request_with(gateway, "two", "c", 1, how == TIMED_OUT ? "timeout_ms=500" : NULL);
     presence_stream *second = request(gateway, "two", "c", 2);
     presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
     OK(send_text(senders[0], "first"));
@@ -102,7 +102,7 @@ static void cancel_before_accept(void) {
     presence_service *service = serve(worker, "early");
     OK(mark_client_online("c")); /* so that its departure is not announced */
     suspend(server);
-    presence_stream *stream = request_with(gateway, "early", "c", 1, how == TIMED_OUT ? "timeout_ms" : NULL, "1");
+    presence_stream *stream = request_with(gateway, "early", "c", 1, how == TIMED_OUT ? "timeout_ms=1" : NULL);
     if (how == CANCELLED_BY_CALL) OK(presence_stream_cancel(stream));
     if (how == FREED) presence_stream_free(stream);
     if (how != FREED) expect(gateway.queue, PRESENCE_EVENT_ERROR);
@@ -215,7 +215,7 @@ static void cancel_releases_unread_messages(void) {
 
 /* Marks offline a client with a stream on a lane, one without streams, and one whose request is still in flight. */
 static void mark_without_announcing(void) {
-  peer self = open_peer_with("announce", "streams");
+  peer self = open_peer_with("announce=streams");
   presence_stream *streams[3];
   for (uint64_t i = 0; i < 2; i++) streams[i] = request(self, "marks", i ? "stays" : "c", i);
   expect_data(self.queue, "first");

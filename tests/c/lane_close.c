@@ -184,7 +184,7 @@ static void send_close_and_exit(void) {
 static void worker_exits_right_after_close(void) {
   peer gateway = open_peer();
   pid_t worker = start("send_close_and_exit");
-  presence_stream *stream = request_with(gateway, "leave", "c", 1, "retries", "100000");
+  presence_stream *stream = request_with(gateway, "leave", "c", 1, "retries=100000");
   for (uint64_t i = 0; i < 20000; i++) {
     presence_event event = expect(gateway.queue, PRESENCE_EVENT_DATA);
     CHECK_CONTENT(&event, SIZE, 1, i);
@@ -206,7 +206,7 @@ static void read_close_and_exit(void) {
 }
 
 static void gateway_exits_right_after_close(void) {
-  peer worker = open_peer_with("peer_grace_ms", "60000"); /* so that peer detection is not what stops the senders */
+  peer worker = open_peer_with("peer_grace_ms=60000"); /* so that peer detection is not what stops the senders */
   presence_service *service = serve(worker, "leave");
   pid_t gateway = start("read_close_and_exit");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};

@@ -2,7 +2,7 @@
 #include "content.h"
 #include "server.h"
 
-static peer open_on_level_0(void) { return open_peer_with("lanes", "false"); }
+static peer open_on_level_0(void) { return open_peer_with("lanes=false"); }
 
 /* Reads a stream of `count` messages to its end. */
 static void read_content(peer gateway, uint64_t stream, uint64_t count) {
@@ -116,7 +116,7 @@ static void small_max_payload(void) {
   kill_server(&server);
   server.config = file;
   start_server(&server);
-  peer worker = open_peer_at(server.url, NULL, NULL), gateway = open_peer_at(server.url, NULL, NULL);
+  peer worker = open_peer_at(server.url, NULL), gateway = open_peer_at(server.url, NULL);
   unlink(file);
   presence_service *service = serve(worker, "small");
   presence_stream *stream = request(gateway, "small", "c", 1);
@@ -154,11 +154,11 @@ static void many_connections_share_a_service(void) {
   peer gateways[GATEWAYS], workers[WORKERS];
   presence_service *services[WORKERS];
   for (int i = 0; i < WORKERS; i++) {
-    workers[i] = i ? open_peer() : open_peer_with("inbox_prefix", "replies.of.worker");
+    workers[i] = i ? open_peer() : open_peer_with("inbox_prefix=replies.of.worker");
     workers[i].queue = i ? (presence_queue_free(workers[i].queue), workers[0].queue) : workers[0].queue;
     OK(presence_serve(workers[i].conn, workers[0].queue, "grouped", "g", 0, 0, &services[i], NULL));
   }
-  for (int i = 0; i < GATEWAYS; i++) gateways[i] = i % 2 ? open_peer() : open_peer_with("inbox_prefix", "replies.of.gateway");
+  for (int i = 0; i < GATEWAYS; i++) gateways[i] = i % 2 ? open_peer() : open_peer_with("inbox_prefix=replies.of.gateway");
   for (int round = 0; round < ROUNDS; round++) {
     peer gateway = gateways[round % GATEWAYS];
     presence_stream *stream = request(gateway, "grouped", "c", 1);
@@ -248,7 +248,7 @@ static void streams_in_both_directions(void) {
 static void exchange(peer self, const char *own, const char *their, uint64_t stream) {
   peer aside = second_queue(self);
   presence_service *service = serve(self, own);
-  presence_stream *requested = request_with(aside, their, "c", 1, "retries", "100000");
+  presence_stream *requested = request_with(aside, their, "c", 1, "retries=100000");
   task task = {accept_request(self), stream, 20000};
   pthread_t thread = start_thread(send_content, &task);
   read_content(aside, 3 - stream, 20000);

@@ -132,7 +132,7 @@ static void full_is_followed_by_writable(void) {
   enum { WINDOW = 64000 };
   peer worker = open_peer(), gateway = open_peer(), aside = second_queue(gateway);
   presence_service *service = serve(worker, "full");
-  presence_stream *stream = request_with(gateway, "full", "c", 1, "stream_buffer_bytes", "64000");
+  presence_stream *stream = request_with(gateway, "full", "c", 1, "stream_buffer_bytes=64000");
   presence_sender *sender = accept_request(worker);
 
   int window = fill(sender), waiting = window;
@@ -171,14 +171,17 @@ static void full_is_followed_by_writable(void) {
 /* The window is stream_buffer_bytes: 256 KiB by default, 4 MiB at most. */
 static void window_limits_unread_messages(void) {
   struct {
-    const char *bytes;
+    const char *option;
     int fits;
-  } windows[] = {{"1", 1}, {"64", 1}, {"640", 10}, {"100000000", (4 << 20) / OVERHEAD}, {NULL, (256 << 10) / OVERHEAD}};
+  } windows[] = {{"stream_buffer_bytes=1", 1},
+                 {"stream_buffer_bytes=64", 1},
+                 {"stream_buffer_bytes=640", 10},
+                 {"stream_buffer_bytes=100000000", (4 << 20) / OVERHEAD},
+                 {NULL, (256 << 10) / OVERHEAD}};
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "windows");
   for (int i = 0; i < 5; i++) {
-    presence_stream *stream =
-        request_with(gateway, "windows", "c", 1, windows[i].bytes ? "stream_buffer_bytes" : NULL, windows[i].bytes);
+    presence_stream *stream = request_with(gateway, "windows", "c", 1, windows[i].option);
     presence_sender *sender = accept_request(worker);
     int sent = 0;
     int32_t status;
@@ -202,7 +205,7 @@ static void window_limits_unread_messages(void) {
 static void message_larger_than_the_window(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "large");
-  presence_stream *stream = request_with(gateway, "large", "c", 1, "stream_buffer_bytes", "1000");
+  presence_stream *stream = request_with(gateway, "large", "c", 1, "stream_buffer_bytes=1000");
   presence_sender *sender = accept_request(worker);
   unsigned char *message = (unsigned char *)malloc(LARGEST);
   fill_content(message, LARGEST, 1, 0);
@@ -238,7 +241,7 @@ static void send_many_stops_at_the_window(void) {
   enum { COUNT = 1000, WINDOW = 100 };
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "many");
-  presence_stream *stream = request_with(gateway, "many", "c", 1, "stream_buffer_bytes", "10000");
+  presence_stream *stream = request_with(gateway, "many", "c", 1, "stream_buffer_bytes=10000");
   presence_sender *sender = accept_request(worker);
   unsigned char data[COUNT * 36];
   size_t lengths[COUNT];
@@ -279,7 +282,7 @@ static void blocked_send_ends_with_its_stream(void) {
   for (int way = 0; way < WAYS; way++) {
     peer worker = open_peer(), gateway = open_peer();
     presence_service *service = serve(worker, "waiting");
-    presence_stream *stream = request_with(gateway, "waiting", "c", 1, "stream_buffer_bytes", "640");
+    presence_stream *stream = request_with(gateway, "waiting", "c", 1, "stream_buffer_bytes=640");
     struct wait wait = {accept_request(worker), 1};
     CHECK_EQ(fill(wait.sender), 10);
     pthread_t thread = start_thread(block_on_send, &wait);
@@ -330,12 +333,12 @@ static void slow_reader_does_not_delay_others(void) {
   enum { MANY = 50, COUNT = 2000 };
   peer worker = open_peer(), gateway = open_peer(), slow = second_queue(gateway);
   presence_service *service = serve(worker, "many");
-  presence_stream *slow_stream = request_with(slow, "many", "slow", 0, "stream_buffer_bytes", "6400");
+  presence_stream *slow_stream = request_with(slow, "many", "slow", 0, "stream_buffer_bytes=6400");
   presence_sender *slow_sender = accept_request(worker), *senders[MANY];
   presence_stream *streams[MANY];
   CHECK_EQ(fill(slow_sender), 100);
   for (uint64_t i = 0; i < MANY; i++) {
-    streams[i] = request_with(gateway, "many", "c", i, "stream_buffer_bytes", "10000");
+    streams[i] = request_with(gateway, "many", "c", i, "stream_buffer_bytes=10000");
     senders[i] = accept_request(worker);
   }
   uint64_t sent[MANY] = {0}, received[MANY] = {0}, ended = 0;
@@ -387,7 +390,7 @@ static void slow_reader_does_not_delay_others(void) {
 static void stream_outlives_its_queue(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "freed");
-  presence_stream *stream = request_with(gateway, "freed", "c", 1, "stream_buffer_bytes", "6400");
+  presence_stream *stream = request_with(gateway, "freed", "c", 1, "stream_buffer_bytes=6400");
   presence_sender *sender = accept_request(worker);
   CHECK_EQ(fill(sender), 100);
   presence_queue_free(gateway.queue);
@@ -513,7 +516,7 @@ static void excess_manual_credit_is_ignored(void) {
 static void consumed_without_manual_credit_has_no_effect(void) {
   peer worker = open_peer(), gateway = open_peer(), aside = second_queue(gateway);
   presence_service *service = serve(worker, "manual");
-  presence_stream *stream = request_with(gateway, "manual", "c", 1, "stream_buffer_bytes", "640");
+  presence_stream *stream = request_with(gateway, "manual", "c", 1, "stream_buffer_bytes=640");
   presence_sender *sender = accept_request(worker);
   CHECK_EQ(fill(sender), 10);
   for (int i = 0; i < 10; i++) OK(presence_stream_consumed(stream, 1000000));

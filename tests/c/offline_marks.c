@@ -108,7 +108,7 @@ static void session_grace_delays_offline(void) {
   OK(presence_watch(watch, 0));
 
   /* The client may come back within the grace. */
-  close_peer(open_peer_with("session_grace_ms", "600000"));
+  close_peer(open_peer_with("session_grace_ms=600000"));
   pair both = open_pair("c");
   OK(presence_session_open("c", 1, &session));
   presence_session_close(session);
@@ -124,7 +124,7 @@ static void session_grace_delays_offline(void) {
   close_pair(both);
 
   /* After the grace the client has left. */
-  close_peer(open_peer_with("session_grace_ms", "300"));
+  close_peer(open_peer_with("session_grace_ms=300"));
   OK(presence_session_open("d", 1, &session));
   presence_session_close(session);
   CHECK(is_client_online("d"));
@@ -132,7 +132,7 @@ static void session_grace_delays_offline(void) {
   expect(watch, PRESENCE_EVENT_OFFLINE);
   CHECK(!is_client_online("d"));
 
-  close_peer(open_peer_with("session_grace_ms", "0"));
+  close_peer(open_peer_with("session_grace_ms=0"));
   presence_queue_free(watch);
 }
 
@@ -213,10 +213,10 @@ static void announcement_ends_marks_and_sessions(void) {
 }
 
 static void announce_selectively(void) {
-  peer quiet = open_peer_with("announce", "never");
+  peer quiet = open_peer_with("announce=never");
   OK(mark_client_offline("stays"));
   close_peer(quiet);
-  peer elsewhere = open_peer_with("offline_subject", "else.where");
+  peer elsewhere = open_peer_with("offline_subject=else.where");
   OK(mark_client_offline("stays"));
   close_peer(elsewhere);
   peer loud = open_peer();
@@ -241,7 +241,7 @@ static void unannounced_marks_stay_local(void) {
 }
 
 static void announce_own_streams(void) {
-  peer self = open_peer_with("announce", "streams");
+  peer self = open_peer_with("announce=streams");
   presence_stream *stream = request(self, "pair", "ours", 1);
   expect_data(self.queue, "first");
   OK(mark_client_online("stays"));
@@ -353,7 +353,7 @@ static void *mark_until_over(void *is_over) {
  * and STOPPED never precedes REQUEST. */
 static void marks_race_incoming_requests(void) {
   bool is_over = false;
-  peer worker = open_peer_with("announce", "never");
+  peer worker = open_peer_with("announce=never");
   presence_service *service = serve(worker, "marked");
   pid_t other = start("ask_many");
   pthread_t thread = start_thread(mark_until_over, &is_over);

@@ -126,12 +126,12 @@ static void idle_reader_bounds_memory(void) {
   static char data[100000];
   static const size_t sizes[] = {8, 1000, 100000};
   for (int k = 0; k < 3; k++) {
-    peer worker = open_peer_with("send_buffer_bytes", "1048576"), gateway = open_peer();
+    peer worker = open_peer_with("send_buffer_bytes=1048576"), gateway = open_peer();
     presence_service *service = serve(worker, "nothing");
     presence_stream *streams[STREAMS];
     presence_sender *senders[STREAMS];
     for (uint64_t i = 0; i < STREAMS; i++) {
-      streams[i] = request_with(gateway, "nothing", "", i, "stream_buffer_bytes", "1048576");
+      streams[i] = request_with(gateway, "nothing", "", i, "stream_buffer_bytes=1048576");
       senders[i] = accept_request(worker);
     }
     long before = resident_kib();
@@ -236,14 +236,14 @@ static void slow_reader_among_a_hundred(void) {
   fast_received = 0;
   is_over = false;
   for (uint64_t i = 0; i < FAST; i++) {
-    streams[i] = request_with(fast_gateway, "slow", "", i, "stream_buffer_bytes", "65536");
+    streams[i] = request_with(fast_gateway, "slow", "", i, "stream_buffer_bytes=65536");
     senders[i] = accept_request(worker);
   }
   pthread_t reader = start_thread(read_fast, NULL);
   rate_of_fast(senders, FAST, 300);
   for (int i = 0; i < rounds; i++) {
     double without = rate_of_fast(senders, FAST, is_long ? 500 : 300);
-    presence_stream *slow = request_with(slow_gateway, "slow", "", FAST, "stream_buffer_bytes", "65536");
+    presence_stream *slow = request_with(slow_gateway, "slow", "", FAST, "stream_buffer_bytes=65536");
     do CHECK_EQ(presence_queue_wait(worker.queue, &event, 1, TIMEOUT_MS), 1);
     while (event.kind == PRESENCE_EVENT_WRITABLE);
     senders[FAST] = event.sender;

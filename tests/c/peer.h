@@ -23,20 +23,29 @@ static inline bool on_lanes(void) {
 /* The status of a sender whose stream was cancelled: level 0 can only announce that the client left. */
 #define CANCELLED (on_lanes() ? PRESENCE_CANCELLED : PRESENCE_OFFLINE)
 
-/* Connects with one option, or with none (NULL). */
-static inline peer open_peer_with(const char *key, const char *value) {
+/* Sets options, "KEY=VALUE KEY=VALUE...", or none (NULL). */
+static inline void set_options(presence_config *config, const char *options) {
+  char key[64], value[128];
+  for (int length; options && sscanf(options, " %63[^= ]=%127[^ ]%n", key, value, &length) == 2; options += length) {
+    OK(presence_config_set(config, key, value));
+  }
+  CHECK(!options || !*options);
+}
+
+/* Connects with options. */
+static inline peer open_peer_with(const char *options) {
   peer self;
   presence_config *config = presence_config_new();
   presence_error error;
   OK(presence_config_set(config, "lanes", on_lanes() ? "true" : "false"));
-  if (key) OK(presence_config_set(config, key, value));
+  set_options(config, options);
   OK(presence_connect(url, config, &self.conn, &error));
   OK(presence_queue_new(&self.queue));
   presence_config_free(config);
   return self;
 }
 
-static inline peer open_peer(void) { return open_peer_with(NULL, NULL); }
+static inline peer open_peer(void) { return open_peer_with(NULL); }
 
 /* The same connection with another queue. */
 static inline peer second_queue(peer other) {
@@ -135,19 +144,19 @@ static inline presence_service *serve(peer worker, const char *subject) {
   return service;
 }
 
-/* Requests a stream with one option, or with none (NULL). */
+/* Requests a stream with options. */
 static inline presence_stream *request_with(peer gateway, const char *subject, const char *client, uint64_t tag,
-                                            const char *key, const char *value) {
+                                            const char *options) {
   presence_stream *stream;
   presence_config *config = presence_config_new();
-  if (key) OK(presence_config_set(config, key, value));
+  set_options(config, options);
   OK(presence_request(gateway.conn, gateway.queue, subject, NULL, 0, client, strlen(client), config, tag, &stream, NULL));
   presence_config_free(config);
   return stream;
 }
 
 static inline presence_stream *request(peer gateway, const char *subject, const char *client, uint64_t tag) {
-  return request_with(gateway, subject, client, tag, NULL, NULL);
+  return request_with(gateway, subject, client, tag, NULL);
 }
 
 /* The sender of the next request. */
@@ -187,18 +196,18 @@ typedef struct pair {
   presence_sender *sender;
 } pair;
 
-/* Opens a pair with one option of the request, or with none (NULL). */
-static inline pair open_pair_with(const char *client, const char *key, const char *value) {
+/* Opens a pair with options of the request. */
+static inline pair open_pair_with(const char *client, const char *options) {
   pair self;
   self.worker = open_peer();
   self.gateway = open_peer();
   self.service = serve(self.worker, "pair");
-  self.stream = request_with(self.gateway, "pair", client, 1, key, value);
+  self.stream = request_with(self.gateway, "pair", client, 1, options);
   self.sender = accept_request(self.worker);
   return self;
 }
 
-static inline pair open_pair(const char *client) { return open_pair_with(client, NULL, NULL); }
+static inline pair open_pair(const char *client) { return open_pair_with(client, NULL); }
 
 static inline void close_pair(pair self) {
   presence_sender_free(self.sender);

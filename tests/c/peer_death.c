@@ -20,7 +20,7 @@ static void run_worker(void) {
   char stopped[MAX];
   int count = 0, stops = 0;
   presence_sender *exits = NULL;
-  peer self = open_peer_with("heartbeat_ms", getenv("HEARTBEAT") ? getenv("HEARTBEAT") : "5000");
+  peer self = open_peer_with(getenv("WORKER_OPTIONS"));
   presence_service *service = serve(self, "gone.*");
   while (!exits) {
     bool is_busy = false;
@@ -67,7 +67,7 @@ static void run_worker(void) {
 /* Starts the worker and waits until it serves. */
 static pid_t start_worker(peer gateway) {
   pid_t worker = start("run_worker");
-  presence_stream *stream = request_with(gateway, "gone.idle", "", 99, "retries", "100000");
+  presence_stream *stream = request_with(gateway, "gone.idle", "", 99, "retries=100000");
   expect_data(gateway.queue, "idle");
   presence_stream_free(stream);
   return worker;
@@ -115,9 +115,9 @@ static void expect_gone(peer gateway, int count, uint64_t others) {
 
 /* Two busy streams and an idle one end, those of another worker go on, and new requests find a new worker. */
 static void killed_worker_ends_its_streams(void) {
-  static const char *const graces[] = {"0", "1000"};
+  static const char *const graces[] = {"peer_grace_ms=0", "peer_grace_ms=1000"};
   for (int i = 0; i < 2; i++) {
-    peer gateway = open_peer_with("peer_grace_ms", graces[i]), other = open_peer(), aside = second_queue(gateway);
+    peer gateway = open_peer_with(graces[i]), other = open_peer(), aside = second_queue(gateway);
     presence_service *service = serve(other, "other");
     presence_stream *others = request(aside, "other", "c", 7);
     presence_sender *sender = accept_request(other);
@@ -149,7 +149,7 @@ static void killed_worker_ends_its_streams(void) {
 
 /* A stopped worker is gone after three heartbeats. When it is resumed it learns that, and serves new requests. */
 static void stopped_worker_is_gone_after_three_heartbeats(void) {
-  peer gateway = open_peer_with("heartbeat_ms", "500");
+  peer gateway = open_peer_with("heartbeat_ms=500");
   pid_t worker = start_worker(gateway);
   presence_stream *streams[] = {request(gateway, "gone.idle", "c", 0), request(gateway, "gone.stream", "c", 1)};
   bool has_begun[2] = {false, false};
@@ -183,10 +183,10 @@ static void stopped_worker_is_gone_after_three_heartbeats(void) {
 
 /* The worker is stopped again and again for less than three heartbeats, while it sends. */
 static void short_stops_lose_nothing(void) {
-  peer gateway = open_peer_with("heartbeat_ms", "1000");
-  CHECK_EQ(setenv("HEARTBEAT", "1000", 1), 0);
+  peer gateway = open_peer_with("heartbeat_ms=1000");
+  CHECK_EQ(setenv("WORKER_OPTIONS", "heartbeat_ms=1000", 1), 0);
   pid_t worker = start_worker(gateway);
-  CHECK_EQ(unsetenv("HEARTBEAT"), 0);
+  CHECK_EQ(unsetenv("WORKER_OPTIONS"), 0);
   presence_stream *stream = request(gateway, "gone.stream", "c", 1);
   uint64_t number = 0;
   for (int round = 0; round < 5; round++) {
@@ -206,7 +206,7 @@ static void short_stops_lose_nothing(void) {
 /* A close does not wait for answers of a killed worker. */
 static void close_after_the_worker_was_killed(void) {
   for (int round = 0; round < 3; round++) {
-    peer gateway = open_peer_with("peer_grace_ms", round == 2 ? "1000" : "0");
+    peer gateway = open_peer_with(round == 2 ? "peer_grace_ms=1000" : "peer_grace_ms=0");
     pid_t worker = start_worker(gateway);
     presence_stream *stream = request(gateway, "gone.idle", "c", 1);
     expect_data(gateway.queue, "idle");
@@ -227,7 +227,7 @@ static void close_after_the_worker_was_killed(void) {
 /* A close does not wait for a stopped worker longer than three heartbeats. */
 static void close_while_the_worker_is_stopped(void) {
   for (int is_cancelled = 0; is_cancelled < 2; is_cancelled++) {
-    peer gateway = open_peer_with("heartbeat_ms", "300");
+    peer gateway = open_peer_with("heartbeat_ms=300");
     pid_t worker = start_worker(gateway);
     presence_stream *stream = request(gateway, "gone.idle", "c", 1);
     expect_data(gateway.queue, "idle");
@@ -273,9 +273,9 @@ static int64_t send_until_gone(peer worker, presence_sender **senders) {
 }
 
 static void killed_gateway_stops_its_senders(void) {
-  static const char *const graces[] = {"0", "1000"};
+  static const char *const graces[] = {"peer_grace_ms=0", "peer_grace_ms=1000"};
   for (int i = 0; i < 2; i++) {
-    peer worker = open_peer_with("peer_grace_ms", graces[i]);
+    peer worker = open_peer_with(graces[i]);
     presence_service *service = serve(worker, "ask");
     pid_t gateway = start("run_gateway");
     presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
@@ -293,7 +293,7 @@ static void killed_gateway_stops_its_senders(void) {
 /* A send that is blocked on a killed reader ends. */
 static void killed_gateway_ends_a_blocked_send(void) {
   static char data[100000];
-  peer worker = open_peer_with("peer_grace_ms", "0");
+  peer worker = open_peer_with("peer_grace_ms=0");
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("run_gateway");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
@@ -309,7 +309,7 @@ static void killed_gateway_ends_a_blocked_send(void) {
 }
 
 static void stopped_gateway_is_gone_after_three_heartbeats(void) {
-  peer worker = open_peer_with("heartbeat_ms", "500");
+  peer worker = open_peer_with("heartbeat_ms=500");
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("run_gateway");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};
@@ -327,7 +327,7 @@ static void stopped_gateway_is_gone_after_three_heartbeats(void) {
 
 /* A worker that sends nothing detects it, too. */
 static void idle_worker_detects_a_killed_gateway(void) {
-  peer worker = open_peer_with("heartbeat_ms", "200");
+  peer worker = open_peer_with("heartbeat_ms=200");
   presence_service *service = serve(worker, "ask");
   pid_t gateway = start("run_gateway");
   presence_sender *senders[] = {accept_request(worker), accept_request(worker)};

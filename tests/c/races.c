@@ -212,8 +212,8 @@ static void race(uint64_t streams, enum closes closes) {
   begun = 0;
   limit = streams;
   is_over = is_closing = false;
-  worker = server ? open_peer_at(server->url, NULL, NULL) : open_peer();
-  gateway = server ? open_peer_at(server->url, NULL, NULL) : open_peer();
+  worker = server ? open_peer_at(server->url, NULL) : open_peer();
+  gateway = server ? open_peer_at(server->url, NULL) : open_peer();
   presence_service *service = serve(worker, "race");
   pthread_t requesters[REQUESTERS], senders[SENDERS];
   pthread_t reader = start_thread(read_all, NULL), taker = start_thread(take_requests, NULL);

@@ -75,8 +75,8 @@ static void role_further_connections_without_descriptors_fail(void) {
 static void role_reconnect_waits_for_descriptors(void) {
   own_server server = new_server();
   pair both;
-  both.worker = open_peer_at(server.url, "reconnect_max_ms", "200");
-  both.gateway = open_peer_at(server.url, "reconnect_max_ms", "200");
+  both.worker = open_peer_at(server.url, "reconnect_max_ms=200");
+  both.gateway = open_peer_at(server.url, "reconnect_max_ms=200");
   both.service = serve(both.worker, "pair");
   both.stream = request(both.gateway, "pair", "c", 1);
   both.sender = accept_request(both.worker);

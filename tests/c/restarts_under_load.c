@@ -58,7 +58,7 @@ static void run_worker(void) {
   int count = 0;
   uint64_t connects = 1;
   presence_sender *stop = NULL;
-  peer self = open_peer_at(url, NULL, NULL);
+  peer self = open_peer_at(url, NULL);
   presence_service *service = serve(self, "work.*");
   while (!stop) {
     bool is_busy = false;
@@ -166,7 +166,7 @@ static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_lose
                       const char *workers_url) {
   url = workers_url;
   pid_t worker = start("run_worker");
-  peer gateway = open_peer_at(gateways_url, NULL, NULL);
+  peer gateway = open_peer_at(gateways_url, NULL);
   ended = 0;
   for (uint64_t i = 0; i < STREAMS; i++) {
     presence_config *config = presence_config_new();

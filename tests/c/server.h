@@ -66,12 +66,12 @@ static inline own_server new_server(void) {
 }
 
 /* Connects to `to` as soon as it is there, and returns then. The queue receives the connection's events. */
-static inline peer open_peer_at(const char *to, const char *key, const char *value) {
+static inline peer open_peer_at(const char *to, const char *options) {
   peer self;
   presence_config *config = presence_config_new();
   OK(presence_config_set(config, "lanes", on_lanes() ? "true" : "false"));
   OK(presence_config_set(config, "retry_on_initial_connect", "true"));
-  if (key) OK(presence_config_set(config, key, value));
+  set_options(config, options);
   OK(presence_queue_new(&self.queue));
   OK(presence_connect(to, config, &self.conn, NULL));
   presence_config_free(config);

@@ -112,7 +112,7 @@ static void role_calls_exit(void) { serve_and_close(call_exit); }
 
 static pid_t start_and_request(const char *role, peer gateway, presence_stream **stream) {
   pid_t other = start(role);
-  *stream = request_with(gateway, "drain", "c", 1, "retries", "100000");
+  *stream = request_with(gateway, "drain", "c", 1, "retries=100000");
   expect_data(gateway.queue, "begins");
   return other;
 }

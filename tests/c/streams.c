@@ -2,7 +2,7 @@
 #include "peer.h"
 
 static void thousand_messages_arrive_in_order(void) {
-  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304"); /* they are read when all have been sent */
+  pair both = open_pair_with("c", "stream_buffer_bytes=4194304"); /* they are read when all have been sent */
   unsigned char expected[2000], message[2000];
   /* Message i has i bytes, of all values in turn, NUL among them. */
   for (size_t i = 0; i < sizeof expected; i++) expected[i] = (unsigned char)(i * 7);
@@ -224,7 +224,7 @@ static void unsendable_messages_are_refused(void) {
 /* Messages of all lengths in one buffer, a few in each call, up to the first that is refused. */
 static void send_many_delivers_in_order(void) {
   enum { COUNT = 1000, MAX_PAYLOAD = 1 << 20 };
-  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
+  pair both = open_pair_with("c", "stream_buffer_bytes=4194304");
   unsigned char *data = (unsigned char *)malloc(COUNT * COUNT);
   size_t lengths[COUNT], at = 0;
   for (size_t i = 0; i < COUNT * COUNT; i++) data[i] = (unsigned char)(i * 7 + i / 256);
@@ -342,7 +342,7 @@ static void request_beyond_max_streams_is_busy(void) {
   expect_nothing(worker.queue);
 
   /* A retried request is accepted when there is capacity. */
-  streams[3] = request_with(gateway, "busy", "c", 3, "retries", "100000");
+  streams[3] = request_with(gateway, "busy", "c", 3, "retries=100000");
   OK(presence_sender_end(senders[0]));
   presence_sender_free(senders[0]);
   CHECK_EQ(expect(gateway.queue, PRESENCE_EVENT_END).tag, 0);
@@ -459,7 +459,7 @@ static void without_a_group_both_workers_answer(void) {
 static void timeout_ends_the_stream(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "slow");
-  presence_stream *stream = request_with(gateway, "slow", "c", 1, "timeout_ms", "500");
+  presence_stream *stream = request_with(gateway, "slow", "c", 1, "timeout_ms=500");
   presence_sender *sender = accept_request(worker);
   OK(send_text(sender, "in time"));
   expect_data(gateway.queue, "in time");
@@ -470,7 +470,7 @@ static void timeout_ends_the_stream(void) {
   presence_stream_free(stream);
 
   /* A stream that ends in time does not time out later. */
-  stream = request_with(gateway, "slow", "c", 2, "timeout_ms", "1");
+  stream = request_with(gateway, "slow", "c", 2, "timeout_ms=1");
   presence_event request_event;
   CHECK(presence_queue_wait(worker.queue, &request_event, 1, TIMEOUT_MS) == 1);
   if (presence_sender_end(request_event.sender) == PRESENCE_OK) {
@@ -523,7 +523,7 @@ static void gateway_close_ends_the_streams(void) {
 /* When close returns, the server has everything that was sent before. */
 static void close_drains(void) {
   enum { COUNT = 20000 };
-  pair both = open_pair_with("c", "stream_buffer_bytes", "4194304");
+  pair both = open_pair_with("c", "stream_buffer_bytes=4194304");
   for (int i = 0; i < COUNT; i++) OK(presence_sender_send_wait(both.sender, &i, sizeof i, TIMEOUT_MS));
   OK(presence_sender_end(both.sender));
   OK(presence_close(both.worker.conn, TIMEOUT_MS));

@@ -47,7 +47,7 @@ static void expect_service_event(peer worker, int32_t kind, int32_t status, uint
 
 /* Checks that a stream of this connection to itself works. */
 static void expect_served(peer worker, peer gateway, const char *subject) {
-  presence_stream *stream = request_with(gateway, subject, "ann", 1, "retries", "100");
+  presence_stream *stream = request_with(gateway, subject, "ann", 1, "retries=100");
   presence_sender *sender = accept_request(worker);
   OK(presence_sender_end(sender));
   expect(gateway.queue, PRESENCE_EVENT_END);
@@ -57,7 +57,7 @@ static void expect_served(peer worker, peer gateway, const char *subject) {
 
 static void refused_subscription_fails_the_call(void) {
   own_server server = server_that_allows("\"_INBOX.>\", \"client.offline\", \"right\"", "");
-  peer worker = open_peer_at(server.url, NULL, NULL);
+  peer worker = open_peer_at(server.url, NULL);
   static const char *const groups[] = {NULL, "group"};
   for (int i = 0; i < 2; i++) {
     presence_service *service = NULL;
@@ -84,7 +84,7 @@ static void refused_subscription_fails_the_call(void) {
 static void max_subscriptions_fails_the_call(void) {
   /* The connection needs subscriptions for inbox, lanes and announcements, and one for the service. */
   own_server server = server_that_allows("\">\"", on_lanes() ? "max_subscriptions: 4" : "max_subscriptions: 3");
-  peer worker = open_peer_at(server.url, NULL, NULL), gateway = second_queue(worker), first = second_queue(worker);
+  peer worker = open_peer_at(server.url, NULL), gateway = second_queue(worker), first = second_queue(worker);
   presence_service *one = serve(first, "one"), *two = NULL;
   presence_error error = {0, ""};
   CHECK_STATUS(presence_serve(worker.conn, worker.queue, "two", NULL, 0, 0, &two, &error), PRESENCE_FULL);
@@ -101,7 +101,7 @@ static void max_subscriptions_fails_the_call(void) {
 
 static void refused_announcements_leave_services_working(void) {
   own_server server = server_that_allows("\"_INBOX.>\", \"work\"", "");
-  peer worker = open_peer_at(server.url, NULL, NULL), gateway = second_queue(worker);
+  peer worker = open_peer_at(server.url, NULL), gateway = second_queue(worker);
   CHECK_STATUS(presence_listen_offline(worker.conn), PRESENCE_DISCONNECTED);
   /* A worker can serve without announcements. */
   presence_service *service = serve(worker, "work");
@@ -123,7 +123,7 @@ static void reload(own_server server, const char *allowed) {
 /* The permission is revoked and restored while streams run: events report both, and requests arrive again. */
 static void revoked_permission_is_reported_and_restored(void) {
   own_server server = server_that_allows(ALL, "");
-  peer worker = open_peer_at(server.url, "reconnect_max_ms", "100"), gateway = second_queue(worker), other = second_queue(worker);
+  peer worker = open_peer_at(server.url, "reconnect_max_ms=100"), gateway = second_queue(worker), other = second_queue(worker);
   presence_service *service, *untouched;
   OK(presence_serve(worker.conn, worker.queue, "work", "group", 0, 7, &service, NULL));
   OK(presence_serve(other.conn, other.queue, "other", "group", 0, 8, &untouched, NULL));
@@ -177,7 +177,7 @@ static void refusal_after_connecting_is_reported(void) {
  * again. */
 static void refused_inbox_fails_requests(void) {
   own_server server = server_that_allows(ALL, "");
-  peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = second_queue(gateway);
+  peer gateway = open_peer_at(server.url, "reconnect_max_ms=100"), worker = second_queue(gateway);
   presence_service *service = serve(worker, "work");
   presence_stream *stream = request(gateway, "work", "ann", 1), *refused = NULL;
   presence_sender *sender = accept_request(worker);
@@ -202,7 +202,7 @@ static void refused_inbox_fails_requests(void) {
 /* Without the lane inbox there are no lanes, until it is allowed again. */
 static void refused_lane_inbox_falls_back_to_level_0(void) {
   own_server server = server_that_allows("\"_INBOX.*.*\", \"client.offline\", \"work\"", "");
-  peer gateway = open_peer_at(server.url, "reconnect_max_ms", "100"), worker = second_queue(gateway);
+  peer gateway = open_peer_at(server.url, "reconnect_max_ms=100"), worker = second_queue(gateway);
   presence_service *service = serve(worker, "work");
   CHECK(expect(gateway.queue, PRESENCE_EVENT_LOG).data_len > 0);
   peer quiet = second_queue(gateway); /* receives no LOG of the attempts */
