@@ -110,7 +110,7 @@ class Stranger:
     def _line(self) -> bytes:
         """Returns the next line; keeps a message."""
         line = self._lines.readline()
-        assert line, "nats-server ended the connection"
+        assert line, "nats-server closed the connection"
         words = line.split()
         if words[0] in (b"MSG", b"HMSG"):
             self.received.append((words[1].decode(), self._lines.read(int(words[-1]) + 2)[:-2]))

@@ -158,7 +158,7 @@ def test_gateway_may_not_serve() -> None:
             assert "Permissions Violation for Subscription" in worker.subscribe(subject)
 
         def more(request: Any, sender: Any) -> None:
-            raise AssertionError("it was requested")
+            raise AssertionError("a request arrived")
 
         with pytest.raises(nats_presence.Disconnected, match=r'Permissions Violation for Subscription to "llm\.more"'):
             both.gateway.service("llm.more", queue="workers")(more)

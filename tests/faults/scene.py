@@ -48,7 +48,7 @@ class Gateway(Program):
         """Waits until an event makes this true."""
         with self._changed:
             if not self._changed.wait_for(lambda: is_so() or self.wrong or self.has_ended, timeout):
-                raise AssertionError(f"{self.name}: {what}: not in time; {self.received}, {self.ended}")
+                raise AssertionError(f"{self.name}: {what}: not within {timeout} s; {self.received}, {self.ended}")
         assert not self.wrong, self.wrong[:5]
         assert is_so(), f"{self.name} ended; {self.received}, {self.ended}"
 
@@ -111,7 +111,7 @@ def begin(gateway: Gateway, subject: str = "svc") -> str:
             return client
         assert gateway.ended[client]["status"] in [DISCONNECTED, NO_RESPONDERS]
         time.sleep(0.1)
-    raise AssertionError("they do not come back")
+    raise AssertionError("the ends do not reconnect")
 
 
 def finish(gateway: Gateway, worker: Program, *clients: str) -> None:

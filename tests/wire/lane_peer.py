@@ -101,7 +101,7 @@ class LaneEnd:
             if self.acknowledges:
                 self.send_control()
         elif message.sequence > self.received:
-            raise AssertionError(f"{message} comes after number {self.received}")
+            raise AssertionError(f"{message} arrives after number {self.received}")
         if message.flags & PING and self.answers_pings:
             self.send_control(PONG)
 

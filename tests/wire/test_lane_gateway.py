@@ -649,7 +649,7 @@ def test_lanes_of_absent_strangers_end(gateway: Shell, worker: WorkerByHand, raw
     deadline = time.monotonic() + 10
     while gateway.ask("stats")["lanes"] > 1:
         lane.ask()
-        assert time.monotonic() < deadline, "they stay"
+        assert time.monotonic() < deadline, "the lanes did not end"
     assert_goes_on(gateway, lane, 1)
 
 
@@ -814,7 +814,7 @@ def test_reset_from_the_worker_ends_the_lane(gateway: Shell, worker: WorkerByHan
     assert gateway.wait(event="ERROR", tag=1)["status"] == "PEER_GONE"
     deadline = time.monotonic() + 3
     while gateway.ask("stats")["lanes"]:
-        assert time.monotonic() < deadline, "the lane stays"
+        assert time.monotonic() < deadline, "the lane did not end"
     assert_goes_on(gateway, begin(gateway, worker, 2), 2)
 
 

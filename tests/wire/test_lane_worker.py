@@ -705,7 +705,7 @@ def test_reset_from_the_gateway_ends_the_lane(worker: Shell, gateway: GatewayByH
     # Later messages meet an unknown lane.
     deadline = time.monotonic() + 3
     while worker.ask("stats")["lanes"]:
-        assert time.monotonic() < deadline, "the lane stays"
+        assert time.monotonic() < deadline, "the lane did not end"
     lane.send_control()
     assert decode(gateway.behind.payload()) == LaneMessage(RESET, 0, 0)
     again = gateway.lane()

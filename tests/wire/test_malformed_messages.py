@@ -22,7 +22,7 @@ def assert_serving(worker: Shell, raw: RawPeer, since: float) -> None:
         try:
             request = worker.wait(event="REQUEST", client="probe", timeout=0.01)
         except AssertionError:
-            assert time.monotonic() - since < 1, "it does not serve again within a second"
+            assert time.monotonic() - since < 1, "no stream is served within a second"
             continue
         # The first answer to arrive, also one to an earlier request.
         if request["data"] in probes:
@@ -89,7 +89,7 @@ def request(gateway: Shell, requests: Subscription, tag: int, client: str, since
     """Requests a stream, again while there is no connection; returns the subject to which its worker answers."""
     since = since or time.monotonic()
     while gateway.ask(f"request {tag} llm.generate {client} hello")["status"] == "DISCONNECTED":
-        assert time.monotonic() - since < 1, "it is not back within a second"
+        assert time.monotonic() - since < 1, "no connection within a second"
     return requests.next().reply.decode()
 
 
