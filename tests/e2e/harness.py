@@ -158,6 +158,10 @@ class Server:
         self.process.wait()
 
 
+def has(event: Event, fields: dict[str, object]) -> bool:
+    return all(event.get(name) == value for name, value in fields.items())
+
+
 class Program:
     """A program that reads commands line by line and prints one JSON object per event."""
 
@@ -216,9 +220,36 @@ class Program:
 
     def _take(self, fields: dict[str, object]) -> Event | None:
         for index, event in enumerate(self.events):
-            if all(event.get(name) == value for name, value in fields.items()):
+            if has(event, fields):
                 return self.events.pop(index)
         return None
+
+    def wait_for_many(self, count: int, **fields: object) -> list[Event]:
+        """Like `count` times `wait`, in a time that does not grow with the other events."""
+        deadline = time.monotonic() + TIMEOUT
+        found = seen = 0
+        with self._changed:
+            while found < count:
+                while seen < len(self.events) and found < count:
+                    found += has(self.events[seen], fields)
+                    seen += 1
+                left = deadline - time.monotonic()
+                if found < count and (self.has_ended or left <= 0):
+                    raise AssertionError(f"{self.name} printed {found} events {fields}, not {count}")
+                if found < count:
+                    self._changed.wait(left)
+            return self._split(seen, fields)
+
+    def take_all(self, **fields: object) -> list[Event]:
+        """Takes all events with these fields that are there already."""
+        with self._changed:
+            return self._split(len(self.events), fields)
+
+    def _split(self, seen: int, fields: dict[str, object]) -> list[Event]:
+        """Takes those with these fields from the first events."""
+        first = self.events[:seen]
+        self.events[:seen] = [event for event in first if not has(event, fields)]
+        return [event for event in first if has(event, fields)]
 
     def kill(self) -> None:
         """Kills it like the system would; the test does not fail for that."""

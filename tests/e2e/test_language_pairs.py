@@ -45,7 +45,7 @@ every_worker = pytest.mark.parametrize("worker_language", WORKERS)
 
 def receive(gateway: Program, client: str, first: int, count: int) -> None:
     """Checks the client's next messages: `count`, numbered from `first`, in order."""
-    received = [gateway.wait(event="data", client=client)["data"] for _ in range(count)]
+    received = [event["data"] for event in gateway.wait_for_many(count, event="data", client=client)]
     assert received == [f"{client} {i}" for i in range(first, first + count)]
 
 
@@ -77,11 +77,9 @@ def test_departed_client_stops_the_worker(gateway: Program, worker: Program) -> 
     error = gateway.wait(event="error")
     assert (error["client"], error["status"]) == ("bob", OFFLINE)
     # What arrived before is a prefix of what was sent.
-    received = 100
-    while message := gateway.take(event="data", client="bob"):
-        assert message["data"] == f"bob {received}"
-        received += 1
-    assert received <= done["sent"]
+    rest = [event["data"] for event in gateway.take_all(event="data", client="bob")]
+    assert rest == [f"bob {number}" for number in range(100, 100 + len(rest))]
+    assert 100 + len(rest) <= done["sent"]
     # The others go on to their end.
     for client in ["ann", "cho"]:
         receive(gateway, client, 100, 100)
