@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Option is a setting for [Connect], [Conn.Serve] or [Conn.Request]. What is not set has its default.
+// Option is an option of [Connect], [Conn.Serve] or [Conn.Request]. Options that are not set have their defaults.
 type Option func(*options)
 
 type options struct {
@@ -21,8 +21,8 @@ type options struct {
 	log   func(Event)
 }
 
-// With sets an option by name. Times are whole milliseconds, sizes bytes. An unknown name or a wrong value makes the call
-// that gets it fail with ErrInvalid.
+// With sets an option by name. Times are in whole milliseconds, sizes in bytes. The call that gets an unknown name or a
+// wrong value fails with ErrInvalid.
 //
 // For Connect: name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file,
 // tls_key_file, connect_timeout_ms (5000), retry_on_initial_connect (false), reconnect_min_ms (50), reconnect_max_ms
@@ -33,19 +33,19 @@ type options struct {
 //
 // For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (262144, without lanes
 // 67108864), only_online (false; true: fail with ErrOffline if the client is not online here), header.NAME (a header for
-// the worker). manual_credit is this package's own: what a stream's reader has not read yet counts as waiting.
+// the worker). manual_credit is reserved for this package: a message counts against the window until it was read.
 //
-// For Serve: max_streams (0: 10,000), detached (false: a handler's return ends its stream), drain_ms (0: what runs is cut
-// when its context ends), stop_timeout_ms (0: none, Serve waits until its handlers have returned).
+// For Serve: max_streams (0: 10,000), detached (false: a handler's return ends its stream), drain_ms (0: streams that run
+// are cut when the context ends), stop_timeout_ms (0: none, Serve waits until its handlers have returned).
 //
-// nats_presence.h describes each.
+// nats_presence.h describes the options of Connect and Request.
 func With(name, value string) Option {
 	return func(o *options) { o.pairs = append(o.pairs, [2]string{name, value}) }
 }
 
-// WithLog has [Connect] call f with what happens to the connection: events of kind Connected, Disconnected, Serving and
-// Log, errors and panics of handlers among the last. f is called by one goroutine of its own, so it may take its time: 256
-// events wait for it, further ones are dropped, and an event of kind Log with ErrFull says how many. For Connect only.
+// WithLog makes [Connect] call f for each event of the connection, of kind Connected, Disconnected, Serving and Log. The
+// errors and panics of handlers are events of kind Log. f runs in a goroutine of its own and may block: up to 256 events
+// are kept for it, later ones are dropped, and an event of kind Log with ErrFull reports how many. For Connect only.
 func WithLog(f func(Event)) Option { return func(o *options) { o.log = f } }
 
 func collect(opts []Option) (o options) {
@@ -55,7 +55,7 @@ func collect(opts []Option) (o options) {
 	return o
 }
 
-// value returns the last value of an option, or "".
+// value returns the value of an option that was set last, or "".
 func (o *options) value(name string) (value string) {
 	for _, pair := range o.pairs {
 		if pair[0] == name {
@@ -65,7 +65,7 @@ func (o *options) value(name string) (value string) {
 	return value
 }
 
-// config makes the C library's set of options, to be freed by the caller; nil if all are defaults.
+// config returns the options as a presence_config, which the caller must free; nil if no option is set.
 func (o *options) config() (*C.presence_config, error) {
 	if len(o.pairs) == 0 {
 		return nil, nil
@@ -93,20 +93,20 @@ func setOption(config *C.presence_config, name, value string) error {
 		return nil
 	}
 	var report C.presence_error
-	return reported(C.presence_config_error(config, &report), &report)
+	return callError(C.presence_config_error(config, &report), &report)
 }
 
-// Conn is a connection to nats-server, made anew whenever it is lost, until Close.
+// Conn is a connection to nats-server. It reconnects whenever the connection is lost, until Close.
 type Conn struct {
 	handle  *C.presence_conn
 	queue   *queue
 	ctx     context.Context // ends with the connection; its cause says why
 	end     context.CancelCauseFunc
 	closing atomic.Bool
-	busy    atomic.Uint64 // requests that were refused here, not by C
-	drained chan struct{} // closed when the last event was dealt with
-	log     chan Event    // nil if nobody wants to know
-	unsaid  atomic.Uint64 // events for which log had no room
+	busy    atomic.Uint64 // requests that this package refused, not the C library
+	drained chan struct{} // closed when the last event was handled
+	log     chan Event    // nil without WithLog
+	dropped atomic.Uint64 // events that were dropped because log was full
 
 	mu       sync.Mutex
 	lastTag  uint64
@@ -115,10 +115,11 @@ type Conn struct {
 	senders  map[*C.presence_sender]*Sender
 }
 
-// Connect connects to nats-server and returns when it is reached or cannot be. url is one URL or several with commas
-// between, as in "nats://a:4222,tls://b:4222"; user and password, or a token, may stand in it.
+// Connect connects to nats-server. It returns when the connection is made or has failed. url is one URL, or several
+// separated by commas, such as "nats://a:4222,tls://b:4222"; a URL may contain user and password, or a token.
 //
-// Fails with ErrInvalid (url, options), ErrDisconnected (cannot be reached, or refuses us) or ErrTimeout.
+// It fails with ErrInvalid (url, options), ErrDisconnected (nats-server cannot be reached, or refuses the connection) or
+// ErrTimeout.
 func Connect(url string, opts ...Option) (*Conn, error) {
 	o := collect(opts)
 	config, err := o.config()
@@ -142,11 +143,11 @@ func Connect(url string, opts ...Option) (*Conn, error) {
 		senders:  make(map[*C.presence_sender]*Sender),
 	}
 	var report C.presence_error
-	if err := reported(C.presence_connect(text, config, &c.handle, &report), &report); err != nil {
+	if err := callError(C.presence_connect(text, config, &c.handle, &report), &report); err != nil {
 		queue.free()
 		return nil, err
 	}
-	if err := failed(C.presence_conn_watch(c.handle, queue.handle, 0), "watch"); err != nil {
+	if err := statusError(C.presence_conn_watch(c.handle, queue.handle, 0), "watch"); err != nil {
 		C.presence_close(c.handle, 0)
 		queue.free()
 		return nil, err
@@ -154,18 +155,18 @@ func Connect(url string, opts ...Option) (*Conn, error) {
 	c.ctx, c.end = context.WithCancelCause(context.Background())
 	if o.log != nil {
 		c.log = make(chan Event, 256)
-		go c.report(o.log)
+		go c.runLog(o.log)
 	}
 	go c.dispatch()
 	return c, nil
 }
 
-// Close closes the connection: each Serve returns ErrClosed, senders and streams that still run end with ErrClosed, the
-// other ends are told. Then it waits until the server has all that was sent before: until ctx's deadline, or for five
-// seconds if ctx has none. It does not wait for handlers (Serve does), nor for a connection, where there is none.
+// Close closes the connection: each Serve returns ErrClosed, senders and streams that still run end with ErrClosed, and
+// their peers are notified. Then it waits until nats-server has received everything that was sent: until ctx's deadline,
+// or for five seconds if ctx has none. It does not wait for handlers (Serve does), nor for a reconnect.
 //
-// nil means that the server has it all. With ErrTimeout or ErrDisconnected it may not; the connection is closed all the
-// same. ErrClosed: it was closed already, or given up (option max_reconnects).
+// Close returns nil if nats-server has received everything. With ErrTimeout or ErrDisconnected it may not have; the
+// connection is closed all the same. ErrClosed means that it was closed before, or given up (option max_reconnects).
 func (c *Conn) Close(ctx context.Context) error {
 	drain := 5 * time.Second
 	if deadline, ok := ctx.Deadline(); ok {
@@ -175,40 +176,41 @@ func (c *Conn) Close(ctx context.Context) error {
 		drain = 0
 	}
 	if c.closing.Swap(true) {
-		return failed(C.PRESENCE_CLOSED, "connection")
+		return statusError(C.PRESENCE_CLOSED, "connection")
 	}
 	rc := C.presence_close(c.handle, C.int64_t(drain.Milliseconds()))
-	c.end(failed(C.PRESENCE_CLOSED, "connection"))
+	c.end(statusError(C.PRESENCE_CLOSED, "connection"))
 	c.queue.wake()
 	<-c.drained
-	return failed(rc, "connection")
+	return statusError(rc, "connection")
 }
 
-// ListenOffline applies the offline announcements of other processes in this one, from its return on; without a
-// connection now, from the next one on. Serve does it too. Once more is fine. Fails with ErrClosed or ErrTimeout.
+// ListenOffline applies the offline announcements of other processes in this one: from its return on or, if there is no
+// connection now, from the next one on. Serve does this too. Calling it again has no effect. It fails with ErrClosed or
+// ErrTimeout.
 func (c *Conn) ListenOffline() error {
-	return failed(C.presence_listen_offline(c.handle), "listen for offline announcements")
+	return statusError(C.presence_listen_offline(c.handle), "listen for offline announcements")
 }
 
-// Stats is what a connection has done since Connect, and what it has in hand.
+// Stats counts what a connection has done since Connect, and what it holds now.
 type Stats struct {
 	Connected       bool   // there is a connection to nats-server now
-	Connects        uint64 // how often one was made
+	Connects        uint64 // how often a connection was made
 	Streams         uint64 // running streams that were requested here
 	Senders         uint64 // running streams that are served here
-	Requests        uint64 // requests that came to the services here
+	Requests        uint64 // requests that arrived at the services here
 	RequestsBusy    uint64 // requests answered with "server busy"
-	RequestsIgnored uint64 // requests not answered, or refused: no usable reply subject, a bad client id
+	RequestsIgnored uint64 // requests not answered, or refused: no usable reply subject, an invalid client id
 	MessagesOut     uint64 // messages sent, of all kinds
-	MessagesIn      uint64 // messages that came in, of all kinds
-	MessagesIgnored uint64 // messages that came in for no running stream, or that nobody should have sent
+	MessagesIn      uint64 // messages received, of all kinds
+	MessagesIgnored uint64 // messages received for no running stream, or not expected from any peer
 	OfflineOut      uint64 // offline announcements sent
-	OfflineIn       uint64 // offline announcements of other processes that came in
-	BytesWaiting    uint64 // bytes that wait to be sent; on lanes, to be acknowledged
-	Lanes           uint64 // other processes with this library that streams run, or ran, to or from
+	OfflineIn       uint64 // offline announcements received from other processes
+	BytesWaiting    uint64 // bytes not sent yet; on lanes, not acknowledged yet
+	Lanes           uint64 // lanes: peers with this library that streams run, or ran, to or from
 }
 
-// Stats returns the connection's figures; all zero once it is closed.
+// Stats returns the connection's statistics. All are zero once it is closed.
 func (c *Conn) Stats() Stats {
 	var s C.presence_stats
 	if C.presence_conn_stats(c.handle, &s) != C.PRESENCE_OK {
@@ -222,7 +224,7 @@ func (c *Conn) Stats() Stats {
 	}
 }
 
-// dispatch takes the events of all services and streams out of the queue. Nothing in it waits for a reader or a handler.
+// dispatch handles the events of all services and streams. It never waits for a reader or a handler.
 func (c *Conn) dispatch() {
 	defer close(c.drained)
 	for {
@@ -246,13 +248,13 @@ func (c *Conn) dispatch() {
 			}
 		}
 	}
-	// Close has ended all streams, with an event for each; whoever came too late for that must not wait for ever.
+	// Close has ended all streams, with an event for each. A stream that was requested too late for that ends here.
 	c.mu.Lock()
 	streams := c.streams
 	c.streams = nil
 	c.mu.Unlock()
 	for _, stream := range streams {
-		stream.finish(failed(C.PRESENCE_CLOSED, "stream"), false)
+		stream.finish(statusError(C.PRESENCE_CLOSED, "stream"), false)
 	}
 	c.queue.free()
 }
@@ -278,22 +280,22 @@ func (c *Conn) handleEvent(e *C.presence_event) {
 			s.finish(&Error{Status(e.status), string(view(e.data, e.data_len))}, false)
 		}
 	case C.PRESENCE_EVENT_CONNECTED, C.PRESENCE_EVENT_DISCONNECTED, C.PRESENCE_EVENT_LOG:
-		event := exported(e)
+		event := newEvent(e)
 		if event.Kind == Disconnected && event.Subject == "" && event.Status == ErrClosed && !c.closing.Load() {
 			c.end(&Error{ErrDisconnected, "the connection was given up: " + event.Text})
 		}
-		c.tell(event)
+		c.logEvent(event)
 	}
 }
 
-// report gives events to the option WithLog's function.
-func (c *Conn) report(log func(Event)) {
+// runLog calls the function of WithLog for each event.
+func (c *Conn) runLog(log func(Event)) {
 	for {
 		select {
 		case event := <-c.log:
 			log(event)
-			if n := c.unsaid.Swap(0); n > 0 {
-				log(Event{Kind: Log, Status: ErrFull, Text: fmt.Sprintf("%d events were dropped: %d waited already", n, cap(c.log))})
+			if n := c.dropped.Swap(0); n > 0 {
+				log(Event{Kind: Log, Status: ErrFull, Text: fmt.Sprintf("%d events were dropped; the limit is %d waiting events", n, cap(c.log))})
 			}
 		case <-c.drained:
 			for len(c.log) > 0 {
@@ -304,18 +306,18 @@ func (c *Conn) report(log func(Event)) {
 	}
 }
 
-// tell gives the event to the log, if there is one and it has room.
-func (c *Conn) tell(event Event) {
+// logEvent passes an event to the function of WithLog, if there is one. It does not block: the event may be dropped.
+func (c *Conn) logEvent(event Event) {
 	if c.log != nil {
 		select {
 		case c.log <- event:
 		default:
-			c.unsaid.Add(1)
+			c.dropped.Add(1)
 		}
 	}
 }
 
-// signal leaves a token for whoever waits, or for the next one who would.
+// signal wakes one goroutine that receives from c, or the next one to do so.
 func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:

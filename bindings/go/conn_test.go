@@ -67,10 +67,10 @@ func TestSlowLog(t *testing.T) {
 	must(t, err)
 	defer closeNow(c)
 	const lost = 10
-	c.tell(Event{Kind: Log, Text: "first"})
+	c.logEvent(Event{Kind: Log, Text: "first"})
 	receive(t, begun)
 	for range cap(c.log) + lost {
-		c.tell(Event{Kind: Log, Text: "more"})
+		c.logEvent(Event{Kind: Log, Text: "more"})
 	}
 	close(goOn)
 	if event := events.wait(t, Log, fmt.Sprint(lost, " events were dropped")); event.Status != ErrFull {

@@ -2,7 +2,7 @@ package presence
 
 // #include <nats_presence.h>
 //
-// // With types that cgo need not look behind.
+// // uint8_t in place of void, so that cgo need not search the data for pointers.
 // static inline int32_t request(presence_conn *conn, presence_queue *queue, const char *subject, const uint8_t *data,
 //                               size_t len, const char *id, size_t id_len, const presence_config *config, uint64_t tag,
 //                               presence_stream **out, presence_error *error) {
@@ -28,50 +28,52 @@ import (
 )
 
 const (
-	// What a message counts in addition to its bytes.
+	// How much a message counts against the window in addition to its bytes.
 	messageOverhead = 64
-	// How far a worker on a lane may be ahead of the reader, at most, and by default.
+	// The largest and the default window: how many bytes a worker on a lane may send ahead of the reader.
 	maxWindow     = 4 << 20
 	defaultWindow = 256 << 10
-	// Messages that came together are kept together, up to this size: what a reader holds on to keeps no more alive.
+	// Messages of a stream that arrive together share one allocation of at most this size (a run). The limit bounds how much
+	// memory a message that the reader keeps holds in use.
 	maxRun = 64 << 10
-	// Before each message in a run: its length.
+	// The size of the length before each message in a run.
 	prefix = 4
 )
 
-// Stream is a stream that this process requested. It must be read to its end or closed, or the context of [Conn.Request]
-// must end. Otherwise its worker goes on: a stream that is forgotten is not collected as garbage.
+// Stream is a stream that this process requested. Read it to its end, close it, or end the context of [Conn.Request].
+// Otherwise its worker goes on: no finalizer closes a stream that becomes unreachable.
 //
-// A reader that does not read holds its own worker back, and no other stream. (A worker without this library, or with
-// lanes=false, cannot be held back: then the stream ends with ErrFull when more than stream_buffer_bytes wait.)
+// A slow reader blocks its own worker and no other stream. (A worker without this library, or with lanes=false, cannot be
+// blocked: its stream ends with ErrFull when more than stream_buffer_bytes are unread.)
 type Stream struct {
 	conn    *Conn
 	tag     uint64
-	portion int           // how much is read before the library is notified: an eighth of the window
-	ready   chan struct{} // a token: look again
+	portion int           // how much is read before credit is returned: an eighth of the window
+	ready   chan struct{} // holds a token when there may be something to read
 
 	mu     sync.Mutex
 	handle *C.presence_stream
-	run    []byte   // what is being read: messages, each behind its length
-	runs   [][]byte // what waits behind it
-	bytes  int      // what was read and the worker not told yet
-	weight int      // the same as it counts against the window
-	err    error    // why nothing follows what waits; io.EOF after the worker's end
+	run    []byte   // the run being read: messages, each preceded by its length
+	runs   [][]byte // the runs after it
+	bytes  int      // message bytes that were read since credit was last returned
+	weight int      // the same, with messageOverhead for each message
+	err    error    // why no more messages arrive; io.EOF after the worker's end
 	detach func() bool
 }
 
-// Request requests a stream for a client: data goes to one of the workers that serve the subject. It does not wait for
-// the worker. The client is online here as long as the stream runs; with the empty id the stream is nobody's, and cannot
-// be stopped at the worker.
+// Request requests a stream for a client: data is sent to one of the workers that serve the subject. It does not wait for
+// the worker. The client is online in this process while the stream runs. With the empty id the stream belongs to no
+// client and cannot be stopped at the worker.
 //
-// The stream is cancelled when ctx ends (see [Stream.Close]), and ends with ErrOffline when the client is marked offline.
-// Its options timeout_ms, retries, stream_buffer_bytes, … are told at [With].
+// When ctx ends the stream is cancelled, as by [Stream.Close]. When the client is marked offline the stream ends with
+// ErrOffline. [With] lists the options of a request.
 //
-// Fails with ErrInvalid, ErrTooLarge, ErrFull (too much waits to be sent), ErrDisconnected, ErrClosed (the connection),
-// ErrCancelled (ctx), ErrOffline (the client is not online here, and the option only_online is set). That nobody serves the subject is an error of the stream: ErrNoResponders.
+// Request fails with ErrInvalid, ErrTooLarge, ErrFull (the send buffer is full), ErrDisconnected, ErrClosed (the
+// connection was closed), ErrCancelled (ctx has ended) or ErrOffline (the client is not online here, and the option
+// only_online is set). If no worker serves the subject, the stream ends with ErrNoResponders.
 func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientID string, opts ...Option) (*Stream, error) {
 	if ctx.Err() != nil {
-		return nil, cancelled(ctx)
+		return nil, contextError(ctx)
 	}
 	cSubject, err := cText("subject", subject)
 	if err != nil {
@@ -79,7 +81,7 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 	}
 	o := collect(opts)
 	if slices.ContainsFunc(o.pairs, func(pair [2]string) bool { return pair[0] == "manual_credit" }) {
-		return nil, invalid("option manual_credit is not for you: what was not read yet counts as waiting")
+		return nil, invalid("option manual_credit is reserved for this package, which returns credit as messages are read")
 	}
 	o.pairs = append(o.pairs, [2]string{"manual_credit", "true"})
 	config, err := o.config()
@@ -91,28 +93,29 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
 		s.portion = min(limit, maxWindow) / 8
 	}
-	if !c.add(s) {
-		return nil, failed(C.PRESENCE_CLOSED, "connection")
+	if !c.addStream(s) {
+		return nil, statusError(C.PRESENCE_CLOSED, "connection")
 	}
 	var handle *C.presence_stream
 	var report C.presence_error
 	rc := C.request(c.handle, c.queue.handle, cSubject, (*C.uint8_t)(unsafe.SliceData(data)), C.size_t(len(data)),
 		cString(clientID), C.size_t(len(clientID)), config, C.uint64_t(s.tag), &handle, &report)
-	if err := reported(rc, &report); err != nil {
-		c.remove(s)
+	if err := callError(rc, &report); err != nil {
+		c.removeStream(s)
 		return nil, err
 	}
-	s.begin(ctx, handle)
+	s.attach(ctx, handle)
 	return s, nil
 }
 
-// Messages yields the stream's messages, and then, unless the worker ended it, one error as the last: ErrRemote (the
-// worker's own), ErrOffline, ErrBusy (the worker has no capacity), ErrCancelled, ErrPeerGone, ErrNoResponders,
-// ErrDisconnected, ErrTimeout, ErrFull, ….
-// Leaving the loop early closes the stream: by break, return, a panic or runtime.Goexit. When the context of [Conn.Request]
-// ends the stream is cancelled at that moment, whatever the loop is doing, and the loop gets ErrCancelled next.
+// Messages yields the stream's messages. If the stream ended for any other reason than the worker's end, it then yields
+// one error: ErrRemote (the worker's own), ErrOffline, ErrBusy (the worker has no capacity), ErrCancelled, ErrPeerGone,
+// ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, ….
+// Leaving the loop early closes the stream: by break, return, a panic or runtime.Goexit. When the context of
+// [Conn.Request] ends, the stream is cancelled at that moment, whatever the loop is doing, and the loop gets ErrCancelled
+// next.
 //
-// Each message is the reader's own. Small ones that came together share memory: clone one that is to be kept for long.
+// The reader owns each message. Small messages that arrived together share memory: clone a message that you keep for long.
 func (s *Stream) Messages() iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		defer s.Close()
@@ -125,16 +128,17 @@ func (s *Stream) Messages() iter.Seq2[[]byte, error] {
 	}
 }
 
-// Next waits for the stream's next message. It returns io.EOF once the worker has ended the stream, and the errors that
-// [Stream.Messages] tells.
+// Next waits for the stream's next message. It returns io.EOF once the worker has ended the stream, and otherwise the
+// errors that [Stream.Messages] lists.
 //
-// When ctx ends, by cancellation or its deadline, the stream is cancelled as by [Stream.Close], and Next returns ErrCancelled
-// with ctx's cause: a reader that has left stops its worker. To wait for some time only, use [Stream.NextTimeout].
+// When ctx ends, by cancellation or at its deadline, the stream is cancelled as by [Stream.Close], and Next returns
+// ErrCancelled with ctx's cause: a reader that has left stops its worker. To limit only the wait, use
+// [Stream.NextTimeout].
 func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 	for {
 		select {
 		case <-ctx.Done():
-			s.finish(cancelled(ctx), true)
+			s.finish(contextError(ctx), true)
 		default:
 		}
 		message, err, ok := s.take()
@@ -148,40 +152,40 @@ func (s *Stream) Next(ctx context.Context) ([]byte, error) {
 	}
 }
 
-// NextTimeout is Next with a limit of time for this wait. When it is over NextTimeout returns [os.ErrDeadlineExceeded], and
-// the stream goes on.
+// NextTimeout is like Next but waits at most for limit. After that it returns [os.ErrDeadlineExceeded], and the stream
+// goes on.
 func (s *Stream) NextTimeout(limit time.Duration) ([]byte, error) {
-	var over <-chan time.Time
+	var expired <-chan time.Time
 	for {
 		message, err, ok := s.take()
 		if ok {
 			return message, err
 		}
-		if over == nil {
-			over = time.After(limit)
+		if expired == nil {
+			expired = time.After(limit)
 		}
 		select {
 		case <-s.ready:
-		case <-over:
+		case <-expired:
 			return nil, os.ErrDeadlineExceeded
 		}
 	}
 }
 
-// Close cancels the stream if it still runs, and drops what was not read; Next returns ErrCancelled then. It returns nil.
-// Once more has no effect.
+// Close cancels the stream if it still runs, and discards its unread messages; from then on Next returns ErrCancelled. It
+// always returns nil. Calling Close again has no effect.
 //
-// This stops the stream's sender, with ErrCancelled, and nothing else. A worker on level 0 (without this library, or with
-// lanes=false) can be stopped only by announcing the client offline, which also stops the client's streams at other gateways.
-// That is done unless another stream, a session or a mark keeps the client online here. Where the worker has not answered
-// yet, it is done after its first answer, or 5 seconds without one.
+// This stops the sender of this stream, with ErrCancelled, and nothing else. A worker on level 0 (one without this
+// library, or with lanes=false) can be stopped only by announcing the client offline, which also stops the client's
+// streams at other gateways. The announcement is made unless another stream, a session or a mark keeps the client online
+// here. If the worker has not answered yet, it is made after the worker's first answer, or after 5 seconds without one.
 func (s *Stream) Close() error {
-	s.finish(failed(C.PRESENCE_CANCELLED, "stream"), true)
+	s.finish(statusError(C.PRESENCE_CANCELLED, "stream"), true)
 	return nil
 }
 
-// add gives the stream its tag; false when the connection is closed.
-func (c *Conn) add(s *Stream) bool {
+// addStream gives the stream its tag. It returns false if the connection is closed.
+func (c *Conn) addStream(s *Stream) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.streams == nil {
@@ -193,14 +197,14 @@ func (c *Conn) add(s *Stream) bool {
 	return true
 }
 
-func (c *Conn) remove(s *Stream) {
+func (c *Conn) removeStream(s *Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.streams, s.tag)
 }
 
-// begin completes a stream that was requested, whose events may have come already.
-func (s *Stream) begin(ctx context.Context, handle *C.presence_stream) {
+// attach gives a requested stream its handle. Events of the stream may have arrived already.
+func (s *Stream) attach(ctx context.Context, handle *C.presence_stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err != nil {
@@ -208,10 +212,10 @@ func (s *Stream) begin(ctx context.Context, handle *C.presence_stream) {
 		return
 	}
 	s.handle = handle
-	s.detach = context.AfterFunc(ctx, func() { s.finish(cancelled(ctx), true) })
+	s.detach = context.AfterFunc(ctx, func() { s.finish(contextError(ctx), true) })
 }
 
-// runOf tells how many events at the beginning are messages of the same stream, to be kept together, and in how many bytes.
+// runOf returns how many of the first events are messages of one stream that fit into one run, and the size of that run.
 func runOf(events []C.presence_event) (n, size int) {
 	for i := range events {
 		e := &events[i]
@@ -224,7 +228,7 @@ func runOf(events []C.presence_event) (n, size int) {
 	return n, size
 }
 
-// put copies messages for the reader, whom it does not wait for.
+// put copies messages into a run for the reader. It does not wait for the reader.
 func (s *Stream) put(events []C.presence_event, size int) {
 	run := make([]byte, 0, size)
 	for i := range events {
@@ -240,8 +244,8 @@ func (s *Stream) put(events []C.presence_event, size int) {
 	signal(s.ready)
 }
 
-// take gives the reader what there is: a message, or why there is none any more. Before the reader has to wait, and after
-// each eighth of the window, the library is notified of what was read.
+// take returns the next message, or the error that ended the stream; ok is false if there is neither yet. It returns
+// credit for what was read when the reader is about to wait, and after each eighth of the window.
 func (s *Stream) take() (message []byte, err error, ok bool) {
 	s.mu.Lock()
 	if len(s.run) == 0 && len(s.runs) > 0 {
@@ -258,31 +262,31 @@ func (s *Stream) take() (message []byte, err error, ok bool) {
 	case s.err != nil:
 		err, ok = s.err, true
 	}
-	used, tell := s.bytes, s.err == nil && s.weight > 0 && (!ok || s.weight >= s.portion && s.bytes > 0)
-	if tell {
+	read, returnsCredit := s.bytes, s.err == nil && s.weight > 0 && (!ok || s.weight >= s.portion && s.bytes > 0)
+	if returnsCredit {
 		s.bytes, s.weight = 0, 0
 	}
 	if len(s.run) > 0 || len(s.runs) > 0 || s.err != nil {
-		signal(s.ready) // for others who wait too
+		signal(s.ready) // wakes other goroutines that wait to read
 	}
 	handle := s.handle
 	s.mu.Unlock()
-	if tell {
-		C.presence_stream_consumed(handle, C.size_t(used)) // CLOSED if it has just ended: then there is nobody to tell
+	if returnsCredit {
+		C.presence_stream_consumed(handle, C.size_t(read)) // CLOSED if the stream has just ended: no credit is needed then
 	}
 	return message, err, ok
 }
 
-// finish ends the stream, once; one that still runs is cancelled. With drop nothing more is read of it, and a reader who
-// has not read all yet must not take it for complete.
-func (s *Stream) finish(err error, drop bool) {
+// finish ends the stream, once; a stream that still runs is cancelled. With discard, unread messages are discarded and
+// the reader gets err, even if the worker had ended the stream: what was not read must not look complete.
+func (s *Stream) finish(err error, discard bool) {
 	s.mu.Lock()
 	isUnread := len(s.run) > 0 || len(s.runs) > 0
-	if drop {
+	if discard {
 		s.run, s.runs = nil, nil
 	}
 	if s.err != nil {
-		if drop && isUnread {
+		if discard && isUnread {
 			s.err = err
 		}
 		s.mu.Unlock()
@@ -292,7 +296,7 @@ func (s *Stream) finish(err error, drop bool) {
 	handle, detach := s.handle, s.detach
 	s.mu.Unlock()
 	signal(s.ready)
-	s.conn.remove(s)
+	s.conn.removeStream(s)
 	if handle != nil {
 		detach()
 		C.presence_stream_free(handle)

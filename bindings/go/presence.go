@@ -1,16 +1,16 @@
-// Package presence stops work for clients who have left: presence and streams over NATS.
+// Package presence stops work for clients that have left: presence and streams over NATS.
 //
-// A worker serves stream requests ([Conn.Serve]); a gateway requests streams for its clients ([Conn.Request]) and says
-// when a client leaves ([MarkClientOffline], [Session.Close]), or cancels one of its streams ([Stream.Close], the request's
-// context). From that moment the worker's [Sender] refuses to send and its handler's context is cancelled, in whatever
-// process and language it runs.
+// A worker serves requests for streams ([Conn.Serve]). A gateway requests streams for its clients ([Conn.Request]) and
+// reports when a client leaves ([MarkClientOffline], [Session.Close]), or cancels a single stream ([Stream.Close], the
+// context of the request). From that moment the worker's [Sender] refuses to send and the context of its handler is
+// cancelled, in whatever process and language the worker runs.
 //
-// Clients are named by an id that the gateway chose: 1 to 1024 bytes of UTF-8 without control characters. The empty id
-// means "no client": it is always online, and marking it has no effect.
+// A client is identified by an id that the gateway chooses: 1 to 1024 bytes of UTF-8 without control characters. The
+// empty id means "no client": it is always online, and marking it has no effect.
 //
-// Everything may be called from any goroutine at any time, also after its owner was closed, unless its comment says
-// otherwise. Data passed in is copied before a call returns; data handed out belongs to the receiver. Errors are [*Error]
-// values, alone or wrapped: compare with errors.Is(err, presence.ErrOffline) and its kin.
+// All functions and methods may be called from any goroutine at any time, also after the value or its connection was
+// closed, unless their comment says otherwise. Arguments are copied before a call returns; the caller owns all results.
+// Errors are [*Error] values, alone or wrapped: compare with errors.Is(err, presence.ErrOffline) and the like.
 package presence
 
 // #include <nats_presence.h>
@@ -24,22 +24,23 @@ import "C"
 
 import "fmt"
 
-// MarkClientOnline marks a client online in this process, until [MarkClientOffline] or an announcement of another process
-// says otherwise. Once more is fine. Fails with ErrInvalid, for a bad id only.
+// MarkClientOnline marks a client online in this process, until [MarkClientOffline] is called or another process announces
+// the client offline. Marking a client twice is the same as marking it once. It fails only for an invalid id, with
+// ErrInvalid.
 func MarkClientOnline(id string) error {
 	return idError(C.presence_mark_online(cString(id), C.size_t(len(id))), id)
 }
 
 // MarkClientOffline marks a client offline: its senders and streams in this process stop before this returns, its
-// sessions are over, and every open connection announces it to the other processes (unless its option "announce" says
-// otherwise). It does not block. Marking an unknown client offline announces it all the same. Fails with ErrInvalid, for
-// a bad id only.
+// sessions end, and every open connection announces it to the other processes (unless the connection's option "announce"
+// says otherwise). It does not block. A client that is unknown here is announced too. It fails only for an invalid id,
+// with ErrInvalid.
 func MarkClientOffline(id string) error {
 	return idError(C.presence_mark_offline(cString(id), C.size_t(len(id))), id)
 }
 
-// IsClientOnline reports whether a client is online in this process: it is marked so, has an open session, or has a
-// running stream here. The empty id is always online, an unknown or bad one never.
+// IsClientOnline reports whether a client is online in this process: it is marked online, or it has an open session or a
+// running stream here. The empty id is always online; an unknown or invalid id never is.
 func IsClientOnline(id string) bool {
 	return bool(C.presence_is_online(cString(id), C.size_t(len(id))))
 }
@@ -47,16 +48,17 @@ func IsClientOnline(id string) bool {
 // OnlineCount returns how many clients are online in this process.
 func OnlineCount() uint64 { return uint64(C.presence_online_count()) }
 
-// Version returns the version of the C library, as in "1.2.3".
+// Version returns the version of the C library, such as "1.2.3".
 func Version() string { return C.GoString(C.presence_version()) }
 
-// Session is one of a client's connections to this process, such as one of two tabs of a browser. A client may have sessions
-// in several gateway processes; each process knows its own only.
+// Session is one of a client's connections to this process, such as one of two tabs of a browser. A client may have
+// sessions in several gateway processes; each process knows only its own.
 type Session struct{ handle *C.presence_session }
 
-// OpenSession opens a session of a client, who is online here as long as one of its sessions is open. Close ends it, and so does
-// [MarkClientOffline]; a session that is forgotten stays open, for the garbage collector must not decide when a client's
-// streams end. The empty id gives a session without effect. Fails with ErrInvalid, for a bad id only.
+// OpenSession opens a session of a client. The client is online in this process while at least one of its sessions is
+// open. [Session.Close] ends the session, and so does [MarkClientOffline]. No finalizer closes a session that becomes
+// unreachable: garbage collection must not decide when a client's streams end. A session of the empty id has no effect.
+// OpenSession fails only for an invalid id, with ErrInvalid.
 func OpenSession(id string) (*Session, error) {
 	s := new(Session)
 	if err := idError(C.presence_session_open(cString(id), C.size_t(len(id)), &s.handle), id); err != nil {
@@ -65,13 +67,13 @@ func OpenSession(id string) (*Session, error) {
 	return s, nil
 }
 
-// Close closes the session. With a client's last one in this process, the streams that this process requested for the client
-// end with ErrOffline, unless the client is also marked online; after the option "session_grace_ms" if [Connect] set it, and
-// without a new session in that time. The client's streams at other gateways go on: [MarkClientOffline] ends them too. Once
-// more has no effect. It returns nil.
+// Close closes the session. When it was the client's last one in this process, the streams that this process requested
+// for the client end with ErrOffline, unless the client is also marked online. If [Connect] was given session_grace_ms,
+// they end only after that time, and not at all if a new session opens before. The client's streams at other gateways go
+// on; [MarkClientOffline] ends those too. Calling Close again has no effect. It always returns nil.
 //
-// A worker on level 0 (without this library, or with lanes=false) can be stopped only by announcing the client offline to
-// all processes. If one of the streams that end here is on level 0, the client's streams at other gateways end, too.
+// A worker on level 0 (one without this library, or with lanes=false) can be stopped only by announcing the client offline
+// to all processes. So if one of the streams that end here is on level 0, the client's streams at other gateways end too.
 func (s *Session) Close() error {
 	C.presence_session_close(s.handle)
 	return nil
@@ -79,7 +81,7 @@ func (s *Session) Close() error {
 
 func idError(rc C.int32_t, id string) error {
 	if rc != C.PRESENCE_INVALID {
-		return failed(rc, "client")
+		return statusError(rc, "client")
 	}
 	if len(id) > 32 {
 		id = id[:32] + fmt.Sprintf("… (%d bytes)", len(id))

@@ -11,7 +11,7 @@ import (
 	"unsafe"
 )
 
-// EventKind is what an [Event] tells.
+// EventKind is the kind of an [Event].
 type EventKind int32
 
 const (
@@ -21,11 +21,11 @@ const (
 	ClientOffline EventKind = C.PRESENCE_EVENT_OFFLINE
 	// Connected: the connection has reached nats-server again.
 	Connected EventKind = C.PRESENCE_EVENT_CONNECTED
-	// Disconnected: the connection to nats-server is lost. With ErrClosed it will not be made again.
+	// Disconnected: the connection to nats-server is lost. With ErrClosed no reconnect is attempted.
 	Disconnected EventKind = C.PRESENCE_EVENT_DISCONNECTED
-	// Log: something that people should know.
+	// Log: a message for the operator.
 	Log EventKind = C.PRESENCE_EVENT_LOG
-	// Serving: Serve has begun, its subject is the text; unless there is no connection now, the server knows it.
+	// Serving: a service has begun; Text is its subject. The server has the subscription, unless there is no connection now.
 	Serving EventKind = -1
 )
 
@@ -49,32 +49,32 @@ func (k EventKind) String() string {
 // Event is something that happened to a client (see [Watch]) or to a connection (see [WithLog]).
 type Event struct {
 	Kind     EventKind
-	Status   Status // why, for Disconnected and Log; 0 where there is nothing to add
-	ClientID string // for ClientOnline and ClientOffline, and a handler's error or panic
+	Status   Status // the reason, for Disconnected and Log; 0 if there is none
+	ClientID string // for ClientOnline and ClientOffline, and for a handler's error or panic
 	Text     string // for people
-	// Subject is that of a service whose subscription nats-server refuses or has taken back (Disconnected), or accepts again
-	// (Connected). It is empty for events of the connection itself.
+	// Subject is the subject of a service whose subscription nats-server refuses or has taken back (Disconnected), or
+	// accepts again (Connected). It is empty for events of the connection itself.
 	Subject string
 }
 
-// Watch tells on the channel, from now on, when clients come online and go offline in this process. The channel is closed
-// soon after ctx ends. At most 65,536 events wait for a slow reader; further ones are dropped, and an event of kind Log
-// with ErrFull says so.
+// Watch sends an event to the returned channel whenever a client comes online or goes offline in this process, from now
+// on. The channel is closed soon after ctx ends. At most 65,536 events are kept for a slow reader; later ones are
+// dropped, and an event of kind Log with ErrFull reports that.
 //
-// Each watch holds a thread of the operating system: one for a process is meant, not one for each client.
+// Each watch occupies a thread of the operating system: use one per process, not one per client.
 func Watch(ctx context.Context) (<-chan Event, error) {
 	q, err := newQueue()
 	if err != nil {
 		return nil, err
 	}
-	if err := failed(C.presence_watch(q.handle, 0), "watch"); err != nil {
+	if err := statusError(C.presence_watch(q.handle, 0), "watch"); err != nil {
 		q.free()
 		return nil, err
 	}
 	stop := context.AfterFunc(ctx, q.wake)
-	told := make(chan Event)
+	watched := make(chan Event)
 	go func() {
-		defer close(told)
+		defer close(watched)
 		defer q.free()
 		defer stop()
 		for ctx.Err() == nil {
@@ -84,17 +84,17 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 			}
 			for i := range events {
 				select {
-				case told <- exported(&events[i]):
+				case watched <- newEvent(&events[i]):
 				case <-ctx.Done():
 					return
 				}
 			}
 		}
 	}()
-	return told, nil
+	return watched, nil
 }
 
-func exported(e *C.presence_event) Event {
+func newEvent(e *C.presence_event) Event {
 	return Event{
 		Kind:     EventKind(e.kind),
 		Status:   Status(e.status),
@@ -104,7 +104,8 @@ func exported(e *C.presence_event) Event {
 	}
 }
 
-// view shows what an event points to, until the next wait; nil where that is nothing, whatever its address.
+// view returns the bytes that a field of an event points to, without a copy: they are valid until the next wait. It
+// returns nil if length is 0, whatever the pointer.
 func view[T C.char | C.uint8_t](data *T, length C.size_t) []byte {
 	if length == 0 {
 		return nil
@@ -112,37 +113,38 @@ func view[T C.char | C.uint8_t](data *T, length C.size_t) []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(data)), int(length))
 }
 
-// queue is a queue of the C library and the room for what one wait gives.
+// queue is a queue of the C library, with the memory that a wait writes events to.
 type queue struct {
 	handle *C.presence_queue
 	events []C.presence_event
 }
 
-// batch is how many events one wait takes at most.
-const batch = 1024
+// maxEvents is how many events one wait returns at most.
+const maxEvents = 1024
 
 func newQueue() (*queue, error) {
 	q := new(queue)
-	if err := failed(C.presence_queue_new(&q.handle), "queue"); err != nil {
+	if err := statusError(C.presence_queue_new(&q.handle), "queue"); err != nil {
 		return nil, err
 	}
-	room := C.calloc(batch, C.sizeof_presence_event)
-	q.events = unsafe.Slice((*C.presence_event)(room), batch)
+	memory := C.calloc(maxEvents, C.sizeof_presence_event)
+	q.events = unsafe.Slice((*C.presence_event)(memory), maxEvents)
 	return q, nil
 }
 
-// wait waits for events or a wake, which gives none. They are valid until the next wait. One goroutine at a time.
+// wait waits for events, which are valid until the next wait, or for a wake, which returns none. Only one goroutine may
+// wait at a time.
 func (q *queue) wait() ([]C.presence_event, error) {
-	n := C.presence_queue_wait(q.handle, &q.events[0], batch, -1)
+	n := C.presence_queue_wait(q.handle, &q.events[0], maxEvents, -1)
 	if n < 0 {
-		return nil, failed(C.int32_t(n), "queue")
+		return nil, statusError(C.int32_t(n), "queue")
 	}
 	return q.events[:n], nil
 }
 
 func (q *queue) wake() { C.presence_queue_wake(q.handle) }
 
-// free frees the queue. Nobody waits on it now or later.
+// free frees the queue. No goroutine may wait on it, now or later.
 func (q *queue) free() {
 	C.presence_queue_free(q.handle)
 	C.free(unsafe.Pointer(&q.events[0]))

@@ -2,7 +2,7 @@ package presence
 
 // #include <nats_presence.h>
 //
-// // With types that cgo need not look behind.
+// // An integer in place of the handle and uint8_t in place of void, so that cgo need not search them for pointers.
 // static inline int32_t sender_send(uintptr_t sender, const uint8_t *data, size_t len) {
 //   return presence_sender_send((presence_sender *)sender, data, len);
 // }
@@ -28,76 +28,80 @@ import (
 
 // Handler answers one request. It runs in a goroutine of its own.
 //
-// ctx ends when the client leaves or the stream is stopped otherwise (context.Cause(ctx) is then ErrOffline, ErrCancelled,
-// ErrPeerGone, …), when Serve's context ends, and when the handler has returned. The handler's return ends the
-// stream, unless it was ended before: nil as by [Sender.End], an error or a panic with the error "the handler failed". What
-// the error or the panic says is not sent, for it may hold what the requester must not see. It is logged, a panic with its
-// stack: by the function of [WithLog], or without one by log.Print. A handler that wants the requester to read the text of
-// an error returns s.SendError(err).
+// ctx ends when the client leaves or the stream is stopped for another reason (context.Cause(ctx) is then ErrOffline,
+// ErrCancelled, ErrPeerGone, …), when Serve's context ends, and when the handler has returned.
 //
-// A handler that answers from another goroutine after its return calls [Sender.Detach] first, or Serve has the option
-// detached. Without either its return ends the stream, which looks complete at the reader. What the goroutine sends then
-// fails with ErrClosed, whose text says "its handler returned without Detach"; the first time that is logged too.
+// The handler's return ends a stream that has not ended before: nil ends it as [Sender.End] does, an error or a panic ends
+// it with the error "the handler failed". The text of the error or the panic is not sent, because it may contain what the
+// requester must not see. It is logged, a panic with its stack: by the function of [WithLog], or by log.Print without one.
+// To send the text of an error to the requester, return s.SendError(err).
+//
+// A handler that sends from another goroutine after its return must call [Sender.Detach] first, or Serve needs the option
+// detached. Without either, the handler's return ends the stream, which then looks complete to the reader. The goroutine's
+// sends fail with ErrClosed and the text "its handler returned without Detach"; the first such failure of a service is
+// logged too.
 type Handler func(ctx context.Context, req *Request, s *Sender) error
 
-// Request is what a stream was requested with.
+// Request is a request for a stream.
 type Request struct {
 	Subject  string
-	ClientID string // empty: nobody's
-	Data     []byte // the handler's own
+	ClientID string // empty if the stream belongs to no client
+	Data     []byte // the payload; the handler owns it
 	sender   *Sender
 }
 
-// Header returns a header of the request by its exact name, the first if there are several; "" if there is none, or if
-// the stream has ended and its handler has returned.
+// Header returns the first header of the request with exactly this name. It returns "" if there is none, or if the stream
+// has ended and its handler has returned.
 func (r *Request) Header(name string) string { return r.sender.header(name) }
 
-// What is said to who asks, as the C library says it.
+// Texts of the errors that requesters receive; the C library uses the same.
 const (
 	stoppedServing = "the worker stopped serving"
 	serverBusy     = "server busy"
 	handlerFailed  = "the handler failed"
 )
 
-// serveEnded stands among statuses for what C does not know: Serve's context has ended.
+// serveEnded is a status that the C library does not have: Serve's context has ended.
 const serveEnded Status = 1
 
 // service is one call of Serve.
 type service struct {
 	ctx      context.Context
 	handler  Handler
-	limit    int64          // of handlers at once
+	limit    int64          // of handlers that run at once
 	detached bool           // as if each handler called Detach
 	handlers atomic.Int64   // how many have not returned
-	running  sync.WaitGroup // goroutines of handlers; added to with the connection's mutex held, while it is in its services
-	senders  int            // those in the connection's senders, whose mutex it has
-	idle     chan struct{}  // a token: senders may be 0
+	running  sync.WaitGroup // the goroutines of handlers; grows only with conn.mu held and while conn.services has the service
+	senders  int            // how many of conn.senders are this service's; protected by conn.mu
+	idle     chan struct{}  // holds a token when senders may have become 0
 	warn     sync.Once      // logs that a handler returned without Detach
 }
 
-// defaultMaxStreams is the C library's, which bounds streams: a handler may run on after its stream's end.
+// defaultMaxStreams is the C library's limit of streams. Here it limits handlers, which may outlive their streams.
 const defaultMaxStreams = 10_000
 
-// Serve serves a subject, which may have wildcards, until ctx ends. Requests are spread over all processes that serve the
-// subject in the same queue; with the empty queue each of them gets every request. At most max_streams streams (see
-// [With]), and as many handlers, run at once; a request beyond is answered with "server busy".
+// Serve serves a subject, which may contain wildcards, until ctx ends. Requests are distributed over all processes that
+// serve the subject in the same queue group; with the empty queue each process gets every request. At most max_streams
+// streams (see [With]), and as many handlers, run at once; a request beyond that is answered with "server busy".
 //
-// With the option detached a handler that returns nil leaves its stream open, as if it had called [Sender.Detach]: each
+// With the option detached, a handler that returns nil leaves its stream open, as if it had called [Sender.Detach]: each
 // stream must be ended with [Sender.End] or [Sender.SendError].
 //
-// When ctx ends, the context of each handler ends too, and all streams end at that moment, detached ones too: their readers
-// get the error "the worker stopped serving", and Send fails with ErrCancelled. Serve does not wait for handlers to do that.
+// When ctx ends, the context of each handler ends and all streams are cut at that moment, also detached ones: their readers
+// get the error "the worker stopped serving", and Send fails with ErrCancelled. This does not wait for any handler.
 //
-// With the option drain_ms Serve ends gracefully: once ctx ends it takes no more requests, but what runs, detached streams
-// too, goes on as if ctx had not ended, until all of it is done or that time is over. Then the rest ends as without.
+// With the option drain_ms Serve drains first: once ctx ends it takes no more requests, but streams that run, also
+// detached ones, go on as if ctx had not ended, until all of them have ended or the time is over. Then the rest is cut as
+// described above.
 //
-// Then Serve waits until its handlers have returned, so they should look at their context or at Send's error. It waits for
-// at most stop_timeout_ms, if that is set. If handlers still run then, it returns ErrTimeout with their number; they go on,
-// but cannot send, and whatever they use must stay usable.
+// Then Serve waits until its handlers have returned, so they should watch their context or the error of Send. It waits for
+// at most stop_timeout_ms, if that is set. If handlers still run after that time, Serve returns ErrTimeout with their
+// number; they go on but cannot send, and whatever they use must stay usable.
 //
-// Otherwise it returns nil when ctx ended: while it still waits for the server to hear of the subject, when that has answered or
-// connect_timeout_ms are over. Else: ErrClosed after [Conn.Close], ErrDisconnected when the connection was given up (option
-// max_reconnects), ErrInvalid (subject, queue, options), ErrTimeout when the server did not answer.
+// Otherwise Serve returns nil when ctx ended. If ctx ends while Serve still waits for nats-server to confirm the
+// subscription, Serve returns when that has answered or connect_timeout_ms have passed. It returns ErrClosed after
+// [Conn.Close], ErrDisconnected when nats-server refuses the subscription or the connection was given up (option
+// max_reconnects), ErrInvalid (subject, queue, options), and ErrTimeout when nats-server did not answer.
 func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...Option) error {
 	if handler == nil {
 		return invalid("handler is nil")
@@ -135,10 +139,10 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	var handle *C.presence_service
 	var report C.presence_error
 	rc := C.presence_serve(c.handle, c.queue.handle, cSubject, cQueue, C.uint32_t(o.maxStreams), C.uint64_t(tag), &handle, &report)
-	err = reported(rc, &report)
-	why := err // it ends what came while the server was waited for, in vain
+	err = callError(rc, &report)
+	why := err // ends the streams whose requests arrived before presence_serve failed
 	if err == nil {
-		c.tell(Event{Kind: Serving, Text: subject})
+		c.logEvent(Event{Kind: Serving, Text: subject})
 		select {
 		case <-ctx.Done():
 		case <-serving.Done():
@@ -154,9 +158,9 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	for _, s := range c.sendersOf(v) {
 		s.cut()
 	}
-	late := v.wait(o.stopTimeout)
+	late := v.waitForHandlers(o.stopTimeout)
 	switch {
-	case errors.Is(err, ErrInvalid): // nothing was served
+	case errors.Is(err, ErrInvalid): // also if ctx has ended
 	case ctx.Err() != nil:
 		err = nil
 	case err == nil:
@@ -168,8 +172,8 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 	return fmt.Errorf("%w; %w", err, late)
 }
 
-// wait waits until all handlers have returned; if limit is not 0, no longer than that.
-func (v *service) wait(limit time.Duration) error {
+// waitForHandlers waits until all handlers have returned, at most for limit unless that is 0.
+func (v *service) waitForHandlers(limit time.Duration) error {
 	if limit == 0 {
 		v.running.Wait()
 		return nil
@@ -183,7 +187,7 @@ func (v *service) wait(limit time.Duration) error {
 	case <-returned:
 		return nil
 	case <-time.After(limit):
-		return &Error{ErrTimeout, fmt.Sprintf("handlers that still run %v after their context ended: %d", limit, v.handlers.Load())}
+		return &Error{ErrTimeout, fmt.Sprintf("%d handlers still run %v after their context ended", v.handlers.Load(), limit)}
 	}
 }
 
@@ -199,7 +203,7 @@ func serveOptions(opts []Option) (s serveSettings, err error) {
 	for _, pair := range o.pairs {
 		if pair[0] == "detached" {
 			if s.detached = pair[1] == "true"; !s.detached && pair[1] != "false" {
-				return s, invalid("value %q of option detached is neither true nor false", pair[1])
+				return s, invalid("option detached is %q; it must be true or false", pair[1])
 			}
 			continue
 		}
@@ -212,24 +216,25 @@ func serveOptions(opts []Option) (s serveSettings, err error) {
 		case "stop_timeout_ms":
 			s.stopTimeout = time.Duration(n) * time.Millisecond
 		default:
-			return s, invalid("option %q is not one of Serve: max_streams, detached, drain_ms and stop_timeout_ms are", pair[0])
+			return s, invalid("option %q is not an option of Serve, which has max_streams, detached, drain_ms and stop_timeout_ms", pair[0])
 		}
 		if err != nil {
-			return s, invalid("value %q of option %s is not a number from 0 to 4294967295", pair[1], pair[0])
+			return s, invalid("option %s is %q; it must be a whole number from 0 to 4294967295", pair[0], pair[1])
 		}
 	}
 	return s, nil
 }
 
-// drain waits, at most so long, until nothing of the service runs. What C took before it was stopped still begins meanwhile.
+// drain waits until all streams and handlers of the service have ended, at most for limit. Requests that the C library
+// accepted before the service was stopped still begin meanwhile.
 func (c *Conn) drain(v *service, limit time.Duration) {
-	over := time.After(limit)
+	expired := time.After(limit)
 	for c.isBusy(v) {
 		select {
 		case <-v.idle:
 		case <-v.ctx.Done():
 			return
-		case <-over:
+		case <-expired:
 			return
 		}
 	}
@@ -241,13 +246,13 @@ func (c *Conn) isBusy(v *service) bool {
 	return v.senders > 0
 }
 
-// accept begins to answer a request.
+// accept starts a handler for a request.
 func (c *Conn) accept(e *C.presence_event) {
 	word := (*uint32)(unsafe.Pointer(C.presence_sender_status_word(e.sender)))
 	client := string(view(e.client, e.client_len))
 	c.mu.Lock()
 	v := c.services[uint64(e.tag)]
-	if v == nil || atomic.LoadUint32(word) != 0 { // Serve has ended, or the client has left already
+	if v == nil || atomic.LoadUint32(word) != 0 { // the service has ended, or the client has left already
 		c.mu.Unlock()
 		refuse(e.sender, stoppedServing)
 		return
@@ -260,10 +265,10 @@ func (c *Conn) accept(e *C.presence_event) {
 	}
 	s := &Sender{
 		conn: c, service: v, client: client, handle: e.sender, word: word,
-		writable: make(chan struct{}, 1), over: make(chan struct{}),
+		writable: make(chan struct{}, 1), ended: make(chan struct{}),
 	}
 	s.ctx, s.cancel = context.WithCancelCause(v.ctx)
-	s.holders.Store(2)
+	s.owners.Store(2)
 	s.detached.Store(v.detached)
 	c.senders[e.sender] = s
 	v.senders++
@@ -274,7 +279,7 @@ func (c *Conn) accept(e *C.presence_event) {
 		Subject: string(view(e.subject, e.subject_len)), ClientID: client,
 		Data: bytes.Clone(view(e.data, e.data_len)), sender: s,
 	}
-	go s.serve(req)
+	go s.runHandler(req)
 }
 
 func refuse(sender *C.presence_sender, text string) {
@@ -293,39 +298,40 @@ func (c *Conn) sendersOf(v *service) (senders []*Sender) {
 	return senders
 }
 
-// Sender is the worker's end of one stream. Whatever ends it, it stays ended: a client who comes back has new streams.
+// Sender is the worker's end of one stream. Once ended, it stays ended: a client that comes back has new streams.
 type Sender struct {
 	conn     *Conn
 	service  *service
 	client   string
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
-	writable chan struct{} // a token: there may be room again
-	over     chan struct{} // closed when it may send no more
-	end      sync.Once     // closes over
+	writable chan struct{} // holds a token when a blocked send should try again
+	ended    chan struct{} // closed when the stream has ended
+	end      sync.Once     // closes ended
 	detached atomic.Bool
-	returned atomic.Bool // its handler returned nil without Detach, and so ended the stream
-	// The stream, until it is over, and the handler, until it has returned, hold the C sender; the last one frees it.
-	holders atomic.Int32
+	returned atomic.Bool // the handler returned nil without Detach, which ended the stream
+	// How many of the two owners still need the C sender: the stream, until it has ended, and the handler, until it has
+	// returned. The last one frees it.
+	owners atomic.Int32
 
-	mu     sync.RWMutex       // held for reading while C is called, and for writing to free
-	wasCut bool               // Serve has ended the stream
-	handle *C.presence_sender // nil once freed; then the last three fields tell
-	word   *uint32            // C's status word: 0 while it may send
-	status Status             // why it may send no more
-	ended  Status             // what another End gives
-	count  uint64
+	mu        sync.RWMutex       // held for reading during C calls, and for writing to free the handle
+	wasCut    bool               // the end of the service ended the stream
+	handle    *C.presence_sender // nil once freed; after that the last three fields answer
+	word      *uint32            // the C library's status word: 0 while it may send
+	status    Status             // why it may not send
+	endStatus Status             // the result of another End
+	count     uint64             // messages sent
 }
 
-// Send sends one message of the stream. Where there is no room, because the reader is slow or much waits to be sent, it
-// waits, without a thread, until there is or the stream ends.
+// Send sends one message of the stream. If the reader is too slow or the send buffer is full, Send blocks the goroutine, but
+// no thread, until the message can be sent or the stream ends.
 //
-// Once the client is offline it fails with ErrOffline, for ever. Others: ErrCancelled (the stream was cancelled, or Serve's
-// context ended), ErrPeerGone (the gateway's process is gone), ErrClosed, ErrDisconnected; and, after which the stream goes
-// on, ErrTooLarge and ErrReserved.
+// Once the client is offline Send always fails with ErrOffline. It also fails with ErrCancelled (the stream was cancelled,
+// or Serve's context ended), ErrPeerGone (the gateway's process is gone), ErrClosed or ErrDisconnected. After ErrTooLarge
+// and ErrReserved the stream goes on.
 func (s *Sender) Send(data []byte) error { return s.SendContext(context.Background(), data) }
 
-// SendContext is Send, but when ctx ends first it sends nothing and returns ctx's cause, and the stream goes on.
+// SendContext is like Send, but when ctx ends first it sends nothing and returns ctx's cause, and the stream goes on.
 func (s *Sender) SendContext(ctx context.Context, data []byte) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
@@ -334,36 +340,36 @@ func (s *Sender) SendContext(ctx context.Context, data []byte) error {
 	for status == ErrFull {
 		select {
 		case <-s.writable:
-		case <-s.over:
+		case <-s.ended:
 		case <-s.ctx.Done():
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
 		if status = s.send(data); status != ErrFull {
-			signal(s.writable) // for others who wait too
+			signal(s.writable) // wakes other goroutines whose sends are blocked
 		}
 	}
-	return s.sent(status, len(data))
+	return s.sendResult(status, len(data))
 }
 
-// TrySend is Send, but fails with ErrFull where Send would wait.
-func (s *Sender) TrySend(data []byte) error { return s.sent(s.send(data), len(data)) }
+// TrySend is like Send, but fails with ErrFull where Send would block.
+func (s *Sender) TrySend(data []byte) error { return s.sendResult(s.send(data), len(data)) }
 
-// MaxMessage returns how large a message may be, in bytes: the max_payload of the present nats-server, less 64. It is 0 after
-// the stream's end.
+// MaxMessage returns the size of the largest message that can be sent, in bytes: the max_payload of the present
+// nats-server, less 64. It is 0 after the stream's end.
 func (s *Sender) MaxMessage() int {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return int(C.presence_sender_max_message(s.handle))
 }
 
-// sent is the result of a send. One that comes too late because the handler did not detach is a defect that the reader
-// cannot see: it has a stream that looks complete.
-func (s *Sender) sent(status Status, size int) error {
+// sendResult returns the error of a send. It logs a send that fails because the handler returned without Detach: the reader
+// cannot see this defect, since its stream looks complete.
+func (s *Sender) sendResult(status Status, size int) error {
 	if status == ErrTooLarge {
 		return &Error{ErrTooLarge, fmt.Sprintf("message of %d bytes is too large: the limit is %d", size, s.MaxMessage())}
 	}
-	err := s.failed(status)
+	err := s.statusError(status)
 	if status == ErrClosed && s.returned.Load() {
 		s.service.warn.Do(func() { s.log(err.Error()) })
 	}
@@ -380,7 +386,7 @@ func (s *Sender) send(data []byte) Status {
 	return Status(C.sender_send(handle, text, C.size_t(len(data))))
 }
 
-// state tells why it may send no more, 0 while it may. The mutex is held.
+// state returns why the sender may not send, 0 while it may. The caller holds the mutex.
 func (s *Sender) state() Status {
 	switch {
 	case s.handle == nil:
@@ -397,16 +403,16 @@ func (s *Sender) state() Status {
 	return C.PRESENCE_OK
 }
 
-// SendError ends the stream with an error, whose text the reader gets as it is: for errors that are meant for it. Fails with ErrClosed if it has ended already, with
-// why it was stopped if it was.
+// SendError ends the stream with an error whose text is sent to the reader as it is: use it for errors that the reader may
+// see. It fails with ErrClosed if the stream has ended already, and with the reason if the stream was stopped.
 func (s *Sender) SendError(err error) error {
 	if err == nil {
 		err = errors.New("unknown error")
 	}
-	return s.sendError(err.Error())
+	return s.endWithError(err.Error())
 }
 
-func (s *Sender) sendError(text string) error {
+func (s *Sender) endWithError(text string) error {
 	text = strings.ToValidUTF8(text, "\uFFFD")
 	s.mu.RLock()
 	status := s.status
@@ -419,17 +425,17 @@ func (s *Sender) sendError(text string) error {
 	}
 	s.mu.RUnlock()
 	s.finish()
-	return s.failed(status)
+	return s.statusError(status)
 }
 
-// End ends the stream. Once more is fine. Fails with why the stream was stopped if it was; if that was Serve's context, the
-// reader gets an error, for a stream that was cut short must not look complete.
+// End ends the stream. Calling it again has no effect. It fails with the reason if the stream was stopped. If Serve's
+// context has ended, the reader gets an error, because a stream that was cut short must not look complete.
 func (s *Sender) End() error {
 	if s.ctx.Err() != nil {
-		s.cut() // if it was Serve's context
+		s.cut() // has an effect only if Serve's context has ended
 	}
 	s.mu.RLock()
-	status := s.ended
+	status := s.endStatus
 	switch {
 	case s.handle == nil:
 	case s.wasCut:
@@ -439,12 +445,12 @@ func (s *Sender) End() error {
 	}
 	s.mu.RUnlock()
 	s.finish()
-	return s.failed(status)
+	return s.statusError(status)
 }
 
-// cut ends the stream because Serve ends, unless it has ended already.
+// cut ends a stream that still runs because its service ends.
 func (s *Sender) cut() {
-	s.mu.Lock() // for writing, so that no call sees the stream's end without its reason
+	s.mu.Lock() // for writing, so that no call sees the end of the stream before wasCut
 	if s.handle != nil && C.presence_sender_error(s.handle, cString(stoppedServing), C.size_t(len(stoppedServing))) == C.PRESENCE_OK {
 		s.wasCut = true
 	}
@@ -452,24 +458,24 @@ func (s *Sender) cut() {
 	s.finish()
 }
 
-// Detach lets the stream go on after its handler has returned nil: whoever has the sender now must end it, with End or
-// SendError. Otherwise it ends only when the client leaves or Serve's context ends: a sender that is forgotten is not
-// collected as garbage. Its context lives on as long as the stream.
+// Detach keeps the stream open after its handler has returned nil. You must then end it with End or SendError. Otherwise it
+// ends only when the client leaves or Serve's context ends: no finalizer ends the stream of a sender that becomes
+// unreachable. The handler's context lasts as long as the stream.
 func (s *Sender) Detach() { s.detached.Store(true) }
 
-// IsClosed reports whether the sender may send no more, for whatever reason. It costs a few nanoseconds.
+// IsClosed reports whether the sender can no longer send, for whatever reason. It takes a few nanoseconds.
 func (s *Sender) IsClosed() bool { return s.Err() != nil }
 
-// Err returns why the sender may send no more, as Send would: ErrOffline, ErrClosed, …; nil while it may. While it may
-// it costs a few nanoseconds: no call of C, no lookup.
+// Err returns the error that Send would return: ErrOffline, ErrClosed, …; nil while the sender can send. While it can,
+// Err takes a few nanoseconds: it makes no C call and no lookup.
 func (s *Sender) Err() error {
 	s.mu.RLock()
 	status := s.state()
 	s.mu.RUnlock()
-	return s.failed(status)
+	return s.statusError(status)
 }
 
-// SendCount returns how many messages were sent so far.
+// SendCount returns how many messages have been sent.
 func (s *Sender) SendCount() uint64 {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
@@ -495,34 +501,34 @@ func (s *Sender) header(name string) string {
 	return string(view(value, length))
 }
 
-func (s *Sender) failed(status Status) error {
+func (s *Sender) statusError(status Status) error {
 	switch status {
 	case C.PRESENCE_OK:
 		return nil
 	case serveEnded:
-		return cancelled(s.ctx)
+		return contextError(s.ctx)
 	}
 	what := fmt.Sprintf("stream of client %q", s.client)
 	if status == ErrClosed && s.returned.Load() {
 		return &Error{ErrClosed, what + ": its handler returned without Detach, which ended the stream"}
 	}
-	return failed(C.int32_t(status), what)
+	return statusError(C.int32_t(status), what)
 }
 
-// serve runs the handler and ends the stream as it says.
-func (s *Sender) serve(req *Request) {
+// runHandler runs the handler, and ends the stream according to its result.
+func (s *Sender) runHandler(req *Request) {
 	failure, isDefect := "the handler did not return: it called runtime.Goexit", true
 	defer func() {
 		if cause := recover(); cause != nil {
 			failure = fmt.Sprintf("the handler panicked: %v\n%s", cause, debug.Stack())
 		}
-		s.service.handlers.Add(-1) // first: who hears of the end may ask again
+		s.service.handlers.Add(-1) // before the stream's end, after which the requester may request again
 		if failure != "" {
 			if s.ctx.Err() != nil {
-				s.cut() // if it was Serve's context
+				s.cut() // has an effect only if Serve's context has ended
 			}
-			// An error that a handler returns because its stream has ended already is no news.
-			if err := s.sendError(handlerFailed); err == nil || isDefect {
+			// An error that the handler returned because the stream had ended already is not logged.
+			if err := s.endWithError(handlerFailed); err == nil || isDefect {
 				s.log(failure)
 			}
 		} else if !s.detached.Load() {
@@ -539,15 +545,15 @@ func (s *Sender) serve(req *Request) {
 	}
 }
 
-// log reports something about the stream to WithLog, or to the standard logger without it.
+// log logs a text about the stream: through WithLog, or to the standard logger without it.
 func (s *Sender) log(text string) {
 	if s.conn.log == nil {
 		log.Print("presence: ", text)
 	}
-	s.conn.tell(Event{Kind: Log, ClientID: s.client, Text: text})
+	s.conn.logEvent(Event{Kind: Log, ClientID: s.client, Text: text})
 }
 
-// stopped hears that the stream has ended for another reason than the handler's word.
+// stopped handles the event that something other than the sender's owner ended the stream.
 func (s *Sender) stopped() {
 	if err := s.Err(); err != nil {
 		s.cancel(err)
@@ -555,17 +561,17 @@ func (s *Sender) stopped() {
 	}
 }
 
-// finish is called when the stream is over.
+// finish is called whenever the stream has ended.
 func (s *Sender) finish() {
 	s.end.Do(func() {
-		close(s.over)
+		close(s.ended)
 		s.release()
 	})
 }
 
-// release frees the C sender for the last of its holders. A call that is under way is waited for; none of them blocks.
+// release is called once by each owner. The last one frees the C sender, after the C calls in progress, which never block.
 func (s *Sender) release() {
-	if s.holders.Add(-1) > 0 {
+	if s.owners.Add(-1) > 0 {
 		return
 	}
 	s.conn.mu.Lock()
@@ -575,14 +581,14 @@ func (s *Sender) release() {
 	signal(s.service.idle)
 	s.mu.Lock()
 	s.status = Status(atomic.LoadUint32(s.word))
-	s.ended = Status(C.presence_sender_end(s.handle))
+	s.endStatus = Status(C.presence_sender_end(s.handle))
 	if s.wasCut {
-		s.status, s.ended = serveEnded, serveEnded
+		s.status, s.endStatus = serveEnded, serveEnded
 	}
 	s.count = uint64(C.presence_sender_send_count(s.handle))
 	C.presence_sender_free(s.handle)
 	s.handle, s.word = nil, nil
-	ended := s.ended
+	endStatus := s.endStatus
 	s.mu.Unlock()
-	s.cancel(s.failed(ended)) // why it was stopped, should nobody have told the handler's context yet
+	s.cancel(s.statusError(endStatus)) // has an effect if the stream was stopped but its STOPPED event was not handled yet
 }

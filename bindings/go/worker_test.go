@@ -576,8 +576,8 @@ func TestStopTimeout(t *testing.T) {
 			end(worker, serving)
 			err := receive(t, serving.result)
 			if name == "context" {
-				wantError(t, err, ErrTimeout, "50ms after their context ended: 2")
-			} else if !errors.Is(err, ErrTimeout) || !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), ": 2") {
+				wantError(t, err, ErrTimeout, "2 handlers still run 50ms")
+			} else if !errors.Is(err, ErrTimeout) || !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), "2 handlers still run") {
 				t.Error(err)
 			}
 			closeNow(worker.Conn)

@@ -1,14 +1,15 @@
-// A gateway for browsers, over server-sent events. It logs a line for each stream.
+// A gateway that forwards streams to browsers as server-sent events. It logs a line for each stream.
 //
-//	GET  /events  the browser's connection. Its first event is "id", with the client's id. When it ends, the client has left.
-//	POST /ask     requests a stream with the body, for the client in the header X-Connect-ID, to be forwarded to that
-//	              client's /events; answers when the stream has ended.
+//	GET  /events  is the browser's connection. Its first event is "id", with the client's id. When it ends, the client has
+//	              left.
+//	POST /ask     requests a stream, with the body as its payload, for the client whose id is in the header X-Connect-ID. The
+//	              stream's messages are forwarded to the client's /events. The response is sent when the stream has ended.
 //
-// A browser that vanishes without closing its connection (no network, no power) is noticed after KEEP_ALIVE and USER_TIMEOUT
-// at the latest: the gateway sends a comment every KEEP_ALIVE, and the kernel closes a connection whose data was not
-// acknowledged for USER_TIMEOUT. A browser that takes no data for that time loses its connection, too.
+// A browser may vanish without closing its connection (network or power lost). The gateway sends a comment every KEEP_ALIVE,
+// and the kernel closes a connection whose data is not acknowledged for USER_TIMEOUT, so the gateway detects this after
+// KEEP_ALIVE and USER_TIMEOUT at the latest. A browser that reads no data for that time loses its connection too.
 //
-// Settings come from the environment: NATS_URL, SUBJECT, LISTEN, KEEP_ALIVE (10s), USER_TIMEOUT (20s).
+// Environment variables: NATS_URL, SUBJECT, LISTEN, KEEP_ALIVE (10s), USER_TIMEOUT (20s).
 package main
 
 import (
@@ -38,7 +39,7 @@ func main() {
 		presence.With("name", "go-gateway"),
 		presence.WithLog(func(e presence.Event) { log.Print(e.Kind, " ", e.Text) }))
 	check(err)
-	// Clients that other gateways see leave.
+	// Also stop clients that other gateways announce offline.
 	check(conn.ListenOffline())
 
 	keepAlive, err := time.ParseDuration(setting("KEEP_ALIVE", "10s"))
@@ -51,26 +52,26 @@ func main() {
 	listener, err := listen(setting("LISTEN", "127.0.0.1:8080"), userTimeout)
 	check(err)
 	log.Print("listening on ", listener.Addr())
-	// Requests end with ctx, so that Close need not wait for browsers.
+	// The contexts of requests end with ctx, so that Shutdown does not wait for browsers.
 	server := &http.Server{BaseContext: func(net.Listener) context.Context { return ctx }}
 	shut := make(chan error)
 	context.AfterFunc(ctx, func() { shut <- server.Shutdown(context.Background()) })
 	if err := server.Serve(listener); err != http.ErrServerClosed {
 		check(err)
 	}
-	check(<-shut) // Serve does not wait for what it serves, this does
+	check(<-shut) // wait until the handlers have returned, which Serve does not
 	check(conn.Close(context.Background()))
 }
 
-// listen returns a listener whose connections end when what was sent is not acknowledged for so long.
+// listen returns a listener whose connections end when sent data is not acknowledged for userTimeout.
 func listen(address string, userTimeout time.Duration) (net.Listener, error) {
-	const tcpUserTimeout = 18 // TCP_USER_TIMEOUT in linux/tcp.h, which package syscall does not have
+	const tcpUserTimeout = 18 // TCP_USER_TIMEOUT of linux/tcp.h, which package syscall lacks
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		var failed error
-		err := c.Control(func(fd uintptr) { // accepted connections inherit it
-			failed = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout, int(userTimeout.Milliseconds()))
+		var optionErr error
+		err := c.Control(func(fd uintptr) { // accepted connections inherit the option
+			optionErr = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout, int(userTimeout.Milliseconds()))
 		})
-		return errors.Join(err, failed)
+		return errors.Join(err, optionErr)
 	}}
 	return config.Listen(context.Background(), "tcp", address)
 }
@@ -88,8 +89,8 @@ type client struct {
 	left     <-chan struct{}
 }
 
-// lineEnds begins a new data line after each line end that server-sent events know. Otherwise a message that has line ends
-// could add events of its own.
+// lineEnds replaces each line ending of server-sent events by the start of a new data line. Otherwise a message that
+// contains line endings could inject events.
 var lineEnds = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
 
 func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
@@ -122,24 +123,24 @@ func (g *gateway) ask(w http.ResponseWriter, r *http.Request) {
 	id := r.Header.Get("X-Connect-ID")
 	found, ok := g.clients.Load(id)
 	if !ok {
-		http.Error(w, "X-Connect-ID names no client who is here", http.StatusNotFound)
+		http.Error(w, "no client with this X-Connect-ID is connected", http.StatusNotFound)
 		return
 	}
 	question, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
 	if err != nil {
-		http.Error(w, "the question cannot be read, or has more than 1 MiB", http.StatusBadRequest)
+		http.Error(w, "the body cannot be read or is larger than 1 MiB", http.StatusBadRequest)
 		return
 	}
 	received, err := g.forward(r.Context(), found.(*client), id, question)
 	log.Printf("stream client=%s received=%d why=%v", id, received, err)
-	if err != nil { // the log has it: it may be a worker's own text, which is not for the browser
+	if err != nil { // logged only: it may contain a worker's text, which the browser must not see
 		http.Error(w, "the stream ended early", http.StatusBadGateway)
 		return
 	}
 	fmt.Fprintln(w, received)
 }
 
-// forward gives the client what a worker answers; it returns how many messages, and why they ended early.
+// forward forwards a stream to the client. It returns the number of messages, and the reason if the stream ended early.
 func (g *gateway) forward(ctx context.Context, c *client, id string, question []byte) (received int, err error) {
 	stream, err := g.conn.Request(ctx, g.subject, question, id)
 	if err != nil {
@@ -159,11 +160,11 @@ func (g *gateway) forward(ctx context.Context, c *client, id string, question []
 	return received, nil
 }
 
-func setting(name, otherwise string) string {
+func setting(name, fallback string) string {
 	if value := os.Getenv(name); value != "" {
 		return value
 	}
-	return otherwise
+	return fallback
 }
 
 func check(err error) {

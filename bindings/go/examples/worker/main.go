@@ -1,6 +1,6 @@
-// A worker: streams pieces to whoever asks, and stops the moment the client leaves. It logs a line for each stream.
+// A worker that streams pieces of text, and stops the moment the client leaves. It logs a line for each stream.
 //
-// Settings come from the environment: NATS_URL, SUBJECT, QUEUE, PIECES (how many each stream has), DELAY (between them).
+// Environment variables: NATS_URL, SUBJECT, QUEUE, PIECES (how many pieces each stream has), DELAY (the time between them).
 package main
 
 import (
@@ -40,7 +40,7 @@ func main() {
 	check(conn.Close(context.Background()))
 }
 
-// send is the work: it ends early when ctx does, which is when the client leaves.
+// send streams the pieces. It returns early when ctx ends, which happens when the client leaves.
 func send(ctx context.Context, s *presence.Sender, pieces int, delay time.Duration) error {
 	tick := time.NewTicker(max(delay, 1))
 	defer tick.Stop()
@@ -57,11 +57,11 @@ func send(ctx context.Context, s *presence.Sender, pieces int, delay time.Durati
 	return nil
 }
 
-func setting(name, otherwise string) string {
+func setting(name, fallback string) string {
 	if value := os.Getenv(name); value != "" {
 		return value
 	}
-	return otherwise
+	return fallback
 }
 
 func check(err error) {

@@ -9,7 +9,7 @@
 
 #define THREADS 20
 
-/* Exits by _exit: the handlers of exit belong to the parent's threads. An exit status has 8 bits. */
+/* Uses _exit because the exit handlers belong to the parent's threads. The line must fit into the 8 bits of an exit status. */
 #define CHECK(is_true) \
   do { \
     if (!(is_true)) _exit(__LINE__); \
@@ -66,7 +66,7 @@ int fork_and_use(const char *url, presence_conn *of_parent) {
   pid_t pid = fork();
   if (pid < 0) return -errno;
   if (pid == 0) {
-    /* Go's handler of this signal needs Go's threads, which the child does not have. */
+    /* Go's handler of this signal needs Go's threads, which do not exist in the child. */
     signal(SIGALRM, SIG_DFL);
     alarm(60);
     child(url, of_parent);

@@ -1,4 +1,4 @@
-// Package forking has C code that forks a Go process, for the tests.
+// Package forking forks a Go process from C, for the tests.
 package forking
 
 // #cgo !presence_static pkg-config: nats-presence
@@ -11,8 +11,8 @@ import (
 	"unsafe"
 )
 
-// Fork forks this process, which has the open presence_conn conn. The child uses the library by C calls only, and exits.
-// Returns an error that says what failed in the child.
+// Fork forks this process, which has the open presence_conn conn. The child calls the C library only, checks the results,
+// and exits. Fork returns an error if a check failed in the child.
 func Fork(url string, conn unsafe.Pointer) error {
 	text := append([]byte(url), 0)
 	failed := C.fork_and_use((*C.char)(unsafe.Pointer(&text[0])), (*C.presence_conn)(conn))
