@@ -7,94 +7,10 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 )
-
-// Option is an option of [Connect], [Conn.Serve] or [Conn.Request]. Options that are not set have their defaults.
-type Option func(*options)
-
-type options struct {
-	pairs [][2]string
-	log   func(Event)
-}
-
-// With sets an option by name. Times are in whole milliseconds, sizes in bytes. The call that gets an unknown name or a
-// wrong value fails with ErrInvalid.
-//
-// For Connect: name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file,
-// tls_key_file, connect_timeout_ms (5000), retry_on_initial_connect (false), reconnect_min_ms (50), reconnect_max_ms
-// (4000), max_reconnects (0: never give up), ping_interval_ms (20000), inbox_prefix (_INBOX), offline_subject
-// (client.offline), announce (always, streams or never), lanes (true), heartbeat_ms (5000), peer_grace_ms (1000, for a
-// peer on another nats-server 3000), send_buffer_bytes (4194304), receive_buffer_bytes (67108864), session_grace_ms (0),
-// worker_threads (1).
-//
-// For Request: timeout_ms (0: none), retries (0), retry_delay_ms (100), stream_buffer_bytes (262144, without lanes
-// 67108864), only_online (false; true: fail with ErrOffline if the client is not online here), header.NAME (a header for
-// the worker). manual_credit is reserved for this package: a message counts against the window until it was read.
-//
-// For Serve: max_streams (0: 10,000), detached (false: a handler's return ends its stream), drain_ms (0: streams that run
-// are cut when the context ends), stop_timeout_ms (0: none, Serve waits until its handlers have returned).
-//
-// nats_presence.h describes the options of Connect and Request.
-func With(name, value string) Option {
-	return func(o *options) { o.pairs = append(o.pairs, [2]string{name, value}) }
-}
-
-// WithLog makes [Connect] call f for each event of the connection, of kind Connected, Disconnected, Serving and Log. The
-// errors and panics of handlers are events of kind Log. f runs in a goroutine of its own and may block: up to 256 events
-// are kept for it, later ones are dropped, and an event of kind Log with ErrFull reports how many. For Connect only.
-func WithLog(f func(Event)) Option { return func(o *options) { o.log = f } }
-
-func collect(opts []Option) (o options) {
-	for _, opt := range opts {
-		opt(&o)
-	}
-	return o
-}
-
-// value returns the value of an option that was set last, or "".
-func (o *options) value(name string) (value string) {
-	for _, pair := range o.pairs {
-		if pair[0] == name {
-			value = pair[1]
-		}
-	}
-	return value
-}
-
-// config returns the options as a presence_config, which the caller must free; nil if no option is set.
-func (o *options) config() (*C.presence_config, error) {
-	if len(o.pairs) == 0 {
-		return nil, nil
-	}
-	config := C.presence_config_new()
-	for _, pair := range o.pairs {
-		if err := setOption(config, pair[0], pair[1]); err != nil {
-			C.presence_config_free(config)
-			return nil, err
-		}
-	}
-	return config, nil
-}
-
-func setOption(config *C.presence_config, name, value string) error {
-	key, err := cText("the name of option "+strconv.Quote(name), name)
-	if err != nil {
-		return err
-	}
-	text, err := cText("the value of option "+name, value)
-	if err != nil {
-		return err
-	}
-	if C.presence_config_set(config, key, text) == C.PRESENCE_OK {
-		return nil
-	}
-	var report C.presence_error
-	return callError(C.presence_config_error(config, &report), &report)
-}
 
 // Conn is a connection to nats-server. It reconnects whenever the connection is lost, until Close.
 type Conn struct {
@@ -120,7 +36,7 @@ type Conn struct {
 //
 // It fails with ErrInvalid (url, options), ErrDisconnected (nats-server cannot be reached, or refuses the connection) or
 // ErrTimeout.
-func Connect(url string, opts ...Option) (*Conn, error) {
+func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 	o := collect(opts)
 	config, err := o.config()
 	if err != nil {

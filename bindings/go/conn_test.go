@@ -21,7 +21,7 @@ func TestConnectRefusesBadInput(t *testing.T) {
 	closed.Close()
 	for _, bad := range []struct {
 		url    string
-		opts   []Option
+		opts   []ConnectOption
 		status Status
 		named  string
 	}{
@@ -31,14 +31,14 @@ func TestConnectRefusesBadInput(t *testing.T) {
 		{url: "nats://127.0.0.1:port", status: ErrInvalid, named: "port"},
 		{url: "nats://" + closed.Addr().String(), status: ErrDisconnected, named: closed.Addr().String()},
 		{url: s.url, status: ErrDisconnected, named: ""},
-		{url: s.url, opts: []Option{With("user", "me"), With("password", "wr0ng")}, status: ErrDisconnected, named: ""},
-		{url: s.url, opts: []Option{With("no_such", "x")}, status: ErrInvalid, named: "no_such"},
-		{url: s.url, opts: []Option{With("", "x")}, status: ErrInvalid, named: `""`},
-		{url: s.url, opts: []Option{With("announce", "loudly")}, status: ErrInvalid, named: "loudly"},
-		{url: s.url, opts: []Option{With("password", "wr0ng\x00")}, status: ErrInvalid, named: "password"},
-		{url: s.url, opts: []Option{With("tls_required", "maybe")}, status: ErrInvalid, named: "maybe"},
-		{url: s.url, opts: []Option{With("timeout_ms", "1")}, status: ErrInvalid, named: "timeout_ms"},
-		{url: s.url, opts: []Option{With("creds_file", "/no/such/file")}, status: ErrInvalid, named: "/no/such/file"},
+		{url: s.url, opts: []ConnectOption{With("user", "me"), With("password", "wr0ng")}, status: ErrDisconnected, named: ""},
+		{url: s.url, opts: []ConnectOption{With("no_such", "x")}, status: ErrInvalid, named: "no_such"},
+		{url: s.url, opts: []ConnectOption{With("", "x")}, status: ErrInvalid, named: `""`},
+		{url: s.url, opts: []ConnectOption{With("announce", "loudly")}, status: ErrInvalid, named: "loudly"},
+		{url: s.url, opts: []ConnectOption{With("password", "wr0ng\x00")}, status: ErrInvalid, named: "password"},
+		{url: s.url, opts: []ConnectOption{With("tls_required", "maybe")}, status: ErrInvalid, named: "maybe"},
+		{url: s.url, opts: []ConnectOption{With("timeout_ms", "1")}, status: ErrInvalid, named: "timeout_ms"},
+		{url: s.url, opts: []ConnectOption{With("creds_file", "/no/such/file")}, status: ErrInvalid, named: "/no/such/file"},
 	} {
 		c, err := Connect(bad.url, bad.opts...)
 		if c != nil || err == nil {

@@ -66,12 +66,11 @@ type Stream struct {
 // client and cannot be stopped at the worker.
 //
 // When ctx ends the stream is cancelled, as by [Stream.Close]. When the client is marked offline the stream ends with
-// ErrOffline. [With] lists the options of a request.
+// ErrOffline.
 //
 // Request fails with ErrInvalid, ErrTooLarge, ErrFull (the send buffer is full), ErrDisconnected, ErrClosed (the
-// connection was closed), ErrCancelled (ctx has ended) or ErrOffline (the client is not online here, and the option
-// only_online is set). If no worker serves the subject, the stream ends with ErrNoResponders.
-func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientID string, opts ...Option) (*Stream, error) {
+// connection was closed), ErrCancelled (ctx has ended) or ErrOffline (the client is not online here, see [OnlyOnline]). If no worker serves the subject, the stream ends with ErrNoResponders.
+func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientID string, opts ...RequestOption) (*Stream, error) {
 	if ctx.Err() != nil {
 		return nil, contextError(ctx)
 	}
@@ -80,10 +79,10 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 		return nil, err
 	}
 	o := collect(opts)
-	if slices.ContainsFunc(o.pairs, func(pair [2]string) bool { return pair[0] == "manual_credit" }) {
+	if slices.ContainsFunc(o.pairs, func(p pair) bool { return p.name == "manual_credit" }) {
 		return nil, invalid("option manual_credit is reserved for this package, which returns credit as messages are read")
 	}
-	o.pairs = append(o.pairs, [2]string{"manual_credit", "true"})
+	o.pairs = append(o.pairs, pair{"manual_credit", "true"})
 	config, err := o.config()
 	if err != nil {
 		return nil, err

@@ -608,7 +608,7 @@ func TestRequestRefusesBadInput(t *testing.T) {
 	long := strings.Repeat("x", 1<<20)
 	for _, bad := range []struct {
 		subject, data, id string
-		opts              []Option
+		opts              []RequestOption
 		status            Status
 		named             string
 	}{
@@ -621,15 +621,15 @@ func TestRequestRefusesBadInput(t *testing.T) {
 		{subject: "a.>", named: `"a.>"`},
 		{subject: "a", data: long + "x", status: ErrTooLarge, named: "1048576"},
 		{subject: "a", data: long, id: "x", status: ErrTooLarge, named: "headers included"},
-		{subject: "a", opts: []Option{With("timeout", "1")}, named: `"timeout"`},
-		{subject: "a", opts: []Option{With("timeout_ms", "soon")}, named: "timeout_ms"},
-		{subject: "a", opts: []Option{With("timeout_ms", "1\x00")}, named: "timeout_ms"},
-		{subject: "a", opts: []Option{With("timeout_ms\x00", "1")}, named: "timeout_ms"},
-		{subject: "a", opts: []Option{With("user", "u")}, named: "user"},
-		{subject: "a", opts: []Option{With("lanes", "false")}, named: "lanes"},
-		{subject: "a", opts: []Option{With("manual_credit", "false")}, named: "manual_credit"},
-		{subject: "a", opts: []Option{With("header.X", "a\r\nb")}, named: "X"},
-		{subject: "a", opts: []Option{With("header.Connect-ID", "y")}, named: "Connect-ID"},
+		{subject: "a", opts: []RequestOption{With("timeout", "1")}, named: `"timeout"`},
+		{subject: "a", opts: []RequestOption{With("timeout_ms", "soon")}, named: "timeout_ms"},
+		{subject: "a", opts: []RequestOption{With("timeout_ms", "1\x00")}, named: "timeout_ms"},
+		{subject: "a", opts: []RequestOption{With("timeout_ms\x00", "1")}, named: "timeout_ms"},
+		{subject: "a", opts: []RequestOption{With("user", "u")}, named: "user"},
+		{subject: "a", opts: []RequestOption{With("lanes", "false")}, named: "lanes"},
+		{subject: "a", opts: []RequestOption{With("manual_credit", "false")}, named: "manual_credit"},
+		{subject: "a", opts: []RequestOption{With("header.X", "a\r\nb")}, named: "X"},
+		{subject: "a", opts: []RequestOption{With("header.Connect-ID", "y")}, named: "Connect-ID"},
 	} {
 		if bad.status == 0 {
 			bad.status = ErrInvalid

@@ -178,7 +178,7 @@ func TestCancelOneOnLane(t *testing.T) {
 		ends <- end{cause, s.Send([]byte("late"))}
 		return s.Err()
 	})
-	request := func(ctx context.Context, data string, opts ...Option) *Stream {
+	request := func(ctx context.Context, data string, opts ...RequestOption) *Stream {
 		stream, err := gateway.Request(ctx, "cancel", []byte(data), "client", opts...)
 		must(t, err)
 		message, err := stream.Next(t.Context())
@@ -196,10 +196,10 @@ func TestCancelOneOnLane(t *testing.T) {
 		"timeout": func(*Stream, context.CancelCauseFunc) {},
 	} {
 		ctx, stop := context.WithCancelCause(t.Context())
-		var opts []Option
+		var opts []RequestOption
 		want := ErrCancelled
 		if name == "timeout" {
-			opts, want = []Option{With("timeout_ms", "300")}, ErrTimeout
+			opts, want = []RequestOption{With("timeout_ms", "300")}, ErrTimeout
 		}
 		stream := request(ctx, "goes", opts...)
 		cancel(stream, stop)
@@ -518,7 +518,7 @@ func TestLanesOff(t *testing.T) {
 			t.Error(pair.subject, got, err, on.Stats().Lanes, off.Stats().Lanes)
 		}
 	}
-	for _, bad := range []Option{With("lanes", "maybe"), With("heartbeat_ms", "0"), With("peer_grace_ms", "-1")} {
+	for _, bad := range []ConnectOption{With("lanes", "maybe"), With("heartbeat_ms", "0"), With("peer_grace_ms", "-1")} {
 		if _, err := Connect(s.url, bad); !errors.Is(err, ErrInvalid) {
 			t.Error(err)
 		}

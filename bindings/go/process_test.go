@@ -31,7 +31,7 @@ func TestMain(m *testing.M) {
 	if role == nil {
 		os.Exit(m.Run())
 	}
-	opts := []Option{WithLog(func(e Event) { fmt.Println(e.Kind, e.Text) })}
+	opts := []ConnectOption{WithLog(func(e Event) { fmt.Println(e.Kind, e.Text) })}
 	for i := 1; i+1 < len(os.Args); i += 2 {
 		opts = append(opts, With(os.Args[i], os.Args[i+1]))
 	}
@@ -107,10 +107,10 @@ func tickingGateway(conn *Conn, _ *bufio.Scanner) error {
 func TestPeerGone(t *testing.T) {
 	for name, end := range map[string]struct {
 		signal syscall.Signal
-		opts   []Option
+		opts   []ConnectOption
 	}{
-		"killed":  {syscall.SIGKILL, []Option{With("peer_grace_ms", "0"), With("heartbeat_ms", "500")}},
-		"stopped": {syscall.SIGSTOP, []Option{With("heartbeat_ms", "500")}},
+		"killed":  {syscall.SIGKILL, []ConnectOption{With("peer_grace_ms", "0"), With("heartbeat_ms", "500")}},
+		"stopped": {syscall.SIGSTOP, []ConnectOption{With("heartbeat_ms", "500")}},
 	} {
 		t.Run("gateway "+name, func(t *testing.T) {
 			s := startServer(t)

@@ -21,7 +21,7 @@ func TestRefusedSubscription(t *testing.T) {
 	const always = `"_INBOX.>", "client.offline"`
 	allow(always + `, "work"`)
 	s := startServer(t, "-c", file)
-	options := []Option{With("user", "u"), With("password", "p"), With("reconnect_max_ms", "100")}
+	options := []ConnectOption{With("user", "u"), With("password", "p"), With("reconnect_max_ms", "100")}
 	c := connect(t, s, options...)
 	done := func(ctx context.Context, req *Request, s *Sender) error { return s.Send([]byte("done")) }
 	wantError(t, c.Serve(context.Background(), "other", "", done), ErrDisconnected, "Permissions Violation")

@@ -147,7 +147,7 @@ type client struct {
 	events *events
 }
 
-func connect(t testing.TB, s *server, opts ...Option) *client {
+func connect(t testing.TB, s *server, opts ...ConnectOption) *client {
 	t.Helper()
 	events := &events{changed: make(chan struct{}, 1)}
 	c, err := Connect(s.url, append(opts, WithLog(events.add))...)
@@ -169,7 +169,7 @@ type serving struct {
 }
 
 // serve runs Serve until the test ends, and returns when the subject is served.
-func serve(t testing.TB, c *client, subject string, handler Handler, opts ...Option) *serving {
+func serve(t testing.TB, c *client, subject string, handler Handler, opts ...ServeOption) *serving {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
 	s := &serving{stop: stop, result: make(chan error, 1)}
@@ -187,7 +187,7 @@ func serve(t testing.TB, c *client, subject string, handler Handler, opts ...Opt
 }
 
 // ask requests a stream.
-func ask(t testing.TB, c *client, subject, id string, opts ...Option) *Stream {
+func ask(t testing.TB, c *client, subject, id string, opts ...RequestOption) *Stream {
 	t.Helper()
 	s, err := c.Request(context.Background(), subject, []byte("question"), id, opts...)
 	must(t, err)

@@ -18,7 +18,6 @@ import (
 	"fmt"
 	"log"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -102,7 +101,7 @@ const defaultMaxStreams = 10_000
 // subscription, Serve returns when that has answered or connect_timeout_ms have passed. It returns ErrClosed after
 // [Conn.Close], ErrDisconnected when nats-server refuses the subscription or the connection was given up (option
 // max_reconnects), ErrInvalid (subject, queue, options), and ErrTimeout when nats-server did not answer.
-func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...Option) error {
+func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler, opts ...ServeOption) error {
 	if handler == nil {
 		return invalid("handler is nil")
 	}
@@ -189,40 +188,6 @@ func (v *service) waitForHandlers(limit time.Duration) error {
 	case <-time.After(limit):
 		return &Error{ErrTimeout, fmt.Sprintf("%d handlers still run %v after their context ended", v.handlers.Load(), limit)}
 	}
-}
-
-// serveSettings are the options of Serve.
-type serveSettings struct {
-	maxStreams         uint64
-	drain, stopTimeout time.Duration
-	detached           bool
-}
-
-func serveOptions(opts []Option) (s serveSettings, err error) {
-	o := collect(opts)
-	for _, pair := range o.pairs {
-		if pair[0] == "detached" {
-			if s.detached = pair[1] == "true"; !s.detached && pair[1] != "false" {
-				return s, invalid("option detached is %q; it must be true or false", pair[1])
-			}
-			continue
-		}
-		n, err := strconv.ParseUint(pair[1], 10, 32)
-		switch pair[0] {
-		case "max_streams":
-			s.maxStreams = n
-		case "drain_ms":
-			s.drain = time.Duration(n) * time.Millisecond
-		case "stop_timeout_ms":
-			s.stopTimeout = time.Duration(n) * time.Millisecond
-		default:
-			return s, invalid("option %q is not an option of Serve, which has max_streams, detached, drain_ms and stop_timeout_ms", pair[0])
-		}
-		if err != nil {
-			return s, invalid("option %s is %q; it must be a whole number from 0 to 4294967295", pair[0], pair[1])
-		}
-	}
-	return s, nil
 }
 
 // drain waits until all streams and handlers of the service have ended, at most for limit. Requests that the C library

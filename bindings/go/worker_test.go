@@ -1057,7 +1057,7 @@ func TestServeRefusesBadInput(t *testing.T) {
 	for _, bad := range []struct {
 		subject, queue string
 		handler        Handler
-		opts           []Option
+		opts           []ServeOption
 		named          string
 	}{
 		{subject: "", named: "subject"},
@@ -1069,13 +1069,13 @@ func TestServeRefusesBadInput(t *testing.T) {
 		{subject: "a.>.b", named: `"a.>.b"`},
 		{subject: "a", queue: "b c", named: `"b c"`},
 		{subject: "a", queue: "b\x00", named: "queue"},
-		{subject: "a", opts: []Option{With("max_streams", "many")}, named: `"many"`},
-		{subject: "a", opts: []Option{With("max_streams", "-1")}, named: `"-1"`},
-		{subject: "a", opts: []Option{With("max_streams", "")}, named: `""`},
-		{subject: "a", opts: []Option{With("drain_ms", "1s")}, named: "drain_ms"},
-		{subject: "a", opts: []Option{With("stop_timeout_ms", "1s")}, named: "stop_timeout_ms"},
-		{subject: "a", opts: []Option{With("detached", "yes")}, named: `"yes"`},
-		{subject: "a", opts: []Option{With("timeout_ms", "1")}, named: `"timeout_ms"`},
+		{subject: "a", opts: []ServeOption{With("max_streams", "many")}, named: `"many"`},
+		{subject: "a", opts: []ServeOption{With("max_streams", "-1")}, named: `"-1"`},
+		{subject: "a", opts: []ServeOption{With("max_streams", "")}, named: `""`},
+		{subject: "a", opts: []ServeOption{With("drain_ms", "1s")}, named: "drain_ms"},
+		{subject: "a", opts: []ServeOption{With("stop_timeout_ms", "1s")}, named: "stop_timeout_ms"},
+		{subject: "a", opts: []ServeOption{With("detached", "yes")}, named: `"yes"`},
+		{subject: "a", opts: []ServeOption{With("timeout_ms", "1")}, named: `"timeout_ms"`},
 	} {
 		if err := c.Serve(ctx, bad.subject, bad.queue, none, bad.opts...); err == nil {
 			t.Errorf("%+v is served", bad)

@@ -14,7 +14,7 @@ import (
 )
 
 func main() {
-	options := []presence.Option{presence.With("lanes", os.Args[2])}
+	options := []presence.ConnectOption{presence.With("lanes", os.Args[2])}
 	for _, option := range os.Args[3:] {
 		options = append(options, with(option))
 	}

@@ -21,7 +21,7 @@ const further = 100
 func main() {
 	finishing := make(chan struct{})
 	ctx, stop := context.WithCancel(context.Background())
-	options := []presence.Option{presence.With("lanes", os.Args[3]), presence.WithLog(func(e presence.Event) {
+	options := []presence.ConnectOption{presence.With("lanes", os.Args[3]), presence.WithLog(func(e presence.Event) {
 		if e.Kind == presence.Serving {
 			fmt.Println(`{"event": "ready"}`)
 		}

@@ -145,7 +145,7 @@ func (c *cycle) client(id string, random *rand.Rand, length time.Duration) {
 func (c *cycle) stream(client, kind, worker string, lanesHere, lanesThere bool, random *rand.Rand) {
 	key, shape := random.Uint64()>>2, random.IntN(100)
 	var count, size, burst, pause int
-	opts := []presence.Option{presence.With("timeout_ms", "60000")} // never reached
+	opts := []presence.RequestOption{presence.With("timeout_ms", "60000")} // never reached
 	switch {
 	case kind == "slow": // more than its window
 		count, size, burst = 50, 2000, 50

@@ -61,7 +61,7 @@ func IsContent(message []byte, key, number uint64, size int) bool {
 // Connect makes two connections with the options "KEY=VALUE,…": with lanes, and on level 0; the second leaves
 // announcements to the first.
 func Connect(url, options string) (conns [2]*presence.Conn) {
-	var opts []presence.Option
+	var opts []presence.ConnectOption
 	for option := range strings.SplitSeq(options, ",") {
 		key, value, _ := strings.Cut(option, "=")
 		opts = append(opts, presence.With(key, value))
