@@ -12,11 +12,12 @@ import (
 )
 
 func init() {
-	// Streams as many messages of as many bytes as are asked for; says, when asked, what CPU it took.
-	roles["source"] = func(conn *Conn, said *bufio.Scanner) error {
+	// Streams as many messages, of as many bytes, as a request asks for. Prints the CPU time it used after each
+	// command.
+	roles["source"] = func(conn *Conn, commands *bufio.Scanner) error {
 		before := cpu()
 		go func() {
-			for said.Scan() {
+			for commands.Scan() {
 				fmt.Println("used", (cpu() - before).Nanoseconds())
 			}
 		}()
@@ -32,20 +33,21 @@ func init() {
 	}
 }
 
-// cpu is what CPU time this process has used.
+// cpu returns the CPU time that this process has used.
 func cpu() time.Duration {
 	var used syscall.Rusage
 	syscall.Getrusage(syscall.RUSAGE_SELF, &used)
 	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }
 
-// Streams from one process to another: what a message takes until it is read, and at each end.
+// BenchmarkStream measures streams from one process to another: the time for each message, and the CPU time at each
+// end.
 func BenchmarkStream(b *testing.B) {
 	for _, shape := range []struct{ streams, size int }{{1, 16}, {1, 128}, {1, 1024}, {1000, 16}} {
 		b.Run(fmt.Sprintf("streams=%d/size=%d", shape.streams, shape.size), func(b *testing.B) {
 			s := startServer(b)
 			source := startRole(b, s, "source")
-			source.says(b, "serving")
+			source.waitForLine(b, "serving")
 			conn, err := Connect(s.url)
 			must(b, err)
 			defer conn.Close(context.Background())
@@ -82,7 +84,7 @@ func BenchmarkStream(b *testing.B) {
 			b.ReportMetric(total/b.Elapsed().Seconds(), "msgs/s")
 			fmt.Fprintln(source.in)
 			nanoseconds := 0.0
-			fmt.Sscan(source.says(b, "used (.*)"), &nanoseconds)
+			fmt.Sscan(source.waitForLine(b, "used (.*)"), &nanoseconds)
 			b.ReportMetric(nanoseconds/total, "ns-CPU/send")
 		})
 	}

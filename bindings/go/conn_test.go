@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-func TestConnectRefusesBadInput(t *testing.T) {
+func TestConnectRefusesInvalidInput(t *testing.T) {
 	s := startServer(t, "--user", "me", "--pass", "secret")
 	closed, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -46,17 +46,16 @@ func TestConnectRefusesBadInput(t *testing.T) {
 		}
 		wantError(t, err, bad.status, bad.named)
 		if strings.Contains(err.Error(), "wr0ng") {
-			t.Errorf("%q tells the password", err)
+			t.Errorf("%q contains the password", err)
 		}
 	}
 	connect(t, s, With("user", "me"), With("password", "secret"))
 	c, err := Connect("nats://me:secret@127.0.0.1:" + s.port + ",nats://" + closed.Addr().String())
 	must(t, err)
-	must(t, closeNow(c))
+	must(t, closeConn(c))
 }
 
-// A log that is slow loses events, and says how many.
-func TestSlowLog(t *testing.T) {
+func TestSlowLogDropsEventsAndReportsHowMany(t *testing.T) {
 	s := startServer(t)
 	begun, goOn, events := make(chan struct{}, 1), make(chan bool), &events{changed: make(chan struct{}, 1)}
 	c, err := Connect(s.url, WithLog(func(e Event) {
@@ -65,7 +64,7 @@ func TestSlowLog(t *testing.T) {
 		events.add(e)
 	}))
 	must(t, err)
-	defer closeNow(c)
+	defer closeConn(c)
 	const lost = 10
 	c.logEvent(Event{Kind: Log, Text: "first"})
 	receive(t, begun)
@@ -78,12 +77,12 @@ func TestSlowLog(t *testing.T) {
 	}
 }
 
-func TestUseAfterClose(t *testing.T) {
+func TestCallsAfterCloseFail(t *testing.T) {
 	s := startServer(t)
 	c := connect(t, s)
-	stream := ask(t, c, "nobody", "x")
-	must(t, closeNow(c.Conn))
-	wantError(t, closeNow(c.Conn), ErrClosed, "connection")
+	stream := request(t, c, "unserved", "x")
+	must(t, closeConn(c.Conn))
+	wantError(t, closeConn(c.Conn), ErrClosed, "connection")
 	wantError(t, c.ListenOffline(), ErrClosed, "")
 	_, err := c.Request(t.Context(), "x", nil, "x")
 	wantError(t, err, ErrClosed, "connection")
@@ -100,7 +99,7 @@ func TestUseAfterClose(t *testing.T) {
 	}
 }
 
-func TestListenOffline(t *testing.T) {
+func TestListenOfflineAppliesAnnouncements(t *testing.T) {
 	s := startServer(t)
 	c, other := connect(t, s), rawClient(t, s)
 	must(t, c.ListenOffline())
@@ -108,37 +107,36 @@ func TestListenOffline(t *testing.T) {
 	events := watch(t)
 	must(t, MarkClientOnline("listened"))
 	other.publish("client.offline", "", "", "listened")
-	expect(t, events, "listened", ClientOnline, ClientOffline)
+	expectEvents(t, events, "listened", ClientOnline, ClientOffline)
 	if stats := c.Stats(); stats.OfflineIn != 1 {
 		t.Errorf("%+v", stats)
 	}
 }
 
-func TestMarkIsAnnounced(t *testing.T) {
+func TestMarksAndEndsOfSessionsAreAnnounced(t *testing.T) {
 	s := startServer(t)
 	c, worker := connect(t, s), rawClient(t, s)
 	offline, requests := worker.subscribe("client.offline"), worker.subscribe("level0")
 	must(t, MarkClientOffline("announced"))
-	if told := receive(t, offline); told.data != "announced" {
-		t.Error(told)
+	if message := receive(t, offline); message.data != "announced" {
+		t.Error(message)
 	}
-	// The end of a session is, if it cannot be said to the worker alone.
+	// The end of a session is announced if the worker cannot be notified on a lane.
 	session, err := OpenSession("announced")
 	must(t, err)
-	stream := ask(t, c, "level0", "announced")
+	stream := request(t, c, "level0", "announced")
 	worker.publish(receive(t, requests).reply, "", "", "first")
 	_, err = stream.Next(t.Context())
 	must(t, err)
 	must(t, session.Close())
 	_, err = stream.Next(t.Context())
 	wantError(t, err, ErrOffline, "")
-	if told := receive(t, offline); told.data != "announced" {
-		t.Error(told)
+	if message := receive(t, offline); message.data != "announced" {
+		t.Error(message)
 	}
 }
 
-// What runs when its connection closes ends exactly once, at both ends.
-func TestCloseInFlight(t *testing.T) {
+func TestCloseEndsEachStreamOnceAtBothEnds(t *testing.T) {
 	for name, closes := range map[string]struct {
 		lanes              string
 		worker             bool
@@ -159,7 +157,7 @@ func TestCloseInFlight(t *testing.T) {
 				s.Send([]byte("one"))
 				begun.Done()
 				defer ended.Done()
-				if err := until(t, ctx); !errors.Is(err, closes.handlers) {
+				if err := waitForEnd(t, ctx); !errors.Is(err, closes.handlers) {
 					t.Error("handler: ", err)
 				}
 				handlers[req.Data[0]].Add(1)
@@ -189,10 +187,10 @@ func TestCloseInFlight(t *testing.T) {
 			}
 			begun.Wait()
 			if closes.worker {
-				must(t, closeNow(worker.Conn))
+				must(t, closeConn(worker.Conn))
 				wantError(t, receive(t, serving.result), ErrClosed, "connection")
 			} else {
-				must(t, closeNow(gateway.Conn))
+				must(t, closeConn(gateway.Conn))
 			}
 			ended.Wait()
 			for i := range handlers {
@@ -200,14 +198,14 @@ func TestCloseInFlight(t *testing.T) {
 					t.Errorf("handler %d ended %d times", i, handlers[i].Load())
 				}
 			}
-			eventually(t, "nothing is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
+			eventually(t, "no stream or sender is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
 			eventually(t, "the client is offline", func() bool { return !IsClientOnline("flyer") })
 		})
 	}
 }
 
-// Requests, sends and marks from all sides while the connection closes: nothing hangs, nothing is left.
-func TestCloseAgainstEverything(t *testing.T) {
+// Nothing hangs when the connection closes while many goroutines request, read and send.
+func TestCloseDuringRequestsAndSends(t *testing.T) {
 	s := startServer(t)
 	for range 5 {
 		c := connect(t, s)
@@ -239,13 +237,13 @@ func TestCloseAgainstEverything(t *testing.T) {
 			}()
 		}
 		receive(t, running)
-		must(t, closeNow(c.Conn))
+		must(t, closeConn(c.Conn))
 		all.Wait()
 		wantError(t, receive(t, serving.result), ErrClosed, "connection")
 	}
 }
 
-func TestCloseFromHandlerAndLog(t *testing.T) {
+func TestCloseCanBeCalledFromHandlerAndLog(t *testing.T) {
 	s := startServer(t)
 	var c *Conn
 	closed := make(chan error, 1)
@@ -257,21 +255,21 @@ func TestCloseFromHandlerAndLog(t *testing.T) {
 	must(t, err)
 	close(connected)
 	result := make(chan error, 1)
-	go func() { result <- c.Serve(context.Background(), "x", "", echo) }() // tells that it serves
+	go func() { result <- c.Serve(context.Background(), "x", "", echo) }() // emits the event Serving
 	must(t, receive(t, closed))
 	wantError(t, receive(t, result), ErrClosed, "connection")
 
 	other := connect(t, s)
 	serving := serve(t, other, "close.me", func(ctx context.Context, req *Request, s *Sender) error {
-		closed <- closeNow(other.Conn)
+		closed <- closeConn(other.Conn)
 		return ctx.Err()
 	})
-	ask(t, other, "close.me", "")
+	request(t, other, "close.me", "")
 	must(t, receive(t, closed))
 	wantError(t, receive(t, serving.result), ErrClosed, "connection")
 }
 
-func TestCloseTellsWhatWasNotDrained(t *testing.T) {
+func TestCloseTimesOutWhenTheServerDoesNotAnswer(t *testing.T) {
 	s := startServer(t)
 	c := connect(t, s)
 	s.pause(t)
@@ -279,13 +277,13 @@ func TestCloseTellsWhatWasNotDrained(t *testing.T) {
 	defer cancel()
 	begin := time.Now()
 	wantError(t, c.Close(ctx), ErrTimeout, "connection")
-	if took := time.Since(begin); took > patience/2 {
+	if took := time.Since(begin); took > testTimeout/2 {
 		t.Errorf("took %v", took)
 	}
 	receive(t, c.drained)
 }
 
-func TestCloseLeavesNothing(t *testing.T) {
+func TestCloseLeavesNoGoroutines(t *testing.T) {
 	s := startServer(t)
 	before := runtime.NumGoroutine()
 	for range 10 {
@@ -295,19 +293,19 @@ func TestCloseLeavesNothing(t *testing.T) {
 		must(t, err)
 		serving := serve(t, c, "leak", echo)
 		for range 10 {
-			_, err := read(t, ask(t, c, "leak", "leaker"))
+			_, err := read(t, request(t, c, "leak", "leaker"))
 			must(t, err)
 		}
 		stop()
-		must(t, closeNow(c.Conn))
+		must(t, closeConn(c.Conn))
 		receive(t, serving.result)
 	}
 	eventually(t, "all goroutines have ended", func() bool { return runtime.NumGoroutine() <= before })
-	online(t, "leaker", false)
+	checkOnline(t, "leaker", false)
 }
 
-// Handlers that do not hurry when Serve's context ends have lost their streams, and do not hinder Close.
-func TestCloseWhileServeEnds(t *testing.T) {
+// Handlers that still run after Serve's context has ended have lost their streams, and do not delay Close.
+func TestCloseDoesNotWaitForHandlers(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	begun, release := make(chan *Sender, 1), make(chan struct{})
@@ -317,16 +315,16 @@ func TestCloseWhileServeEnds(t *testing.T) {
 		return s.Err()
 	})
 	defer close(release)
-	stream := ask(t, gateway, "slow.end", "ender")
+	stream := request(t, gateway, "slow.end", "ender")
 	sender := receive(t, begun)
 	serving.stop()
-	eventually(t, "the service is gone", func() bool {
+	eventually(t, "the service has ended", func() bool {
 		worker.mu.Lock()
 		defer worker.mu.Unlock()
 		return len(worker.services) == 0
 	})
 	_, err := read(t, stream)
 	wantError(t, err, ErrRemote, stoppedServing)
-	must(t, closeNow(worker.Conn))
+	must(t, closeConn(worker.Conn))
 	wantError(t, sender.Err(), ErrCancelled, "context canceled")
 }

@@ -16,7 +16,7 @@ import (
 	"time"
 )
 
-// echo answers with the request's data three times.
+// echo sends the request's data three times.
 func echo(ctx context.Context, req *Request, s *Sender) error {
 	for range 3 {
 		if err := s.Send(req.Data); err != nil {
@@ -26,11 +26,11 @@ func echo(ctx context.Context, req *Request, s *Sender) error {
 	return nil
 }
 
-func TestWireGateway(t *testing.T) {
+func TestGatewayOnTheWire(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
 	requests := worker.subscribe("wire")
-	stream := ask(t, gateway, "wire", "wire-gateway", With("header.X-Model", "gpt"))
+	stream := request(t, gateway, "wire", "wire-gateway", With("header.X-Model", "gpt"))
 	req := receive(t, requests)
 	for _, header := range []string{"NATS/1.0\r\n", "\r\nConnect-ID: wire-gateway\r\n", "\r\nX-Model: gpt\r\n"} {
 		if !strings.Contains(req.header, header) {
@@ -40,7 +40,7 @@ func TestWireGateway(t *testing.T) {
 	if req.data != "question" {
 		t.Errorf("data %q", req.data)
 	}
-	online(t, "wire-gateway", true)
+	checkOnline(t, "wire-gateway", true)
 	for _, answer := range []string{"one", "", "__STREAM_", "__STREAM_END__"} {
 		worker.publish(req.reply, "", "", answer)
 	}
@@ -48,12 +48,12 @@ func TestWireGateway(t *testing.T) {
 	if fmt.Sprintf("%q", got) != `["one" "" "__STREAM_"]` || err != nil {
 		t.Errorf("got %q, %v", got, err)
 	}
-	online(t, "wire-gateway", false)
+	checkOnline(t, "wire-gateway", false)
 
-	stream = ask(t, gateway, "wire", "")
+	stream = request(t, gateway, "wire", "")
 	req = receive(t, requests)
 	if strings.Contains(req.header, "Connect-ID") {
-		t.Errorf("header %q for nobody's stream", req.header)
+		t.Errorf("the header of a stream without client is %q", req.header)
 	}
 	worker.publish(req.reply, "", "", "__STREAM_ERROR__:no such model")
 	got, err = read(t, stream)
@@ -63,19 +63,19 @@ func TestWireGateway(t *testing.T) {
 	}
 }
 
-func TestStream(t *testing.T) {
+func TestStreamsDeliverAllMessages(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "echo", echo)
 	var messages []string
-	for message, err := range ask(t, gateway, "echo", "reader").Messages() {
+	for message, err := range request(t, gateway, "echo", "reader").Messages() {
 		must(t, err)
 		messages = append(messages, string(message))
 	}
 	if fmt.Sprint(messages) != "[question question question]" {
 		t.Error(messages)
 	}
-	// Many at once, on one connection with one goroutine.
+	// Many streams at once on one connection.
 	var all sync.WaitGroup
 	for i := range 200 {
 		all.Add(1)
@@ -96,17 +96,17 @@ func TestStream(t *testing.T) {
 		}()
 	}
 	all.Wait()
-	eventually(t, "all streams are forgotten", func() bool { return gateway.streamsLeft() == 0 })
+	eventually(t, "the connection has no stream left", func() bool { return gateway.streamsLeft() == 0 })
 }
 
-// Errors without a text, headers without a value, while stacks move and memory is collected.
-func TestEmptyErrorsWhileMemoryMoves(t *testing.T) {
+// Error texts and header values are empty while stacks move and memory is collected.
+func TestEmptyErrorsDuringGarbageCollection(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(1))
 	s := startServer(t)
 	worker := connect(t, s)
 	serve(t, worker, "empty", func(ctx context.Context, req *Request, s *Sender) error {
 		if req.Header("X-Empty") != "" || len(req.Data) != 0 {
-			t.Error("not empty")
+			t.Error("the header or the data is not empty")
 		}
 		return s.SendError(errors.New(""))
 	})
@@ -122,7 +122,7 @@ func TestEmptyErrorsWhileMemoryMoves(t *testing.T) {
 			n++
 			junk[n%len(junk)] = make([]byte, 4096)
 		}
-		must(t, closeNow(gateway.Conn))
+		must(t, closeConn(gateway.Conn))
 	}
 }
 
@@ -133,8 +133,8 @@ type frame struct {
 
 var onHeap *frame
 
-// A request's data may lie beside pointers: cgo must not look for those.
-func TestRequestFromWithinAStruct(t *testing.T) {
+// The request's data lies in a struct with pointers, which cgo must not check.
+func TestRequestDataMayLieBesidePointers(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "echo", echo)
@@ -147,7 +147,7 @@ func TestRequestFromWithinAStruct(t *testing.T) {
 	}
 }
 
-func TestStreamEndsWithError(t *testing.T) {
+func TestStreamEndsWithTheReason(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	left := make(chan error, 1)
@@ -156,49 +156,49 @@ func TestStreamEndsWithError(t *testing.T) {
 		if req.ClientID == "failing" {
 			return s.SendError(errors.New("no such model"))
 		}
-		left <- until(t, ctx)
+		left <- waitForEnd(t, ctx)
 		return nil
 	})
 
 	var got []string
-	for message, err := range ask(t, gateway, "error", "failing").Messages() {
+	for message, err := range request(t, gateway, "error", "failing").Messages() {
 		got = append(got, fmt.Sprintf("%s/%v", message, err))
 	}
 	if fmt.Sprint(got) != "[one/<nil> /presence: no such model]" {
 		t.Errorf("%q", got)
 	}
 
-	_, err := read(t, ask(t, gateway, "nobody", "x"))
-	wantError(t, err, ErrNoResponders, "nobody")
+	_, err := read(t, request(t, gateway, "unserved", "x"))
+	wantError(t, err, ErrNoResponders, "unserved")
 
 	for from, why := range map[*client]Status{gateway: ErrCancelled, connect(t, s, With("lanes", "false")): ErrOffline} {
-		got, err = read(t, ask(t, from, "error", "waiting", With("timeout_ms", "50")))
+		got, err = read(t, request(t, from, "error", "waiting", With("timeout_ms", "50")))
 		wantError(t, err, ErrTimeout, "")
 		if err := receive(t, left); len(got) > 1 || !errors.Is(err, why) {
 			t.Error(got, err)
 		}
 	}
 
-	stream := ask(t, gateway, "error", "marked")
+	stream := request(t, gateway, "error", "marked")
 	stream.Next(t.Context())
 	must(t, MarkClientOffline("marked"))
 	_, err = read(t, stream)
 	wantError(t, err, ErrOffline, "offline")
 	if !errors.Is(receive(t, left), ErrOffline) {
-		t.Error("the worker was not told")
+		t.Error("the worker was not notified")
 	}
 
 }
 
-// However a reader leaves, its worker stops, and no garbage collection is needed for it.
-func TestReaderLeaves(t *testing.T) {
+// The worker stops without garbage collection.
+func TestWorkerStopsHoweverTheReaderLeaves(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	s := startServer(t)
 	cause := errors.New("the browser is gone")
 	type reader struct {
 		t      *testing.T
 		stream *Stream
-		ctx    context.Context // the request's
+		ctx    context.Context // of the request
 		cancel context.CancelCauseFunc
 	}
 	inGoroutine := func(f func()) {
@@ -221,19 +221,19 @@ func TestReaderLeaves(t *testing.T) {
 			}
 		},
 		"Next, cancelled before, while messages wait": func(r reader) {
-			eventually(r.t, "a message waits", func() bool { return r.stream.held() > 0 })
+			eventually(r.t, "a message waits", func() bool { return r.stream.unreadBytes() > 0 })
 			ctx, cancel := context.WithCancelCause(r.t.Context())
 			cancel(cause)
 			message, err := r.stream.Next(ctx)
 			wantError(r.t, err, ErrCancelled, cause.Error())
 			if message != nil {
-				r.t.Errorf("%q after the reader had left", message)
+				r.t.Errorf("read %q after the context had ended", message)
 			}
 		},
 		"Next, its deadline passes": func(r reader) {
 			ctx, cancel := context.WithTimeout(r.t.Context(), 10*time.Millisecond)
 			defer cancel()
-			r.stream.NextTimeout(time.Minute) // what waits
+			r.stream.NextTimeout(time.Minute) // the first message
 			_, err := r.stream.Next(ctx)
 			wantError(r.t, err, ErrCancelled, "deadline")
 			if !errors.Is(err, context.DeadlineExceeded) {
@@ -258,7 +258,7 @@ func TestReaderLeaves(t *testing.T) {
 				}
 			}
 		},
-		"the request's context, while nobody reads": func(r reader) { r.cancel(cause) },
+		"the request's context, without a reader": func(r reader) { r.cancel(cause) },
 		"the request's context, in range": func(r reader) {
 			var last error
 			for _, err := range r.stream.Messages() {
@@ -298,19 +298,19 @@ func TestReaderLeaves(t *testing.T) {
 				left := make(chan error, 1)
 				serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
 					must(t, s.Send([]byte("first")))
-					left <- until(t, ctx)
+					left <- waitForEnd(t, ctx)
 					return nil
 				})
 				ctx, cancel := context.WithCancelCause(t.Context())
 				defer cancel(nil)
 				stream, err := gateway.Request(ctx, "leave", nil, "leaver "+t.Name())
 				must(t, err)
-				eventually(t, "it runs", func() bool { return stream.held() > 0 })
+				eventually(t, "the stream runs", func() bool { return stream.unreadBytes() > 0 })
 				leave(reader{t, stream, ctx, cancel})
 				if err := receive(t, left); !errors.Is(err, map[string]Status{"true": ErrCancelled, "false": ErrOffline}[lanes]) {
 					t.Error(err)
 				}
-				// It stays left.
+				// The stream stays cancelled.
 				if _, err := stream.Next(t.Context()); !errors.Is(err, ErrCancelled) {
 					t.Error(err)
 				}
@@ -324,14 +324,13 @@ func TestReaderLeaves(t *testing.T) {
 	}
 }
 
-// A reader whose loop is busy when its context ends stops the worker, too.
-func TestContextEndsWhileTheLoopIsBusy(t *testing.T) {
+func TestContextEndStopsTheWorkerWhileTheLoopIsBusy(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	left := make(chan error, 1)
 	serve(t, worker, "busy", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send([]byte("first")))
-		left <- until(t, ctx)
+		left <- waitForEnd(t, ctx)
 		return nil
 	})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -348,7 +347,7 @@ func TestContextEndsWhileTheLoopIsBusy(t *testing.T) {
 	}
 }
 
-func TestNextTimeout(t *testing.T) {
+func TestNextTimeoutLimitsOnlyTheWait(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	goOn := make(chan struct{})
@@ -356,51 +355,50 @@ func TestNextTimeout(t *testing.T) {
 		receive(t, goOn)
 		return s.Send([]byte("late"))
 	})
-	stream := ask(t, gateway, "late", "patient")
+	stream := request(t, gateway, "late", "waiting")
 	for _, limit := range []time.Duration{-1, 0, time.Millisecond, 10 * time.Millisecond} {
 		if message, err := stream.NextTimeout(limit); message != nil || !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error(limit, message, err)
 		}
 	}
 	close(goOn)
-	message, err := stream.NextTimeout(patience)
+	message, err := stream.NextTimeout(testTimeout)
 	must(t, err)
 	if string(message) != "late" {
 		t.Error(string(message))
 	}
 	for range 2 {
-		if _, err := stream.NextTimeout(patience); err != io.EOF {
+		if _, err := stream.NextTimeout(testTimeout); err != io.EOF {
 			t.Error(err)
 		}
 	}
 }
 
-// A stream that is forgotten goes on until its context ends: no finalizer ends it.
-func TestForgottenStream(t *testing.T) {
+func TestUnreachableStreamGoesOnUntilItsContextEnds(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	left := make(chan error, 1)
-	serve(t, worker, "forgotten", func(ctx context.Context, req *Request, s *Sender) error {
+	serve(t, worker, "unreachable", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send([]byte("first")))
-		left <- until(t, ctx)
+		left <- waitForEnd(t, ctx)
 		return nil
 	})
 	ctx, cancel := context.WithCancel(t.Context())
-	_, err := gateway.Request(ctx, "forgotten", nil, "forgetful")
+	_, err := gateway.Request(ctx, "unreachable", nil, "client")
 	must(t, err)
-	eventually(t, "it runs", func() bool { return worker.Stats().Senders == 1 })
+	eventually(t, "the stream runs", func() bool { return worker.Stats().Senders == 1 })
 	for range 3 {
 		runtime.GC()
 	}
 	if gateway.streamsLeft() != 1 || gateway.Stats().Streams != 1 || len(left) != 0 {
-		t.Error("it was ended")
+		t.Error("the stream was ended")
 	}
 	cancel()
-	wantError(t, receive(t, left), ErrCancelled, "forgetful")
+	wantError(t, receive(t, left), ErrCancelled, "client")
 }
 
-// What the other end says of the client and of itself has its own status; all else is the worker's own error.
-func TestStatusesOfTheOtherEnd(t *testing.T) {
+// Two texts that the C library sends have statuses of their own; all others are ErrRemote.
+func TestErrorTextsOfThePeerHaveStatuses(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
 	requests := worker.subscribe("statuses")
@@ -408,7 +406,7 @@ func TestStatusesOfTheOtherEnd(t *testing.T) {
 		"the client is offline": ErrOffline, "server busy": ErrBusy,
 		"the client is offline now": ErrRemote, "Server busy": ErrRemote, "": ErrRemote,
 	} {
-		stream := ask(t, gateway, "statuses", "someone")
+		stream := request(t, gateway, "statuses", "someone")
 		worker.publish(receive(t, requests).reply, "", "", "__STREAM_ERROR__:"+text)
 		_, err := read(t, stream)
 		wantError(t, err, status, "")
@@ -418,22 +416,22 @@ func TestStatusesOfTheOtherEnd(t *testing.T) {
 			}
 		}
 	}
-	// On a lane, too.
+	// The same on a lane.
 	busy := connect(t, s)
 	serve(t, busy, "busy", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send(nil))
-		return until(t, ctx)
+		return waitForEnd(t, ctx)
 	}, With("max_streams", "1"))
-	first := ask(t, gateway, "busy", "first")
+	first := request(t, gateway, "busy", "first")
 	_, err := first.Next(t.Context())
 	must(t, err)
-	_, err = read(t, ask(t, gateway, "busy", "second"))
+	_, err = read(t, request(t, gateway, "busy", "second"))
 	wantError(t, err, ErrBusy, "")
 	first.Close()
 }
 
-// A request that comes when its client has left must not bring the client back.
-func TestOnlyOnline(t *testing.T) {
+// A request that arrives after its client has left must not bring the client back.
+func TestOnlyOnlineRefusesOfflineClients(t *testing.T) {
 	s := startServer(t)
 	gateway := connect(t, s)
 	serve(t, connect(t, s), "echo", echo)
@@ -444,12 +442,12 @@ func TestOnlyOnline(t *testing.T) {
 	for range 2 {
 		stream, err := request("true")
 		if stream != nil || err == nil {
-			t.Fatal("requested for a client that is offline")
+			t.Fatal("the request for an offline client was accepted")
 		}
 		wantError(t, err, ErrOffline, id)
-		online(t, id, false)
+		checkOnline(t, id, false)
 		if gateway.streamsLeft() != 0 {
-			t.Error("a stream is left")
+			t.Error("the connection still has a stream")
 		}
 
 		must(t, MarkClientOnline(id))
@@ -469,18 +467,19 @@ func TestOnlyOnline(t *testing.T) {
 	wantError(t, err, ErrInvalid, "only_online")
 }
 
-func TestRetries(t *testing.T) {
+func TestRetriesUntilAWorkerServes(t *testing.T) {
 	s := startServer(t)
 	gateway := connect(t, s)
-	stream := ask(t, gateway, "later", "patient", With("retries", "1000"), With("retry_delay_ms", "10"))
+	stream := request(t, gateway, "later", "waiting", With("retries", "1000"), With("retry_delay_ms", "10"))
 	serve(t, connect(t, s), "later", echo)
 	if got, err := read(t, stream); len(got) != 3 || err != nil {
 		t.Error(got, err)
 	}
 }
 
-// What has ended but was not read yet is not complete for a reader who closes it.
-func TestCloseOfAnUnreadStream(t *testing.T) {
+// A reader that closes a stream before it has read all of it does not get io.EOF, even if the worker has ended the
+// stream.
+func TestClosedUnreadStreamIsNotComplete(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
 	requests := worker.subscribe("unread")
@@ -493,7 +492,7 @@ func TestCloseOfAnUnreadStream(t *testing.T) {
 		}
 		worker.publish(req.reply, "", "", "__STREAM_END__")
 		worker.flush()
-		eventually(t, "it has ended", func() bool {
+		eventually(t, "the stream has ended", func() bool {
 			stream.mu.Lock()
 			defer stream.mu.Unlock()
 			return stream.err != nil
@@ -508,7 +507,7 @@ func TestCloseOfAnUnreadStream(t *testing.T) {
 	}
 }
 
-func TestCancel(t *testing.T) {
+func TestCancelOnLevel0AnnouncesTheClientOffline(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
 	requests, offline := worker.subscribe("cancel"), worker.subscribe("client.offline")
@@ -531,8 +530,8 @@ func TestCancel(t *testing.T) {
 		worker.publish(req.reply, "", "", "two")
 		worker.flush()
 		cancel(stream, stop)
-		if told := receive(t, offline); told.data != id {
-			t.Errorf("%s: %q was announced", name, told.data)
+		if message := receive(t, offline); message.data != id {
+			t.Errorf("%s: %q was announced", name, message.data)
 		}
 		_, err = read(t, stream)
 		wantError(t, err, ErrCancelled, "")
@@ -542,7 +541,7 @@ func TestCancel(t *testing.T) {
 		worker.publish(req.reply, "", "", "three")
 		stream.Close()
 		stop(nil)
-		online(t, id, false)
+		checkOnline(t, id, false)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
@@ -552,22 +551,22 @@ func TestCancel(t *testing.T) {
 		t.Error(err)
 	}
 
-	// A client that is marked online has not left with one of its streams.
+	// A client that is marked online stays online when one of its streams ends: only the mark is announced.
 	must(t, MarkClientOnline("stays"))
-	ask(t, gateway, "cancel", "stays").Close()
+	request(t, gateway, "cancel", "stays").Close()
 	must(t, MarkClientOffline("stays"))
-	if told := receive(t, offline); told.data != "stays" || len(offline) > 0 {
-		t.Error(told)
+	if message := receive(t, offline); message.data != "stays" || len(offline) > 0 {
+		t.Error(message)
 	}
 }
 
-func TestSlowReader(t *testing.T) {
+func TestSlowReaderOnLevel0EndsWithFull(t *testing.T) {
 	s := startServer(t)
 	gateway, worker := connect(t, s), rawClient(t, s)
 	requests := worker.subscribe("slow")
 	const limit, size = 10000, 100
-	slow := ask(t, gateway, "slow", "slow", With("stream_buffer_bytes", strconv.Itoa(limit)))
-	other := ask(t, gateway, "slow", "other")
+	slow := request(t, gateway, "slow", "slow", With("stream_buffer_bytes", strconv.Itoa(limit)))
+	other := request(t, gateway, "slow", "other")
 	first, second := receive(t, requests), receive(t, requests)
 	for range 2 * limit / size {
 		worker.publish(first.reply, "", "", strings.Repeat("x", size))
@@ -579,13 +578,13 @@ func TestSlowReader(t *testing.T) {
 	got, err := read(t, slow)
 	wantError(t, err, ErrFull, "slow")
 	if len(got) != limit/(size+64) {
-		t.Errorf("%d messages waited", len(got))
+		t.Errorf("%d messages were read", len(got))
 	}
 	gateway.events.wait(t, Log, "too slow")
-	online(t, "slow", false)
+	checkOnline(t, "slow", false)
 
-	// One that reads gets any number.
-	quick := ask(t, gateway, "slow", "quick", With("stream_buffer_bytes", strconv.Itoa(limit)))
+	// A reader that keeps up gets any number of messages.
+	quick := request(t, gateway, "slow", "quick", With("stream_buffer_bytes", strconv.Itoa(limit)))
 	req := receive(t, requests)
 	for i := range 1000 {
 		worker.publish(req.reply, "", "", strings.Repeat("x", size))
@@ -601,7 +600,7 @@ func TestSlowReader(t *testing.T) {
 	}
 }
 
-func TestRequestRefusesBadInput(t *testing.T) {
+func TestRequestRefusesInvalidInput(t *testing.T) {
 	s := startServer(t)
 	c, worker := connect(t, s), rawClient(t, s)
 	requests := worker.subscribe(">")
@@ -636,19 +635,19 @@ func TestRequestRefusesBadInput(t *testing.T) {
 		}
 		stream, err := c.Request(t.Context(), bad.subject, []byte(bad.data), bad.id, bad.opts...)
 		if stream != nil || err == nil {
-			t.Fatalf("%.40q %q is requested", bad.subject, bad.id)
+			t.Fatalf("%.40q %q: the request was accepted", bad.subject, bad.id)
 		}
 		wantError(t, err, bad.status, bad.named)
 	}
-	for name, id := range badIDs {
+	for name, id := range invalidIDs {
 		stream, err := c.Request(t.Context(), "a", nil, id)
 		if stream != nil || err == nil {
-			t.Fatalf("%s: requested", name)
+			t.Fatalf("%s: the request was accepted", name)
 		}
 		wantError(t, err, ErrInvalid, "client id")
 	}
 	worker.flush()
 	if len(requests) != 0 || c.streamsLeft() != 0 || c.Stats().Streams != 0 {
-		t.Errorf("something was requested: %q", (<-requests).data)
+		t.Errorf("a request was sent: %q", (<-requests).data)
 	}
 }

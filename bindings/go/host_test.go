@@ -23,22 +23,22 @@ import (
 	"github.com/nats-presence/nats-presence/bindings/go/internal/forking"
 )
 
-// What Go programs do around the library: leave at any moment, start programs, fork in C, profile themselves, end threads.
+// Tests of what programs do around the library: exit at any moment, start programs, fork in C, profile, end threads.
 
 func init() {
-	roles["leaving"] = leaving
-	roles["starting a program"] = startingAProgram
-	roles["forking"] = forks
+	roles["exit while sending"] = exitWhileSending
+	roles["start a program"] = startAProgram
+	roles["fork"] = fork
 }
 
-// leaving sends on 50 streams to itself when it leaves, in the way that is said.
-func leaving(conn *Conn, said *bufio.Scanner) error {
-	go conn.Serve(context.Background(), "leave", "workers", tick)
-	for said.Scan() && said.Text() != "ask" {
+// exitWhileSending sends on 50 streams to itself and then exits in the way that the second command says.
+func exitWhileSending(conn *Conn, commands *bufio.Scanner) error {
+	go conn.Serve(context.Background(), "exit", "workers", tick)
+	for commands.Scan() && commands.Text() != "request" {
 	}
 	var begun sync.WaitGroup
 	for i := range 50 {
-		stream, err := conn.Request(context.Background(), "leave", nil, fmt.Sprint("leaving ", i))
+		stream, err := conn.Request(context.Background(), "exit", nil, fmt.Sprint("exiting ", i))
 		if err != nil {
 			return err
 		}
@@ -54,9 +54,9 @@ func leaving(conn *Conn, said *bufio.Scanner) error {
 		}()
 	}
 	begun.Wait()
-	fmt.Println("all send")
-	said.Scan()
-	switch said.Text() {
+	fmt.Println("all streams run")
+	commands.Scan()
+	switch commands.Text() {
 	case "exit":
 		go os.Exit(7)
 		select {}
@@ -64,49 +64,49 @@ func leaving(conn *Conn, said *bufio.Scanner) error {
 		go conn.Close(context.Background())
 		os.Exit(7)
 	case "panic":
-		go func() { panic("as the test wants") }()
+		go func() { panic("requested by the test") }()
 		select {}
 	case "terminate":
 		syscall.Kill(os.Getpid(), syscall.SIGTERM)
 		select {}
 	}
-	return nil // from main
+	return nil // main returns
 }
 
-func TestProcessLeavesWhileItSends(t *testing.T) {
+func TestProcessExitsWhileSending(t *testing.T) {
 	s := startServer(t)
 	for way, want := range map[string]string{
 		"return": "exit status 0", "exit": "exit status 7", "exit while closing": "exit status 7",
 		"panic": "exit status 2", "terminate": "signal: terminated",
 	} {
 		t.Run(way, func(t *testing.T) {
-			cmd, in, lines := command(t, s, "leaving")
-			until := func(said string) {
+			cmd, in, lines := startCommand(t, s, "exit while sending")
+			waitFor := func(line string) {
 				for lines.Scan() {
-					if strings.HasPrefix(lines.Text(), said) {
+					if strings.HasPrefix(lines.Text(), line) {
 						return
 					}
 				}
-				t.Fatal("it ended before it said ", said, ": ", cmd.Wait())
+				t.Fatalf("it exited before it printed %q: %v", line, cmd.Wait())
 			}
-			until("serving")
-			fmt.Fprintln(in, "ask")
-			until("all send")
+			waitFor("serving")
+			fmt.Fprintln(in, "request")
+			waitFor("all streams run")
 			fmt.Fprintln(in, way)
 			for lines.Scan() {
 			}
 			cmd.Wait()
 			if got := cmd.ProcessState.String(); got != want {
-				t.Errorf("%s, not %s", got, want)
+				t.Errorf("%s, want %s", got, want)
 			}
 		})
 	}
 }
 
-// command is this test's program in a role, for tests that want to know how it ends. It is killed after some seconds.
-func command(t *testing.T, s *server, role string) (*exec.Cmd, io.Writer, *bufio.Scanner) {
+// startCommand starts this test binary in a role, for tests that check how it exits. It is killed after testTimeout.
+func startCommand(t *testing.T, s *server, role string) (*exec.Cmd, io.Writer, *bufio.Scanner) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
 	t.Cleanup(cancel)
 	cmd := exec.CommandContext(ctx, os.Args[0])
 	cmd.Env = append(os.Environ(), "PRESENCE_TEST_ROLE="+role, "PRESENCE_TEST_URL="+s.url)
@@ -118,7 +118,7 @@ func command(t *testing.T, s *server, role string) (*exec.Cmd, io.Writer, *bufio
 	return cmd, in, bufio.NewScanner(out)
 }
 
-func startingAProgram(conn *Conn, _ *bufio.Scanner) error {
+func startAProgram(conn *Conn, _ *bufio.Scanner) error {
 	if !conn.Stats().Connected {
 		return errors.New("not connected")
 	}
@@ -127,27 +127,27 @@ func startingAProgram(conn *Conn, _ *bufio.Scanner) error {
 	return err
 }
 
-func TestProgramsInheritNothing(t *testing.T) {
-	cmd, _, lines := command(t, startServer(t), "starting a program")
+func TestStartedProgramsInheritNoDescriptors(t *testing.T) {
+	cmd, _, lines := startCommand(t, startServer(t), "start a program")
 	shown := 0
 	for ; lines.Scan(); shown++ {
-		for _, ours := range []string{"socket:", "anon_inode:"} {
-			if strings.Contains(lines.Text(), ours) {
+		for _, kind := range []string{"socket:", "anon_inode:"} {
+			if strings.Contains(lines.Text(), kind) {
 				t.Error(lines.Text())
 			}
 		}
 	}
 	must(t, cmd.Wait())
 	if shown < 4 {
-		t.Error("only ", shown, " lines")
+		t.Errorf("ls printed only %d lines", shown)
 	}
 }
 
-// forks sends a stream to itself while C code forks the process, with goroutines that wait in the library all the time.
-func forks(conn *Conn, said *bufio.Scanner) error {
+// fork sends a stream to itself while C code forks the process and goroutines wait in the library.
+func fork(conn *Conn, commands *bufio.Scanner) error {
 	ctx := context.Background()
 	go conn.Serve(ctx, "fork", "workers", tick)
-	said.Scan() // that it serves
+	commands.Scan() // sent once it serves
 	stream, err := conn.Request(ctx, "fork", nil, "forking")
 	if err != nil {
 		return err
@@ -160,7 +160,7 @@ func forks(conn *Conn, said *bufio.Scanner) error {
 			return err
 		}
 		if !IsClientOnline("forking") {
-			return errors.New("what the child marks changes the parent")
+			return errors.New("a mark of the child changed the parent")
 		}
 	}
 	if _, err := stream.Next(ctx); err != nil {
@@ -170,22 +170,22 @@ func forks(conn *Conn, said *bufio.Scanner) error {
 	return nil
 }
 
-func TestForkInC(t *testing.T) {
-	cmd, in, lines := command(t, startServer(t), "forking")
-	said := ""
+func TestForkInCLeavesTheParentWorking(t *testing.T) {
+	cmd, in, lines := startCommand(t, startServer(t), "fork")
+	output := ""
 	for lines.Scan() {
-		said += lines.Text() + "\n"
+		output += lines.Text() + "\n"
 		if strings.HasPrefix(lines.Text(), "serving") {
 			fmt.Fprintln(in, "go on")
 		}
 	}
-	if err := cmd.Wait(); err != nil || !strings.Contains(said, "forked\n") {
-		t.Error(err, said)
+	if err := cmd.Wait(); err != nil || !strings.Contains(output, "forked\n") {
+		t.Error(err, output)
 	}
 }
 
-// Profiling interrupts every thread, also the library's own; memory is collected all the time meanwhile.
-func TestProfiledWithGOGC1(t *testing.T) {
+// Profiling interrupts every thread, also the library's own, while memory is collected all the time.
+func TestCPUProfileWithConstantGarbageCollection(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(1))
 	var profile bytes.Buffer
 	must(t, pprof.StartCPUProfile(&profile))
@@ -195,22 +195,22 @@ func TestProfiledWithGOGC1(t *testing.T) {
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "numbers", func(ctx context.Context, req *Request, s *Sender) error {
 		for i := 0; ; i++ {
-			if err := s.Send(numbered(i, 100)); err != nil {
+			if err := s.Send(numberedMessage(i, 100)); err != nil {
 				return err
 			}
 		}
 	})
 	var streams []*Stream
 	for i := range 4 {
-		streams = append(streams, ask(t, gateway, "numbers", fmt.Sprint("profiled ", i)))
+		streams = append(streams, request(t, gateway, "numbers", fmt.Sprint("profiled ", i)))
 	}
-	begun := cpu() // of all tests before
+	begun := cpu()
 	for i := 0; i < 1000 || cpu() < begun+2*time.Second; i++ {
 		for _, stream := range streams {
 			message, err := stream.Next(t.Context())
 			must(t, err)
 			if number(message) != i {
-				t.Fatal("message ", number(message), " in place of ", i)
+				t.Fatalf("got message %d, want %d", number(message), i)
 			}
 		}
 	}
@@ -220,12 +220,12 @@ func TestProfiledWithGOGC1(t *testing.T) {
 	names, err := io.ReadAll(unpacked)
 	must(t, err)
 	if !bytes.Contains(names, []byte("(*Sender).Send")) {
-		t.Error("the profile has not seen a send")
+		t.Error("the profile contains no send")
 	}
 }
 
-// A goroutine that ends while it is locked to its thread takes that with it.
-func TestThreadsEndBetweenCalls(t *testing.T) {
+// A goroutine that ends while it is locked to its thread ends the thread.
+func TestCallsFromThreadsThatEnd(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "echo", echo)
@@ -242,8 +242,8 @@ func TestThreadsEndBetweenCalls(t *testing.T) {
 		id := fmt.Sprint("thread ", i)
 		var stream *Stream
 		onThread(func() { must(t, MarkClientOnline(id)) })
-		onThread(func() { stream = ask(t, gateway, "echo", id) })
-		onThread(func() { online(t, id, true) })
+		onThread(func() { stream = request(t, gateway, "echo", id) })
+		onThread(func() { checkOnline(t, id, true) })
 		onThread(func() {
 			if messages, err := read(t, stream); err != nil || len(messages) == 0 {
 				t.Error(messages, err)

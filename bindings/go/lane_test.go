@@ -13,15 +13,15 @@ import (
 	"time"
 )
 
-// numbered is a message of so many bytes that tells its place.
-func numbered(i, size int) []byte {
+// numberedMessage returns a message of size bytes that contains its number i.
+func numberedMessage(i, size int) []byte {
 	return binary.LittleEndian.AppendUint64(make([]byte, size-8), uint64(i))
 }
 
 func number(message []byte) int { return int(binary.LittleEndian.Uint64(message[len(message)-8:])) }
 
-// held is how many bytes wait for a stream's reader.
-func (s *Stream) held() (bytes int) {
+// unreadBytes returns how many bytes wait for a stream's reader.
+func (s *Stream) unreadBytes() (bytes int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, run := range append(s.runs, s.run) {
@@ -30,17 +30,17 @@ func (s *Stream) held() (bytes int) {
 	return bytes
 }
 
-// A reader that does not read holds back its own worker, at the window, and nobody else's.
-func TestSlowReaderOnLane(t *testing.T) {
+// A reader that does not read blocks its own worker when the window is full, and no other worker.
+func TestSlowReaderBlocksOnlyItsWorker(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const window, size, total = 100_000, 100, 20_000
-	filled, look, still, went := make(chan int), make(chan bool), make(chan error), make(chan bool)
+	filled, check, blocked, sentOne := make(chan int), make(chan bool), make(chan error), make(chan bool)
 	serve(t, worker, "slow", func(ctx context.Context, req *Request, s *Sender) error {
 		i := 0
 		if req.ClientID == "slow" {
 			for {
-				err := s.TrySend(numbered(i, size))
+				err := s.TrySend(numberedMessage(i, size))
 				if errors.Is(err, ErrFull) {
 					break
 				}
@@ -48,43 +48,43 @@ func TestSlowReaderOnLane(t *testing.T) {
 				i++
 			}
 			filled <- i
-			receive(t, look)
-			still <- s.TrySend(numbered(i, size))
-			must(t, s.Send(numbered(i, size)))
-			close(went)
+			receive(t, check)
+			blocked <- s.TrySend(numberedMessage(i, size))
+			must(t, s.Send(numberedMessage(i, size)))
+			close(sentOne)
 			i++
 		}
 		for ; i < total; i++ {
-			if err := s.Send(numbered(i, size)); err != nil {
+			if err := s.Send(numberedMessage(i, size)); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	slow := ask(t, gateway, "slow", "slow", With("stream_buffer_bytes", strconv.Itoa(window)))
+	slow := request(t, gateway, "slow", "slow", With("stream_buffer_bytes", strconv.Itoa(window)))
 	sent := receive(t, filled)
 	if most := window / (size + messageOverhead); sent > most || sent < most/2 {
-		t.Errorf("%d messages were sent ahead, the window is %d", sent, most)
+		t.Errorf("%d messages were sent before the first was read; the window holds %d", sent, most)
 	}
 	readNumbers := func(stream *Stream, from, to int) {
 		for i := from; i < to; i++ {
 			message, err := stream.Next(t.Context())
 			must(t, err)
 			if len(message) != size || number(message) != i {
-				t.Fatalf("message %d is %d", i, number(message))
+				t.Fatalf("got message %d, want %d", number(message), i)
 			}
 		}
 	}
-	quick := ask(t, gateway, "slow", "quick", With("stream_buffer_bytes", strconv.Itoa(window)))
+	quick := request(t, gateway, "slow", "quick", With("stream_buffer_bytes", strconv.Itoa(window)))
 	readNumbers(quick, 0, total)
-	// All that was sent is out of the library's queue by now.
-	eventually(t, "it has come", func() bool { return slow.held() == sent*(prefix+size) })
-	look <- true
-	if err := receive(t, still); !errors.Is(err, ErrFull) {
-		t.Error("sent more than its reader has room for: ", err)
+	// All messages have left the C library's queue by now.
+	eventually(t, "all messages have arrived", func() bool { return slow.unreadBytes() == sent*(prefix+size) })
+	check <- true
+	if err := receive(t, blocked); !errors.Is(err, ErrFull) {
+		t.Error("a message was sent although the window is full: ", err)
 	}
-	readNumbers(slow, 0, sent*7/8) // and does not wait for more
-	receive(t, went)
+	readNumbers(slow, 0, sent*7/8) // without a further message
+	receive(t, sentOne)
 	readNumbers(slow, sent*7/8, total)
 	got, err := read(t, slow)
 	must(t, err)
@@ -93,8 +93,8 @@ func TestSlowReaderOnLane(t *testing.T) {
 	}
 }
 
-// Whatever the sizes are, also none, credit comes back: any number of messages goes through any window.
-func TestCreditComesBack(t *testing.T) {
+// Any number of messages passes through any window, also messages without bytes.
+func TestCreditIsReturnedForAllMessageSizes(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	sizes := func(i int) int { return []int{0, 0, 0, 1, 16, 300, 5000}[i%7] }
@@ -114,7 +114,7 @@ func TestCreditComesBack(t *testing.T) {
 	for _, id := range []string{"empty", "mixed"} {
 		for _, window := range []string{"1", "100", "1000", "20000"} {
 			t.Run(id+window, func(t *testing.T) {
-				got, err := read(t, ask(t, gateway, "sizes", id, With("stream_buffer_bytes", window)))
+				got, err := read(t, request(t, gateway, "sizes", id, With("stream_buffer_bytes", window)))
 				must(t, err)
 				for i, message := range got {
 					if id == "mixed" && len(message) != sizes(i) || id == "empty" && message != "" {
@@ -129,8 +129,8 @@ func TestCreditComesBack(t *testing.T) {
 	}
 }
 
-// A reader's messages are its own, though they came together.
-func TestMessagesAreTheReadersOwn(t *testing.T) {
+// The reader may change and keep messages that arrived together.
+func TestReaderOwnsItsMessages(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const total = 3000
@@ -145,7 +145,7 @@ func TestMessagesAreTheReadersOwn(t *testing.T) {
 		return nil
 	})
 	var kept [][]byte
-	for message, err := range ask(t, gateway, "own", "owner").Messages() {
+	for message, err := range request(t, gateway, "own", "owner").Messages() {
 		must(t, err)
 		kept = append(kept, append(message, 0xff, 0xff, 0xff, 0xff, 0xff))
 		clear(message[:8])
@@ -160,8 +160,8 @@ func TestMessagesAreTheReadersOwn(t *testing.T) {
 	}
 }
 
-// Cancelling one stream stops that one's sender and nothing else; nothing is announced.
-func TestCancelOneOnLane(t *testing.T) {
+// Cancelling one stream stops only that stream's sender. Nothing is announced.
+func TestCancelOnLaneStopsOnlyThatStream(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	offline := rawClient(t, s).subscribe("client.offline")
@@ -174,7 +174,7 @@ func TestCancelOneOnLane(t *testing.T) {
 			receive(t, goOn)
 			return s.Send([]byte("last"))
 		}
-		cause := until(t, ctx)
+		cause := waitForEnd(t, ctx)
 		ends <- end{cause, s.Send([]byte("late"))}
 		return s.Err()
 	})
@@ -213,7 +213,7 @@ func TestCancelOneOnLane(t *testing.T) {
 		}
 		stop(nil)
 	}
-	online(t, "client", true)
+	checkOnline(t, "client", true)
 	close(goOn)
 	got, err := read(t, stays)
 	if err != nil || fmt.Sprint(got) != "[last]" {
@@ -224,7 +224,7 @@ func TestCancelOneOnLane(t *testing.T) {
 		t.Errorf("announced: %q", (<-offline).data)
 	}
 
-	// Marking the client offline is another thing.
+	// Marking the client offline stops the stream with another status.
 	stream := request(t.Context(), "goes")
 	must(t, MarkClientOffline("client"))
 	wantError(t, receive(t, ends).cause, ErrOffline, `"client"`)
@@ -232,8 +232,9 @@ func TestCancelOneOnLane(t *testing.T) {
 	wantError(t, err, ErrOffline, "")
 }
 
-// Goroutines that wait to send need no threads, leave when their context ends, and are all called when there is room.
-func TestSendContextOnLane(t *testing.T) {
+// Goroutines whose sends are blocked use no threads, return when their context ends, and all wake up when they can
+// send.
+func TestBlockedSendsUseNoThreads(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const streams, waiters, size = 50, 8, 1000
@@ -245,27 +246,27 @@ func TestSendContextOnLane(t *testing.T) {
 	})
 	ctx, stop := context.WithCancelCause(t.Context())
 	stopped := errors.New("enough")
-	var patient, impatient sync.WaitGroup
+	var unlimited, limited sync.WaitGroup
 	var refused atomic.Int32
 	var reading [streams]*Stream
 	var sending [streams]*Sender
 	var sent [streams]int
 	for i := range streams {
-		reading[i] = ask(t, gateway, "wait", "waiter", With("stream_buffer_bytes", "50000"))
+		reading[i] = request(t, gateway, "wait", "waiter", With("stream_buffer_bytes", "50000"))
 		sender := receive(t, senders)
 		sending[i] = sender
-		sent[i] = full(t, sender, make([]byte, size)) + waiters
+		sent[i] = fillBuffer(t, sender, make([]byte, size)) + waiters
 		for range waiters {
-			patient.Add(1)
-			impatient.Add(1)
+			unlimited.Add(1)
+			limited.Add(1)
 			go func() {
-				defer patient.Done()
+				defer unlimited.Done()
 				if err := sender.SendContext(t.Context(), make([]byte, size)); err != nil {
 					t.Error(err)
 				}
 			}()
 			go func() {
-				defer impatient.Done()
+				defer limited.Done()
 				if err := sender.SendContext(ctx, make([]byte, size)); err == stopped {
 					refused.Add(1)
 				} else {
@@ -275,9 +276,9 @@ func TestSendContextOnLane(t *testing.T) {
 		}
 	}
 	stop(stopped)
-	impatient.Wait()
+	limited.Wait()
 	if threads, _ := filepath.Glob("/proc/self/task/*"); len(threads) > 60 {
-		t.Errorf("%d threads for %d goroutines that wait", len(threads), streams*waiters)
+		t.Errorf("%d threads for %d goroutines whose sends are blocked", len(threads), streams*waiters)
 	}
 	if refused.Load() != streams*waiters {
 		t.Error(refused.Load())
@@ -295,7 +296,7 @@ func TestSendContextOnLane(t *testing.T) {
 			}
 		}()
 	}
-	patient.Wait()
+	unlimited.Wait()
 	for i, sender := range sending {
 		if sender.SendCount() != uint64(sent[i]) {
 			t.Error(sender.SendCount(), sent[i])
@@ -304,11 +305,11 @@ func TestSendContextOnLane(t *testing.T) {
 	}
 	all.Wait()
 
-	// A stream's end calls those who wait.
-	stream := ask(t, gateway, "wait", "waiter", With("stream_buffer_bytes", "50000"))
+	// The end of a stream wakes the goroutines whose sends are blocked.
+	stream := request(t, gateway, "wait", "waiter", With("stream_buffer_bytes", "50000"))
 	sender := receive(t, senders)
-	full(t, sender, make([]byte, size))
-	_, err := stream.Next(t.Context()) // now the stream has its lane here, too
+	fillBuffer(t, sender, make([]byte, size))
+	_, err := stream.Next(t.Context()) // now the gateway knows the stream's lane
 	must(t, err)
 	results := make(chan error)
 	for range waiters {
@@ -320,8 +321,8 @@ func TestSendContextOnLane(t *testing.T) {
 	}
 }
 
-// Many who send, of whom some lose patience all the time, to a reader who stops and goes: no call gets lost.
-func TestWakeupsOnLane(t *testing.T) {
+// Many goroutines send, some with short timeouts, to a reader with a small window.
+func TestNoWakeupOfABlockedSendIsLost(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const each, waiters = 400, 6
@@ -333,11 +334,11 @@ func TestWakeupsOnLane(t *testing.T) {
 				defer all.Done()
 				for range each {
 					for {
-						impatient, stop := context.WithTimeout(ctx, time.Duration(i)*100*time.Microsecond)
+						limited, stop := context.WithTimeout(ctx, time.Duration(i)*100*time.Microsecond)
 						if i == 0 {
-							impatient = ctx
+							limited = ctx
 						}
-						err := s.SendContext(impatient, make([]byte, 200))
+						err := s.SendContext(limited, make([]byte, 200))
 						stop()
 						if err == nil {
 							break
@@ -357,7 +358,7 @@ func TestWakeupsOnLane(t *testing.T) {
 		all.Add(1)
 		go func() {
 			defer all.Done()
-			stream, err := gateway.Request(t.Context(), "wake", nil, "sleeper", With("stream_buffer_bytes", "3000"))
+			stream, err := gateway.Request(t.Context(), "wake", nil, "reader", With("stream_buffer_bytes", "3000"))
 			if err != nil {
 				t.Error(err)
 				return
@@ -370,20 +371,19 @@ func TestWakeupsOnLane(t *testing.T) {
 	all.Wait()
 }
 
-// Several goroutines read one stream; each message is read once.
-func TestReadersOfOneStream(t *testing.T) {
+func TestConcurrentReadersGetEachMessageOnce(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	const total, readers = 20_000, 5
 	serve(t, worker, "shared", func(ctx context.Context, req *Request, s *Sender) error {
 		for i := range total {
-			if err := s.Send(numbered(i, 16)); err != nil {
+			if err := s.Send(numberedMessage(i, 16)); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	stream := ask(t, gateway, "shared", "sharer", With("stream_buffer_bytes", "20000"))
+	stream := request(t, gateway, "shared", "sharer", With("stream_buffer_bytes", "20000"))
 	var seen [total]atomic.Int32
 	var all sync.WaitGroup
 	for range readers {
@@ -393,7 +393,7 @@ func TestReadersOfOneStream(t *testing.T) {
 			last := -1
 			for message, err := range stream.Messages() {
 				if err != nil {
-					// Whoever sees the end first closes the stream, to which the others hear the same end.
+					// The goroutine that reads the end first closes the stream; the others get the same end.
 					t.Error(err)
 					return
 				}
@@ -414,13 +414,12 @@ func TestReadersOfOneStream(t *testing.T) {
 	}
 }
 
-// Reading, closing, marking and ending from all sides.
-func TestRacesOnLane(t *testing.T) {
+func TestConcurrentReadCloseMarkAndEnd(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "races", func(ctx context.Context, req *Request, s *Sender) error {
 		for i := 0; ; i++ {
-			if err := s.Send(numbered(i, 100)); err != nil {
+			if err := s.Send(numberedMessage(i, 100)); err != nil {
 				return err
 			}
 			if string(req.Data) == "ends" && i == 500 {
@@ -463,47 +462,46 @@ func TestRacesOnLane(t *testing.T) {
 			}
 			ends.Wait()
 			if _, err := stream.Next(t.Context()); err == nil {
-				t.Error("a message after Close")
+				t.Error("a message was read after Close")
 			}
 		}()
 	}
 	all.Wait()
-	eventually(t, "nothing is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
+	eventually(t, "no stream or sender is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
 }
 
-// A connection that was cut: what runs on a lane goes on, and sends are taken meanwhile.
-func TestLaneOutlivesConnection(t *testing.T) {
+// Streams on lanes go on after a lost connection, and sends are accepted meanwhile.
+func TestStreamsOnLanesSurviveAReconnect(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
-	step, took := make(chan int), make(chan error)
+	step, sent := make(chan int), make(chan error)
 	serve(t, worker, "outlive", func(ctx context.Context, req *Request, s *Sender) error {
 		for i := range 3 {
 			receive(t, step)
-			took <- s.Send(numbered(i, 8))
+			sent <- s.Send(numberedMessage(i, 8))
 		}
 		return nil
 	})
-	stream := ask(t, gateway, "outlive", "survivor")
+	stream := request(t, gateway, "outlive", "survivor")
 	step <- 0
-	must(t, receive(t, took))
+	must(t, receive(t, sent))
 	_, err := stream.Next(t.Context())
 	must(t, err)
 	s.kill()
 	worker.events.wait(t, Disconnected, "")
 	gateway.events.wait(t, Disconnected, "")
 	step <- 1
-	must(t, receive(t, took))
+	must(t, receive(t, sent))
 	startServer(t, "-p", s.port)
 	step <- 2
-	must(t, receive(t, took))
+	must(t, receive(t, sent))
 	got, err := read(t, stream)
 	if err != nil || len(got) != 2 || number([]byte(got[0])) != 1 || number([]byte(got[1])) != 2 {
 		t.Errorf("%q %v", got, err)
 	}
 }
 
-// lanes=false at either end keeps streams on level 0, where they end with the connection.
-func TestLanesOff(t *testing.T) {
+func TestNoLanesAtEitherEndKeepsLevel0(t *testing.T) {
 	s := startServer(t)
 	on, off := connect(t, s), connect(t, s, With("lanes", "false"))
 	serve(t, on, "on", echo)
@@ -513,7 +511,7 @@ func TestLanesOff(t *testing.T) {
 		subject string
 		lanes   uint64
 	}{{off, "on", 0}, {on, "off", 0}, {off, "off", 0}, {on, "on", 1}} {
-		got, err := read(t, ask(t, pair.from, pair.subject, "pair"))
+		got, err := read(t, request(t, pair.from, pair.subject, "pair"))
 		if len(got) != 3 || err != nil || off.Stats().Lanes != 0 || min(on.Stats().Lanes, 1) != pair.lanes {
 			t.Error(pair.subject, got, err, on.Stats().Lanes, off.Stats().Lanes)
 		}
@@ -525,8 +523,7 @@ func TestLanesOff(t *testing.T) {
 	}
 }
 
-// Both ends of a stream after both connections were closed.
-func TestUseAfterCloseOnLane(t *testing.T) {
+func TestStreamsAndSendersAfterBothConnectionsClosed(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	senders := make(chan *Sender, 1)
@@ -535,15 +532,15 @@ func TestUseAfterCloseOnLane(t *testing.T) {
 		senders <- s
 		return s.Send([]byte("first"))
 	})
-	stream := ask(t, gateway, "after", "late")
+	stream := request(t, gateway, "after", "late")
 	sender := receive(t, senders)
 	_, err := stream.Next(t.Context())
 	must(t, err)
-	must(t, closeNow(worker.Conn))
+	must(t, closeConn(worker.Conn))
 	_, err = read(t, stream)
 	wantError(t, err, ErrRemote, "")
-	must(t, closeNow(gateway.Conn))
-	eventually(t, "all is freed", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
+	must(t, closeConn(gateway.Conn))
+	eventually(t, "no stream or sender is left", func() bool { return worker.sendersLeft()+gateway.streamsLeft() == 0 })
 	for range 2 {
 		wantError(t, sender.Send(nil), ErrClosed, "late")
 		wantError(t, sender.SendContext(t.Context(), []byte("x")), ErrClosed, "late")

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// watch watches until the test ends.
+// watch returns the events of a watch that ends with the test.
 func watch(t *testing.T) <-chan Event {
 	t.Helper()
 	events, err := Watch(t.Context())
@@ -18,8 +18,8 @@ func watch(t *testing.T) <-chan Event {
 	return events
 }
 
-// expect reads the events of one client until they are as wanted.
-func expect(t *testing.T, events <-chan Event, id string, kinds ...EventKind) {
+// expectEvents checks that the next events of one client are of these kinds.
+func expectEvents(t *testing.T, events <-chan Event, id string, kinds ...EventKind) {
 	t.Helper()
 	for _, want := range kinds {
 		event := receive(t, events)
@@ -32,37 +32,37 @@ func expect(t *testing.T, events <-chan Event, id string, kinds ...EventKind) {
 	}
 }
 
-func online(t *testing.T, id string, want bool) {
+func checkOnline(t *testing.T, id string, want bool) {
 	t.Helper()
 	if IsClientOnline(id) != want {
 		t.Fatalf("IsClientOnline(%q) is %v", id, !want)
 	}
 }
 
-func TestMarks(t *testing.T) {
+func TestMarkingTwiceIsMarkingOnce(t *testing.T) {
 	const id = "marks-客户"
 	before := OnlineCount()
-	online(t, id, false)
+	checkOnline(t, id, false)
 	must(t, MarkClientOnline(id))
 	must(t, MarkClientOnline(id))
-	online(t, id, true)
+	checkOnline(t, id, true)
 	if OnlineCount() != before+1 {
 		t.Fatalf("count %d, want %d", OnlineCount(), before+1)
 	}
 	must(t, MarkClientOffline(id))
 	must(t, MarkClientOffline(id))
-	online(t, id, false)
+	checkOnline(t, id, false)
 	if OnlineCount() != before {
 		t.Fatalf("count %d, want %d", OnlineCount(), before)
 	}
 }
 
-func TestEmptyIDIsNobody(t *testing.T) {
+func TestEmptyIDIsAlwaysOnlineAndNotCounted(t *testing.T) {
 	before := OnlineCount()
 	must(t, MarkClientOnline(""))
-	online(t, "", true)
+	checkOnline(t, "", true)
 	must(t, MarkClientOffline(""))
-	online(t, "", true)
+	checkOnline(t, "", true)
 	s, err := OpenSession("")
 	must(t, err)
 	must(t, s.Close())
@@ -71,8 +71,8 @@ func TestEmptyIDIsNobody(t *testing.T) {
 	}
 }
 
-// badIDs are those that no call takes.
-var badIDs = map[string]string{
+// invalidIDs are refused by all calls.
+var invalidIDs = map[string]string{
 	"too long":  strings.Repeat("x", 1025),
 	"not UTF-8": "a\xffb",
 	"control":   "a\nb",
@@ -80,18 +80,18 @@ var badIDs = map[string]string{
 	"NUL":       "a\x00b",
 }
 
-func TestBadIDs(t *testing.T) {
+func TestInvalidIDsAreRefused(t *testing.T) {
 	before := OnlineCount()
-	for name, id := range badIDs {
+	for name, id := range invalidIDs {
 		t.Run(name, func(t *testing.T) {
 			session, err := OpenSession(id)
 			if session != nil {
-				t.Error("a session for a bad id")
+				t.Error("an invalid id has a session")
 			}
 			for _, err := range []error{MarkClientOnline(id), MarkClientOffline(id), err} {
 				wantError(t, err, ErrInvalid, "client id")
 			}
-			online(t, id, false)
+			checkOnline(t, id, false)
 		})
 	}
 	if OnlineCount() != before {
@@ -99,26 +99,26 @@ func TestBadIDs(t *testing.T) {
 	}
 	longest := strings.Repeat("x", 1024)
 	must(t, MarkClientOnline(longest))
-	online(t, longest, true)
+	checkOnline(t, longest, true)
 	must(t, MarkClientOffline(longest))
 }
 
-// wantError checks an error's status and that its message names what was wrong.
+// wantError checks the status of an error, and that its message contains named.
 func wantError(t *testing.T, err error, status Status, named string) {
 	t.Helper()
 	if !errors.Is(err, status) {
 		t.Fatalf("error %v, want %v", err, status)
 	}
 	if !strings.Contains(err.Error(), named) {
-		t.Fatalf("error %q does not name %q", err, named)
+		t.Fatalf("error %q does not contain %q", err, named)
 	}
 	var own *Error
 	if !errors.As(err, &own) || own.Status != status {
-		t.Fatalf("error %#v holds no *Error with %v", err, status)
+		t.Fatalf("error %#v contains no *Error with %v", err, status)
 	}
 }
 
-func TestErrors(t *testing.T) {
+func TestEachStatusHasATextAndMatchesOnlyItself(t *testing.T) {
 	for status := ErrInternal; status <= ErrInvalid; status++ {
 		err := error(&Error{Status: status})
 		if text := status.Error(); text == "" || !strings.Contains(err.Error(), text) {
@@ -126,16 +126,16 @@ func TestErrors(t *testing.T) {
 		}
 		for other := ErrInternal; other <= ErrInvalid; other++ {
 			if errors.Is(err, other) != (status == other) {
-				t.Errorf("errors.Is(%v, %v) is wrong", status, other)
+				t.Errorf("errors.Is(%v, %v) returns the wrong result", status, other)
 			}
 		}
 	}
 	if Version() == "" {
-		t.Error("no version")
+		t.Error("Version returns an empty string")
 	}
 }
 
-func TestSessions(t *testing.T) {
+func TestClientIsOnlineUntilItsLastSessionCloses(t *testing.T) {
 	const id = "sessions"
 	first, err := OpenSession(id)
 	must(t, err)
@@ -143,39 +143,38 @@ func TestSessions(t *testing.T) {
 	must(t, err)
 	must(t, first.Close())
 	must(t, first.Close())
-	online(t, id, true) // the second Close of the first was not one of the second
+	checkOnline(t, id, true) // closing the first session twice did not close the second
 	must(t, second.Close())
-	online(t, id, false)
+	checkOnline(t, id, false)
 
 	third, err := OpenSession(id)
 	must(t, err)
 	must(t, MarkClientOffline(id))
-	online(t, id, false)
+	checkOnline(t, id, false)
 	must(t, MarkClientOnline(id))
 	must(t, third.Close())
-	online(t, id, true) // a new life, to which the old session does not belong
+	checkOnline(t, id, true) // the old session does not belong to the new mark
 	must(t, MarkClientOffline(id))
 }
 
-// No finalizer ends a client's streams.
-func TestForgottenSessionStays(t *testing.T) {
-	const id = "forgotten"
+func TestUnreachableSessionIsNotClosed(t *testing.T) {
+	const id = "unreachable"
 	_, err := OpenSession(id)
 	must(t, err)
 	for range 3 {
 		collected := make(chan bool, 1)
 		runtime.AddCleanup(new([64]byte), func(c chan bool) { c <- true }, collected)
-		eventually(t, "what is forgotten is collected", func() bool {
+		eventually(t, "the garbage collector has run", func() bool {
 			runtime.GC()
 			return len(collected) > 0
 		})
 	}
-	online(t, id, true)
+	checkOnline(t, id, true)
 	must(t, MarkClientOffline(id))
-	online(t, id, false)
+	checkOnline(t, id, false)
 }
 
-func TestSessionGrace(t *testing.T) {
+func TestNewSessionWithinTheGraceKeepsTheClientOnline(t *testing.T) {
 	s := startServer(t)
 	connect(t, s, With("session_grace_ms", "100"))
 	t.Cleanup(func() { connect(t, s, With("session_grace_ms", "0")) })
@@ -185,17 +184,17 @@ func TestSessionGrace(t *testing.T) {
 		session, err := OpenSession(id)
 		must(t, err)
 		must(t, session.Close())
-		online(t, id, true)
+		checkOnline(t, id, true)
 	}
 	again, err := OpenSession(stays)
 	must(t, err)
-	expect(t, events, leaves, ClientOnline, ClientOffline)
-	online(t, stays, true) // its grace began earlier, and would be over too
+	expectEvents(t, events, leaves, ClientOnline, ClientOffline)
+	checkOnline(t, stays, true) // its grace began before the other client's
 	must(t, again.Close())
-	expect(t, events, stays, ClientOffline)
+	expectEvents(t, events, stays, ClientOffline)
 }
 
-func TestWatch(t *testing.T) {
+func TestWatchReportsEachChangeOnce(t *testing.T) {
 	ctx, stop := context.WithCancel(context.Background())
 	events, err := Watch(ctx)
 	must(t, err)
@@ -206,8 +205,8 @@ func TestWatch(t *testing.T) {
 		must(t, MarkClientOffline(id))
 		must(t, MarkClientOffline(id))
 	}
-	expect(t, events, id, ClientOnline, ClientOffline, ClientOnline, ClientOffline, ClientOnline, ClientOffline)
-	must(t, MarkClientOnline(id)) // waits unread while the watch ends
+	expectEvents(t, events, id, ClientOnline, ClientOffline, ClientOnline, ClientOffline, ClientOnline, ClientOffline)
+	must(t, MarkClientOnline(id)) // its event is unread while the watch ends
 	stop()
 	eventually(t, "the channel is closed", func() bool {
 		select {
@@ -220,8 +219,8 @@ func TestWatch(t *testing.T) {
 	must(t, MarkClientOffline(id))
 }
 
-// Stacks move and memory is collected while events come whose fields are partly empty.
-func TestWatchWhileMemoryMoves(t *testing.T) {
+// Stacks move and memory is collected while events arrive that have empty fields.
+func TestWatchDuringGarbageCollection(t *testing.T) {
 	defer debug.SetGCPercent(debug.SetGCPercent(1))
 	junk := make([][]byte, 100)
 	id := "moves-" + strings.Repeat("x", 50)
@@ -232,7 +231,7 @@ func TestWatchWhileMemoryMoves(t *testing.T) {
 		for range 50 {
 			must(t, MarkClientOnline(id))
 			must(t, MarkClientOffline(id))
-			expect(t, events, id, ClientOnline, ClientOffline)
+			expectEvents(t, events, id, ClientOnline, ClientOffline)
 			n++
 			junk[n%len(junk)] = make([]byte, 4096)
 		}

@@ -18,8 +18,8 @@ import (
 	"time"
 )
 
-// roles are what this test's program can be when it is started as another process: it hears and says lines.
-var roles = map[string]func(conn *Conn, said *bufio.Scanner) error{
+// roles are what this test binary does when it is started as another process: it reads commands and prints lines.
+var roles = map[string]func(conn *Conn, commands *bufio.Scanner) error{
 	"ticking worker":  tickingWorker,
 	"ticking gateway": tickingGateway,
 	"steady worker":   steadyWorker,
@@ -29,7 +29,11 @@ var roles = map[string]func(conn *Conn, said *bufio.Scanner) error{
 func TestMain(m *testing.M) {
 	role := roles[os.Getenv("PRESENCE_TEST_ROLE")]
 	if role == nil {
-		os.Exit(m.Run())
+		code := m.Run()
+		if sharedServer != nil {
+			sharedServer.kill()
+		}
+		os.Exit(code)
 	}
 	opts := []ConnectOption{WithLog(func(e Event) { fmt.Println(e.Kind, e.Text) })}
 	for i := 1; i+1 < len(os.Args); i += 2 {
@@ -45,7 +49,7 @@ func TestMain(m *testing.M) {
 	}
 }
 
-// process is this test's program in a role. It ends with the test.
+// process is this test binary in a role. It ends with the test.
 type process struct {
 	*program
 	*os.Process
@@ -78,7 +82,7 @@ func startRole(t testing.TB, s *server, role string, options ...string) *process
 	return p
 }
 
-// tick sends a message each few milliseconds until it may not.
+// tick sends a message every few milliseconds until the stream ends.
 func tick(ctx context.Context, req *Request, s *Sender) error {
 	for s.Send([]byte("tick")) == nil {
 		time.Sleep(5 * time.Millisecond)
@@ -103,8 +107,8 @@ func tickingGateway(conn *Conn, _ *bufio.Scanner) error {
 	return io.EOF
 }
 
-// A process that is killed, or stands still, is gone for the other end.
-func TestPeerGone(t *testing.T) {
+// A process that was killed or stopped (SIGSTOP) is gone for its peers.
+func TestKilledOrStoppedPeerIsGone(t *testing.T) {
 	for name, end := range map[string]struct {
 		signal syscall.Signal
 		opts   []ConnectOption
@@ -126,28 +130,28 @@ func TestPeerGone(t *testing.T) {
 			must(t, gateway.Signal(end.signal))
 			begin := time.Now()
 			wantError(t, receive(t, ends), ErrPeerGone, `"ticked"`)
-			soon(t, begin)
-			eventually(t, "its client is gone", func() bool { return !IsClientOnline("ticked") })
+			checkFasterThanDefaults(t, begin)
+			eventually(t, "its client is offline", func() bool { return !IsClientOnline("ticked") })
 		})
 		t.Run("worker "+name, func(t *testing.T) {
 			s := startServer(t)
 			worker := startRole(t, s, "ticking worker")
-			worker.says(t, "serving")
-			stream := ask(t, connect(t, s, end.opts...), "tick", "ticked")
+			worker.waitForLine(t, "serving")
+			stream := request(t, connect(t, s, end.opts...), "tick", "ticked")
 			_, err := stream.Next(t.Context())
 			must(t, err)
 			must(t, worker.Signal(end.signal))
 			begin := time.Now()
 			_, err = read(t, stream)
 			wantError(t, err, ErrPeerGone, "")
-			soon(t, begin)
-			online(t, "ticked", false)
+			checkFasterThanDefaults(t, begin)
+			checkOnline(t, "ticked", false)
 		})
 	}
 }
 
-// soon checks that a peer was not waited for as long as the defaults would.
-func soon(t *testing.T, begin time.Time) {
+// checkFasterThanDefaults checks that a peer was gone sooner than with the default options.
+func checkFasterThanDefaults(t *testing.T, begin time.Time) {
 	t.Helper()
 	took := time.Since(begin)
 	if took > 4*time.Second {
@@ -158,11 +162,12 @@ func soon(t *testing.T, begin time.Time) {
 
 var crcTable = crc64.MakeTable(crc64.ISO)
 
-// Each message of a steady stream is its place and some random bytes; the last one, after -1, their number and hash.
-func steadyWorker(conn *Conn, said *bufio.Scanner) error {
+// steadyWorker sends messages that each contain their number and random bytes. The last message contains -1, the number
+// of messages and their hash.
+func steadyWorker(conn *Conn, commands *bufio.Scanner) error {
 	var enough atomic.Bool
 	go func() {
-		for said.Scan() {
+		for commands.Scan() {
 			enough.Store(true)
 		}
 	}()
@@ -188,8 +193,8 @@ func steadyWorker(conn *Conn, said *bufio.Scanner) error {
 
 const steadyStreams = 200
 
-// steadyGateway reads steady streams. To each line it answers once all of them have gone on since.
-func steadyGateway(conn *Conn, said *bufio.Scanner) error {
+// steadyGateway reads streams of a steadyWorker. It answers each command once all of them have made progress since.
+func steadyGateway(conn *Conn, commands *bufio.Scanner) error {
 	var counts [steadyStreams]atomic.Uint64
 	results := make(chan error, steadyStreams)
 	for i := range steadyStreams {
@@ -200,7 +205,7 @@ func steadyGateway(conn *Conn, said *bufio.Scanner) error {
 		go func() { results <- readSteady(stream, &counts[i]) }()
 	}
 	go func() {
-		for said.Scan() {
+		for commands.Scan() {
 			var before [steadyStreams]uint64
 			for i := range counts {
 				before[i] = counts[i].Load()
@@ -210,7 +215,7 @@ func steadyGateway(conn *Conn, said *bufio.Scanner) error {
 					time.Sleep(time.Millisecond)
 				}
 			}
-			fmt.Println("all go on")
+			fmt.Println("all made progress")
 		}
 	}()
 	for range steadyStreams {
@@ -242,10 +247,10 @@ func readSteady(stream *Stream, count *atomic.Uint64) error {
 		case 1<<64 - 1:
 			sent, sentHash := binary.LittleEndian.Uint64(message[8:]), binary.LittleEndian.Uint64(message[16:])
 			if complete = true; sent != count.Load() || sentHash != hash {
-				return fmt.Errorf("%d messages with hash %x, sent were %d with %x", count.Load(), hash, sent, sentHash)
+				return fmt.Errorf("got %d messages with hash %x, want %d with %x", count.Load(), hash, sent, sentHash)
 			}
 		default:
-			return fmt.Errorf("message %d in place of %d", place, count.Load())
+			return fmt.Errorf("got message %d, want %d", place, count.Load())
 		}
 	}
 	if !complete {
@@ -254,30 +259,31 @@ func readSteady(stream *Stream, count *atomic.Uint64) error {
 	return nil
 }
 
-// nats-server is killed and restarted, 20 times, under 200 streams from one process to another: all is complete, in order, once.
-func TestServerRestarts(t *testing.T) {
+// nats-server is killed and restarted 20 times while 200 streams run between two processes. Each stream is complete and
+// in order, without duplicates.
+func TestStreamsSurviveTwentyServerRestarts(t *testing.T) {
 	s := startServer(t)
 	begin := time.Now()
 	options := []string{"reconnect_min_ms", "10", "reconnect_max_ms", "500"}
 	worker := startRole(t, s, "steady worker", options...)
-	worker.says(t, "serving")
+	worker.waitForLine(t, "serving")
 	gateway := startRole(t, s, "steady gateway", options...)
-	goesOn := func() {
-		fmt.Fprintln(gateway.in, "do all go on?")
-		gateway.says(t, "all go on")
+	waitForProgress := func() {
+		fmt.Fprintln(gateway.in, "progress")
+		gateway.waitForLine(t, "all made progress")
 	}
-	goesOn()
+	waitForProgress()
 	for range 20 {
 		s.kill()
-		worker.says(t, "^disconnected")
-		gateway.says(t, "^disconnected")
+		worker.waitForLine(t, "^disconnected")
+		gateway.waitForLine(t, "^disconnected")
 		s = startServer(t, "-p", s.port)
-		worker.says(t, "^connected")
-		gateway.says(t, "^connected")
-		goesOn()
+		worker.waitForLine(t, "^connected")
+		gateway.waitForLine(t, "^connected")
+		waitForProgress()
 	}
 	fmt.Fprintln(worker.in, "enough")
-	t.Log(gateway.says(t, "complete: (.*)"), " messages in ", time.Since(begin))
+	t.Log(gateway.waitForLine(t, "complete: (.*)"), " messages in ", time.Since(begin))
 	if took := time.Since(begin); took > time.Minute {
 		t.Error("took ", took)
 	}

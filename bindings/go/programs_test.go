@@ -20,7 +20,7 @@ import (
 
 const module = "github.com/nats-presence/nats-presence/bindings/go"
 
-// run runs a command to its end.
+// run runs a command and returns its output.
 func run(t *testing.T, dir string, command ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
@@ -33,7 +33,7 @@ func run(t *testing.T, dir string, command ...string) string {
 	return string(out)
 }
 
-// program is one that runs until the test ends; lines is what it says on its standard error.
+// program is a program that runs until the test ends; lines receives its standard error.
 type program struct{ lines chan string }
 
 func start(t testing.TB, path string, env ...string) *program {
@@ -61,8 +61,8 @@ func start(t testing.TB, path string, env ...string) *program {
 	return p
 }
 
-// says waits for a line, and returns what the expression's group matched.
-func (p *program) says(t testing.TB, expression string) string {
+// waitForLine waits for a line that matches, and returns what the last group of the expression matched.
+func (p *program) waitForLine(t testing.TB, expression string) string {
 	t.Helper()
 	for {
 		if found := regexp.MustCompile(expression).FindStringSubmatch(receive(t, p.lines)); found != nil {
@@ -71,10 +71,10 @@ func (p *program) says(t testing.TB, expression string) string {
 	}
 }
 
-// browser reads server-sent events until it leaves.
+// browser reads server-sent events.
 type browser struct {
 	body     *bufio.Reader
-	afterCR  bool // the last line ended with CR, so that a LF now belongs to it
+	afterCR  bool // the last line ended with CR: a LF that follows belongs to it
 	comments int
 	leave    context.CancelFunc
 	conn     net.Conn
@@ -133,7 +133,7 @@ func (b *browser) event(t *testing.T) (kind, data string) {
 	for {
 		line, err := b.line()
 		if err != nil {
-			t.Fatal("no more events: ", err)
+			t.Fatal("the events ended: ", err)
 		}
 		field, value, _ := strings.Cut(line, ":")
 		value = strings.TrimPrefix(value, " ")
@@ -149,7 +149,7 @@ func (b *browser) event(t *testing.T) (kind, data string) {
 		case field == "data":
 			lines = append(lines, value)
 		default:
-			t.Errorf("a line that no gateway sends: %q", line)
+			t.Errorf("unexpected line %q", line)
 		}
 	}
 }
@@ -161,48 +161,48 @@ func (b *browser) data(t *testing.T) string {
 	return data
 }
 
-// forged are messages that would add events and fields where their line ends reach the browser as they are.
-var forged = []string{
+// injections are messages that add events and fields if their line endings reach the browser unchanged.
+var injections = []string{
 	"a\n\nevent: evil\ndata: x\n\n", "b\r\revent: evil\rdata: x\r\r", "c\r\n\r\nevent: evil\r\ndata: x\r\n\r\n",
 	"d\n\r\n\revent: evil\n\rdata: x\n\r", "\nid: 7\n", "\rretry: 1\r", "\r\nid: 7", ":comment", "", "event: evil", "  spaces ",
 	"\n", "\r", "\r\n", "\r\r\n\n", "last\r",
 }
 
-// forge serves a subject with these messages.
-func forge(t *testing.T, s *server, subject string) *serving {
+// serveInjections serves a subject with these messages.
+func serveInjections(t *testing.T, s *server, subject string) *serving {
 	t.Helper()
 	return serve(t, connect(t, s), subject, func(ctx context.Context, req *Request, s *Sender) error {
-		for _, message := range forged {
+		for _, message := range injections {
 			must(t, s.Send([]byte(message)))
 		}
 		return nil
 	})
 }
 
-// seesNoForgery reads the events of forged messages: one for each, with the message's lines.
-func (b *browser) seesNoForgery(t *testing.T) {
+// checkNoInjection checks that the browser gets one event for each of the injections, with the lines of the message.
+func (b *browser) checkNoInjection(t *testing.T) {
 	t.Helper()
-	for _, message := range forged {
+	for _, message := range injections {
 		want := strings.NewReplacer("\r\n", "\n", "\r", "\n").Replace(message)
 		if kind, data := b.event(t); kind != "message" || data != want {
-			t.Fatalf("%q came as an event %q with %q", message, kind, data)
+			t.Fatalf("%q arrived as an event %q with %q", message, kind, data)
 		}
 	}
 }
 
-func TestExamples(t *testing.T) {
+func TestExamplePrograms(t *testing.T) {
 	dir := t.TempDir()
 	run(t, ".", "go", "build", "-o", dir+"/", "./examples/...")
 	s := startServer(t)
 	env := []string{"NATS_URL=" + s.url, "SUBJECT=example", "QUEUE=q", "LISTEN=127.0.0.1:0", "PIECES=100", "DELAY=1ms"}
 	worker := start(t, dir+"/worker", env...)
-	worker.says(t, "serving example")
+	worker.waitForLine(t, "serving example")
 	gateway := start(t, dir+"/gateway", env...)
-	url := "http://" + gateway.says(t, "listening on (.*)")
+	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 
 	b := browse(t, url+"/events")
 	id := b.data(t)
-	ask := func(id string) (status int, body string) {
+	post := func(id string) (status int, body string) {
 		req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", strings.NewReader("question"))
 		must(t, err)
 		req.Header.Set("X-Connect-ID", id)
@@ -214,14 +214,14 @@ func TestExamples(t *testing.T) {
 		text, _ := io.ReadAll(response.Body)
 		return response.StatusCode, string(text)
 	}
-	if status, body := ask("nobody"); status != 404 {
+	if status, body := post("unknown"); status != 404 {
 		t.Error(status, body)
 	}
 
 	answered := make(chan string, 1)
 	begin := func() {
 		go func() {
-			status, body := ask(id)
+			status, body := post(id)
 			answered <- fmt.Sprint(status, " ", body)
 		}()
 	}
@@ -234,14 +234,14 @@ func TestExamples(t *testing.T) {
 	if answer := receive(t, answered); answer != "200 100\n" {
 		t.Error(answer)
 	}
-	worker.says(t, "end client="+id+" sent=100 why=<nil>")
-	gateway.says(t, "stream client="+id+" received=100 why=<nil>")
+	worker.waitForLine(t, "end client="+id+" sent=100 why=<nil>")
+	gateway.waitForLine(t, "stream client="+id+" received=100 why=<nil>")
 
 	begin()
 	b.data(t)
 	b.leave()
-	worker.says(t, "end client="+id+" sent=[0-9]+ why=presence: .*client is offline")
-	gateway.says(t, "stream client="+id+" received=[0-9]+ why=.*offline")
+	worker.waitForLine(t, "end client="+id+" sent=[0-9]+ why=presence: .*client is offline")
+	gateway.waitForLine(t, "stream client="+id+" received=[0-9]+ why=.*offline")
 	receive(t, answered)
 }
 
@@ -252,14 +252,14 @@ func buildGateway(t *testing.T) (path string) {
 	return path
 }
 
-// The text of a worker's error is for the gateway's log.
-func TestBrowserReadsNoErrorText(t *testing.T) {
+// The gateway logs the text of a worker's error and does not send it to the browser.
+func TestBrowserDoesNotGetErrorTexts(t *testing.T) {
 	s := startServer(t)
 	serve(t, connect(t, s), "fail", func(ctx context.Context, req *Request, s *Sender) error {
 		return s.SendError(errors.New("password=hunter2"))
 	})
 	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=fail", "LISTEN=127.0.0.1:0")
-	url := "http://" + gateway.says(t, "listening on (.*)")
+	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
 	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", nil)
 	must(t, err)
@@ -272,12 +272,12 @@ func TestBrowserReadsNoErrorText(t *testing.T) {
 	if response.StatusCode != 502 || strings.Contains(string(text), "hunter2") {
 		t.Error(response.Status, string(text))
 	}
-	gateway.says(t, "why=.*hunter2")
+	gateway.waitForLine(t, "why=.*hunter2")
 	b.leave()
 }
 
-// askFor requests a stream for the browser with this id; what it is answered is of no interest.
-func askFor(t *testing.T, url, id string) {
+// requestFor requests a stream for the browser with this id, and ignores the response.
+func requestFor(t *testing.T, url, id string) {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", nil)
 	must(t, err)
@@ -289,37 +289,37 @@ func askFor(t *testing.T, url, id string) {
 	}()
 }
 
-func TestNoMessageForgesEvents(t *testing.T) {
+func TestMessagesCannotInjectEvents(t *testing.T) {
 	s := startServer(t)
-	forge(t, s, "forge")
+	serveInjections(t, s, "forge")
 	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=forge", "LISTEN=127.0.0.1:0")
-	url := "http://" + gateway.says(t, "listening on (.*)")
+	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
 	kind, id := b.event(t)
 	if kind != "id" {
 		t.Error(kind, id)
 	}
-	askFor(t, url, id)
-	b.seesNoForgery(t)
+	requestFor(t, url, id)
+	b.checkNoInjection(t)
 	b.leave()
 }
 
-// A browser whose machine answers nothing any more, not even with a reset, has left.
-func TestBrowserVanishes(t *testing.T) {
+// The browser's machine answers nothing any more, not even with a reset.
+func TestVanishedBrowserStopsItsWorker(t *testing.T) {
 	s := startServer(t)
 	worker := connect(t, s)
 	left := make(chan error, 1)
 	serve(t, worker, "vanish", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send([]byte("first")))
-		left <- until(t, ctx) // and sends nothing that would be acknowledged
+		left <- waitForEnd(t, ctx) // without sending anything that could be acknowledged
 		return nil
 	})
 	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=vanish", "LISTEN=127.0.0.1:0",
 		"KEEP_ALIVE=100ms", "USER_TIMEOUT=500ms")
-	url := "http://" + gateway.says(t, "listening on (.*)")
+	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
 	id := b.data(t)
-	askFor(t, url, id)
+	requestFor(t, url, id)
 	if data := b.data(t); data != "first" {
 		t.Error(data)
 	}
@@ -331,7 +331,7 @@ func TestBrowserVanishes(t *testing.T) {
 		}
 	}
 	if len(left) != 0 {
-		t.Error("it left early")
+		t.Error("the worker stopped early")
 	}
 	raw, err := b.conn.(*net.TCPConn).SyscallConn()
 	must(t, err)
@@ -340,16 +340,16 @@ func TestBrowserVanishes(t *testing.T) {
 		must(t, syscall.AttachLsf(int(fd), dropAll))
 	}))
 	wantError(t, receive(t, left), ErrOffline, id)
-	gateway.says(t, "stream client="+id+" received=1 why=.*offline")
+	gateway.waitForLine(t, "stream client="+id+" received=1 why=.*offline")
 }
 
-// The README's programs, as they are but for the addresses.
-func TestReadme(t *testing.T) {
+// The README's programs work; the test changes only their addresses.
+func TestReadmePrograms(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
 	programs := regexp.MustCompile("(?s)```go\n(package main.*?)```").FindAllSubmatch(readme, -1)
 	if len(programs) != 2 {
-		t.Fatalf("%d programs in the README", len(programs))
+		t.Fatalf("the README has %d programs, want 2", len(programs))
 	}
 	s := startServer(t)
 	free, err := net.Listen("tcp", "127.0.0.1:0")
@@ -372,20 +372,20 @@ func TestReadme(t *testing.T) {
 		must(t, os.WriteFile(dir+"/"+name+"/main.go", text, 0o644))
 	}
 	if bad := run(t, dir, "gofmt", "-l", "."); bad != "" {
-		t.Error("not formatted: ", bad)
+		t.Error("not formatted by gofmt: ", bad)
 	}
 	run(t, dir, "go", "vet", "./...")
 	run(t, dir, "go", "build", "-o", dir+"/bin/", "./...")
 	start(t, dir+"/bin/gateway")
-	forging := forge(t, s, "count")
-	forgery := browse(t, "http://"+free.Addr().String()+"/count")
-	forgery.seesNoForgery(t)
-	forgery.leave()
-	forging.stop()
-	must(t, receive(t, forging.result))
+	injecting := serveInjections(t, s, "count")
+	victim := browse(t, "http://"+free.Addr().String()+"/count")
+	victim.checkNoInjection(t)
+	victim.leave()
+	injecting.stop()
+	must(t, receive(t, injecting.result))
 	worker := start(t, dir+"/bin/worker")
 	probe := connect(t, s)
-	_, err = ask(t, probe, "count", "probe", With("retries", "1000"), With("retry_delay_ms", "10")).Next(t.Context())
+	_, err = request(t, probe, "count", "probe", With("retries", "1000"), With("retry_delay_ms", "10")).Next(t.Context())
 	must(t, err)
 	b := browse(t, "http://"+free.Addr().String()+"/count")
 	for i := range 3 {
@@ -394,16 +394,16 @@ func TestReadme(t *testing.T) {
 		}
 	}
 	b.leave()
-	worker.says(t, "[0-9A-Z]{26}: presence: .*cancelled")
+	worker.waitForLine(t, "[0-9A-Z]{26}: presence: .*cancelled")
 }
 
-// The package builds from another module's vendor folder, shared and static; the static program needs no file of ours.
-func TestVendor(t *testing.T) {
+// The package builds from another module's vendor folder. The static program needs no file of the library.
+func TestVendoredPackageBuildsSharedAndStatic(t *testing.T) {
 	dir := t.TempDir()
 	here, err := filepath.Abs(".")
 	must(t, err)
 	must(t, os.WriteFile(dir+"/go.mod", fmt.Appendf(nil,
-		"module stranger\n\ngo 1.24\n\nrequire %s v0.0.0\n\nreplace %s => %s\n", module, module, here), 0o644))
+		"module user\n\ngo 1.24\n\nrequire %s v0.0.0\n\nreplace %s => %s\n", module, module, here), 0o644))
 	must(t, os.WriteFile(dir+"/main.go", []byte(`package main
 
 import presence "`+module+`"
@@ -420,12 +420,12 @@ func main() {
 	run(t, dir, "go", "build", "-mod=vendor", "-tags", "presence_static", "-o", "static")
 	want := "online " + Version() + "\n"
 	if out := run(t, dir, "./shared"); out != want {
-		t.Errorf("shared says %q", out)
+		t.Errorf("the shared program printed %q", out)
 	}
 	if out := run(t, dir, "env", "-u", "LD_LIBRARY_PATH", "./static"); out != want {
-		t.Errorf("static says %q", out)
+		t.Errorf("the static program printed %q", out)
 	}
 	if out := run(t, dir, "ldd", "./static"); strings.Contains(out, "nats_presence") {
-		t.Errorf("static needs %s", out)
+		t.Errorf("the static program needs %s", out)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -20,18 +21,17 @@ import (
 	"time"
 )
 
-// patience is how long a test waits for what must happen before it fails.
-const patience = 20 * time.Second
+// testTimeout is how long a test waits for an event before it fails.
+const testTimeout = 20 * time.Second
 
-// server is a nats-server of a test's own.
+// server is a nats-server that belongs to one test.
 type server struct {
 	url, port string
 	command   *exec.Cmd
 	exited    chan struct{}
 }
 
-func serverBinary(t testing.TB) string {
-	t.Helper()
+func serverBinary() string {
 	if path := os.Getenv("NATS_SERVER_BIN"); path != "" {
 		return path
 	}
@@ -40,50 +40,76 @@ func serverBinary(t testing.TB) string {
 			return path
 		}
 	}
-	path, err := exec.LookPath("nats-server")
-	if err != nil {
-		t.Fatal("no nats-server: set NATS_SERVER_BIN, or run `make venv` in the project's root")
-	}
-	return path
+	return "nats-server"
 }
 
 // startServer starts a nats-server that ends with the test.
 func startServer(t testing.TB, args ...string) *server {
 	t.Helper()
-	s := &server{exited: make(chan struct{})}
-	s.command = exec.Command(serverBinary(t), append([]string{"-a", "127.0.0.1", "-p", "-1"}, args...)...)
-	log, err := s.command.StderrPipe()
+	s, err := launchServer(serverBinary(), args...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.command.Start(); err != nil {
-		t.Fatal(err)
+	t.Cleanup(s.kill)
+	return s
+}
+
+// launchServer starts a nats-server and waits until it is ready.
+func launchServer(binary string, args ...string) (*server, error) {
+	s := &server{exited: make(chan struct{})}
+	s.command = exec.Command(binary, append([]string{"-a", "127.0.0.1", "-p", "-1"}, args...)...)
+	log, err := s.command.StderrPipe()
+	if err != nil {
+		return nil, err
 	}
-	ready := make(chan string, 1)
+	if err := s.command.Start(); err != nil {
+		return nil, fmt.Errorf("set NATS_SERVER_BIN, or run `make venv` in the project's root: %w", err)
+	}
+	ready, output := make(chan string, 1), ""
 	go func() {
 		defer close(s.exited)
-		port, told := "", ""
+		port, isReady := "", false
 		for lines := bufio.NewScanner(log); lines.Scan(); {
-			told += lines.Text() + "\n"
-			if found := regexp.MustCompile(`client connections on 127.0.0.1:(\d+)`).FindStringSubmatch(lines.Text()); found != nil {
+			if !isReady {
+				output += lines.Text() + "\n"
+			}
+			if found := listeningOn.FindStringSubmatch(lines.Text()); found != nil {
 				port = found[1]
 			}
-			if strings.Contains(lines.Text(), "Server is ready") {
+			if !isReady && strings.Contains(lines.Text(), "Server is ready") {
+				isReady = true
 				ready <- port
 			}
 		}
 		s.command.Wait()
-		if port == "" {
-			t.Log(told)
-			ready <- ""
-		}
 	}()
-	t.Cleanup(s.kill)
-	if s.port = receive(t, ready); s.port == "" {
-		t.Fatal("nats-server did not start")
+	select {
+	case s.port = <-ready:
+		s.url = "nats://127.0.0.1:" + s.port
+		return s, nil
+	case <-s.exited:
+		return nil, errors.New("nats-server did not start:\n" + output)
+	case <-time.After(testTimeout):
+		s.kill()
+		return nil, errors.New("nats-server is not ready:\n" + output)
 	}
-	s.url = "nats://127.0.0.1:" + s.port
-	return s
+}
+
+var listeningOn = regexp.MustCompile(`client connections on 127.0.0.1:(\d+)`)
+
+// sharedServer is the nats-server of the examples, which TestMain kills.
+var sharedServer *server
+
+// SharedServerURL returns the URL of a nats-server for the examples in package presence_test.
+func SharedServerURL() string {
+	if sharedServer == nil {
+		s, err := launchServer(serverBinary())
+		if err != nil {
+			panic(err)
+		}
+		sharedServer = s
+	}
+	return sharedServer.url
 }
 
 func (s *server) kill() {
@@ -91,7 +117,7 @@ func (s *server) kill() {
 	<-s.exited
 }
 
-// pause stops the server's process until resume, which may be called twice.
+// pause stops the server's process until resume is called, which may be called twice.
 func (s *server) pause(t testing.TB) (resume func()) {
 	t.Helper()
 	if err := s.command.Process.Signal(syscall.SIGSTOP); err != nil {
@@ -111,7 +137,7 @@ func (s *server) pause(t testing.TB) (resume func()) {
 	return resume
 }
 
-// events records what a connection tells.
+// events records the events of a connection.
 type events struct {
 	mu      sync.Mutex
 	all     []Event
@@ -125,7 +151,7 @@ func (e *events) add(event Event) {
 	signal(e.changed)
 }
 
-// wait waits for an event of a kind whose text contains text.
+// wait waits for an event of this kind whose text contains text.
 func (e *events) wait(t testing.TB, kind EventKind, text string) Event {
 	t.Helper()
 	for {
@@ -141,7 +167,7 @@ func (e *events) wait(t testing.TB, kind EventKind, text string) Event {
 	}
 }
 
-// client is a connection of a test's own.
+// client is a connection that belongs to one test.
 type client struct {
 	*Conn
 	events *events
@@ -152,23 +178,23 @@ func connect(t testing.TB, s *server, opts ...ConnectOption) *client {
 	events := &events{changed: make(chan struct{}, 1)}
 	c, err := Connect(s.url, append(opts, WithLog(events.add))...)
 	must(t, err)
-	t.Cleanup(func() { closeNow(c) })
+	t.Cleanup(func() { closeConn(c) })
 	return &client{c, events}
 }
 
-func closeNow(c *Conn) error {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+func closeConn(c *Conn) error {
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	return c.Close(ctx)
 }
 
-// serving is a Serve that runs.
+// serving is a call of Serve in progress.
 type serving struct {
 	stop   func()
 	result chan error
 }
 
-// serve runs Serve until the test ends, and returns when the subject is served.
+// serve runs Serve until the test ends. It returns when the server has the subscription.
 func serve(t testing.TB, c *client, subject string, handler Handler, opts ...ServeOption) *serving {
 	t.Helper()
 	ctx, stop := context.WithCancel(context.Background())
@@ -186,8 +212,8 @@ func serve(t testing.TB, c *client, subject string, handler Handler, opts ...Ser
 	return s
 }
 
-// ask requests a stream.
-func ask(t testing.TB, c *client, subject, id string, opts ...RequestOption) *Stream {
+// request requests a stream that is closed when the test ends.
+func request(t testing.TB, c *client, subject, id string, opts ...RequestOption) *Stream {
 	t.Helper()
 	s, err := c.Request(context.Background(), subject, []byte("question"), id, opts...)
 	must(t, err)
@@ -198,12 +224,12 @@ func ask(t testing.TB, c *client, subject, id string, opts ...RequestOption) *St
 // read reads a stream to its end.
 func read(t testing.TB, s *Stream) (messages []string, err error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), testTimeout)
 	defer cancel()
 	for {
 		message, err := s.Next(ctx)
 		if ctx.Err() != nil {
-			t.Fatalf("the stream did not end; it gave %d messages", len(messages))
+			t.Fatalf("the stream did not end; %d messages were read", len(messages))
 		}
 		if err == io.EOF {
 			return messages, nil
@@ -226,23 +252,23 @@ func receive[T any](t testing.TB, from <-chan T) (value T) {
 	t.Helper()
 	select {
 	case value = <-from:
-	case <-time.After(patience):
-		t.Fatal("what the test waits for did not happen")
+	case <-time.After(testTimeout):
+		t.Fatal("timed out: nothing was received")
 	}
 	return value
 }
 
-// eventually waits for a condition that nothing tells about.
-func eventually(t testing.TB, what string, holds func() bool) {
+// eventually polls until a condition holds; statement describes it.
+func eventually(t testing.TB, statement string, holds func() bool) {
 	t.Helper()
-	for end := time.Now().Add(patience); !holds(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(testTimeout); !holds(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
-			t.Fatal("not so: ", what)
+			t.Fatal("timed out: this did not become true: ", statement)
 		}
 	}
 }
 
-// raw is a NATS client of a few lines that knows nothing of this project: what it sends and gets is on the wire.
+// raw is a minimal NATS client that does not use the library: tests use it to send and receive messages on the wire.
 type raw struct {
 	t       testing.TB
 	conn    net.Conn
@@ -341,7 +367,7 @@ func (r *raw) publish(subject, reply, header, data string) {
 	}
 }
 
-// request requests a stream as the wire's level 0 says, and returns what comes to its inbox.
+// request requests a stream on level 0 of the wire, and returns the messages that its inbox receives.
 func (r *raw) request(subject, id, data string) <-chan rawMessage {
 	r.t.Helper()
 	inbox := fmt.Sprintf("_INBOX.raw.%d", lastInbox.Add(1))
@@ -354,7 +380,7 @@ func (r *raw) request(subject, id, data string) <-chan rawMessage {
 	return answers
 }
 
-// streamsLeft is how many streams the connection still knows; sendersLeft is its like.
+// streamsLeft returns how many streams the connection still has; sendersLeft returns the same for senders.
 func (c *client) streamsLeft() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -15,15 +15,15 @@ import (
 	"time"
 )
 
-// until waits for a context's end and returns its cause.
-func until(t *testing.T, ctx context.Context) error {
+// waitForEnd waits for a context's end and returns its cause.
+func waitForEnd(t *testing.T, ctx context.Context) error {
 	t.Helper()
 	receive(t, ctx.Done())
 	return context.Cause(ctx)
 }
 
-// answers reads what a raw requester gets until the stream's end, which it returns too.
-func answers(t *testing.T, from <-chan rawMessage) (messages []string) {
+// readAnswers returns the messages that a raw requester gets, including the one that ends the stream.
+func readAnswers(t *testing.T, from <-chan rawMessage) (messages []string) {
 	t.Helper()
 	for {
 		message := receive(t, from)
@@ -34,12 +34,12 @@ func answers(t *testing.T, from <-chan rawMessage) (messages []string) {
 	}
 }
 
-func TestWireWorker(t *testing.T) {
+func TestWorkerOnTheWire(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	serve(t, worker, "wire.*", func(ctx context.Context, req *Request, s *Sender) error {
 		if s.IsClosed() || s.Err() != nil {
-			t.Error("closed at the begin: ", s.Err())
+			t.Error("closed when the handler begins: ", s.Err())
 		}
 		for _, text := range []string{req.Subject, req.ClientID, req.Header("X-Model"), req.Header("x\x00"), string(req.Data), ""} {
 			if err := s.Send([]byte(text)); err != nil {
@@ -56,8 +56,8 @@ func TestWireWorker(t *testing.T) {
 			panic("oh")
 		case "goexit":
 			runtime.Goexit()
-		case "say":
-			return s.SendError(errors.New("said"))
+		case "send":
+			return s.SendError(errors.New("sent text"))
 		}
 		return nil
 	})
@@ -66,32 +66,32 @@ func TestWireWorker(t *testing.T) {
 		"fail":     "__STREAM_ERROR__:the handler failed",
 		"panic":    "__STREAM_ERROR__:the handler failed",
 		"goexit":   "__STREAM_ERROR__:the handler failed",
-		"say":      "__STREAM_ERROR__:said",
+		"send":     "__STREAM_ERROR__:sent text",
 	} {
 		inbox := "_INBOX.wire." + strings.Fields(data)[0]
 		from := gateway.subscribe(inbox)
 		gateway.publish("wire.x", inbox, "X-Model: gpt\r\nConnect-ID: wire-worker", data)
-		got := answers(t, from)
+		got := readAnswers(t, from)
 		want := []string{"wire.x", "wire-worker", "gpt", "", data, "", end}
 		if fmt.Sprint(got) != fmt.Sprint(want) {
 			t.Errorf("%s: got %q, want %q", data, got, want)
 		}
 	}
-	got := answers(t, gateway.request("wire.x", "", "anonymous"))
+	got := readAnswers(t, gateway.request("wire.x", "", "anonymous"))
 	if got[1] != "" || got[6] != "__STREAM_END__" {
 		t.Errorf("anonymous: %q", got)
 	}
 	worker.events.wait(t, Log, "the handler panicked: oh\n") // with its stack
 	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
-	online(t, "wire-worker", false)
+	checkOnline(t, "wire-worker", false)
 }
 
 type badError struct{ secret *string }
 
-func (b *badError) Error() string { return *b.secret } // panics where there is none
+func (b *badError) Error() string { return *b.secret } // panics if there is none
 
-// Nothing that a failing handler says gets to the requester, unless by SendError; all of it is logged.
-func TestFailureTextsStayHere(t *testing.T) {
+// The text of a failing handler is not sent to the requester, except by SendError. All texts are logged.
+func TestFailureTextsAreLoggedAndNotSent(t *testing.T) {
 	const secret = "password=hunter2"
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
@@ -117,7 +117,7 @@ func TestFailureTextsStayHere(t *testing.T) {
 				case "goexit":
 					defer func() { _ = recover() }()
 					runtime.Goexit()
-				case "said":
+				case "sent":
 					return s.SendError(errors.New("no such model"))
 				}
 				return nil
@@ -126,7 +126,7 @@ func TestFailureTextsStayHere(t *testing.T) {
 				"error": secret, "wrapped": secret, "detached": secret, "panic": secret, "panic with an error": secret,
 				"index": "index out of range", "nil error": "returned an error", "goexit": "runtime.Goexit",
 			} {
-				_, err := read(t, ask(t, gateway, "secret", id))
+				_, err := read(t, request(t, gateway, "secret", id))
 				wantError(t, err, ErrRemote, handlerFailed)
 				if err.Error() != "presence: "+handlerFailed {
 					t.Errorf("%s: the requester reads %q", id, err)
@@ -142,14 +142,13 @@ func TestFailureTextsStayHere(t *testing.T) {
 					return false
 				})
 			}
-			_, err := read(t, ask(t, gateway, "secret", "said"))
+			_, err := read(t, request(t, gateway, "secret", "sent"))
 			wantError(t, err, ErrRemote, "no such model")
 		})
 	}
 }
 
-// The error that a handler returns because its client has left is no failure, and not logged.
-func TestLeavingIsNotLogged(t *testing.T) {
+func TestErrorAfterTheClientLeftIsNotLogged(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
@@ -157,14 +156,14 @@ func TestLeavingIsNotLogged(t *testing.T) {
 			return errors.New("logged")
 		}
 		s.Send([]byte("first"))
-		return until(t, ctx)
+		return waitForEnd(t, ctx)
 	})
-	stream := ask(t, gateway, "leave", "leaver")
+	stream := request(t, gateway, "leave", "leaver")
 	_, err := stream.Next(t.Context())
 	must(t, err)
 	must(t, stream.Close())
 	eventually(t, "the handler has returned", func() bool { return worker.sendersLeft() == 0 })
-	read(t, ask(t, gateway, "leave", "last"))
+	read(t, request(t, gateway, "leave", "last"))
 	worker.events.wait(t, Log, "logged")
 	worker.events.mu.Lock()
 	defer worker.events.mu.Unlock()
@@ -175,14 +174,14 @@ func TestLeavingIsNotLogged(t *testing.T) {
 	}
 }
 
-func TestClientLeaves(t *testing.T) {
+func TestSenderStopsWhenTheClientLeaves(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	type end struct{ cause, send, end, fail error }
 	ends := make(chan end, 1)
 	serve(t, worker, "leave", func(ctx context.Context, req *Request, s *Sender) error {
 		must(t, s.Send([]byte("first")))
-		e := end{cause: until(t, ctx)}
+		e := end{cause: waitForEnd(t, ctx)}
 		e.send, e.fail, e.end = s.Send([]byte("more")), s.SendError(errors.New("late")), s.End()
 		if !s.IsClosed() || !errors.Is(s.Err(), ErrOffline) || s.SendCount() != 1 {
 			t.Error(s.IsClosed(), s.Err(), s.SendCount())
@@ -195,18 +194,18 @@ func TestClientLeaves(t *testing.T) {
 	})
 	from := gateway.request("leave", "leaver", "")
 	receive(t, from)
-	online(t, "leaver", true)
+	checkOnline(t, "leaver", true)
 	gateway.publish("client.offline", "", "", "leaver")
 	e := receive(t, ends)
 	for _, err := range []error{e.cause, e.send, e.end, e.fail} {
 		wantError(t, err, ErrOffline, `"leaver"`)
 	}
-	online(t, "leaver", false)
-	if got := answers(t, from); len(got) != 1 || !strings.HasPrefix(got[0], "__STREAM_ERROR__:") {
-		t.Errorf("after it left: %q", got)
+	checkOnline(t, "leaver", false)
+	if got := readAnswers(t, from); len(got) != 1 || !strings.HasPrefix(got[0], "__STREAM_ERROR__:") {
+		t.Errorf("after the client left: %q", got)
 	}
 
-	// The same id again is a new life.
+	// A new stream of the same client is not stopped.
 	receive(t, gateway.request("leave", "leaver", ""))
 	must(t, MarkClientOffline("leaver"))
 	if e := receive(t, ends); !errors.Is(e.cause, ErrOffline) {
@@ -215,7 +214,7 @@ func TestClientLeaves(t *testing.T) {
 	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
 }
 
-func TestDetach(t *testing.T) {
+func TestDetachedStreamOutlivesItsHandler(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	type job struct {
@@ -228,7 +227,7 @@ func TestDetach(t *testing.T) {
 		s.Detach()
 		jobs <- job{ctx, req, s}
 		if string(req.Data) == "fail" {
-			return errors.New("failed all the same")
+			return errors.New("failed although detached")
 		}
 		return nil
 	})
@@ -238,21 +237,21 @@ func TestDetach(t *testing.T) {
 	}
 
 	j, from := begin("")
-	serving.handlersReturned(t, worker)
+	serving.waitForHandlers(t, worker)
 	for i := range 3 {
 		must(t, j.Send(fmt.Append(nil, i)))
 	}
 	if j.ctx.Err() != nil || j.req.Header("Connect-ID") != "detacher" {
-		t.Error("ended with its handler: ", j.ctx.Err())
+		t.Error("the stream ended with its handler: ", j.ctx.Err())
 	}
 	must(t, j.End())
 	must(t, j.End())
-	if got := answers(t, from); fmt.Sprint(got) != "[0 1 2 __STREAM_END__]" {
+	if got := readAnswers(t, from); fmt.Sprint(got) != "[0 1 2 __STREAM_END__]" {
 		t.Errorf("got %q", got)
 	}
-	// Freed now; it answers as before.
-	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
-	until(t, j.ctx)
+	// The C sender is freed, and the results stay the same.
+	eventually(t, "the sender is freed", func() bool { return worker.sendersLeft() == 0 })
+	waitForEnd(t, j.ctx)
 	must(t, j.End())
 	wantError(t, j.Send(nil), ErrClosed, "detacher")
 	wantError(t, j.TrySend(nil), ErrClosed, "detacher")
@@ -264,48 +263,47 @@ func TestDetach(t *testing.T) {
 
 	j, from = begin("")
 	must(t, j.SendError(errors.New("sorry")))
-	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:sorry]" {
+	if got := readAnswers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:sorry]" {
 		t.Errorf("got %q", got)
 	}
 
 	j, _ = begin("")
-	serving.handlersReturned(t, worker)
+	serving.waitForHandlers(t, worker)
 	gateway.publish("client.offline", "", "", "detacher")
-	wantError(t, until(t, j.ctx), ErrOffline, "detacher")
-	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+	wantError(t, waitForEnd(t, j.ctx), ErrOffline, "detacher")
+	eventually(t, "the sender is freed", func() bool { return worker.sendersLeft() == 0 })
 	wantError(t, j.Send(nil), ErrOffline, "detacher")
 	wantError(t, j.End(), ErrOffline, "detacher")
 
 	j, from = begin("fail")
-	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the handler failed]" {
+	if got := readAnswers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the handler failed]" {
 		t.Errorf("got %q", got)
 	}
-	until(t, j.ctx)
+	waitForEnd(t, j.ctx)
 
 	j, from = begin("")
 	serving.stop()
 	must(t, receive(t, serving.result))
-	if got := answers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the worker stopped serving]" {
+	if got := readAnswers(t, from); fmt.Sprint(got) != "[__STREAM_ERROR__:the worker stopped serving]" {
 		t.Errorf("got %q", got)
 	}
 	wantError(t, j.Send(nil), ErrCancelled, "context canceled")
 	wantError(t, j.SendError(nil), ErrCancelled, "context canceled")
 	wantError(t, j.End(), ErrCancelled, "context canceled")
-	until(t, j.ctx)
-	eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+	waitForEnd(t, j.ctx)
+	eventually(t, "the sender is freed", func() bool { return worker.sendersLeft() == 0 })
 	wantError(t, j.Send(nil), ErrCancelled, "context canceled")
 	wantError(t, j.SendError(nil), ErrCancelled, "context canceled")
 	wantError(t, j.End(), ErrCancelled, "context canceled")
 }
 
-// A send after the handler returned without Detach fails with an error that says so; the log has it once.
-func TestReturnWithoutDetach(t *testing.T) {
+func TestSendAfterReturnWithoutDetachFailsAndIsLoggedOnce(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
 		t.Run("lanes "+lanes, func(t *testing.T) {
 			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
 			senders := make(chan *Sender, 1)
-			serve(t, worker, "forgot", func(ctx context.Context, req *Request, s *Sender) error {
+			serve(t, worker, "undetached", func(ctx context.Context, req *Request, s *Sender) error {
 				if req.ClientID == "ended" {
 					must(t, s.End())
 				}
@@ -314,11 +312,11 @@ func TestReturnWithoutDetach(t *testing.T) {
 			})
 			const why = "its handler returned without Detach"
 			for range 2 {
-				if got, err := read(t, ask(t, gateway, "forgot", "forgotten")); len(got) > 0 || err != nil {
+				if got, err := read(t, request(t, gateway, "undetached", "undetached")); len(got) > 0 || err != nil {
 					t.Error(got, err)
 				}
 				sender := receive(t, senders)
-				eventually(t, "it is freed", func() bool { return worker.sendersLeft() == 0 })
+				eventually(t, "the sender is freed", func() bool { return worker.sendersLeft() == 0 })
 				for _, err := range []error{
 					sender.Send(nil), sender.TrySend(nil), sender.SendContext(t.Context(), nil), sender.Err(), sender.SendError(nil),
 				} {
@@ -327,8 +325,8 @@ func TestReturnWithoutDetach(t *testing.T) {
 				must(t, sender.End())
 			}
 			worker.events.wait(t, Log, why)
-			// One that was ended on purpose is another matter.
-			_, err := read(t, ask(t, gateway, "forgot", "ended"))
+			// The error differs for a stream that the handler ended itself.
+			_, err := read(t, request(t, gateway, "undetached", "ended"))
 			must(t, err)
 			if err := receive(t, senders).Send(nil); !errors.Is(err, ErrClosed) || strings.Contains(err.Error(), why) {
 				t.Error(err)
@@ -348,8 +346,8 @@ func TestReturnWithoutDetach(t *testing.T) {
 	}
 }
 
-// With the option detached a handler's goroutine goes on after its return, as in the package that this one replaces.
-func TestServeDetached(t *testing.T) {
+// With the option detached, a handler's goroutine goes on sending after the handler's return.
+func TestOptionDetachedKeepsStreamsOpen(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
 		t.Run("lanes "+lanes, func(t *testing.T) {
@@ -361,9 +359,9 @@ func TestServeDetached(t *testing.T) {
 					return errors.New("refused")
 				case "panic":
 					panic("oh")
-				case "said":
+				case "sent":
 					return s.SendError(errors.New("no such model"))
-				case "forgotten": // by all but the library
+				case "unreachable": // nothing refers to the sender any more
 					must(t, s.Send([]byte("first")))
 					return nil
 				}
@@ -372,7 +370,7 @@ func TestServeDetached(t *testing.T) {
 				go func() {
 					<-returned
 					if ctx.Err() != nil {
-						t.Error("ended with its handler: ", context.Cause(ctx))
+						t.Error("the stream ended with its handler: ", context.Cause(ctx))
 					}
 					for i := range 3 {
 						must(t, s.Send(fmt.Append(nil, i)))
@@ -386,40 +384,40 @@ func TestServeDetached(t *testing.T) {
 				return nil
 			}, With("detached", "true"))
 
-			if got, err := read(t, ask(t, gateway, "later", "whole")); err != nil || fmt.Sprint(got) != "[0 1 2]" {
+			if got, err := read(t, request(t, gateway, "later", "whole")); err != nil || fmt.Sprint(got) != "[0 1 2]" {
 				t.Error(got, err)
 			}
-			for id, text := range map[string]string{"error": handlerFailed, "panic": handlerFailed, "said": "no such model"} {
-				_, err := read(t, ask(t, gateway, "later", id))
+			for id, text := range map[string]string{"error": handlerFailed, "panic": handlerFailed, "sent": "no such model"} {
+				_, err := read(t, request(t, gateway, "later", id))
 				wantError(t, err, ErrRemote, text)
 			}
-			eventually(t, "all have ended", func() bool { return worker.sendersLeft() == 0 })
+			eventually(t, "all streams have ended", func() bool { return worker.sendersLeft() == 0 })
 
-			stream := ask(t, gateway, "later", "leaver")
+			stream := request(t, gateway, "later", "leaver")
 			sender := receive(t, running)
 			must(t, stream.Close())
-			until(t, sender.ctx)
+			waitForEnd(t, sender.ctx)
 			if err := sender.Send(nil); !errors.Is(err, ErrCancelled) && !errors.Is(err, ErrOffline) {
 				t.Error(err)
 			}
 
-			// No finalizer ends what was forgotten.
-			forgotten := ask(t, gateway, "later", "forgotten")
-			_, err := forgotten.Next(t.Context())
+			// No finalizer ends a stream whose sender is unreachable.
+			unreachable := request(t, gateway, "later", "unreachable")
+			_, err := unreachable.Next(t.Context())
 			must(t, err)
-			serving.handlersReturned(t, worker)
+			serving.waitForHandlers(t, worker)
 			for range 3 {
 				runtime.GC()
 			}
 			if worker.Stats().Senders != 1 {
-				t.Error("it was ended: ", worker.Stats())
+				t.Error("the stream was ended: ", worker.Stats())
 			}
 
-			stream = ask(t, gateway, "later", "cut")
+			stream = request(t, gateway, "later", "cut")
 			receive(t, running)
 			serving.stop()
 			must(t, receive(t, serving.result))
-			for _, stream := range []*Stream{stream, forgotten} {
+			for _, stream := range []*Stream{stream, unreachable} {
 				_, err := read(t, stream)
 				wantError(t, err, ErrRemote, stoppedServing)
 			}
@@ -427,8 +425,8 @@ func TestServeDetached(t *testing.T) {
 	}
 }
 
-// handlersReturned waits until no handler runs.
-func (s *serving) handlersReturned(t *testing.T, c *client) {
+// waitForHandlers waits until no handler runs.
+func (s *serving) waitForHandlers(t *testing.T, c *client) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -446,7 +444,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	serving := serve(t, worker, "stop", func(ctx context.Context, req *Request, s *Sender) error {
 		defer returned.Done()
 		close(begun)
-		until(t, ctx)
+		waitForEnd(t, ctx)
 		err := s.Send([]byte("too late"))
 		wantError(t, err, ErrCancelled, "context canceled")
 		if !errors.Is(err, context.Canceled) || !errors.Is(s.Err(), ErrCancelled) || !s.IsClosed() {
@@ -458,11 +456,11 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	receive(t, begun)
 	serving.stop()
 	must(t, receive(t, serving.result))
-	returned.Wait() // at once, for Serve waited
-	if got := answers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:"+stoppedServing {
+	returned.Wait() // returns at once: Serve has waited for the handler
+	if got := readAnswers(t, from); len(got) != 1 || got[0] != "__STREAM_ERROR__:"+stoppedServing {
 		t.Errorf("got %q", got)
 	}
-	// Nobody serves any more.
+	// No worker serves the subject any more.
 	if got := receive(t, gateway.request("stop", "stopped", "")); !strings.Contains(got.header, "503") {
 		t.Errorf("got %q", got)
 	}
@@ -471,8 +469,8 @@ func TestServeEndsWithItsContext(t *testing.T) {
 	must(t, worker.Serve(ctx, "stop", "", func(context.Context, *Request, *Sender) error { return nil }))
 }
 
-// Streams that were cut short because their worker stopped do not look complete, whatever their handlers say.
-func TestStopIsNoEnd(t *testing.T) {
+// Their handlers return nil or call End.
+func TestStreamsCutByStopDoNotLookComplete(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
 		for name, end := range map[string]func(ctx context.Context, s *Sender) error{
@@ -483,11 +481,11 @@ func TestStopIsNoEnd(t *testing.T) {
 				return nil
 			},
 			"return at the context's end": func(ctx context.Context, s *Sender) error {
-				until(t, ctx)
+				waitForEnd(t, ctx)
 				return nil
 			},
 			"End": func(ctx context.Context, s *Sender) error {
-				until(t, ctx)
+				waitForEnd(t, ctx)
 				err := s.End()
 				wantError(t, err, ErrCancelled, "context canceled")
 				if !errors.Is(err, context.Canceled) {
@@ -507,7 +505,7 @@ func TestStopIsNoEnd(t *testing.T) {
 					must(t, s.Send([]byte("first")))
 					return end(ctx, s)
 				})
-				stream := ask(t, gateway, "cut", "cut short")
+				stream := request(t, gateway, "cut", "cut short")
 				_, err := stream.Next(t.Context())
 				must(t, err)
 				serving.stop()
@@ -519,7 +517,7 @@ func TestStopIsNoEnd(t *testing.T) {
 	}
 }
 
-// A handler that does not look at its context keeps Serve waiting, but not its reader.
+// A handler that ignores its context delays the return of Serve, but not the end of the stream.
 func TestStopDoesNotWaitForHandlers(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
@@ -527,7 +525,7 @@ func TestStopDoesNotWaitForHandlers(t *testing.T) {
 			t.Run("lanes "+lanes+", drain "+drain, func(t *testing.T) {
 				worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
 				goOn := make(chan struct{})
-				serving := serve(t, worker, "deaf", func(ctx context.Context, req *Request, s *Sender) error {
+				serving := serve(t, worker, "ignore", func(ctx context.Context, req *Request, s *Sender) error {
 					must(t, s.Send([]byte("first")))
 					receive(t, goOn)
 					wantError(t, s.Send(nil), ErrCancelled, "context canceled")
@@ -535,14 +533,14 @@ func TestStopDoesNotWaitForHandlers(t *testing.T) {
 					wantError(t, s.End(), ErrCancelled, "context canceled")
 					return nil
 				}, With("drain_ms", drain))
-				stream := ask(t, gateway, "deaf", "reader")
+				stream := request(t, gateway, "ignore", "reader")
 				_, err := stream.Next(t.Context())
 				must(t, err)
 				serving.stop()
 				_, err = read(t, stream)
 				wantError(t, err, ErrRemote, stoppedServing)
 				if len(serving.result) != 0 {
-					t.Error("Serve has returned before its handler")
+					t.Error("Serve returned before its handler")
 				}
 				close(goOn)
 				must(t, receive(t, serving.result))
@@ -551,17 +549,17 @@ func TestStopDoesNotWaitForHandlers(t *testing.T) {
 	}
 }
 
-// With stop_timeout_ms Serve returns although handlers still run, and says so.
-func TestStopTimeout(t *testing.T) {
+// Serve returns while handlers still run, and reports how many.
+func TestStopTimeoutLimitsTheWaitForHandlers(t *testing.T) {
 	s := startServer(t)
 	for name, end := range map[string]func(*client, *serving){
 		"context": func(c *client, s *serving) { s.stop() },
-		"Close":   func(c *client, s *serving) { closeNow(c.Conn) },
+		"Close":   func(c *client, s *serving) { closeConn(c.Conn) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			worker, gateway := connect(t, s), connect(t, s)
 			goOn, returned := make(chan struct{}), make(chan *Sender, 2)
-			serving := serve(t, worker, "deaf", func(ctx context.Context, req *Request, s *Sender) error {
+			serving := serve(t, worker, "ignore", func(ctx context.Context, req *Request, s *Sender) error {
 				must(t, s.Send([]byte("first")))
 				receive(t, goOn)
 				s.Send(nil)
@@ -570,7 +568,7 @@ func TestStopTimeout(t *testing.T) {
 				return nil
 			}, With("stop_timeout_ms", "50"))
 			for _, id := range []string{"one", "two"} {
-				_, err := ask(t, gateway, "deaf", id).Next(t.Context())
+				_, err := request(t, gateway, "ignore", id).Next(t.Context())
 				must(t, err)
 			}
 			end(worker, serving)
@@ -580,57 +578,57 @@ func TestStopTimeout(t *testing.T) {
 			} else if !errors.Is(err, ErrTimeout) || !errors.Is(err, ErrClosed) || !strings.Contains(err.Error(), "2 handlers still run") {
 				t.Error(err)
 			}
-			closeNow(worker.Conn)
+			closeConn(worker.Conn)
 			close(goOn)
 			for range 2 {
 				if sender := receive(t, returned); sender.Err() == nil {
-					t.Error("it may still send")
+					t.Error("the sender can still send")
 				}
 			}
 			eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
 		})
 	}
-	// Handlers that return in time are not late.
+	// Serve reports nothing if all handlers return in time.
 	worker := connect(t, s)
 	serving := serve(t, worker, "quick", func(ctx context.Context, req *Request, s *Sender) error { return nil }, With("stop_timeout_ms", "60000"))
-	_, err := read(t, ask(t, connect(t, s), "quick", ""))
+	_, err := read(t, request(t, connect(t, s), "quick", ""))
 	must(t, err)
 	serving.stop()
 	must(t, receive(t, serving.result))
 }
 
-type written chan string
+type lineWriter chan string
 
-func (w written) Write(text []byte) (int, error) {
+func (w lineWriter) Write(text []byte) (int, error) {
 	w <- string(text)
 	return len(text), nil
 }
 
-func TestPanicWithoutLog(t *testing.T) {
+func TestPanicIsPrintedWithoutWithLog(t *testing.T) {
 	s := startServer(t)
 	c, err := Connect(s.url)
 	must(t, err)
-	defer closeNow(c)
-	told := make(written, 10)
+	defer closeConn(c)
+	lines := make(lineWriter, 10)
 	defer log.SetOutput(log.Writer())
-	log.SetOutput(told)
+	log.SetOutput(lines)
 	go c.Serve(t.Context(), "panic", "", func(context.Context, *Request, *Sender) error { panic("oh") })
-	_, err = read(t, ask(t, &client{Conn: c}, "panic", "", With("retries", "1000"), With("retry_delay_ms", "10")))
+	_, err = read(t, request(t, &client{Conn: c}, "panic", "", With("retries", "1000"), With("retry_delay_ms", "10")))
 	wantError(t, err, ErrRemote, handlerFailed)
-	if text := receive(t, told); !strings.Contains(text, "presence: the handler panicked: oh\n") || !strings.Contains(text, "TestPanicWithoutLog") {
+	if text := receive(t, lines); !strings.Contains(text, "presence: the handler panicked: oh\n") || !strings.Contains(text, "TestPanicIsPrintedWithoutWithLog") {
 		t.Error(text)
 	}
 }
 
-// With drain_ms what runs when Serve's context ends is completed, and nothing else begins.
-func TestDrain(t *testing.T) {
+// With drain_ms, streams that run when Serve's context ends are completed, and no other stream begins.
+func TestDrainCompletesRunningStreams(t *testing.T) {
 	s := startServer(t)
 	for _, lanes := range []string{"true", "false"} {
 		t.Run("lanes "+lanes, func(t *testing.T) {
 			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
 			goOn, detached := make(chan struct{}), make(chan *Sender, 1)
 			serving := serve(t, worker, "drain", func(ctx context.Context, req *Request, s *Sender) error {
-				if err := s.Send([]byte("first")); err != nil { // one that came late
+				if err := s.Send([]byte("first")); err != nil { // a late request
 					return err
 				}
 				if req.ClientID == "detached" {
@@ -639,19 +637,19 @@ func TestDrain(t *testing.T) {
 					return nil
 				}
 				receive(t, goOn)
-				if req.ClientID == "handled" && ctx.Err() != nil { // one that came late was given up meanwhile
+				if req.ClientID == "handled" && ctx.Err() != nil { // a late request may have been given up meanwhile
 					t.Error(context.Cause(ctx))
 				}
 				return s.Send([]byte("last"))
 			}, With("drain_ms", "60000"))
-			streams := []*Stream{ask(t, gateway, "drain", "handled"), ask(t, gateway, "drain", "detached")}
+			streams := []*Stream{request(t, gateway, "drain", "handled"), request(t, gateway, "drain", "detached")}
 			for _, stream := range streams {
 				_, err := stream.Next(t.Context())
 				must(t, err)
 			}
 			serving.stop()
-			eventually(t, "nobody serves", func() bool {
-				_, err := read(t, ask(t, gateway, "drain", "late", With("timeout_ms", "100")))
+			eventually(t, "no worker serves the subject", func() bool {
+				_, err := read(t, request(t, gateway, "drain", "late", With("timeout_ms", "100")))
 				return errors.Is(err, ErrNoResponders)
 			})
 			close(goOn)
@@ -662,7 +660,7 @@ func TestDrain(t *testing.T) {
 			}
 			must(t, sender.Send([]byte("last")))
 			if len(serving.result) != 0 {
-				t.Error("it did not wait for the detached stream")
+				t.Error("Serve did not wait for the detached stream")
 			}
 			must(t, sender.End())
 			if got, err := read(t, streams[1]); err != nil || fmt.Sprint(got) != "[last]" {
@@ -673,8 +671,8 @@ func TestDrain(t *testing.T) {
 	}
 }
 
-// What is not done when the time is over, or the connection closed, is cut.
-func TestDrainEnds(t *testing.T) {
+// Streams that still run after drain_ms, or when the connection is closed, are cut.
+func TestDrainEndsAtItsTimeoutOrClose(t *testing.T) {
 	s := startServer(t)
 	for name, end := range map[string]struct {
 		drain string
@@ -682,17 +680,17 @@ func TestDrainEnds(t *testing.T) {
 		cause error
 	}{
 		"time":  {"100", func(*client) {}, context.Canceled},
-		"Close": {"60000", func(c *client) { closeNow(c.Conn) }, ErrClosed},
+		"Close": {"60000", func(c *client) { closeConn(c.Conn) }, ErrClosed},
 	} {
 		t.Run(name, func(t *testing.T) {
 			worker, gateway := connect(t, s), connect(t, s)
 			causes := make(chan error, 1)
 			serving := serve(t, worker, "drain", func(ctx context.Context, req *Request, s *Sender) error {
 				must(t, s.Send([]byte("first")))
-				causes <- until(t, ctx)
+				causes <- waitForEnd(t, ctx)
 				return nil
 			}, With("drain_ms", end.drain))
-			stream := ask(t, gateway, "drain", "cut")
+			stream := request(t, gateway, "drain", "cut")
 			_, err := stream.Next(t.Context())
 			must(t, err)
 			begin := time.Now()
@@ -702,7 +700,7 @@ func TestDrainEnds(t *testing.T) {
 				t.Error(err)
 			}
 			if took := time.Since(begin); name == "time" && took < 100*time.Millisecond {
-				t.Error("it took ", took)
+				t.Error("took only ", took)
 			}
 			_, err = read(t, stream)
 			wantError(t, err, ErrRemote, "")
@@ -711,8 +709,9 @@ func TestDrainEnds(t *testing.T) {
 	}
 }
 
-// deafServer is a NATS server that sends a subject's first subscriber a request, and takes no message from then on.
-func deafServer(t *testing.T, subject string) (url string) {
+// unresponsiveServer is a NATS server that sends a request to the first subscriber of a subject, and answers nothing
+// after that.
+func unresponsiveServer(t *testing.T, subject string) (url string) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
@@ -724,7 +723,7 @@ func deafServer(t *testing.T, subject string) (url string) {
 		}
 		defer conn.Close()
 		fmt.Fprint(conn, "INFO {\"server_id\":\"x\",\"version\":\"2.10.0\",\"proto\":1,\"headers\":true,\"max_payload\":1048576}\r\n")
-		sids, isDeaf := make(map[string]string), false // by what their subjects begin with
+		sids, isSilent := make(map[string]string), false // sids by the prefixes of their subjects
 		for lines := bufio.NewScanner(conn); lines.Scan(); {
 			words := append(strings.Fields(lines.Text()), "", "")
 			name, sid := words[1], words[max(len(words)-3, 0)]
@@ -734,12 +733,12 @@ func deafServer(t *testing.T, subject string) (url string) {
 			case "SUB":
 				sids[strings.TrimSuffix(name, "*")] = sid
 				if name == subject {
-					isDeaf = true
+					isSilent = true
 					fmt.Fprintf(conn, "MSG %s %s _INBOX.someone.1 1\r\nq\r\n", name, sid)
 				}
 			case "PUB":
 				for prefix, sid := range sids {
-					if !isDeaf && strings.HasPrefix(name, prefix) {
+					if !isSilent && strings.HasPrefix(name, prefix) {
 						fmt.Fprintf(conn, "MSG %s %s 0\r\n\r\n", name, sid)
 					}
 				}
@@ -749,15 +748,15 @@ func deafServer(t *testing.T, subject string) (url string) {
 	return "nats://" + listener.Addr().String()
 }
 
-// Where the server does not answer, what came meanwhile ends before Serve returns.
-func TestServeInVain(t *testing.T) {
+// A request arrives while Serve waits for the server. Its handler has returned before Serve does.
+func TestServeEndsEarlyRequestsWhenTheServerDoesNotAnswer(t *testing.T) {
 	for name, cancel := range map[string]bool{"timeout": false, "context": true} {
 		t.Run(name, func(t *testing.T) {
-			c := connect(t, &server{url: deafServer(t, "vain")}, With("connect_timeout_ms", "300"))
+			c := connect(t, &server{url: unresponsiveServer(t, "vain")}, With("connect_timeout_ms", "300"))
 			t.Cleanup(func() {
 				ctx, stop := context.WithCancel(t.Context())
 				stop()
-				c.Close(ctx) // waits for no server
+				c.Close(ctx) // without waiting for the server
 			})
 			ctx, stop := context.WithCancel(t.Context())
 			defer stop()
@@ -768,7 +767,7 @@ func TestServeInVain(t *testing.T) {
 				if cancel {
 					stop()
 				}
-				until(t, ctx)
+				waitForEnd(t, ctx)
 				time.Sleep(50 * time.Millisecond)
 				ended.Add(1)
 				return nil
@@ -785,27 +784,26 @@ func TestServeInVain(t *testing.T) {
 	}
 }
 
-func TestServerBusy(t *testing.T) {
+func TestRequestBeyondMaxStreamsIsRefused(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	serve(t, worker, "busy", func(ctx context.Context, req *Request, s *Sender) error {
 		s.Send([]byte("mine"))
-		return until(t, ctx)
+		return waitForEnd(t, ctx)
 	}, With("max_streams", "1"))
 	receive(t, gateway.request("busy", "first", ""))
-	if got := answers(t, gateway.request("busy", "second", "")); fmt.Sprint(got) != "[__STREAM_ERROR__:server busy]" {
+	if got := readAnswers(t, gateway.request("busy", "second", "")); fmt.Sprint(got) != "[__STREAM_ERROR__:server busy]" {
 		t.Errorf("got %q", got)
 	}
 	gateway.publish("client.offline", "", "", "first")
-	eventually(t, "the first has ended", func() bool { return worker.sendersLeft() == 0 })
+	eventually(t, "the first stream has ended", func() bool { return worker.sendersLeft() == 0 })
 	receive(t, gateway.request("busy", "third", ""))
 	if stats := worker.Stats(); stats.Requests != 3 || stats.RequestsBusy != 1 || stats.Senders != 1 || !stats.Connected {
 		t.Errorf("%+v", stats)
 	}
 }
 
-// A handler that runs on after its stream's end counts.
-func TestServerBusyWithHandlers(t *testing.T) {
+func TestHandlersThatOutliveTheirStreamsCountForMaxStreams(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	release := make(chan struct{})
@@ -814,11 +812,11 @@ func TestServerBusyWithHandlers(t *testing.T) {
 			return nil
 		}
 		must(t, s.Send([]byte("mine")))
-		<-release // and does not look at ctx
+		<-release // ignores ctx
 		return nil
 	}, With("max_streams", "1"))
 	for i := range 20 {
-		stream := ask(t, gateway, "busy", fmt.Sprint("slow ", i))
+		stream := request(t, gateway, "busy", fmt.Sprint("slow ", i))
 		_, err := stream.Next(t.Context())
 		if i == 0 {
 			must(t, err)
@@ -833,12 +831,12 @@ func TestServerBusyWithHandlers(t *testing.T) {
 	}
 	close(release)
 	eventually(t, "the handler has returned", func() bool { return worker.sendersLeft() == 0 })
-	if got, err := read(t, ask(t, gateway, "busy", "quick")); len(got) > 0 || err != nil {
+	if got, err := read(t, request(t, gateway, "busy", "quick")); len(got) > 0 || err != nil {
 		t.Error(got, err)
 	}
 }
 
-func TestPayloads(t *testing.T) {
+func TestSendRefusesTooLargeAndReservedPayloads(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	largest := strings.Repeat("x", 1<<20-64)
@@ -848,19 +846,19 @@ func TestPayloads(t *testing.T) {
 			wantError(t, s.Send([]byte(reserved)), ErrReserved, "payload")
 		}
 		if s.SendCount() != 0 {
-			t.Error("refused, but counted")
+			t.Error("refused sends were counted")
 		}
 		must(t, s.Send(nil))
 		return s.Send([]byte(largest))
 	})
-	got := answers(t, gateway.request("payload", "payloads", ""))
+	got := readAnswers(t, gateway.request("payload", "payloads", ""))
 	if len(got) != 3 || got[0] != "" || got[1] != largest || got[2] != "__STREAM_END__" {
 		t.Errorf("got %d messages, the last is %.40q", len(got), got[len(got)-1])
 	}
 }
 
-// full sends until there is no room, with the server paused, and returns how many were sent.
-func full(t *testing.T, s *Sender, piece []byte) (sent int) {
+// fillBuffer sends until the buffer or the window is full, and returns how many messages were sent.
+func fillBuffer(t *testing.T, s *Sender, piece []byte) (sent int) {
 	t.Helper()
 	for ; ; sent++ {
 		err := s.TrySend(piece)
@@ -871,7 +869,7 @@ func full(t *testing.T, s *Sender, piece []byte) (sent int) {
 	}
 }
 
-func TestSendWaitsForRoom(t *testing.T) {
+func TestSendBlocksUntilTheBufferHasCapacity(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s, With("send_buffer_bytes", "100000")), rawClient(t, s)
 	type job struct {
@@ -879,19 +877,19 @@ func TestSendWaitsForRoom(t *testing.T) {
 		*Sender
 	}
 	jobs := make(chan job)
-	serving := serve(t, worker, "room", func(ctx context.Context, req *Request, s *Sender) error {
+	serving := serve(t, worker, "capacity", func(ctx context.Context, req *Request, s *Sender) error {
 		s.Detach()
 		jobs <- job{ctx, s}
 		return nil
 	})
 	piece := make([]byte, 50000)
 	const waiters = 8
-	// begin leaves a stream with no room, and goroutines that wait for it to send.
+	// begin makes a stream whose buffer is full, and goroutines whose sends are blocked.
 	begin := func(send func(*Sender) error) (j job, from <-chan rawMessage, resume func(), sent int, results chan error) {
-		from = gateway.request("room", "roomer", "")
+		from = gateway.request("capacity", "client", "")
 		j = receive(t, jobs)
 		resume = s.pause(t)
-		sent = full(t, j.Sender, piece)
+		sent = fillBuffer(t, j.Sender, piece)
 		results = make(chan error, waiters)
 		for range waiters {
 			go func() { results <- send(j.Sender) }()
@@ -905,11 +903,11 @@ func TestSendWaitsForRoom(t *testing.T) {
 		must(t, receive(t, results))
 	}
 	must(t, j.End())
-	if got := answers(t, from); len(got) != sent+waiters+1 || j.SendCount() != uint64(sent+waiters) {
+	if got := readAnswers(t, from); len(got) != sent+waiters+1 || j.SendCount() != uint64(sent+waiters) {
 		t.Errorf("sent %d and %d, counted %d, got %d", sent, waiters, j.SendCount(), len(got)-1)
 	}
 
-	// There may be room for some more even now, but not for ever.
+	// Some more sends may succeed, but not without limit.
 	untilError := func(s *Sender) error {
 		for {
 			if err := s.Send(piece); err != nil {
@@ -921,7 +919,7 @@ func TestSendWaitsForRoom(t *testing.T) {
 		stop func()
 		why  Status
 	}{
-		"the client leaves":         {func() { MarkClientOffline("roomer") }, ErrOffline},
+		"the client leaves":         {func() { MarkClientOffline("client") }, ErrOffline},
 		"another goroutine ends it": {func() { j.End() }, ErrClosed},
 	} {
 		j, _, resume, _, results = begin(untilError)
@@ -942,7 +940,7 @@ func TestSendWaitsForRoom(t *testing.T) {
 	must(t, receive(t, serving.result))
 }
 
-func TestSendersAgainstEnd(t *testing.T) {
+func TestConcurrentSendsAndEnd(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	jobs := make(chan *Sender)
@@ -976,22 +974,22 @@ func TestSendersAgainstEnd(t *testing.T) {
 						break
 					}
 				}
-				// All of these after the end, some after the C sender is freed.
+				// Calls after the end, some of them after the C sender is freed.
 				sender.Send(nil)
 				sender.Err()
 				sender.End()
 				sender.SendError(nil)
 				if !sender.IsClosed() {
-					t.Error("open after its end")
+					t.Error("the sender is open after its end")
 				}
 			}()
 		}
 		begun.Wait()
 		end(sender)
 		over.Wait()
-		got := answers(t, from)
+		got := readAnswers(t, from)
 		if uint64(len(got)-1) != sender.SendCount() {
-			t.Errorf("round %d: %d sent, %d came", round, sender.SendCount(), len(got)-1)
+			t.Errorf("round %d: %d sent, %d received", round, sender.SendCount(), len(got)-1)
 		}
 		gateway.flush()
 		if len(from) > 0 {
@@ -1001,7 +999,7 @@ func TestSendersAgainstEnd(t *testing.T) {
 	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
 }
 
-func TestConnectionLost(t *testing.T) {
+func TestLostConnectionEndsLevel0Streams(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
 	causes := make(chan error, 1)
@@ -1009,16 +1007,16 @@ func TestConnectionLost(t *testing.T) {
 		if err := s.Send([]byte("answer")); err != nil || req.ClientID == "quick" {
 			return err
 		}
-		causes <- until(t, ctx)
+		causes <- waitForEnd(t, ctx)
 		return nil
 	})
-	// Of another process, so that its stream's end is not the reason for which the sender stops.
-	receive(t, rawClient(t, s).request("lost", "loser", ""))
+	// A raw requester, because the end of a stream in this process would stop the sender first.
+	receive(t, rawClient(t, s).request("lost", "client", ""))
 	unanswered := rawClient(t, s).subscribe("unanswered")
-	stream := ask(t, gateway, "unanswered", "gateway's loser")
+	stream := request(t, gateway, "unanswered", "gateway's client")
 	receive(t, unanswered)
 	s.kill()
-	wantError(t, receive(t, causes), ErrDisconnected, `"loser"`)
+	wantError(t, receive(t, causes), ErrDisconnected, `"client"`)
 	_, err := read(t, stream)
 	wantError(t, err, ErrDisconnected, "")
 	worker.events.wait(t, Disconnected, "")
@@ -1029,7 +1027,7 @@ func TestConnectionLost(t *testing.T) {
 	startServer(t, "-p", s.port)
 	worker.events.wait(t, Connected, "")
 	gateway.events.wait(t, Connected, "")
-	got, err := read(t, ask(t, gateway, "lost", "quick", With("retries", "1000"), With("retry_delay_ms", "10")))
+	got, err := read(t, request(t, gateway, "lost", "quick", With("retries", "1000"), With("retry_delay_ms", "10")))
 	if err != nil || fmt.Sprint(got) != "[answer]" {
 		t.Error(got, err)
 	}
@@ -1038,21 +1036,21 @@ func TestConnectionLost(t *testing.T) {
 	}
 }
 
-func TestConnectionGivenUp(t *testing.T) {
+func TestServeEndsWhenTheConnectionIsGivenUp(t *testing.T) {
 	s := startServer(t)
 	c := connect(t, s, With("max_reconnects", "1"), With("reconnect_min_ms", "1"))
 	serving := serve(t, c, "given.up", func(context.Context, *Request, *Sender) error { return nil })
 	s.kill()
 	wantError(t, receive(t, serving.result), ErrDisconnected, "gave up")
-	wantError(t, closeNow(c.Conn), ErrClosed, "connection")
+	wantError(t, closeConn(c.Conn), ErrClosed, "connection")
 	receive(t, c.drained)
 }
 
-func TestServeRefusesBadInput(t *testing.T) {
+func TestServeRefusesInvalidInput(t *testing.T) {
 	s := startServer(t)
 	c := connect(t, s)
 	none := func(context.Context, *Request, *Sender) error { return nil }
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), testTimeout)
 	defer cancel()
 	for _, bad := range []struct {
 		subject, queue string
@@ -1085,29 +1083,29 @@ func TestServeRefusesBadInput(t *testing.T) {
 	}
 	wantError(t, c.Serve(ctx, "a", "", nil), ErrInvalid, "handler")
 	if len(c.services) != 0 || ctx.Err() != nil {
-		t.Error("something is served")
+		t.Error("a service is left, or the context ended")
 	}
 }
 
-func TestSenderNeedsNoC(t *testing.T) {
+func TestSendAndIsClosedDoNotAllocate(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), rawClient(t, s)
 	serve(t, worker, "cheap", func(ctx context.Context, req *Request, s *Sender) error {
 		data := []byte("x")
-		if n := leastAllocs(func() { s.Send(data) }); n != 0 {
+		if n := minAllocs(func() { s.Send(data) }); n != 0 {
 			t.Errorf("Send allocates %v times", n)
 		}
-		if n := leastAllocs(func() { s.IsClosed() }); n != 0 {
+		if n := minAllocs(func() { s.IsClosed() }); n != 0 {
 			t.Errorf("IsClosed allocates %v times", n)
 		}
 		return nil
 	})
-	answers(t, gateway.request("cheap", "cheap", ""))
+	readAnswers(t, gateway.request("cheap", "cheap", ""))
 }
 
-// leastAllocs returns how many times call allocates. AllocsPerRun counts the allocations of all goroutines, and the
-// gateway of this test allocates for each message that it receives, so the least of many short rounds is the figure.
-func leastAllocs(call func()) float64 {
+// minAllocs returns how many times call allocates. AllocsPerRun counts the allocations of all goroutines, and the
+// gateway of this test allocates for each message that it receives. So the result is the minimum of many short rounds.
+func minAllocs(call func()) float64 {
 	least := testing.AllocsPerRun(10, call)
 	for round := 1; round < 100 && least != 0; round++ {
 		least = min(least, testing.AllocsPerRun(10, call))

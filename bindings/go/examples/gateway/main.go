@@ -1,13 +1,14 @@
 // A gateway that forwards streams to browsers as server-sent events. It logs a line for each stream.
 //
-//	GET  /events  is the browser's connection. Its first event is "id", with the client's id. When it ends, the client has
-//	              left.
-//	POST /ask     requests a stream, with the body as its payload, for the client whose id is in the header X-Connect-ID. The
-//	              stream's messages are forwarded to the client's /events. The response is sent when the stream has ended.
+//	GET  /events  is the browser's connection. Its first event is "id", with the client's id. When it ends, the
+//	              client has left.
+//	POST /ask     requests a stream for the client whose id is in the header X-Connect-ID, with the body as payload.
+//	              The messages are forwarded to the client's /events. The response is sent when the stream has ended.
 //
-// A browser may vanish without closing its connection (network or power lost). The gateway sends a comment every KEEP_ALIVE,
-// and the kernel closes a connection whose data is not acknowledged for USER_TIMEOUT, so the gateway detects this after
-// KEEP_ALIVE and USER_TIMEOUT at the latest. A browser that reads no data for that time loses its connection too.
+// A browser may vanish without closing its connection (network or power lost). The gateway sends a comment every
+// KEEP_ALIVE, and the kernel closes a connection whose data is not acknowledged for USER_TIMEOUT, so the gateway
+// detects this after KEEP_ALIVE and USER_TIMEOUT at the latest. A browser that reads no data for that time loses its
+// connection too.
 //
 // Environment variables: NATS_URL, SUBJECT, LISTEN, KEEP_ALIVE (10s), USER_TIMEOUT (20s).
 package main
@@ -36,7 +37,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	conn, err := presence.Connect(setting("NATS_URL", "nats://127.0.0.1:4222"),
-		presence.With("name", "go-gateway"),
+		presence.Name("go-gateway"),
 		presence.WithLog(func(e presence.Event) { log.Print(e.Kind, " ", e.Text) }))
 	check(err)
 	// Also stop clients that other gateways announce offline.
@@ -69,7 +70,8 @@ func listen(address string, userTimeout time.Duration) (net.Listener, error) {
 	config := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
 		var optionErr error
 		err := c.Control(func(fd uintptr) { // accepted connections inherit the option
-			optionErr = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout, int(userTimeout.Milliseconds()))
+			ms := int(userTimeout.Milliseconds())
+			optionErr = syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout, ms)
 		})
 		return errors.Join(err, optionErr)
 	}}

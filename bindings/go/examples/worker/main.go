@@ -1,6 +1,7 @@
 // A worker that streams pieces of text, and stops the moment the client leaves. It logs a line for each stream.
 //
-// Environment variables: NATS_URL, SUBJECT, QUEUE, PIECES (how many pieces each stream has), DELAY (the time between them).
+// Environment variables: NATS_URL, SUBJECT, QUEUE, PIECES (how many pieces each stream has), DELAY (the time between
+// them).
 package main
 
 import (
@@ -26,7 +27,7 @@ func main() {
 	defer stop()
 
 	conn, err := presence.Connect(setting("NATS_URL", "nats://127.0.0.1:4222"),
-		presence.With("name", "go-worker"),
+		presence.Name("go-worker"),
 		presence.WithLog(func(e presence.Event) { log.Print(e.Kind, " ", e.Text) }))
 	check(err)
 	err = conn.Serve(ctx, setting("SUBJECT", "pieces"), setting("QUEUE", "workers"),

@@ -10,9 +10,9 @@ import (
 	"testing"
 )
 
-// A service whose subscription nats-server refuses fails at once; a right that is taken away later is an event with the
-// service's subject, and the service goes on when the right is back.
-func TestRefusedSubscription(t *testing.T) {
+// Serve fails at once if nats-server refuses the subscription. If a permission is revoked later, an event reports it
+// with the service's subject, and the service goes on when the permission is back.
+func TestRefusedSubscriptionIsReported(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "server.conf")
 	allow := func(subjects string) {
 		must(t, os.WriteFile(file, fmt.Appendf(nil, `authorization { users: [
@@ -32,15 +32,15 @@ func TestRefusedSubscription(t *testing.T) {
 	}{{always, Disconnected}, {always + `, "work"`, Connected}} {
 		allow(change.subjects)
 		must(t, s.command.Process.Signal(syscall.SIGHUP))
-		c.events.waitAbout(t, change.kind, "work")
+		c.events.waitForSubject(t, change.kind, "work")
 	}
-	if got, err := read(t, ask(t, c, "work", "ann", With("retries", "100"))); len(got) != 1 || err != nil {
+	if got, err := read(t, request(t, c, "work", "ann", With("retries", "100"))); len(got) != 1 || err != nil {
 		t.Error(got, err)
 	}
 }
 
-// waitAbout waits for an event of a kind about a service's subject.
-func (e *events) waitAbout(t testing.TB, kind EventKind, subject string) {
+// waitForSubject waits for an event of a kind about a service's subject.
+func (e *events) waitForSubject(t testing.TB, kind EventKind, subject string) {
 	t.Helper()
 	for {
 		e.mu.Lock()
