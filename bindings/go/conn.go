@@ -26,7 +26,7 @@ type Conn struct {
 
 	mu       sync.Mutex
 	lastTag  uint64
-	services map[uint64]*service
+	services map[uint64]*Service
 	streams  map[uint64]*Stream
 	senders  map[*C.presence_sender]*Sender
 }
@@ -34,8 +34,8 @@ type Conn struct {
 // Connect connects to nats-server. It returns when the connection is made or has failed. url is one URL, or several
 // separated by commas, such as "nats://a:4222,tls://b:4222"; a URL may contain user and password, or a token.
 //
-// It fails with ErrInvalid (url, options), ErrDisconnected (nats-server cannot be reached, or refuses the connection) or
-// ErrTimeout.
+// It fails with ErrInvalid (url, options), ErrDisconnected (nats-server cannot be reached, or refuses the connection)
+// or ErrTimeout.
 func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 	o := collect(opts)
 	config, err := o.config()
@@ -54,7 +54,7 @@ func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 	c := &Conn{
 		queue:    queue,
 		drained:  make(chan struct{}),
-		services: make(map[uint64]*service),
+		services: make(map[uint64]*Service),
 		streams:  make(map[uint64]*Stream),
 		senders:  make(map[*C.presence_sender]*Sender),
 	}
@@ -78,8 +78,8 @@ func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 }
 
 // Close closes the connection: each Serve returns ErrClosed, senders and streams that still run end with ErrClosed, and
-// their peers are notified. Then it waits until nats-server has received everything that was sent: until ctx's deadline,
-// or for five seconds if ctx has none. It does not wait for handlers (Serve does), nor for a reconnect.
+// their peers are notified. Then it waits until nats-server has received everything that was sent: until ctx's
+// deadline, or for five seconds if ctx has none. It does not wait for handlers (Serve does), nor for a reconnect.
 //
 // Close returns nil if nats-server has received everything. With ErrTimeout or ErrDisconnected it may not have; the
 // connection is closed all the same. ErrClosed means that it was closed before, or given up (option max_reconnects).
@@ -211,7 +211,8 @@ func (c *Conn) runLog(log func(Event)) {
 		case event := <-c.log:
 			log(event)
 			if n := c.dropped.Swap(0); n > 0 {
-				log(Event{Kind: Log, Status: ErrFull, Text: fmt.Sprintf("%d events were dropped; the limit is %d waiting events", n, cap(c.log))})
+				text := fmt.Sprintf("%d events were dropped; the limit is %d waiting events", n, cap(c.log))
+				log(Event{Kind: Log, Status: ErrFull, Text: text})
 			}
 		case <-c.drained:
 			for len(c.log) > 0 {

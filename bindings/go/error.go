@@ -10,26 +10,42 @@ import (
 	"unsafe"
 )
 
-// Status says why a call failed or why a stream ended: compare with errors.Is(err, presence.ErrOffline). Its numbers are
-// those of the C library and never change.
+// Status says why a call failed or why a stream ended: compare with errors.Is(err, presence.ErrOffline). Its numbers
+// are those of the C library and never change.
 type Status int32
 
 const (
-	ErrInvalid      Status = C.PRESENCE_INVALID       // an argument is wrong; the error's message names it
-	ErrOffline      Status = C.PRESENCE_OFFLINE       // the client is offline: it was marked so here, or another process says so
-	ErrClosed       Status = C.PRESENCE_CLOSED        // the sender, stream, service or connection has ended already
-	ErrCancelled    Status = C.PRESENCE_CANCELLED     // the reader cancelled the stream; at a worker also: the client left before the stream began; or the context ended
-	ErrFull         Status = C.PRESENCE_FULL          // the send buffer or the window is full; or too much was unread by a stream's reader
-	ErrTooLarge     Status = C.PRESENCE_TOO_LARGE     // the payload is larger than nats-server's max_payload
-	ErrReserved     Status = C.PRESENCE_RESERVED      // the peer would misread the payload: it begins with __STREAM_END__ or __STREAM_ERROR__
-	ErrDisconnected Status = C.PRESENCE_DISCONNECTED  // no connection to nats-server, or lost before the stream had a lane
-	ErrPeerGone     Status = C.PRESENCE_PEER_GONE     // the process at the other end is gone
-	ErrNoResponders Status = C.PRESENCE_NO_RESPONDERS // no worker serves the subject
-	ErrBusy         Status = C.PRESENCE_BUSY          // the worker runs as many streams as it may ("server busy"); or in use by another goroutine
-	ErrTimeout      Status = C.PRESENCE_TIMEOUT       // the time limit passed
-	ErrRemote       Status = C.PRESENCE_REMOTE        // the worker ended the stream with an error; the message is the worker's
-	ErrForked       Status = C.PRESENCE_FORKED        // not usable in a forked process
-	ErrInternal     Status = C.PRESENCE_INTERNAL      // a defect of the library, which remains usable
+	// ErrInvalid: an argument is wrong; the error's message names it.
+	ErrInvalid Status = C.PRESENCE_INVALID
+	// ErrOffline: the client is offline: it was marked so here, or another process says so.
+	ErrOffline Status = C.PRESENCE_OFFLINE
+	// ErrClosed: the sender, stream, service or connection has ended already.
+	ErrClosed Status = C.PRESENCE_CLOSED
+	// ErrCancelled: the reader cancelled the stream; at a worker also: the client left before the stream began; or the
+	// context ended.
+	ErrCancelled Status = C.PRESENCE_CANCELLED
+	// ErrFull: the send buffer or the window is full; or the reader of a stream on level 0 left too much unread.
+	ErrFull Status = C.PRESENCE_FULL
+	// ErrTooLarge: the payload is larger than nats-server's max_payload.
+	ErrTooLarge Status = C.PRESENCE_TOO_LARGE
+	// ErrReserved: the peer would misread the payload: it begins with __STREAM_END__ or __STREAM_ERROR__.
+	ErrReserved Status = C.PRESENCE_RESERVED
+	// ErrDisconnected: there is no connection to nats-server, or it was lost while a stream had no lane.
+	ErrDisconnected Status = C.PRESENCE_DISCONNECTED
+	// ErrPeerGone: the process at the other end is gone.
+	ErrPeerGone Status = C.PRESENCE_PEER_GONE
+	// ErrNoResponders: no worker serves the subject.
+	ErrNoResponders Status = C.PRESENCE_NO_RESPONDERS
+	// ErrBusy: the worker runs as many streams as it may ("server busy"); or another goroutine uses the service.
+	ErrBusy Status = C.PRESENCE_BUSY
+	// ErrTimeout: the time limit passed.
+	ErrTimeout Status = C.PRESENCE_TIMEOUT
+	// ErrRemote: the worker ended the stream with an error, whose text is the message.
+	ErrRemote Status = C.PRESENCE_REMOTE
+	// ErrForked: the process was forked after the library connected.
+	ErrForked Status = C.PRESENCE_FORKED
+	// ErrInternal: a defect of the library, which remains usable.
+	ErrInternal Status = C.PRESENCE_INTERNAL
 )
 
 // Error returns a short English description of the status.

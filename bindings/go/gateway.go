@@ -33,8 +33,8 @@ const (
 	// The largest and the default window: how many bytes a worker on a lane may send ahead of the reader.
 	maxWindow     = 4 << 20
 	defaultWindow = 256 << 10
-	// Messages of a stream that arrive together share one allocation of at most this size (a run). The limit bounds how much
-	// memory a message that the reader keeps holds in use.
+	// Messages of a stream that arrive together share one allocation of at most this size (a run). The limit bounds how
+	// much memory a message that the reader keeps holds in use.
 	maxRun = 64 << 10
 	// The size of the length before each message in a run.
 	prefix = 4
@@ -43,8 +43,8 @@ const (
 // Stream is a stream that this process requested. Read it to its end, close it, or end the context of [Conn.Request].
 // Otherwise its worker goes on: no finalizer closes a stream that becomes unreachable.
 //
-// A slow reader blocks its own worker and no other stream. (A worker without this library, or with lanes=false, cannot be
-// blocked: its stream ends with ErrFull when more than stream_buffer_bytes are unread.)
+// A slow reader blocks its own worker and no other stream. (A worker without this library, or with lanes=false, cannot
+// be blocked: its stream ends with ErrFull when more than stream_buffer_bytes are unread.)
 type Stream struct {
 	conn    *Conn
 	tag     uint64
@@ -61,16 +61,19 @@ type Stream struct {
 	detach func() bool
 }
 
-// Request requests a stream for a client: data is sent to one of the workers that serve the subject. It does not wait for
-// the worker. The client is online in this process while the stream runs. With the empty id the stream belongs to no
-// client and cannot be stopped at the worker.
+// Request requests a stream for a client: data is sent to one of the workers that serve the subject. It does not wait
+// for the worker. The client is online in this process while the stream runs. With the empty id the stream belongs to
+// no client and cannot be stopped at the worker.
 //
 // When ctx ends the stream is cancelled, as by [Stream.Close]. When the client is marked offline the stream ends with
 // ErrOffline.
 //
 // Request fails with ErrInvalid, ErrTooLarge, ErrFull (the send buffer is full), ErrDisconnected, ErrClosed (the
-// connection was closed), ErrCancelled (ctx has ended) or ErrOffline (the client is not online here, see [OnlyOnline]). If no worker serves the subject, the stream ends with ErrNoResponders.
-func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientID string, opts ...RequestOption) (*Stream, error) {
+// connection was closed), ErrCancelled (ctx has ended) or ErrOffline (the client is not online here, see [OnlyOnline]).
+// If no worker serves the subject, the stream ends with ErrNoResponders.
+func (c *Conn) Request(
+	ctx context.Context, subject string, data []byte, clientID string, opts ...RequestOption,
+) (*Stream, error) {
 	if ctx.Err() != nil {
 		return nil, contextError(ctx)
 	}
@@ -80,7 +83,7 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 	}
 	o := collect(opts)
 	if slices.ContainsFunc(o.pairs, func(p pair) bool { return p.name == "manual_credit" }) {
-		return nil, invalid("option manual_credit is reserved for this package, which returns credit as messages are read")
+		return nil, invalid("option manual_credit is reserved: this package returns credit as messages are read")
 	}
 	o.pairs = append(o.pairs, pair{"manual_credit", "true"})
 	config, err := o.config()
@@ -109,12 +112,12 @@ func (c *Conn) Request(ctx context.Context, subject string, data []byte, clientI
 
 // Messages yields the stream's messages. If the stream ended for any other reason than the worker's end, it then yields
 // one error: ErrRemote (the worker's own), ErrOffline, ErrBusy (the worker has no capacity), ErrCancelled, ErrPeerGone,
-// ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, ….
-// Leaving the loop early closes the stream: by break, return, a panic or runtime.Goexit. When the context of
-// [Conn.Request] ends, the stream is cancelled at that moment, whatever the loop is doing, and the loop gets ErrCancelled
-// next.
+// ErrNoResponders, ErrDisconnected, ErrTimeout, ErrFull, …. Leaving the loop early closes the stream: by break, return,
+// a panic or runtime.Goexit. When the context of [Conn.Request] ends, the stream is cancelled at that moment, whatever
+// the loop is doing, and the loop gets ErrCancelled next.
 //
-// The reader owns each message. Small messages that arrived together share memory: clone a message that you keep for long.
+// The reader owns each message. Small messages that arrived together share memory: clone a message that you keep for
+// long.
 func (s *Stream) Messages() iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		defer s.Close()
@@ -171,13 +174,14 @@ func (s *Stream) NextTimeout(limit time.Duration) ([]byte, error) {
 	}
 }
 
-// Close cancels the stream if it still runs, and discards its unread messages; from then on Next returns ErrCancelled. It
-// always returns nil. Calling Close again has no effect.
+// Close cancels the stream if it still runs, and discards its unread messages; from then on Next returns ErrCancelled.
+// It always returns nil. Calling Close again has no effect.
 //
 // This stops the sender of this stream, with ErrCancelled, and nothing else. A worker on level 0 (one without this
 // library, or with lanes=false) can be stopped only by announcing the client offline, which also stops the client's
-// streams at other gateways. The announcement is made unless another stream, a session or a mark keeps the client online
-// here. If the worker has not answered yet, it is made after the worker's first answer, or after 5 seconds without one.
+// streams at other gateways. The announcement is made unless another stream, a session or a mark keeps the client
+// online here. If the worker has not answered yet, it is made after the worker's first answer, or after 5 seconds
+// without one.
 func (s *Stream) Close() error {
 	s.finish(statusError(C.PRESENCE_CANCELLED, "stream"), true)
 	return nil
@@ -214,7 +218,8 @@ func (s *Stream) attach(ctx context.Context, handle *C.presence_stream) {
 	s.detach = context.AfterFunc(ctx, func() { s.finish(contextError(ctx), true) })
 }
 
-// runOf returns how many of the first events are messages of one stream that fit into one run, and the size of that run.
+// runOf returns how many of the first events are messages of one stream that fit into one run, and the size of that
+// run.
 func runOf(events []C.presence_event) (n, size int) {
 	for i := range events {
 		e := &events[i]
@@ -271,7 +276,7 @@ func (s *Stream) take() (message []byte, err error, ok bool) {
 	handle := s.handle
 	s.mu.Unlock()
 	if returnsCredit {
-		C.presence_stream_consumed(handle, C.size_t(read)) // CLOSED if the stream has just ended: no credit is needed then
+		C.presence_stream_consumed(handle, C.size_t(read)) // CLOSED if the stream has just ended: no credit needed
 	}
 	return message, err, ok
 }

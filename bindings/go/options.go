@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// ConnectOption is an option of [Connect]. Options that are not set have their defaults. A wrong value makes the call fail
-// with ErrInvalid. Durations are rounded up to whole milliseconds.
+// ConnectOption is an option of [Connect]. Options that are not set have their defaults. A wrong value makes the call
+// fail with ErrInvalid. Durations are rounded up to whole milliseconds.
 type ConnectOption interface {
 	option
 	forConnect()
@@ -60,8 +60,8 @@ func (pair) forServe()          {}
 // ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes,
 // receive_buffer_bytes, session_grace_ms, worker_threads.
 //
-// For Request: timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, only_online, header.NAME. The option manual_credit
-// is reserved for this package: a message counts against the window until it was read.
+// For Request: timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, only_online, header.NAME. The option
+// manual_credit is reserved for this package: a message counts against the window until it was read.
 //
 // For Serve and Listen: max_streams, detached, drain_ms, stop_timeout_ms.
 //
@@ -115,21 +115,23 @@ func TLSCertFile(path string) ConnectOption { return pair{"tls_cert_file", path}
 // TLSKeyFile sets the PEM file with the private key for [TLSCertFile].
 func TLSKeyFile(path string) ConnectOption { return pair{"tls_key_file", path} }
 
-// ConnectTimeout limits how long each address of each server is tried, and how long Serve, Listen and ListenOffline wait
-// for nats-server. Default: 5 s.
+// ConnectTimeout limits how long each address of each server is tried, and how long Serve, Listen and ListenOffline
+// wait for nats-server. Default: 5 s.
 func ConnectTimeout(d time.Duration) ConnectOption { return milliseconds("connect_timeout_ms", d) }
 
 // RetryOnInitialConnect makes [Connect] return at once and keep trying to connect.
 func RetryOnInitialConnect() ConnectOption { return pair{"retry_on_initial_connect", "true"} }
 
-// ReconnectMin sets the first delay before a reconnect, which doubles up to [ReconnectMax]. A random half of each delay is
-// jitter. The first attempt is made without a delay, unless the connection was lost as soon as it was made. Default: 50 ms.
+// ReconnectMin sets the first delay before a reconnect, which doubles up to [ReconnectMax]. A random half of each delay
+// is jitter. The first attempt is made without a delay, unless the connection was lost as soon as it was made. Default:
+// 50 ms.
 func ReconnectMin(d time.Duration) ConnectOption { return milliseconds("reconnect_min_ms", d) }
 
 // ReconnectMax sets the longest delay before a reconnect. Default: 4 s.
 func ReconnectMax(d time.Duration) ConnectOption { return milliseconds("reconnect_max_ms", d) }
 
-// MaxReconnects sets how many attempts in a row may fail before the connection is given up for good. Default: 0, no limit.
+// MaxReconnects sets how many attempts in a row may fail before the connection is given up for good. Default: 0, no
+// limit.
 func MaxReconnects(n int) ConnectOption { return integer("max_reconnects", n) }
 
 // PingInterval sets how often nats-server is pinged. The connection is lost after two unanswered pings. Default: 20 s.
@@ -142,36 +144,38 @@ func InboxPrefix(prefix string) ConnectOption { return pair{"inbox_prefix", pref
 // client.offline.
 func OfflineSubject(subject string) ConnectOption { return pair{"offline_subject", subject} }
 
-// Announce sets which calls of [MarkClientOffline] are announced to other processes: "always" (the default) announces each,
-// "streams" only those of clients with running streams that were requested here and are not on a lane, "never" none. With
-// "never", the ends of level-0 streams, and of sessions with such streams, are not announced either.
+// Announce sets which calls of [MarkClientOffline] are announced to other processes: "always" (the default) announces
+// each, "streams" only those of clients with running streams that were requested here and are not on a lane, "never"
+// none. With "never", the ends of level-0 streams, and of sessions with such streams, are not announced either.
 func Announce(when string) ConnectOption { return pair{"announce", when} }
 
-// NoLanes keeps all streams of the connection on level 0 of the wire, as with peers that do not run this library: they are
-// not batched, flow-controlled or resumed after a reconnect.
+// NoLanes keeps all streams of the connection on level 0 of the wire, as with peers that do not run this library: they
+// are not batched, flow-controlled or resumed after a reconnect.
 func NoLanes() ConnectOption { return pair{"lanes", "false"} }
 
 // HeartbeatInterval sets how often a silent peer on a lane is probed while streams run. After three intervals without a
 // message from it, the peer is gone. Default: 5 s.
 func HeartbeatInterval(d time.Duration) ConnectOption { return milliseconds("heartbeat_ms", d) }
 
-// PeerGrace sets how long a peer on a lane may be away, when nats-server reports that it is not there, before it is gone.
-// With 0 it is gone at once. Default: 1 s for a peer on the same nats-server, 3 s for others.
+// PeerGrace sets how long a peer on a lane may be away, when nats-server reports that it is not there, before it is
+// gone. With 0 it is gone at once. Default: 1 s for a peer on the same nats-server, 3 s for others.
 func PeerGrace(d time.Duration) ConnectOption { return milliseconds("peer_grace_ms", d) }
 
-// SendBuffer sets how many bytes may be unsent and, on each lane, unacknowledged. Beyond that, sends block. Default: 4 MiB.
+// SendBuffer sets how many bytes may be unsent and, on each lane, unacknowledged. Beyond that, sends block. Default: 4
+// MiB.
 func SendBuffer(bytes int) ConnectOption { return integer("send_buffer_bytes", bytes) }
 
 // ReceiveBuffer sets how many bytes may be unread on the connection. On lanes: once the windows of its streams (see
-// [StreamBuffer]) add up to it, further streams have windows of 8192 bytes. On level 0: once so much is unread, a stream
-// with more than a 64th of it unread ends with ErrFull. Default: 64 MiB.
+// [StreamBuffer]) add up to it, further streams have windows of 8192 bytes. On level 0: once so much is unread, a
+// stream with more than a 64th of it unread ends with ErrFull. Default: 64 MiB.
 func ReceiveBuffer(bytes int) ConnectOption { return integer("receive_buffer_bytes", bytes) }
 
-// SessionGrace sets how long the streams of a client go on after its last session was closed. It applies to all sessions
-// of the process; the last Connect that sets it wins. Default: 0.
+// SessionGrace sets how long the streams of a client go on after its last session was closed. It applies to all
+// sessions of the process; the last Connect that sets it wins. Default: 0.
 func SessionGrace(d time.Duration) ConnectOption { return milliseconds("session_grace_ms", d) }
 
-// WorkerThreads sets how many threads the C library runs in this process, 1 to 64. The first Connect decides. Default: 1.
+// WorkerThreads sets how many threads the C library runs in this process, 1 to 64. The first Connect decides. Default:
+// 1.
 func WorkerThreads(n int) ConnectOption { return integer("worker_threads", n) }
 
 type logOption func(Event)
@@ -179,13 +183,14 @@ type logOption func(Event)
 func (f logOption) apply(o *options) { o.log = f }
 func (logOption) forConnect()        {}
 
-// WithLog makes [Connect] call f for each event of the connection, of kind Connected, Disconnected, Serving and Log. The
-// errors and panics of handlers are events of kind Log. f runs in a goroutine of its own and may block: up to 256 events
-// are kept for it, later ones are dropped, and an event of kind Log with ErrFull reports how many.
+// WithLog makes [Connect] call f for each event of the connection, of kind Connected, Disconnected, Serving and Log.
+// The errors and panics of handlers are events of kind Log. f runs in a goroutine of its own and may block: up to 256
+// events are kept for it, later ones are dropped, and an event of kind Log with ErrFull reports how many.
 func WithLog(f func(Event)) ConnectOption { return logOption(f) }
 
-// WithLogger is [WithLog] with a function that logs each event: Connected and Serving at level Info, Disconnected and Log at
-// level Warn. The message is the kind; the attributes are text, status, client and subject, as far as the event has them.
+// WithLogger is [WithLog] with a function that logs each event: Connected and Serving at level Info, Disconnected and
+// Log at level Warn. The message is the kind; the attributes are text, status, client and subject, as far as the event
+// has them.
 func WithLogger(logger *slog.Logger) ConnectOption {
 	return WithLog(func(e Event) {
 		level := slog.LevelInfo
@@ -206,7 +211,8 @@ func WithLogger(logger *slog.Logger) ConnectOption {
 	})
 }
 
-// Timeout limits the time from the request to the end of the stream, which then ends with ErrTimeout. Default: 0, no limit.
+// Timeout limits the time from the request to the end of the stream, which then ends with ErrTimeout. Default: 0, no
+// limit.
 func Timeout(d time.Duration) RequestOption { return milliseconds("timeout_ms", d) }
 
 // Retries sets how often the request is sent again if no worker serves the subject or the worker is busy, as long as no
@@ -216,28 +222,29 @@ func Retries(n int) RequestOption { return integer("retries", n) }
 // RetryDelay sets the delay before each of the [Retries]. Default: 100 ms.
 func RetryDelay(d time.Duration) RequestOption { return milliseconds("retry_delay_ms", d) }
 
-// StreamBuffer sets how many bytes of the stream may be unread; each message counts 64 bytes in addition. On a lane this is
-// the window, at most 4 MiB, and the worker's sends block when it is full. On level 0 the stream then ends with ErrFull.
-// Default: 256 KiB on a lane, 64 MiB on level 0.
+// StreamBuffer sets how many bytes of the stream may be unread; each message counts 64 bytes in addition. On a lane
+// this is the window, at most 4 MiB, and the worker's sends block when it is full. On level 0 the stream then ends with
+// ErrFull. Default: 256 KiB on a lane, 64 MiB on level 0.
 func StreamBuffer(bytes int) RequestOption { return integer("stream_buffer_bytes", bytes) }
 
-// OnlyOnline makes [Conn.Request] fail with ErrOffline if the client is not online in this process. Use it for clients that
-// are marked online or have a session: then a late request does not bring back a client that has left.
+// OnlyOnline makes [Conn.Request] fail with ErrOffline if the client is not online in this process. Use it for clients
+// that are marked online or have a session: then a late request does not bring back a client that has left.
 func OnlyOnline() RequestOption { return pair{"only_online", "true"} }
 
-// Header adds a header that the worker reads with [Request.Header]. The names Connect-ID, Nats-… and Presence-… are reserved.
+// Header adds a header that the worker reads with [Request.Header]. The names Connect-ID, Nats-… and Presence-… are
+// reserved.
 func Header(name, value string) RequestOption { return pair{"header." + name, value} }
 
-// MaxStreams limits how many streams of the service, and how many of its handlers, run at once. A request beyond that is
-// answered with "server busy", which its requester gets as ErrBusy. Default: 0, which means 10,000.
+// MaxStreams limits how many streams of the service, and how many of its handlers, run at once. A request beyond that
+// is answered with "server busy", which its requester gets as ErrBusy. Default: 0, which means 10,000.
 func MaxStreams(n int) ServeOption { return integer("max_streams", n) }
 
-// Detached leaves the stream of a handler that returns nil open, as if the handler had called [Sender.Detach]: each stream
-// must be ended with [Sender.End] or [Sender.SendError].
+// Detached leaves the stream of a handler that returns nil open, as if the handler had called [Sender.Detach]: each
+// stream must be ended with [Sender.End] or [Sender.SendError].
 func Detached() ServeOption { return pair{"detached", "true"} }
 
-// DrainTimeout sets how long streams that run may go on after the context of Serve or Listen has ended. Default: 0, they
-// are cut at once.
+// DrainTimeout sets how long streams that run may go on after the context of Serve or Listen has ended. Default: 0,
+// they are cut at once.
 func DrainTimeout(d time.Duration) ServeOption { return milliseconds("drain_ms", d) }
 
 // StopTimeout limits how long Serve waits for handlers to return after the streams of its service were cut. Default: 0,
@@ -317,7 +324,7 @@ func serveOptions(opts []ServeOption) (s serveSettings, err error) {
 		case "stop_timeout_ms":
 			s.stopTimeout = time.Duration(n) * time.Millisecond
 		default:
-			return s, invalid("option %q is not an option of Serve, which has max_streams, detached, drain_ms and stop_timeout_ms", p.name)
+			return s, invalid("option %q is not one of Serve: max_streams, detached, drain_ms, stop_timeout_ms", p.name)
 		}
 		if err != nil {
 			return s, invalid("option %s is %q; it must be a whole number from 0 to 4294967295", p.name, p.value)

@@ -24,23 +24,23 @@ import "C"
 
 import "fmt"
 
-// MarkClientOnline marks a client online in this process, until [MarkClientOffline] is called or another process announces
-// the client offline. Marking a client twice is the same as marking it once. It fails only for an invalid id, with
-// ErrInvalid.
+// MarkClientOnline marks a client online in this process, until [MarkClientOffline] is called or another process
+// announces the client offline. Marking a client twice is the same as marking it once. It fails only for an invalid id,
+// with ErrInvalid.
 func MarkClientOnline(id string) error {
 	return idError(C.presence_mark_online(cString(id), C.size_t(len(id))), id)
 }
 
 // MarkClientOffline marks a client offline: its senders and streams in this process stop before this returns, its
-// sessions end, and every open connection announces it to the other processes (unless the connection's option "announce"
-// says otherwise). It does not block. A client that is unknown here is announced too. It fails only for an invalid id,
-// with ErrInvalid.
+// sessions end, and every open connection announces it to the other processes (unless the connection's option
+// "announce" says otherwise). It does not block. A client that is unknown here is announced too. It fails only for an
+// invalid id, with ErrInvalid.
 func MarkClientOffline(id string) error {
 	return idError(C.presence_mark_offline(cString(id), C.size_t(len(id))), id)
 }
 
-// IsClientOnline reports whether a client is online in this process: it is marked online, or it has an open session or a
-// running stream here. The empty id is always online; an unknown or invalid id never is.
+// IsClientOnline reports whether a client is online in this process: it is marked online, or it has an open session or
+// a running stream here. The empty id is always online; an unknown or invalid id never is.
 func IsClientOnline(id string) bool {
 	return bool(C.presence_is_online(cString(id), C.size_t(len(id))))
 }
@@ -69,11 +69,12 @@ func OpenSession(id string) (*Session, error) {
 
 // Close closes the session. When it was the client's last one in this process, the streams that this process requested
 // for the client end with ErrOffline, unless the client is also marked online. If [Connect] was given session_grace_ms,
-// they end only after that time, and not at all if a new session opens before. The client's streams at other gateways go
-// on; [MarkClientOffline] ends those too. Calling Close again has no effect. It always returns nil.
+// they end only after that time, and not at all if a new session opens before. The client's streams at other gateways
+// go on; [MarkClientOffline] ends those too. Calling Close again has no effect. It always returns nil.
 //
-// A worker on level 0 (one without this library, or with lanes=false) can be stopped only by announcing the client offline
-// to all processes. So if one of the streams that end here is on level 0, the client's streams at other gateways end too.
+// A worker on level 0 (one without this library, or with lanes=false) can be stopped only by announcing the client
+// offline to all processes. So if one of the streams that end here is on level 0, the client's streams at other
+// gateways end too.
 func (s *Session) Close() error {
 	C.presence_session_close(s.handle)
 	return nil

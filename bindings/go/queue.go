@@ -25,7 +25,8 @@ const (
 	Disconnected EventKind = C.PRESENCE_EVENT_DISCONNECTED
 	// Log: a message for the operator.
 	Log EventKind = C.PRESENCE_EVENT_LOG
-	// Serving: a service has begun; Text is its subject. The server has the subscription, unless there is no connection now.
+	// Serving: a service has begun; Text is its subject. The server has the subscription, unless there is no connection
+	// now.
 	Serving EventKind = -1
 )
 
