@@ -1,7 +1,7 @@
 """A gateway or a worker is killed or stopped: the other end detects it in time, not earlier, and once.
 
 The shortest detection times, over hundreds of kills: tests/c/detection_time.c; more in C: tests/c/peer_death.c; within
-one language: TestPeerGone, test_lanes.py.
+one language: TestKilledOrStoppedPeerIsGone, test_lanes.py.
 """
 
 from __future__ import annotations
