@@ -11,14 +11,14 @@ from typing import Union
 from ._ffi import Error, lib
 from .errors import Invalid, check_error
 
-LONGEST = 316_224_000
+MAX_SECONDS = 316_224_000
 """Seconds: ten years."""
 
 Payload = Union[bytes, bytearray, memoryview, str]
 Option = Union[str, int, float, bool, "os.PathLike[str]", None]
 
 
-def text(name: str, value: object) -> bytes:
+def encode_text(name: str, value: object) -> bytes:
     """Text that the library takes up to a NUL. It is not shown: it may be a secret."""
     if not isinstance(value, str):
         raise Invalid(f"{name}: must be a str, not {type(value).__name__}")
@@ -31,8 +31,8 @@ def text(name: str, value: object) -> bytes:
     return raw
 
 
-def shown(value: Option) -> object:
-    """An option's value as text; what can be none is left to text() to refuse."""
+def option_text(value: Option) -> object:
+    """An option's value as text; what can be none is left to encode_text() to refuse."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
@@ -40,7 +40,7 @@ def shown(value: Option) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def payload(data: Payload) -> bytes:
+def encode_payload(data: Payload) -> bytes:
     """A message: bytes as they are, text as UTF-8."""
     if isinstance(data, bytes):
         return data
@@ -54,34 +54,36 @@ def payload(data: Payload) -> bytes:
         raise Invalid(f"payload {data!r:.80}: not UTF-8") from None
 
 
-def integer(name: str, value: int, least: int, most: int) -> int:
+def check_integer(name: str, value: int, least: int, most: int) -> int:
     """A number within bounds."""
     if not isinstance(value, int) or not least <= value <= most:
         raise Invalid(f"{name} {value!r:.80}: must be an int from {least} to {most}")
     return value
 
 
-def seconds(name: str, value: float) -> float:
+def check_seconds(name: str, value: float) -> float:
     """A time; one that is longer than the library takes is cut to that."""
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise Invalid(f"{name} {value!r:.80}: must be a number of seconds, 0 or more")
-    return min(value, LONGEST)
+    return min(value, MAX_SECONDS)
 
 
-def milliseconds(name: str, value: float) -> int:
+def to_milliseconds(name: str, value: float) -> int:
     """A time, rounded up."""
-    return math.ceil(seconds(name, value) * 1000)
+    return math.ceil(check_seconds(name, value) * 1000)
 
 
 @contextmanager
-def config(options: Mapping[str, Option]) -> Iterator[int]:
+def new_config(options: Mapping[str, Option]) -> Iterator[int]:
     """Options as a presence_config, which is freed afterwards. None leaves an option at its default."""
     handle: int = lib.presence_config_new()
     try:
         for key, value in options.items():
             if value is None:
                 continue
-            status = lib.presence_config_set(handle, text("option", key), text(f"option {key}", shown(value)))
+            status = lib.presence_config_set(
+                handle, encode_text("option", key), encode_text(f"option {key}", option_text(value))
+            )
             if status:
                 details = Error()
                 lib.presence_config_error(handle, details)

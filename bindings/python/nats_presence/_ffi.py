@@ -158,7 +158,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-def _candidates() -> list[str]:
+def _library_paths() -> list[str]:
     chosen = os.environ.get("NATS_PRESENCE_LIBRARY")
     if chosen:
         return [chosen]
@@ -169,7 +169,7 @@ def _candidates() -> list[str]:
 
 def _load() -> CDLL:
     tried = []
-    for path in _candidates():
+    for path in _library_paths():
         try:
             library = CDLL(path)
             for name, (result, arguments) in FUNCTIONS.items():
@@ -187,29 +187,29 @@ def _load() -> CDLL:
 lib = _load()
 
 # Calls that never wait need not give the GIL away, which costs as much again; with a busy thread beside, much more.
-_now = PyDLL(lib._name, handle=lib._handle)
+_library_with_gil = PyDLL(lib._name, handle=lib._handle)
 
 
-def _typed(name: str) -> Any:
-    function = _now[name]
+def _typed_function(name: str) -> Any:
+    function = _library_with_gil[name]
     function.restype, function.argtypes = FUNCTIONS[name]
     return function
 
 
-def _untyped(name: str) -> Any:
-    """Without argtypes a call costs half. It takes bytes, and what handle_parameter and SIZES give; no plain int."""
-    function = _now[name]
+def _untyped_function(name: str) -> Any:
+    """Without argtypes a call costs half. It takes bytes, handle_argument and SIZE_ARGUMENTS; no plain int."""
+    function = _library_with_gil[name]
     function.restype, _ = FUNCTIONS[name]
     return function
 
 
-queue_wait_now = _typed("presence_queue_wait")
-stream_consumed = _typed("presence_stream_consumed")
-send_now = _untyped("presence_sender_send")
-send_many_now = _untyped("presence_sender_send_many")
-send_wait_now = _untyped("presence_sender_send_wait")
+fast_queue_wait = _typed_function("presence_queue_wait")
+fast_stream_consumed = _typed_function("presence_stream_consumed")
+fast_send = _untyped_function("presence_sender_send")
+fast_send_many = _untyped_function("presence_sender_send_many")
+fast_send_wait = _untyped_function("presence_sender_send_wait")
 
-handle_parameter = c_void_p.from_param
-SMALL = 4096
-SIZES = tuple(map(c_size_t.from_param, range(SMALL + 1)))
-NO_WAIT = c_int64.from_param(0)
+handle_argument = c_void_p.from_param
+FAST_MAX_BYTES = 4096
+SIZE_ARGUMENTS = tuple(map(c_size_t.from_param, range(FAST_MAX_BYTES + 1)))
+ZERO_TIMEOUT = c_int64.from_param(0)

@@ -6,42 +6,42 @@ import inspect
 from collections.abc import AsyncIterable, Awaitable, Iterable
 from typing import Callable
 
-from ._arguments import text
+from ._arguments import encode_text
 from .errors import Invalid
 
 
-class WrongHandler(Invalid, TypeError):
+class InvalidHandler(Invalid, TypeError):
     """A handler is of a kind that its connection cannot call."""
 
 
 def check_subject(subject: object) -> None:
     """Refuses what is no subject at all, such as the function below a decorator without parentheses."""
     if callable(subject):
-        raise WrongHandler('service() takes a subject: write @conn.service("subject")')
-    text("subject", subject)
+        raise InvalidHandler('service() takes a subject: write @conn.service("subject")')
+    encode_text("subject", subject)
 
 
-def check_sync(subject: str, handler: object) -> None:
+def check_sync_handler(subject: str, handler: object) -> None:
     """Refuses what a service with threads cannot call."""
     _check_callable(subject, handler)
     if _is(inspect.iscoroutinefunction, handler) or _is(inspect.isasyncgenfunction, handler):
-        raise WrongHandler(
+        raise InvalidHandler(
             f"the handler of subject {subject!r} is async, and nats_presence.connect() serves with threads:"
             " use nats_presence.aio.connect(), or def"
         )
 
 
-def check_async(subject: str, handler: object) -> None:
+def check_async_handler(subject: str, handler: object) -> None:
     """Refuses what a service with asyncio cannot call."""
     _check_callable(subject, handler)
     if _is(inspect.isgeneratorfunction, handler):
-        raise WrongHandler(
+        raise InvalidHandler(
             f"the handler of subject {subject!r} is a generator without async, and would block the loop:"
             " use async def, or nats_presence.connect()"
         )
 
 
-def check_result(result: object) -> None:
+def check_handler_result(result: object) -> None:
     """Refuses what a handler returned that looks as if it were to be sent, or still to be run."""
     if isinstance(result, Awaitable):
         if inspect.iscoroutine(result):
@@ -57,7 +57,7 @@ def check_result(result: object) -> None:
 
 def _check_callable(subject: str, handler: object) -> None:
     if not callable(handler):
-        raise WrongHandler(f"the handler of subject {subject!r} must be callable, not {type(handler).__name__}")
+        raise InvalidHandler(f"the handler of subject {subject!r} must be callable, not {type(handler).__name__}")
 
 
 def _is(kind: Callable[[object], bool], handler: object) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Generic, NoReturn, TypeVar
 
 from . import _ffi
-from ._events import Events, new_queue
+from ._events import EventBatch, new_queue
 from ._ffi import lib
 from .errors import Busy, Timeout, check
 
@@ -41,12 +41,12 @@ class QueueReader(Generic[T]):
 
     def __init__(self) -> None:
         self._queue = new_queue()
-        self._events = Events(BATCH)
+        self._events = EventBatch(BATCH)
         self._ready: deque[T] = deque()
-        self._taken = False
+        self._has_pending_events = False
         """Whether a wait may have taken what is not ready yet."""
         # Its thread can take it again: it has kept it if a signal's handler raised just as it was taken.
-        self._waiting = threading.RLock()
+        self._wait_lock = threading.RLock()
 
     def __del__(self) -> None:
         # Only here: until now a thread could be waiting, or reading what the queue gave.
@@ -82,29 +82,29 @@ class QueueReader(Generic[T]):
     def _wait(self, until: float | None = None) -> T:
         """The next item, or StopIteration. `until`: when to raise Timeout, in the clock of time.monotonic()."""
         try:
-            if not self._waiting.acquire(blocking=False):
-                self._refuse()
+            if not self._wait_lock.acquire(blocking=False):
+                self._raise_busy()
             try:
                 while not self._ready:
-                    if not self._taken:
+                    if not self._has_pending_events:
                         self._before_wait()
-                        self._events.forget()
-                        self._taken = True
+                        self._events.clear()
+                        self._has_pending_events = True
                         check(min(self._events.wait(self._queue or 0, slice_ms(until)), 0), type(self).__name__.lower())
-                    self._ready, self._taken = self._read(self._events), False
+                    self._ready, self._has_pending_events = self._take_items(self._events), False
                     if not self._ready and until is not None and time.monotonic() >= until:
                         self._before_wait()  # The end may have come at last.
                         raise Timeout("no message came in time; the stream goes on")
                 return self._ready.popleft()
             finally:
-                self._waiting.release()
+                self._wait_lock.release()
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
             del self
 
-    def _refuse(self) -> NoReturn:
+    def _raise_busy(self) -> NoReturn:
         # Without room for an event it only looks whether this is a child.
         if lib.presence_queue_wait(self._queue, None, 0, 0) == _ffi.FORKED:
             check(_ffi.FORKED, type(self).__name__.lower())
@@ -114,6 +114,6 @@ class QueueReader(Generic[T]):
         """All that was ready is read. Raises what the iterator ends with, if it has ended."""
         raise NotImplementedError
 
-    def _read(self, events: Events) -> deque[T]:
+    def _take_items(self, events: EventBatch) -> deque[T]:
         """What they give. Twice is the same as once."""
         raise NotImplementedError

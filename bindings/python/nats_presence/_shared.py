@@ -11,15 +11,15 @@ from ctypes import byref, c_size_t, c_uint32, c_void_p
 from typing import Callable, NamedTuple
 
 from . import _ffi
-from ._arguments import Option, Payload, config, integer, milliseconds, payload, text
-from ._events import Event, decode
+from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
+from ._events import Event, decode_text
 from ._ffi import lib
 from .errors import Closed, Invalid, PresenceError, TooLarge, check, check_error
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
 
-AT_EXIT_MS = 1000
+EXIT_DRAIN_MS = 1000
 
 HANDLER_FAILED = "the handler failed"
 """What the reader gets to know of an exception, whose own text may have a secret in it."""
@@ -53,7 +53,7 @@ class PresenceEvent(NamedTuple):
     online: bool
 
 
-def presence_event(event: Event) -> PresenceEvent | None:
+def to_presence_event(event: Event) -> PresenceEvent | None:
     """An event of a watch as Python sees it; None for others."""
     if event.kind not in (_ffi.EVENT_ONLINE, _ffi.EVENT_OFFLINE):
         return None
@@ -63,7 +63,7 @@ def presence_event(event: Event) -> PresenceEvent | None:
 OnEvent = Callable[[ConnectionEvent], object]
 
 
-def notify(on_event: OnEvent, event: ConnectionEvent) -> None:
+def call_on_event(on_event: OnEvent, event: ConnectionEvent) -> None:
     """Calls it; what it raises is logged, for nobody else could."""
     try:
         on_event(event)
@@ -71,7 +71,7 @@ def notify(on_event: OnEvent, event: ConnectionEvent) -> None:
         log.exception("on_event failed for %r", event)
 
 
-def connection_event(event: Event) -> ConnectionEvent | None:
+def to_connection_event(event: Event) -> ConnectionEvent | None:
     """An event of a connection as Python sees it; None for others."""
     kind = _EVENT_KINDS.get(event.kind)
     return None if kind is None else ConnectionEvent(kind, event.status, event.text, event.subject)
@@ -88,8 +88,8 @@ class BaseSender:
 
     def __init__(self, handle: int, client_id: str) -> None:
         self._handle = handle
-        self._parameter = _ffi.handle_parameter(handle)
-        self._word = c_uint32.from_address(lib.presence_sender_status_word(handle))
+        self._handle_argument = _ffi.handle_argument(handle)
+        self._status_word = c_uint32.from_address(lib.presence_sender_status_word(handle))
         self._detached = False
         self.client_id = client_id
         """The client's id; "" for an anonymous one."""
@@ -103,13 +103,13 @@ class BaseSender:
 
         This is one load from memory: ask as often as you like, from any thread.
         """
-        word = self._word.value
+        word = self._status_word.value
         return word - 2**32 if word else 0
 
     @property
     def closed(self) -> bool:
         """Whether it may send no more: it has ended, the client has left, or nobody can be reached. As status."""
-        return self._word.value != 0
+        return self._status_word.value != 0
 
     @property
     def send_count(self) -> int:
@@ -126,32 +126,32 @@ class BaseSender:
 
         Raises why it was stopped, if it was: Offline, Cancelled, PeerGone, Disconnected, Closed.
         """
-        self._ended(lib.presence_sender_end(self._handle))
+        self._check_end(lib.presence_sender_end(self._handle))
 
     def error(self, message: str) -> None:
         """Ends the stream with an error, whose text the reader gets. Raises as end(), and Closed when it has ended."""
-        raw = payload(message)
-        self._ended(lib.presence_sender_error(self._handle, raw, len(raw)))
+        raw = encode_payload(message)
+        self._check_end(lib.presence_sender_error(self._handle, raw, len(raw)))
 
     def detach(self) -> None:
         """Keeps the stream open when the handler returns. Whoever still has the sender then ends it."""
         self._detached = True
 
-    def _ended(self, status: int) -> None:
+    def _check_end(self, status: int) -> None:
         check(status, f"ending the stream of client {self.client_id!r}")
 
-    def _check(self, status: int, size: int) -> None:
+    def _check_sent(self, status: int, size: int) -> None:
         if status == _ffi.TOO_LARGE:
             raise TooLarge(f"message of {size} bytes is too large: the limit is {self.max_message}")
         if status:
             check(status, f"sending {size} bytes to client {self.client_id!r}")
 
-    def _returned(self) -> None:
+    def _on_handler_returned(self) -> None:
         """The handler returned."""
         if not self._detached:
             self.end()
 
-    def _failed(self, failure: BaseException, send_errors: bool) -> None:
+    def _on_handler_failed(self, failure: BaseException, send_errors: bool) -> None:
         """The handler raised: that is the stream's error, unless it only tells that the stream has ended."""
         if isinstance(failure, PresenceError) and failure.status == self.status:
             return
@@ -183,9 +183,11 @@ class Request:
     def header(self, name: str) -> str | None:
         """A header of the request, by its name as it was sent; None when there is none. Raises Invalid."""
         value, size = c_void_p(), c_size_t()
-        status = lib.presence_sender_header(self._sender._handle, text("header", name), byref(value), byref(size))
+        status = lib.presence_sender_header(
+            self._sender._handle, encode_text("header", name), byref(value), byref(size)
+        )
         check(status, f"header {name!r}")
-        return None if value.value is None else decode(value.value, size.value)
+        return None if value.value is None else decode_text(value.value, size.value)
 
 
 class BaseConnection:
@@ -199,9 +201,11 @@ class BaseConnection:
         # The object has each handle before the call that makes it: a signal's handler may raise when that returns.
         self._handle, details = c_void_p(), _ffi.Error()
         self._services: list[c_void_p] = []
-        with config(options) as settings:
-            check_error(lib.presence_connect(text("url", url), settings, byref(self._handle), byref(details)), details)
-        _open.add(self)
+        with new_config(options) as settings:
+            check_error(
+                lib.presence_connect(encode_text("url", url), settings, byref(self._handle), byref(details)), details
+            )
+        _open_connections.add(self)
 
     def __del__(self) -> None:
         if self._handle and not self._closing and not self._is_forked():
@@ -238,14 +242,14 @@ class BaseConnection:
 
     def _serve(self, queue: int, subject: str, group: str, max_streams: int, tag: int) -> c_void_p:
         service, details = c_void_p(), _ffi.Error()
-        limit = integer("max_streams", max_streams, 0, 2**32 - 1)
+        limit = check_integer("max_streams", max_streams, 0, 2**32 - 1)
         self._services.append(service)
         try:
             status = lib.presence_serve(
                 self._handle,
                 queue,
-                text("subject", subject),
-                text("queue", group),
+                encode_text("subject", subject),
+                encode_text("queue", group),
                 limit,
                 tag,
                 byref(service),
@@ -273,10 +277,10 @@ class BaseConnection:
     ) -> None:
         """Makes the stream."""
         details = _ffi.Error()
-        raw, client = payload(data), encode_id(client_id)
-        with config(options) as settings:
+        raw, client = encode_payload(data), encode_id(client_id)
+        with new_config(options) as settings:
             status = lib.presence_request(
-                self._handle, queue, text("subject", subject), raw, len(raw), client, len(client), settings, tag,
+                self._handle, queue, encode_text("subject", subject), raw, len(raw), client, len(client), settings, tag,
                 byref(stream), byref(details),
             )  # fmt: skip
         check_error(status, details)
@@ -288,7 +292,7 @@ class BaseConnection:
 
     def _close_now(self, drain_ms: int) -> int:
         """Closes the library's connection and frees what it served; the status tells whether the server has all."""
-        _open.discard(self)
+        _open_connections.discard(self)
         self._closing = True
         try:
             return int(lib.presence_close(self._handle, drain_ms))
@@ -305,19 +309,19 @@ def request_options(
         raise Invalid("option manual_credit: is always true here, for a reader gives credit as it reads")
     named: dict[str, Option] = {f"header.{name}": value for name, value in (headers or {}).items()}
     if timeout is not None:
-        named["timeout_ms"] = max(1, milliseconds("timeout", timeout))
+        named["timeout_ms"] = max(1, to_milliseconds("timeout", timeout))
     return {**options, **named, "manual_credit": True}
 
 
 def drain_ms(drain: float | None) -> int:
     """The time that closing may take; None is without limit."""
-    return -1 if drain is None else milliseconds("drain", drain)
+    return -1 if drain is None else to_milliseconds("drain", drain)
 
 
-_open: weakref.WeakSet[BaseConnection] = weakref.WeakSet()
+_open_connections: weakref.WeakSet[BaseConnection] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    for connection in list(_open):
-        connection._close_now(AT_EXIT_MS)
+    for connection in list(_open_connections):
+        connection._close_now(EXIT_DRAIN_MS)

@@ -20,33 +20,33 @@ from functools import partial
 from typing import Callable, TypeVar, Union
 
 from . import _ffi
-from ._arguments import Option, Payload, payload, seconds
-from ._blocks import Blocks
-from ._events import MEMORY, Event, Events, new_queue
-from ._ffi import SIZES, SMALL, lib, send_now, stream_consumed
-from ._handlers import check_async, check_result, check_subject
+from ._arguments import Option, Payload, check_seconds, encode_payload
+from ._batches import MessageBatches
+from ._events import MEMORY, Event, EventBatch, new_queue
+from ._ffi import FAST_MAX_BYTES, SIZE_ARGUMENTS, fast_send, fast_stream_consumed, lib
+from ._handlers import check_async_handler, check_handler_result, check_subject
 from ._shared import (
     BaseConnection,
     BaseSender,
     OnEvent,
     PresenceEvent,
     Request,
-    connection_event,
+    call_on_event,
     drain_ms,
     log,
-    notify,
-    presence_event,
     request_options,
+    to_connection_event,
+    to_presence_event,
 )
 from .errors import Busy, PresenceError, Timeout, check, error, status_text
 
 T = TypeVar("T")
 
 BATCH = 1024
-BURST = 256
+SENDS_PER_YIELD = 256
 MAX_WINDOW = 4 << 20
 DEFAULT_WINDOW = 256 << 10
-DECORATING = 0.1
+DECORATOR_WAIT = 0.1
 """Seconds that a decorator may stop the loop for; an answer of the server takes a few milliseconds, as a rule."""
 
 
@@ -56,8 +56,8 @@ class Sender(BaseSender):
     def __init__(self, conn: Connection, handle: int, client_id: str) -> None:
         super().__init__(handle, client_id)
         self._conn = conn
-        self._changed = asyncio.Event()
-        self._burst = 0
+        self._state_changed = asyncio.Event()
+        self._sends_since_yield = 0
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, data: Payload) -> None:
@@ -68,12 +68,16 @@ class Sender(BaseSender):
         Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
         Cancelled while it waits, it has not sent.
         """
-        self._burst += 1
-        if self._burst == BURST:
-            self._burst = 0
+        self._sends_since_yield += 1
+        if self._sends_since_yield == SENDS_PER_YIELD:
+            self._sends_since_yield = 0
             await asyncio.sleep(0)  # Before it has sent, which a cancelled one has not.
-        if type(data) is not bytes or len(data) > SMALL or send_now(self._parameter, data, SIZES[len(data)]) != _ffi.OK:
-            await self._send(payload(data))
+        if (
+            type(data) is not bytes
+            or len(data) > FAST_MAX_BYTES
+            or fast_send(self._handle_argument, data, SIZE_ARGUMENTS[len(data)]) != _ffi.OK
+        ):
+            await self._send(encode_payload(data))
 
     async def send_many(self, messages: Iterable[Payload]) -> None:
         """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
@@ -85,10 +89,10 @@ class Sender(BaseSender):
             for data in messages:
                 await self.send(data)
             return
-        blocks = Blocks(messages)
-        while blocks:
-            if not blocks.send(self._parameter):
-                await self._send(blocks.pop())  # Waits, or raises what is wrong.
+        batches = MessageBatches(messages)
+        while batches:
+            if not batches.send(self._handle_argument):
+                await self._send(batches.pop())  # Waits, or raises what is wrong.
             await asyncio.sleep(0)
 
     async def _send_each(self, messages: AsyncIterator[Payload]) -> None:
@@ -104,25 +108,25 @@ class Sender(BaseSender):
         while (status := lib.presence_sender_send(self._handle, raw, len(raw))) == _ffi.FULL:
             self._conn._check_loop()
             # What changes is told by events, which this thread takes from the queue: none is missed in between.
-            self._changed.clear()
-            await self._changed.wait()
-        self._check(status, len(raw))
+            self._state_changed.clear()
+            await self._state_changed.wait()
+        self._check_sent(status, len(raw))
 
-    def _ended(self, status: int) -> None:
-        self._changed.set()
-        super()._ended(status)
+    def _check_end(self, status: int) -> None:
+        self._state_changed.set()
+        super()._check_end(status)
 
     def _on_stopped(self, status: int) -> None:
-        self._changed.set()
+        self._state_changed.set()
         if self._task is not None:
             self._task.cancel(status_text(status))
 
-    def _on_done(self, task: asyncio.Task[None]) -> None:
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._task = None
 
 
 Handler = Callable[[Request, Sender], Union[Awaitable[object], AsyncIterator[Payload]]]
-Put = Callable[[bytes], None]
+Sink = Callable[[bytes], None]
 
 
 class Stream:
@@ -142,30 +146,30 @@ class Stream:
         self._conn = conn
         self._tag = tag
         self._messages: deque[bytes] = deque()
-        self._used = 0
-        self._tell_at = 0
-        self._must_tell = False
+        self._consumed = 0
+        self._credit_threshold = 0
+        self._returns_credit_on_wait = False
         self._arrived = asyncio.Event()
-        self._waiting = False
-        self._read_by: set[int] | None = None
+        self._is_waiting = False
+        self._reader_tags: set[int] | None = None
         """The tags of the streams that are read by the task that read the first message, or waited for one later."""
         self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
 
     def __del__(self) -> None:
         self._conn._streams.pop(self._tag, None)
-        if self._read_by is not None:
-            self._read_by.discard(self._tag)
+        if self._reader_tags is not None:
+            self._reader_tags.discard(self._tag)
         lib.presence_stream_free(self._handle)
 
     def __aiter__(self) -> Stream:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._read_by is None:
-            self._read_by_this_task()
+        if self._reader_tags is None:
+            self._set_reader()
         while not self._messages:
-            if self._waiting:
+            if self._is_waiting:
                 raise Busy("another task waits for the next message of this stream")
             if self._ended:
                 failure, self._failure = self._failure, None
@@ -173,9 +177,9 @@ class Stream:
                 raise failure or StopAsyncIteration
             await self._wait()
         data = self._messages.popleft()
-        self._used += len(data)
-        if self._used > self._tell_at:
-            self._tell()
+        self._consumed += len(data)
+        if self._consumed > self._credit_threshold:
+            self._return_credit()
         return data
 
     async def next(self, timeout: float | None = None) -> bytes | None:
@@ -185,7 +189,7 @@ class Stream:
         and Closed if that was raised before.
         """
         if timeout is not None and not self._messages:
-            await self._wait_for(seconds("timeout", timeout))
+            await self._wait_for(check_seconds("timeout", timeout))
         try:
             return await self.__anext__()
         except StopAsyncIteration:
@@ -203,7 +207,7 @@ class Stream:
 
         timer = self._conn._loop.call_later(timeout, expire)
         try:
-            while not (self._messages or self._ended or self._waiting):
+            while not (self._messages or self._ended or self._is_waiting):
                 if expired:
                     raise Timeout(f"no message came for {timeout} s; the stream goes on")
                 await self._wait()
@@ -213,20 +217,20 @@ class Stream:
     async def _wait(self) -> None:
         """Waits until something arrives."""
         self._conn._check_loop()
-        self._read_by_this_task()
-        if self._must_tell:
-            self._must_tell = False
-            self._tell()
+        self._set_reader()
+        if self._returns_credit_on_wait:
+            self._returns_credit_on_wait = False
+            self._return_credit()
         self._arrived.clear()
-        self._waiting = True
+        self._is_waiting = True
         try:
             await self._arrived.wait()
         except BaseException:  # CancelledError, GeneratorExit
             # The exception's traceback may keep this stream alive for as long as the caller's framework likes.
-            self._leave()
+            self._abandon()
             raise
         finally:
-            self._waiting = False
+            self._is_waiting = False
 
     def cancel(self) -> None:
         """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
@@ -237,34 +241,34 @@ class Stream:
 
     async def aclose(self) -> None:
         """As cancel(), for `contextlib.aclosing`; messages that were not read are dropped. It does not wait."""
-        self._leave()
+        self._abandon()
 
     async def __aenter__(self) -> Stream:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._leave()
+        self._abandon()
 
-    def _read_by_this_task(self) -> None:
+    def _set_reader(self) -> None:
         tags = self._conn._tags_read_by(asyncio.current_task())
-        if tags is not self._read_by:
-            if self._read_by is not None:
-                self._read_by.discard(self._tag)
-            self._read_by = tags
+        if tags is not self._reader_tags:
+            if self._reader_tags is not None:
+                self._reader_tags.discard(self._tag)
+            self._reader_tags = tags
         tags.add(self._tag)
 
-    def _leave(self) -> None:
+    def _abandon(self) -> None:
         self.cancel()
         self._messages.clear()
 
-    def _tell(self) -> None:
+    def _return_credit(self) -> None:
         """Gives the worker room for what was read."""
-        stream_consumed(self._handle, self._used)
-        self._used = 0
+        fast_stream_consumed(self._handle, self._consumed)
+        self._consumed = 0
 
-    def _arrives(self) -> Put:
+    def _message_sink(self) -> Sink:
         """Messages arrive: where to put them."""
-        self._must_tell = True
+        self._returns_credit_on_wait = True
         self._arrived.set()
         return self._messages.append
 
@@ -313,12 +317,12 @@ def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future
     return _outcome(_start_thread(function, *arguments))
 
 
-def _reader_is_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
+def _on_reader_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
     # It may have been cancelled while it handed a message on, its stream held by a suspended generator or a traceback.
     if (conn := weak()) is not None and task.cancelled():
         for tag in list(tags):
             if (stream := conn._stream(tag)) is not None:
-                stream._leave()
+                stream._abandon()
 
 
 def _check_loop(what: str, loop: asyncio.AbstractEventLoop, thread: int) -> None:
@@ -333,7 +337,7 @@ def _check_loop(what: str, loop: asyncio.AbstractEventLoop, thread: int) -> None
     raise RuntimeError(f"the {what} belongs to the loop in which it was made, {loop!r}; it is used from {where}")
 
 
-def _drop(message: bytes) -> None:
+def _discard(message: bytes) -> None:
     """For messages of a stream that nobody has any longer."""
 
 
@@ -341,7 +345,7 @@ class Connection(BaseConnection):
     """A connection to nats-server, made by connect(), for one event loop."""
 
     _queue: int | None = None
-    _ending: asyncio.Future[int] | None = None
+    _close_future: asyncio.Future[int] | None = None
     """The status of the library's close, once it was begun."""
 
     def __del__(self) -> None:
@@ -355,7 +359,7 @@ class Connection(BaseConnection):
         self._tags = itertools.count(1)
         self._handlers: dict[int, tuple[Handler, bool]] = {}
         """By their tags, each with whether its errors are sent."""
-        self._late: set[asyncio.Task[None]] = set()
+        self._pending_services: set[asyncio.Task[None]] = set()
         """For services that were not served yet when their decorator returned."""
         self._failure: PresenceError | None = None
         """Why one of them is not."""
@@ -364,13 +368,13 @@ class Connection(BaseConnection):
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self._readers: weakref.WeakKeyDictionary[asyncio.Task[object], set[int]] = weakref.WeakKeyDictionary()
         self._stopped = asyncio.Event()
-        self._events = Events(BATCH)
+        self._events = EventBatch(BATCH)
         self._queue = new_queue()
         self._fd: int = lib.presence_queue_fd(self._queue)
         check(min(self._fd, 0), "the queue's file descriptor")
         if on_event is not None:
             self._watch(self._queue)
-        self._loop.add_reader(self._fd, self._drain)
+        self._loop.add_reader(self._fd, self._dispatch_events)
 
     async def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
@@ -400,19 +404,19 @@ class Connection(BaseConnection):
         check_subject(subject)
 
         def decorate(handler: Handler) -> Handler:
-            tag, serving = self._begin_to_serve(subject, handler, queue, max_streams, send_errors)
-            wait([serving], DECORATING)
+            tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
+            wait([serving], DECORATOR_WAIT)
             if serving.done():
                 try:
                     serving.result()
                 except BaseException:
                     del self._handlers[tag]
                     raise
-                self._stop_if_stopped()
+                self._stop_if_requested()
             else:
-                task = self._loop.create_task(self._serve_late(subject, tag, serving))
-                self._late.add(task)
-                task.add_done_callback(self._late.discard)
+                task = self._loop.create_task(self._finish_serving(subject, tag, serving))
+                self._pending_services.add(task)
+                task.add_done_callback(self._pending_services.discard)
             return handler
 
         return decorate
@@ -422,31 +426,31 @@ class Connection(BaseConnection):
     ) -> None:
         """As service(), in one call: when it returns the handler serves, and the loop has gone on meanwhile."""
         check_subject(subject)
-        tag, serving = self._begin_to_serve(subject, handler, queue, max_streams, send_errors)
+        tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
         try:
             await _outcome(serving)
         except asyncio.CancelledError:
-            serving.add_done_callback(self._serves_in_vain)
+            serving.add_done_callback(self._end_abandoned_service)
             del self._handlers[tag]
             raise
         except BaseException:
             del self._handlers[tag]
             raise
-        self._stop_if_stopped()
+        self._stop_if_requested()
 
-    def _begin_to_serve(
+    def _start_serving(
         self, subject: str, handler: Handler, queue: str, max_streams: int, send_errors: bool
     ) -> tuple[int, Future[c_void_p]]:
-        check_async(subject, handler)
-        live_queue, tag = self._live_queue(), next(self._tags)
+        check_async_handler(subject, handler)
+        event_queue, tag = self._open_queue(), next(self._tags)
         self._handlers[tag] = handler, send_errors
         try:
-            return tag, _start_thread(self._serve, live_queue, subject, queue, max_streams, tag)
+            return tag, _start_thread(self._serve, event_queue, subject, queue, max_streams, tag)
         except BaseException:  # Where no thread can be started.
             del self._handlers[tag]
             raise
 
-    async def _serve_late(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
+    async def _finish_serving(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
         try:
             await _outcome(serving)
         except PresenceError as failure:
@@ -456,13 +460,13 @@ class Connection(BaseConnection):
                 self._failure = failure
                 self._stopped.set()
         else:
-            self._stop_if_stopped()
+            self._stop_if_requested()
 
-    def _serves_in_vain(self, serving: Future[c_void_p]) -> None:
+    def _end_abandoned_service(self, serving: Future[c_void_p]) -> None:
         if serving.exception() is None:
             self._end_service(serving.result())
 
-    def _stop_if_stopped(self) -> None:
+    def _stop_if_requested(self) -> None:
         if self._stopped.is_set():
             self.stop()
 
@@ -483,14 +487,14 @@ class Connection(BaseConnection):
         presence_config_set in the C header.
         Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
-        queue, settings = self._live_queue(), request_options(timeout, headers, options)
+        queue, settings = self._open_queue(), request_options(timeout, headers, options)
         tag = next(self._tags)
         stream = Stream(self, tag)
         self._streams[tag] = weakref.ref(stream)
         stream._handle = c_void_p()
         self._request(stream._handle, queue, subject, data, client_id, settings, tag)
         # Well before the worker has no room left, and not for each message.
-        stream._tell_at = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW) // 16
+        stream._credit_threshold = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW) // 16
         return stream
 
     def stop(self) -> None:
@@ -509,7 +513,7 @@ class Connection(BaseConnection):
         await self._stopped.wait()
         if self._failure is not None:
             raise self._failure
-        while self._drain():
+        while self._dispatch_events():
             pass
         while self._tasks:
             await asyncio.wait(self._tasks)
@@ -528,11 +532,11 @@ class Connection(BaseConnection):
             return
         self._check_loop()
         deadline = time.monotonic() + limit / 1000
-        if self._ending is None:
-            self._ending = _in_thread(self._close_now, limit)
-            self._ending.add_done_callback(lambda _: self._detach())
-        ended_before = self._ending.done()
-        status = await asyncio.shield(self._ending)
+        if self._close_future is None:
+            self._close_future = _in_thread(self._close_now, limit)
+            self._close_future.add_done_callback(lambda _: self._finish_close())
+        ended_before = self._close_future.done()
+        status = await asyncio.shield(self._close_future)
         tasks = self._tasks - {asyncio.current_task()}
         if tasks:
             await asyncio.wait(tasks, timeout=None if limit < 0 else max(0.0, deadline - time.monotonic()))
@@ -546,7 +550,7 @@ class Connection(BaseConnection):
         tags = self._readers.get(task)
         if tags is None:
             tags = self._readers[task] = set()
-            task.add_done_callback(partial(_reader_is_done, weakref.ref(self), tags))
+            task.add_done_callback(partial(_on_reader_done, weakref.ref(self), tags))
         return tags
 
     def _check_loop(self) -> None:
@@ -556,35 +560,35 @@ class Connection(BaseConnection):
             self.stats()  # Raises Forked, Closed.
             raise
 
-    def _live_queue(self) -> int:
+    def _open_queue(self) -> int:
         self._check_loop()
         if self._queue is None:
             raise error(_ffi.CLOSED, "connection: already ended")
         return self._queue
 
-    def _drain(self) -> bool:
+    def _dispatch_events(self) -> bool:
         """Dispatches what waits in the queue, up to a batch; whether there was any."""
         if self._queue is None:
             return False
         count = self._events.poll(self._queue)
         last: int = 0
-        put: Put = _drop
-        for index, (kind, tag, data, size) in enumerate(self._events.messages()):
+        sink: Sink = _discard
+        for index, (kind, tag, data, size) in enumerate(self._events.message_fields()):
             if kind != _ffi.EVENT_DATA:
-                self._dispatch(self._events[index])
+                self._dispatch_event(self._events[index])
                 continue
             if tag != last:
                 last = tag
                 stream = self._stream(tag)
-                put = _drop if stream is None else stream._arrives()
-            put(MEMORY[data : data + size])
+                sink = _discard if stream is None else stream._message_sink()
+            sink(MEMORY[data : data + size])
         return count > 0
 
     def _stream(self, tag: int) -> Stream | None:
         found = self._streams.get(tag)
         return None if found is None else found()
 
-    def _dispatch(self, event: Event) -> None:
+    def _dispatch_event(self, event: Event) -> None:
         kind = event.kind
         if kind == _ffi.EVENT_END:
             if (stream := self._stream(event.tag)) is not None:
@@ -598,39 +602,39 @@ class Connection(BaseConnection):
             if handler is None:
                 return  # Serving failed after all: the sender, dropped, ends its stream.
             self._senders[event.sender] = sender
-            task = self._loop.create_task(self._answer(*handler, Request(sender, event), sender))
+            task = self._loop.create_task(self._run_handler(*handler, Request(sender, event), sender))
             sender._task = task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-            task.add_done_callback(sender._on_done)
+            task.add_done_callback(sender._on_task_done)
         elif kind in (_ffi.EVENT_STOPPED, _ffi.EVENT_WRITABLE):
             known = self._senders.get(event.sender)
             if known is not None and kind == _ffi.EVENT_STOPPED:
                 known._on_stopped(event.status)
             elif known is not None:
-                known._changed.set()
+                known._state_changed.set()
         elif self._on_event is not None:
-            what = connection_event(event)
+            what = to_connection_event(event)
             if what is not None:
-                notify(self._on_event, what)
+                call_on_event(self._on_event, what)
 
     @staticmethod
-    async def _answer(handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
+    async def _run_handler(handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
         try:
             result = handler(request, sender)
             if isinstance(result, AsyncIterator):
                 await sender._send_each(result)
             elif isinstance(result, Awaitable):
-                check_result(await result)
+                check_handler_result(await result)
             else:
                 raise TypeError(f"the handler returned a {type(result).__name__}: define it with async def")
-            sender._returned()
+            sender._on_handler_returned()
         except Exception as failure:
-            sender._failed(failure, send_errors)
+            sender._on_handler_failed(failure, send_errors)
 
-    def _detach(self) -> None:
+    def _finish_close(self) -> None:
         """Takes the last events, and leaves the loop."""
-        while self._drain():
+        while self._dispatch_events():
             pass
         if self._queue is not None:
             if self._fd >= 0:
@@ -641,7 +645,7 @@ class Connection(BaseConnection):
             if (stream := self._stream(tag)) is not None:
                 stream._end(error(_ffi.CLOSED, "the connection was closed"))
         for sender in list(self._senders.values()):
-            sender._changed.set()
+            sender._state_changed.set()
         self._stopped.set()
 
 
@@ -677,7 +681,7 @@ class Watch:
 
     def __init__(self) -> None:
         self._queue = new_queue()
-        self._events = Events(BATCH)
+        self._events = EventBatch(BATCH)
         self._ready: deque[PresenceEvent] = deque()
         self._arrived = asyncio.Event()
         self._failure: PresenceError | None = None
@@ -701,7 +705,7 @@ class Watch:
             for event in self._events:
                 if event.kind == _ffi.EVENT_LOG:
                     self._failure = error(event.status, event.text)
-                elif (told := presence_event(event)) is not None:
+                elif (told := to_presence_event(event)) is not None:
                     self._ready.append(told)
             if not self._ready and self._failure is None:
                 self._arrived.clear()

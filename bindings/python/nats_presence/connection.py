@@ -14,11 +14,11 @@ from ctypes import c_void_p
 from typing import Any, Callable
 
 from . import _ffi
-from ._arguments import Option, Payload, integer, payload, seconds
-from ._blocks import Blocks
-from ._events import MEMORY, Event, Events, new_queue
-from ._ffi import NO_WAIT, SIZES, SMALL, lib, send_wait_now, stream_consumed
-from ._handlers import check_result, check_subject, check_sync
+from ._arguments import Option, Payload, check_integer, check_seconds, encode_payload
+from ._batches import MessageBatches
+from ._events import MEMORY, Event, EventBatch, new_queue
+from ._ffi import FAST_MAX_BYTES, SIZE_ARGUMENTS, ZERO_TIMEOUT, fast_send_wait, fast_stream_consumed, lib
+from ._handlers import check_handler_result, check_subject, check_sync_handler
 from ._reader import SLICE_MS, QueueReader
 from ._shared import (
     BaseConnection,
@@ -26,11 +26,11 @@ from ._shared import (
     ConnectionEvent,
     OnEvent,
     Request,
-    connection_event,
+    call_on_event,
     drain_ms,
     log,
-    notify,
     request_options,
+    to_connection_event,
 )
 from .errors import PresenceError, check, error
 
@@ -47,15 +47,15 @@ class Sender(BaseSender):
         # Not presence_sender_send: nobody waits for the event that follows its refusal.
         if (
             type(data) is bytes
-            and len(data) <= SMALL
-            and send_wait_now(self._parameter, data, SIZES[len(data)], NO_WAIT) == _ffi.OK
+            and len(data) <= FAST_MAX_BYTES
+            and fast_send_wait(self._handle_argument, data, SIZE_ARGUMENTS[len(data)], ZERO_TIMEOUT) == _ffi.OK
         ):
             return
-        raw = payload(data)
+        raw = encode_payload(data)
         status = _ffi.TIMEOUT
         while status == _ffi.TIMEOUT:
             status = lib.presence_sender_send_wait(self._handle, raw, len(raw), SLICE_MS)
-        self._check(status, len(raw))
+        self._check_sent(status, len(raw))
 
     def send_many(self, messages: Iterable[Payload]) -> None:
         """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
@@ -67,10 +67,10 @@ class Sender(BaseSender):
             for data in messages:
                 self.send(data)
             return
-        blocks = Blocks(messages)
-        while blocks:
-            if not blocks.send(self._parameter):
-                self.send(blocks.pop())  # Waits, or raises what is wrong.
+        batches = MessageBatches(messages)
+        while batches:
+            if not batches.send(self._handle_argument):
+                self.send(batches.pop())  # Waits, or raises what is wrong.
 
     def _send_each(self, messages: Iterator[Payload]) -> None:
         """What a handler yields. Its clean-up runs when no more can be sent."""
@@ -106,7 +106,7 @@ class Stream(QueueReader[bytes]):
     ) -> None:
         super().__init__()
         self._conn = conn
-        self._used: int | None = None
+        self._consumed: int | None = None
         self._ended = self._has_failed = False
         self._failure: PresenceError | None = None
         self._handle = c_void_p()
@@ -121,15 +121,15 @@ class Stream(QueueReader[bytes]):
             failure, self._failure = self._failure, None
             self._has_failed |= failure is not None
             raise failure or StopIteration
-        if self._used is not None:
-            stream_consumed(self._handle, self._used)
-            self._used = None
+        if self._consumed is not None:
+            fast_stream_consumed(self._handle, self._consumed)
+            self._consumed = None
 
-    def _read(self, events: Events) -> deque[bytes]:
-        fields = events.messages()
+    def _take_items(self, events: EventBatch) -> deque[bytes]:
+        fields = events.message_fields()
         messages = deque([MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA])
         if messages:
-            self._used = sum(map(len, messages))
+            self._consumed = sum(map(len, messages))
         for index in range(len(messages), len(fields)):  # No message follows an end.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
@@ -146,7 +146,7 @@ class Stream(QueueReader[bytes]):
         try:
             if self._ready:
                 return self.__next__()
-            return self._wait(None if timeout is None else time.monotonic() + seconds("timeout", timeout))
+            return self._wait(None if timeout is None else time.monotonic() + check_seconds("timeout", timeout))
         except StopIteration:
             if self._has_failed:
                 raise error(_ffi.CLOSED, "the stream has failed before") from None
@@ -172,7 +172,7 @@ class Stream(QueueReader[bytes]):
         self.cancel()
 
 
-class _Pool:
+class _ThreadPool:
     """Daemon threads that take turns waiting on one queue. Each event is taken in turn, and worked on out of it."""
 
     queue = 0
@@ -207,7 +207,7 @@ class _Pool:
         lib.presence_queue_wake(self.queue)
 
     def _run(self) -> None:
-        events = Events(1)
+        events = EventBatch(1)
         while True:
             with self._turn:
                 if self._freed:
@@ -230,28 +230,28 @@ class Connection(BaseConnection):
     In a child after fork() every method but close() raises Forked.
     """
 
-    _events: _Pool | None = None
+    _events: _ThreadPool | None = None
     _on_event: OnEvent | None = None
 
     def __init__(self, url: str, on_event: OnEvent | None, options: Mapping[str, Option]) -> None:
-        self._pools: list[_Pool] = []
+        self._pools: list[_ThreadPool] = []
         self._stopped = False
         try:
             super().__init__(url, options)
             if on_event is not None:
                 self._on_event, self._turn = on_event, threading.Lock()
-                self._events = _Pool(connection_event, self._notify, 1, "nats_presence events")
+                self._events = _ThreadPool(to_connection_event, self._call_on_event, 1, "nats_presence events")
                 self._watch(self._events.queue)
                 self._events.start()
         except BaseException:  # Of a signal's handler, or where no thread can be started.
             self._close_now(0)
             raise
 
-    def _notify(self, event: ConnectionEvent) -> None:
+    def _call_on_event(self, event: ConnectionEvent) -> None:
         """Calls on_event, if there is one. Not by two threads at once: services have events, too."""
         if self._on_event is not None:
             with self._turn:
-                notify(self._on_event, event)
+                call_on_event(self._on_event, event)
 
     def listen_offline(self) -> None:
         """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
@@ -283,14 +283,14 @@ class Connection(BaseConnection):
 
         def take(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
-                if (what := connection_event(event)) is not None:
-                    self._notify(what)
+                if (what := to_connection_event(event)) is not None:
+                    self._call_on_event(what)
                 return None
             sender = Sender(event.sender, event.client)
             return Request(sender, event), sender
 
         def decorate(handler: Handler) -> Handler:
-            check_sync(subject, handler)
+            check_sync_handler(subject, handler)
 
             def work(taken: tuple[Request, Sender]) -> None:
                 request, sender = taken
@@ -301,12 +301,12 @@ class Connection(BaseConnection):
                     if isinstance(result, Iterator):
                         sender._send_each(result)
                     else:
-                        check_result(result)
-                    sender._returned()
+                        check_handler_result(result)
+                    sender._on_handler_returned()
                 except BaseException as failure:
-                    sender._failed(failure, send_errors)
+                    sender._on_handler_failed(failure, send_errors)
 
-            pool = _Pool(take, work, integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
+            pool = _ThreadPool(take, work, check_integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
             try:
                 pool.start()  # Before there is a service: it may be impossible.
                 self._serve(pool.queue, subject, queue, max_streams or threads, 0)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 
 from . import _ffi
-from ._events import Events
+from ._events import EventBatch
 from ._ffi import lib
 from ._reader import QueueReader
-from ._shared import PresenceEvent, presence_event
+from ._shared import PresenceEvent, to_presence_event
 from .errors import PresenceError, check, error
 
 
@@ -32,12 +32,12 @@ class Watch(QueueReader[PresenceEvent]):
         if self._closed:
             raise StopIteration
 
-    def _read(self, events: Events) -> deque[PresenceEvent]:
+    def _take_items(self, events: EventBatch) -> deque[PresenceEvent]:
         ready: deque[PresenceEvent] = deque()
         for event in events:
             if event.kind == _ffi.EVENT_LOG:
                 self._failure = error(event.status, event.text)
-            elif (told := presence_event(event)) is not None:
+            elif (told := to_presence_event(event)) is not None:
                 ready.append(told)
         return ready
 

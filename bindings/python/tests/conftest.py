@@ -94,7 +94,7 @@ def until(condition: Callable[[], object]) -> None:
 
 def waits(reader: QueueReader[Any]) -> bool:
     """Whether a thread waits for the next of an iterator."""
-    return repr(reader._waiting).startswith("<locked")
+    return repr(reader._wait_lock).startswith("<locked")
 
 
 class Standstill:

@@ -726,7 +726,7 @@ def test_run_raises_why_what_was_decorated_is_not_served(server: Server, caplog:
             server.process.send_signal(signal.SIGSTOP)
             conn.service("decorated")(send_for_ever)
             server.process.send_signal(signal.SIGCONT)
-            await until(lambda: not conn._late)
+            await until(lambda: not conn._pending_services)
             assert list(conn._handlers)
             server.process.send_signal(signal.SIGSTOP)
             conn.service("decorated.too")(send_for_ever)

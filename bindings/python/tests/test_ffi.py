@@ -95,7 +95,7 @@ def test_structs() -> None:
 def test_numbers() -> None:
     found = re.findall(r"^\s*PRESENCE_(\w+) = (-?\d+),", header(), flags=re.MULTILINE)
     assert len(found) > 20
-    sizes = ("ERROR_MESSAGE", "SMALL")
+    sizes = ("ERROR_MESSAGE", "FAST_MAX_BYTES")
     ours = {n: v for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and n not in sizes}
     assert {name: int(value) for name, value in found} == ours
     defines = dict(re.findall(r"^#define PRESENCE_(\w+) (\d+)", HEADER.read_text(), flags=re.MULTILINE))
@@ -126,8 +126,8 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
-    assert _events.FIELDS.size == _events.MESSAGE.size == ctypes.sizeof(_ffi.Event)
-    events = _events.Events(3)
+    assert _events.EVENT_LAYOUT.size == _events.MESSAGE_LAYOUT.size == ctypes.sizeof(_ffi.Event)
+    events = _events.EventBatch(3)
     fields = [name for name, *_ in _ffi.Event._fields_ if name != "reserved"]
     numbers = list(range(1, len(fields) + 1))
     for field, number in zip(fields, numbers):
@@ -138,33 +138,33 @@ def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
     assert first == tuple(numbers)
     assert second == events[1] == (7, *[0] * (len(fields) - 1))
     read = [fields.index(name) + 1 for name in ("kind", "tag", "data", "data_len")]
-    assert events.messages() == [tuple(read), (7, 0, 0, 0)]
-    events.forget()
-    assert list(events) == events.messages() == []
+    assert events.message_fields() == [tuple(read), (7, 0, 0, 0)]
+    events.clear()
+    assert list(events) == events.message_fields() == []
     assert not any(events._bytes)
 
 
 def test_memory_is_copied() -> None:
     text = ctypes.create_string_buffer("a\0Ü".encode(), 16)
     address = ctypes.addressof(text)
-    taken = _events.copy(address, 4)
+    taken = _events.copy_bytes(address, 4)
     text[0] = b"b"
     assert taken == "a\0Ü".encode()
-    assert _events.decode(address, 4) == "b\0Ü"
-    assert _events.copy(0, 0) == _events.copy(1, 0) == b""
+    assert _events.decode_text(address, 4) == "b\0Ü"
+    assert _events.copy_bytes(0, 0) == _events.copy_bytes(1, 0) == b""
 
 
 def test_calls_without_argtypes_pass_what_the_header_says() -> None:
     """They are made of what ctypes converts by itself: the sizes of these are those of the parameters."""
     kinds = {"P": c_void_p, "q": ctypes.c_int64, "l": ctypes.c_int64, "L": c_size_t, "Q": c_size_t}
     calls = {
-        "presence_sender_send": (_ffi.send_now, ["P", None, "L"]),
-        "presence_sender_send_many": (_ffi.send_many_now, ["P", None, None, "L"]),
-        "presence_sender_send_wait": (_ffi.send_wait_now, ["P", None, "L", "l"]),
+        "presence_sender_send": (_ffi.fast_send, ["P", None, "L"]),
+        "presence_sender_send_many": (_ffi.fast_send_many, ["P", None, None, "L"]),
+        "presence_sender_send_wait": (_ffi.fast_send_wait, ["P", None, "L", "l"]),
     }
-    assert f"{_ffi.handle_parameter(16)!r}".startswith("<cparam 'P'")
-    assert {f"{size!r}"[9] for size in _ffi.SIZES} == {"L"}
-    assert f"{_ffi.NO_WAIT!r}"[9] == "l"
+    assert f"{_ffi.handle_argument(16)!r}".startswith("<cparam 'P'")
+    assert {f"{size!r}"[9] for size in _ffi.SIZE_ARGUMENTS} == {"L"}
+    assert f"{_ffi.ZERO_TIMEOUT!r}"[9] == "l"
     for name, (function, given) in calls.items():
         returns, takes = _ffi.FUNCTIONS[name]
         assert function.restype is returns
@@ -207,9 +207,9 @@ def test_the_order_of_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_PRESENCE_LIBRARY", raising=False)
     beside = str(PACKAGE / "nats_presence" / _ffi.SONAME)
     prefix = str(Path(sys.prefix, "lib", _ffi.SONAME))
-    assert _ffi._candidates() == [beside, _ffi.SONAME, prefix, "/usr/local/lib/" + _ffi.SONAME]
+    assert _ffi._library_paths() == [beside, _ffi.SONAME, prefix, "/usr/local/lib/" + _ffi.SONAME]
     monkeypatch.setenv("NATS_PRESENCE_LIBRARY", "/mine.so")
-    assert _ffi._candidates() == ["/mine.so"]
+    assert _ffi._library_paths() == ["/mine.so"]
 
 
 def test_a_library_beside_the_package_is_found_first(tmp_path: Path) -> None:

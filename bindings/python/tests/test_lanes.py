@@ -202,10 +202,10 @@ def test_who_waits_for_room_can_be_cancelled_or_ended_and_the_loop_goes_on(url: 
                 await sender.send(mark * 1000)
 
         def waits(task: asyncio.Task[None]) -> bool:
-            return bool(sender._changed._waiters) and not task.done()
+            return bool(sender._state_changed._waiters) and not task.done()
 
         one, two = (asyncio.create_task(send(mark)) for mark in (b"1", b"2"))
-        await until_aio(lambda: len(sender._changed._waiters) == 2)
+        await until_aio(lambda: len(sender._state_changed._waiters) == 2)
         sent = sender.send_count
         one.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -404,7 +404,7 @@ def test_in_asyncio_a_full_buffer_waits_for_the_connection(server: Server) -> No
             server.stop()
             await asyncio.wait_for(gone.wait(), LIMIT)
             go.set()
-            await until_aio(lambda: senders["tab"]._changed._waiters)
+            await until_aio(lambda: senders["tab"]._state_changed._waiters)
             assert 1 < senders["tab"].send_count < len(messages)
             await asyncio.to_thread(server.start)
             assert await received(stream) == messages

@@ -320,7 +320,7 @@ assert next(stream) == next(read_by_a_thread) == b"begun"
 read = []
 reader = threading.Thread(target=lambda: read.extend(read_by_a_thread))
 reader.start()
-while not repr(read_by_a_thread._waiting).startswith("<locked"):
+while not repr(read_by_a_thread._wait_lock).startswith("<locked"):
     time.sleep(0.01)
 session = nats_presence.session("tab")
 
@@ -450,15 +450,15 @@ def test_a_close_leaves_what_a_thread_still_reads(conn: Connection, url: str) ->
     process = run_python(
         SETUP
         + """
-from nats_presence._events import Events
-taken, closed, seen, wait = threading.Event(), threading.Event(), [], Events.wait
+from nats_presence._events import EventBatch
+taken, closed, seen, wait = threading.Event(), threading.Event(), [], EventBatch.wait
 def slowly(events, queue, timeout):
     count = wait(events, queue, timeout)
     if count > 0:
         taken.set()
         closed.wait()
     return count
-Events.wait = slowly
+EventBatch.wait = slowly
 conn = nats_presence.connect(url)
 init = nats_presence.Request.__init__
 def copy(request, *arguments):

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from ._arguments import Payload, payload
-from ._ffi import SIZES, send_many_now
+from ._arguments import Payload, encode_payload
+from ._ffi import SIZE_ARGUMENTS, fast_send_many
 
 MESSAGES = 1024
 BYTES = 1 << 18
 
 
-class Blocks:
+class MessageBatches:
     """Messages to be sent; true as long as there are any."""
 
     def __init__(self, messages: Sequence[Payload]) -> None:
         """Raises Invalid."""
         own: list[Any] = list(messages)  # While some are sent the caller's may change.
-        self._messages: list[bytes] = own if set(map(type, own)) <= {bytes} else list(map(payload, own))
+        self._messages: list[bytes] = own if set(map(type, own)) <= {bytes} else list(map(encode_payload, own))
         self._ends = [0, *accumulate(map(len, self._messages))]
         self._at = 0
 
@@ -33,7 +33,7 @@ class Blocks:
         last = bisect_right(self._ends, self._ends[self._at] + BYTES) - 1
         block = self._messages[self._at : max(self._at + 1, min(last, self._at + MESSAGES))]
         lengths = array("L", map(len, block)).tobytes()  # Of size_t.
-        sent: int = send_many_now(sender, b"".join(block), lengths, SIZES[len(block)])
+        sent: int = fast_send_many(sender, b"".join(block), lengths, SIZE_ARGUMENTS[len(block)])
         self._at += max(sent, 0)
         return sent > 0
 
