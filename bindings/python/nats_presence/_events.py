@@ -1,4 +1,4 @@
-"""Events as they leave a queue of the library. They are read as a whole: ctypes, field by field, costs a multiple."""
+"""Reads events from a queue of the C library, a batch at a time: ctypes takes several times as long, field by field."""
 
 from __future__ import annotations
 
@@ -13,24 +13,31 @@ from ._ffi import lib
 from .errors import check
 
 EVENT_LAYOUT = Struct("iiQPPPNPNPN16x")
-"""A presence_event."""
+"""The fields of a presence_event."""
 
 MESSAGE_LAYOUT = Struct("i4xQ48xPN16x")
-"""What of it is read of each: kind, tag, and address and size of the data."""
+"""The fields of a presence_event that a message needs: kind, tag, and the address and size of the data."""
 
 MEMORY: Any = (c_char * sys.maxsize).from_address(0)
-"""All there is; a slice is a copy of it, as string_at's, but at a third of its price."""
+"""The whole address space. A slice copies bytes, as ctypes.string_at does, in a third of the time."""
 
 
 def new_queue() -> int:
-    """A presence_queue."""
+    """Makes a presence_queue."""
     queue = c_void_p()
     check(lib.presence_queue_new(byref(queue)), "making a queue")
     return queue.value or 0
 
 
+def queue_fd(queue: int) -> int:
+    """Returns the queue's file descriptor, which is readable while events wait. The queue owns it."""
+    fd: int = lib.presence_queue_fd(queue)
+    check(min(fd, 0), "getting the queue's file descriptor")
+    return fd
+
+
 class Event(NamedTuple):
-    """A presence_event, for those that are not read by the thousand. Valid until the next wait."""
+    """A presence_event. Its addresses are valid until the next wait or poll of the batch."""
 
     kind: int
     status: int
@@ -62,41 +69,42 @@ class Event(NamedTuple):
 
 
 def copy_bytes(address: int, size: int) -> bytes:
-    """Bytes in the library's memory."""
+    """Copies bytes from the library's memory."""
     data: bytes = MEMORY[address : address + size]
     return data
 
 
 def decode_text(address: int, size: int) -> str:
-    """Text in the library's memory."""
+    """Decodes UTF-8 in the library's memory."""
     return copy_bytes(address, size).decode(errors="replace")
 
 
 class EventBatch:
-    """What one wait takes; valid until the next. Kind 0 is none."""
+    """The events that one wait or poll took. They are valid until the next one. An event of kind 0 is empty."""
 
     def __init__(self, capacity: int) -> None:
         self.count = 0
-        """How many there are, at most; or the negative status that the wait returned."""
+        """The number of events or, during a wait, an upper bound; the status if the wait failed (negative)."""
         self._capacity = capacity
         self._array = (_ffi.Event * capacity)()
         self._bytes = memoryview(self._array).cast("B")
 
     def wait(self, queue: int, timeout_ms: int) -> int:
-        """As presence_queue_wait, after clear()."""
-        # Where a signal's handler raises, as a rule when the wait returns, its result is lost, but not what it took.
+        """Calls presence_queue_wait. Call clear() before."""
+        # A signal handler that raises usually does so when the wait returns. Then the return value is lost; the events
+        # are in the array, and the upper bound makes the caller look at all of it.
         self.count = self._capacity
         self.count = lib.presence_queue_wait(queue, self._array, self._capacity, timeout_ms)
         return self.count
 
     def poll(self, queue: int) -> int:
-        """As wait, without waiting."""
+        """Takes the events that are there, without waiting."""
         self.clear()
         self.count = _ffi.fast_queue_wait(queue, self._array, self._capacity, 0)
         return self.count
 
     def message_fields(self) -> list[tuple[Any, ...]]:
-        """MESSAGE_LAYOUT's fields of each."""
+        """Returns the fields of MESSAGE_LAYOUT of each event."""
         return list(MESSAGE_LAYOUT.iter_unpack(self._bytes[: self.count * EVENT_LAYOUT.size])) if self.count > 0 else []
 
     def __getitem__(self, index: int) -> Event:
@@ -106,7 +114,7 @@ class EventBatch:
         return map(self.__getitem__, range(self.count))
 
     def clear(self) -> None:
-        """Has no kind be other than 0 but of what the next wait takes."""
+        """Empties all events, so that those the next wait does not fill have kind 0."""
         size = max(self.count, 0) * EVENT_LAYOUT.size
         self._bytes[:size] = bytes(size)
         self.count = 0

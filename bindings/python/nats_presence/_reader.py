@@ -1,4 +1,4 @@
-"""For threads: an iterator over what comes on a queue of its own. Nothing runs in between."""
+"""For threads: an iterator over the events of a queue of its own. No other thread is involved."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from .errors import Busy, Timeout, check
 
 T = TypeVar("T")
 
-# Python handles signals (KeyboardInterrupt) between two waits only.
+# Python handles signals (KeyboardInterrupt) only between two waits.
 SLICE_MS = 100
 BATCH = 256
 
 
 def slice_ms(until: float | None) -> int:
-    """How long one wait may take, rounded up: at most SLICE_MS."""
+    """Returns the milliseconds that one wait may take, rounded up and at most SLICE_MS."""
     return SLICE_MS if until is None else max(0, min(SLICE_MS, math.ceil((until - time.monotonic()) * 1000)))
 
 
 class QueueReader(Generic[T]):
-    """One thread at a time may wait.
+    """The iterator. One thread at a time may wait for an item.
 
-    A signal's handler may raise anywhere. So what a wait took is made ready in one step, which can be done again from
-    its beginning; only the item that is being handed over can be lost.
+    A signal handler may raise anywhere. So the events that a wait took are converted to items in one step, which can be
+    repeated from its start. Only the item that is just being returned can be lost.
 
-    An exception's traceback keeps the variables of the frames it passed. Ours are emptied before an exception leaves
-    them: a stream that has no other reference is freed at once, however long the caller keeps the exception.
+    An exception's traceback keeps the local variables of the frames it passed. The frames of this class drop theirs
+    before an exception leaves them: a stream without other references is freed at once, however long the caller keeps
+    the exception.
     """
 
     _queue: int | None = None
@@ -44,16 +45,16 @@ class QueueReader(Generic[T]):
         self._events = EventBatch(BATCH)
         self._ready: deque[T] = deque()
         self._has_pending_events = False
-        """Whether a wait may have taken what is not ready yet."""
-        # Its thread can take it again: it has kept it if a signal's handler raised just as it was taken.
+        """Whether `_events` may hold events that are not converted to items yet."""
+        # Reentrant: if a signal handler raises just as the thread acquires it, the thread has it for good.
         self._wait_lock = threading.RLock()
 
     def __del__(self) -> None:
-        # Only here: until now a thread could be waiting, or reading what the queue gave.
+        # Not before: a thread could be waiting, or reading events of the queue.
         lib.presence_queue_free(self._queue)
 
     def __iter__(self) -> Iterator[T]:
-        # For a loop: to resume a generator costs half of a call of __next__.
+        # A generator for loops: to resume it costs half as much as a call of __next__.
         try:
             while True:
                 try:
@@ -80,7 +81,7 @@ class QueueReader(Generic[T]):
             del self
 
     def _wait(self, until: float | None = None) -> T:
-        """The next item, or StopIteration. `until`: when to raise Timeout, in the clock of time.monotonic()."""
+        """Returns the next item, or raises StopIteration. Raises Timeout at `until`, a time of time.monotonic()."""
         try:
             if not self._wait_lock.acquire(blocking=False):
                 self._raise_busy()
@@ -93,8 +94,8 @@ class QueueReader(Generic[T]):
                         check(min(self._events.wait(self._queue or 0, slice_ms(until)), 0), type(self).__name__.lower())
                     self._ready, self._has_pending_events = self._take_items(self._events), False
                     if not self._ready and until is not None and time.monotonic() >= until:
-                        self._before_wait()  # The end may have come at last.
-                        raise Timeout("no message came in time; the stream goes on")
+                        self._before_wait()  # The last events may have been the end.
+                        raise Timeout("no message arrived within the timeout; the stream goes on")
                 return self._ready.popleft()
             finally:
                 self._wait_lock.release()
@@ -105,15 +106,15 @@ class QueueReader(Generic[T]):
             del self
 
     def _raise_busy(self) -> NoReturn:
-        # Without room for an event it only looks whether this is a child.
+        # With no space for events, the wait only checks whether this process is a forked child.
         if lib.presence_queue_wait(self._queue, None, 0, 0) == _ffi.FORKED:
             check(_ffi.FORKED, type(self).__name__.lower())
-        raise Busy("another thread waits for the next of this iterator")
+        raise Busy("another thread is waiting for the next item of this iterator")
 
     def _before_wait(self) -> None:
-        """All that was ready is read. Raises what the iterator ends with, if it has ended."""
+        """Called when all items have been read. Raises StopIteration or the failure if the iterator has ended."""
         raise NotImplementedError
 
     def _take_items(self, events: EventBatch) -> deque[T]:
-        """What they give. Twice is the same as once."""
+        """Converts events to items. A second call with the same events has the same result."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What the sync and the asyncio side share: the connection's handle, requests, and the worker's end of a stream."""
+"""What the threaded and the asyncio side have in common: connections, requests, senders, and the end of streams."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import atexit
 import logging
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from ctypes import byref, c_size_t, c_uint32, c_void_p
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, NoReturn
 
 from . import _ffi
 from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
-from ._events import Event, decode_text
+from ._events import Event, EventBatch, decode_text
 from ._ffi import lib
-from .errors import Closed, Invalid, PresenceError, TooLarge, check, check_error
+from .errors import Closed, Invalid, PresenceError, TooLarge, check, check_error, error
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
@@ -22,21 +23,21 @@ log = logging.getLogger("nats_presence")
 EXIT_DRAIN_MS = 1000
 
 HANDLER_FAILED = "the handler failed"
-"""What the reader gets to know of an exception, whose own text may have a secret in it."""
+"""What the reader is sent in place of the text of an exception, which may contain secrets."""
 
 
 class ConnectionEvent(NamedTuple):
-    """What became of a connection."""
+    """A change in the state of a connection, or a log message of it."""
 
     kind: str
     """"connected", "disconnected" or "log"."""
     status: int
-    """0, or the `status` of the exception that would say the same; `Closed.status`: no attempt to reconnect follows."""
+    """0, or the `status` of the corresponding exception; `Closed.status` if it will not reconnect."""
     text: str
-    """For people."""
+    """A description."""
     subject: str = ""
-    """That of a service whose subscription nats-server refuses or has taken back ("disconnected"), or accepts again
-    ("connected"). Empty for events of the connection itself."""
+    """The subject of a service whose subscription nats-server refuses or takes back ("disconnected"), or accepts again
+    ("connected"). Empty if the event concerns the connection."""
 
 
 _EVENT_KINDS = {
@@ -53,18 +54,23 @@ class PresenceEvent(NamedTuple):
     online: bool
 
 
-def to_presence_event(event: Event) -> PresenceEvent | None:
-    """An event of a watch as Python sees it; None for others."""
-    if event.kind not in (_ffi.EVENT_ONLINE, _ffi.EVENT_OFFLINE):
-        return None
-    return PresenceEvent(event.client, event.kind == _ffi.EVENT_ONLINE)
+def to_presence_events(events: EventBatch) -> tuple[deque[PresenceEvent], PresenceError | None]:
+    """Converts the events of a watch. Returns also the error to raise after them, if later events were dropped."""
+    converted: deque[PresenceEvent] = deque()
+    failure = None
+    for event in events:
+        if event.kind in (_ffi.EVENT_ONLINE, _ffi.EVENT_OFFLINE):
+            converted.append(PresenceEvent(event.client, event.kind == _ffi.EVENT_ONLINE))
+        elif event.kind == _ffi.EVENT_LOG:
+            failure = error(event.status, event.text)
+    return converted, failure
 
 
 OnEvent = Callable[[ConnectionEvent], object]
 
 
 def call_on_event(on_event: OnEvent, event: ConnectionEvent) -> None:
-    """Calls it; what it raises is logged, for nobody else could."""
+    """Calls a user's on_event. Logs what it raises, because there is no caller to raise it to."""
     try:
         on_event(event)
     except Exception:
@@ -72,7 +78,7 @@ def call_on_event(on_event: OnEvent, event: ConnectionEvent) -> None:
 
 
 def to_connection_event(event: Event) -> ConnectionEvent | None:
-    """An event of a connection as Python sees it; None for others."""
+    """Converts an event of a connection. Returns None for other kinds of events."""
     kind = _EVENT_KINDS.get(event.kind)
     return None if kind is None else ConnectionEvent(kind, event.status, event.text, event.subject)
 
@@ -80,8 +86,8 @@ def to_connection_event(event: Event) -> ConnectionEvent | None:
 class BaseSender:
     """The worker's end of one stream.
 
-    The library's sender is freed with this object, when nobody can be using it any longer: whatever a thread does with
-    it, at whatever time, is safe. A sender that is dropped without having been ended ends its stream with an error.
+    The library's sender is freed with this object, when no other thread can be using it: every method is safe to call
+    at any time. If the last reference is dropped before the stream has ended, the stream ends with an error.
     """
 
     _handle: int | None = None
@@ -92,49 +98,49 @@ class BaseSender:
         self._status_word = c_uint32.from_address(lib.presence_sender_status_word(handle))
         self._detached = False
         self.client_id = client_id
-        """The client's id; "" for an anonymous one."""
+        """The client's id; "" if the request had none."""
 
     def __del__(self) -> None:
         lib.presence_sender_free(self._handle)
 
     @property
     def status(self) -> int:
-        """0 while it may send; then, for ever, the `status` of the exception that says why not.
+        """0 while the sender may send; afterwards, for good, the `status` of the exception that says why it may not.
 
-        This is one load from memory: ask as often as you like, from any thread.
+        Reading it costs one load from memory. It may be read as often as you like, from any thread.
         """
         word = self._status_word.value
         return word - 2**32 if word else 0
 
     @property
     def closed(self) -> bool:
-        """Whether it may send no more: it has ended, the client has left, or nobody can be reached. As status."""
+        """Whether the sender may not send any more: its stream has ended or was stopped. As cheap as `status`."""
         return self._status_word.value != 0
 
     @property
     def send_count(self) -> int:
-        """How many messages were sent so far."""
+        """The number of messages sent so far."""
         return int(lib.presence_sender_send_count(self._handle))
 
     @property
     def max_message(self) -> int:
-        """How large a message may be, in bytes: the max_payload of the present nats-server, less 64."""
+        """The maximum size of a message in bytes: the present nats-server's max_payload less 64."""
         return int(lib.presence_sender_max_message(self._handle))
 
     def end(self) -> None:
-        """Ends the stream; once more is fine.
+        """Ends the stream. A second call has no effect.
 
-        Raises why it was stopped, if it was: Offline, Cancelled, PeerGone, Disconnected, Closed.
+        If the stream was stopped before, raises the reason: Offline, Cancelled, PeerGone, Disconnected or Closed.
         """
         self._check_end(lib.presence_sender_end(self._handle))
 
     def error(self, message: str) -> None:
-        """Ends the stream with an error, whose text the reader gets. Raises as end(), and Closed when it has ended."""
+        """Ends the stream with an error. The reader gets `message`. Raises as end(), and Closed after an end."""
         raw = encode_payload(message)
         self._check_end(lib.presence_sender_error(self._handle, raw, len(raw)))
 
     def detach(self) -> None:
-        """Keeps the stream open when the handler returns. Whoever still has the sender then ends it."""
+        """Keeps the stream open after the handler returns. You then have to keep the sender, and to call end()."""
         self._detached = True
 
     def _check_end(self, status: int) -> None:
@@ -142,17 +148,16 @@ class BaseSender:
 
     def _check_sent(self, status: int, size: int) -> None:
         if status == _ffi.TOO_LARGE:
-            raise TooLarge(f"message of {size} bytes is too large: the limit is {self.max_message}")
+            raise TooLarge(f"the message has {size} bytes; the limit is {self.max_message}")
         if status:
             check(status, f"sending {size} bytes to client {self.client_id!r}")
 
     def _on_handler_returned(self) -> None:
-        """The handler returned."""
         if not self._detached:
             self.end()
 
     def _on_handler_failed(self, failure: BaseException, send_errors: bool) -> None:
-        """The handler raised: that is the stream's error, unless it only tells that the stream has ended."""
+        """Ends the stream with the exception that the handler raised, unless that is why the stream has ended."""
         if isinstance(failure, PresenceError) and failure.status == self.status:
             return
         log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
@@ -174,37 +179,64 @@ class Request:
     def __init__(self, sender: BaseSender, event: Event) -> None:
         self._sender = sender
         self.client_id = sender.client_id
-        """The client's id; "" for an anonymous one."""
+        """The client's id; "" if the request has none."""
         self.subject = event.subject
-        """The subject it came on."""
+        """The subject on which the request arrived."""
         self.data = event.data
-        """Its payload."""
+        """The payload of the request."""
 
     def header(self, name: str) -> str | None:
-        """A header of the request, by its name as it was sent; None when there is none. Raises Invalid."""
+        """Returns a header of the request, or None if there is none of exactly this name. Raises Invalid."""
         value, size = c_void_p(), c_size_t()
-        status = lib.presence_sender_header(
-            self._sender._handle, encode_text("header", name), byref(value), byref(size)
-        )
+        handle = self._sender._handle
+        status = lib.presence_sender_header(handle, encode_text("header", name), byref(value), byref(size))
         check(status, f"header {name!r}")
         return None if value.value is None else decode_text(value.value, size.value)
 
 
+class BaseStream:
+    """How a stream ends for its reader."""
+
+    _handle: c_void_p | None = None
+    _ended = False
+    _failure: PresenceError | None = None
+    """The error with which the stream has ended, until it is raised."""
+    _has_raised = False
+    """Whether the failure was raised."""
+
+    def cancel(self) -> None:
+        """Cancels the stream: its reader gets Cancelled. For its worker, see "Leaving a stream" in the README.
+
+        It has no effect on a stream that has ended.
+        """
+        lib.presence_stream_cancel(self._handle)
+
+    def _raise_end(self, stop: type[Exception]) -> NoReturn:
+        """Raises the failure of a stream that has ended; after that, and if there is none, `stop`."""
+        failure, self._failure = self._failure, None
+        self._has_raised |= failure is not None
+        raise failure or stop
+
+    def _check_not_failed(self) -> None:
+        """Raises Closed if the stream's failure was raised before: what ended with an error must not look complete."""
+        if self._has_raised:
+            raise error(_ffi.CLOSED, "the stream has already failed")
+
+
 class BaseConnection:
-    """A connection to nats-server, kept up until it is closed."""
+    """A connection to nats-server. The library keeps it up until it is closed."""
 
     _handle: c_void_p | None = None
     _closing = False
 
     def __init__(self, url: str, options: Mapping[str, Option]) -> None:
-        """Connects, waiting until the server is reached or cannot be."""
-        # The object has each handle before the call that makes it: a signal's handler may raise when that returns.
+        """Connects. Blocks until the server is reached or the attempt fails."""
+        # The object has each handle before the call that fills it: a signal handler may raise when that returns.
         self._handle, details = c_void_p(), _ffi.Error()
         self._services: list[c_void_p] = []
         with new_config(options) as settings:
-            check_error(
-                lib.presence_connect(encode_text("url", url), settings, byref(self._handle), byref(details)), details
-            )
+            status = lib.presence_connect(encode_text("url", url), settings, byref(self._handle), byref(details))
+            check_error(status, details)
         _open_connections.add(self)
 
     def __del__(self) -> None:
@@ -213,13 +245,13 @@ class BaseConnection:
             self._close_now(0)
 
     def stats(self) -> dict[str, int]:
-        """What the connection has done and has in hand: the fields of presence_stats in the C header. Raises Closed."""
+        """Returns the counters of the connection: the fields of presence_stats in the C header. Raises Closed."""
         stats = _ffi.Stats()
         check(lib.presence_conn_stats(self._handle, byref(stats)), "connection")
         return {name: getattr(stats, name) for name, *_ in _ffi.Stats._fields_ if name != "reserved"}
 
     def _is_closed(self) -> bool:
-        """Whether it was closed. Raises Forked."""
+        """Returns whether the connection is closed. Raises Forked."""
         try:
             self.stats()
         except Closed:
@@ -227,15 +259,15 @@ class BaseConnection:
         return False
 
     def _is_forked(self) -> bool:
-        """Whether this is a child of the process that made it: there is nothing to be closed here."""
+        """Returns whether the connection belongs to a parent process, so that there is nothing to close here."""
         return bool(lib.presence_conn_stats(self._handle, byref(_ffi.Stats())) == _ffi.FORKED)
 
     def _log_failed_close(self, failure: PresenceError) -> None:
-        """The block's work is done, and the connection is closed: an exception would only hide what it was."""
+        """Logs a failure at the end of a `with` block: an exception would hide how the block itself ended."""
         log.warning("closing the connection: nats-server may not have all that was sent: %s", failure)
 
     def _listen_offline(self) -> None:
-        check(lib.presence_listen_offline(self._handle), "listening to offline announcements")
+        check(lib.presence_listen_offline(self._handle), "subscribing to offline announcements")
 
     def _watch(self, queue: int) -> None:
         check(lib.presence_conn_watch(self._handle, queue, 0), "watching the connection")
@@ -275,7 +307,7 @@ class BaseConnection:
         options: dict[str, Option],
         tag: int,
     ) -> None:
-        """Makes the stream."""
+        """Requests a stream, and stores its handle in `stream`."""
         details = _ffi.Error()
         raw, client = encode_payload(data), encode_id(client_id)
         with new_config(options) as settings:
@@ -291,12 +323,12 @@ class BaseConnection:
             lib.presence_service_stop(service)
 
     def _close_now(self, drain_ms: int) -> int:
-        """Closes the library's connection and frees what it served; the status tells whether the server has all."""
+        """Closes the library's connection and frees its services. Returns the status of presence_close."""
         _open_connections.discard(self)
         self._closing = True
         try:
             return int(lib.presence_close(self._handle, drain_ms))
-        finally:  # Where a signal's handler raises, too.
+        finally:  # Also if a signal handler raises.
             for service in self._services:
                 lib.presence_service_free(service)
 
@@ -304,9 +336,9 @@ class BaseConnection:
 def request_options(
     timeout: float | None, headers: Mapping[str, Option] | None, options: Mapping[str, Option]
 ) -> dict[str, Option]:
-    """The options of presence_request, with credit as the reader reads."""
+    """Returns the options of presence_request. The binding returns credit as the stream is read (manual_credit)."""
     if "manual_credit" in options:
-        raise Invalid("option manual_credit: is always true here, for a reader gives credit as it reads")
+        raise Invalid("option manual_credit: cannot be set here, because reading a stream returns its credit")
     named: dict[str, Option] = {f"header.{name}": value for name, value in (headers or {}).items()}
     if timeout is not None:
         named["timeout_ms"] = max(1, to_milliseconds("timeout", timeout))
@@ -314,7 +346,7 @@ def request_options(
 
 
 def drain_ms(drain: float | None) -> int:
-    """The time that closing may take; None is without limit."""
+    """Converts the `drain` argument of close() to milliseconds. None is unlimited (-1)."""
     return -1 if drain is None else to_milliseconds("drain", drain)
 
 

@@ -1,33 +1,34 @@
-"""The asyncio side: one queue for each connection, whose file descriptor the event loop watches.
+"""The API for asyncio. Each connection has one queue, whose file descriptor the event loop watches.
 
-Everything here belongs to the thread of the loop in which connect() was entered. Only marks, sessions and what only
-reads a sender (status, closed, send_count) may be used from other threads.
+An object belongs to the event loop in which it was made, and may be used in that loop only. Only marks, sessions, and
+the properties of a sender (status, closed, send_count) may be used from other threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from ctypes import c_void_p
 from functools import partial
-from typing import Callable, TypeVar, Union
+from typing import Callable, Union
 
 from . import _ffi
 from ._arguments import Option, Payload, check_seconds, encode_payload
 from ._batches import MessageBatches
-from ._events import MEMORY, Event, EventBatch, new_queue
+from ._events import MEMORY, Event, EventBatch, new_queue, queue_fd
 from ._ffi import FAST_MAX_BYTES, SIZE_ARGUMENTS, fast_send, fast_stream_consumed, lib
 from ._handlers import check_async_handler, check_handler_result, check_subject
+from ._loop import OwnerLoop, run_in_thread, start_in_thread, wrap_future
 from ._shared import (
     BaseConnection,
     BaseSender,
+    BaseStream,
     OnEvent,
     PresenceEvent,
     Request,
@@ -36,18 +37,16 @@ from ._shared import (
     log,
     request_options,
     to_connection_event,
-    to_presence_event,
+    to_presence_events,
 )
 from .errors import Busy, PresenceError, Timeout, check, error, status_text
-
-T = TypeVar("T")
 
 BATCH = 1024
 SENDS_PER_YIELD = 256
 MAX_WINDOW = 4 << 20
 DEFAULT_WINDOW = 256 << 10
 DECORATOR_WAIT = 0.1
-"""Seconds that a decorator may stop the loop for; an answer of the server takes a few milliseconds, as a rule."""
+"""Seconds for which the decorator service() may block the loop. nats-server usually answers within milliseconds."""
 
 
 class Sender(BaseSender):
@@ -61,17 +60,17 @@ class Sender(BaseSender):
         self._task: asyncio.Task[None] | None = None
 
     async def send(self, data: Payload) -> None:
-        """Sends one message; text as UTF-8. Waits while there is no room: the reader, or nats-server, is behind.
+        """Sends one message; a str as UTF-8. Waits while its reader or nats-server is too slow to take more.
 
-        Yields to the loop now and then.
-        Raises Offline as soon as the client has left, and Cancelled (the reader left the stream), PeerGone, Closed or
-        Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
-        Cancelled while it waits, it has not sent.
+        Also yields to the event loop from time to time.
+        Raises Offline once the client has left; Cancelled (the reader cancelled the stream), PeerGone, Closed or
+        Disconnected if the stream has ended otherwise. After TooLarge, Reserved and Invalid the stream goes on.
+        If the task is cancelled while it waits here, the message was not sent.
         """
         self._sends_since_yield += 1
         if self._sends_since_yield == SENDS_PER_YIELD:
             self._sends_since_yield = 0
-            await asyncio.sleep(0)  # Before it has sent, which a cancelled one has not.
+            await asyncio.sleep(0)  # Before the send: a task that is cancelled here has not sent.
         if (
             type(data) is not bytes
             or len(data) > FAST_MAX_BYTES
@@ -80,10 +79,10 @@ class Sender(BaseSender):
             await self._send(encode_payload(data))
 
     async def send_many(self, messages: Iterable[Payload]) -> None:
-        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
+        """Sends messages in order, up to the first that fails. `send_count` has the number of those that were sent.
 
-        A list or tuple is looked through before (Invalid), and costs a fraction of as many calls of send; of what else
-        can be iterated over each message is sent as it comes.
+        A list or tuple is checked first (Invalid), and costs a fraction of the same number of calls of send(). From any
+        other iterable, each message is sent as soon as the iterable yields it.
         """
         if not isinstance(messages, (list, tuple)):
             for data in messages:
@@ -92,11 +91,11 @@ class Sender(BaseSender):
         batches = MessageBatches(messages)
         while batches:
             if not batches.send(self._handle_argument):
-                await self._send(batches.pop())  # Waits, or raises what is wrong.
+                await self._send(batches.pop())  # Waits until it is writable, or raises the reason.
             await asyncio.sleep(0)
 
     async def _send_each(self, messages: AsyncIterator[Payload]) -> None:
-        """What a handler yields. Its clean-up runs when no more can be sent."""
+        """Sends what a handler yields. If a message cannot be sent, closes the generator, so that its clean-up runs."""
         try:
             async for data in messages:
                 await self.send(data)
@@ -107,7 +106,7 @@ class Sender(BaseSender):
     async def _send(self, raw: bytes) -> None:
         while (status := lib.presence_sender_send(self._handle, raw, len(raw))) == _ffi.FULL:
             self._conn._check_loop()
-            # What changes is told by events, which this thread takes from the queue: none is missed in between.
+            # This thread also dispatches the events that set it, so none of them is lost between the two lines.
             self._state_changed.clear()
             await self._state_changed.wait()
         self._check_sent(status, len(raw))
@@ -129,32 +128,31 @@ Handler = Callable[[Request, Sender], Union[Awaitable[object], AsyncIterator[Pay
 Sink = Callable[[bytes], None]
 
 
-class Stream:
+class Stream(BaseStream):
     """The messages of one stream, as an asynchronous iterator of bytes.
 
-    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Busy (the
-    worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed,
-    Cancelled.
-    A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
-    Leaving the `async with`, aclose(), or dropping it, cancels it. So does cancelling the task that waits for a
-    message: to go on after a timeout use next(), not asyncio.wait_for(). One task at a time may wait: Busy.
+    The iterator ends when the worker ends the stream. Otherwise it raises Remote (the worker sent an error),
+    NoResponders, Busy (the worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow),
+    Disconnected, Closed or Cancelled.
+    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with Full.
+    Leaving the `async with` block, aclose(), and dropping the last reference cancel the stream. So does cancelling the
+    task that waits for a message: to go on after a timeout use next(), not asyncio.wait_for(). One task at a time may
+    wait for a message; another one gets Busy.
     """
-
-    _handle: c_void_p | None = None
 
     def __init__(self, conn: Connection, tag: int) -> None:
         self._conn = conn
         self._tag = tag
         self._messages: deque[bytes] = deque()
         self._consumed = 0
+        """Bytes that were read since credit was last returned."""
         self._credit_threshold = 0
+        """How many such bytes are returned at once."""
         self._returns_credit_on_wait = False
         self._arrived = asyncio.Event()
         self._is_waiting = False
         self._reader_tags: set[int] | None = None
-        """The tags of the streams that are read by the task that read the first message, or waited for one later."""
-        self._ended = self._has_failed = False
-        self._failure: PresenceError | None = None
+        """The tags of all streams of the task that reads this one: that read its first message, or last waited."""
 
     def __del__(self) -> None:
         self._conn._streams.pop(self._tag, None)
@@ -170,11 +168,9 @@ class Stream:
             self._set_reader()
         while not self._messages:
             if self._is_waiting:
-                raise Busy("another task waits for the next message of this stream")
+                raise Busy("another task is waiting for the next message of this stream")
             if self._ended:
-                failure, self._failure = self._failure, None
-                self._has_failed |= failure is not None
-                raise failure or StopAsyncIteration
+                self._raise_end(StopAsyncIteration)
             await self._wait()
         data = self._messages.popleft()
         self._consumed += len(data)
@@ -183,19 +179,19 @@ class Stream:
         return data
 
     async def next(self, timeout: float | None = None) -> bytes | None:
-        """The next message; None at the stream's end.
+        """Returns the next message, or None if the stream has ended.
 
-        Raises Timeout when none came for `timeout` seconds (the stream goes on), else what the stream ends with,
-        and Closed if that was raised before.
+        Raises Timeout if no message arrives within `timeout` seconds; the stream goes on. If the stream has ended with
+        an error, raises that error, and Closed if it was raised before.
         """
         if timeout is not None and not self._messages:
             await self._wait_for(check_seconds("timeout", timeout))
         try:
             return await self.__anext__()
         except StopAsyncIteration:
-            if self._has_failed:
-                raise error(_ffi.CLOSED, "the stream has failed before") from None
-            return None
+            pass
+        self._check_not_failed()
+        return None
 
     async def _wait_for(self, timeout: float) -> None:
         expired = False
@@ -205,17 +201,17 @@ class Stream:
             expired = True
             self._arrived.set()
 
-        timer = self._conn._loop.call_later(timeout, expire)
+        timer = self._conn._owner.loop.call_later(timeout, expire)
         try:
             while not (self._messages or self._ended or self._is_waiting):
                 if expired:
-                    raise Timeout(f"no message came for {timeout} s; the stream goes on")
+                    raise Timeout(f"no message arrived within {timeout} s; the stream goes on")
                 await self._wait()
         finally:
             timer.cancel()
 
     async def _wait(self) -> None:
-        """Waits until something arrives."""
+        """Waits until a message or the end of the stream arrives."""
         self._conn._check_loop()
         self._set_reader()
         if self._returns_credit_on_wait:
@@ -226,21 +222,14 @@ class Stream:
         try:
             await self._arrived.wait()
         except BaseException:  # CancelledError, GeneratorExit
-            # The exception's traceback may keep this stream alive for as long as the caller's framework likes.
+            # Dropping the last reference is not enough: the traceback of an exception that a framework keeps has one.
             self._abandon()
             raise
         finally:
             self._is_waiting = False
 
-    def cancel(self) -> None:
-        """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
-
-        Once the stream has ended this has no effect.
-        """
-        lib.presence_stream_cancel(self._handle)
-
     async def aclose(self) -> None:
-        """As cancel(), for `contextlib.aclosing`; messages that were not read are dropped. It does not wait."""
+        """Cancels the stream and drops its unread messages, without waiting. `contextlib.aclosing` calls it."""
         self._abandon()
 
     async def __aenter__(self) -> Stream:
@@ -262,12 +251,12 @@ class Stream:
         self._messages.clear()
 
     def _return_credit(self) -> None:
-        """Gives the worker room for what was read."""
+        """Returns credit to the worker for the messages that were read."""
         fast_stream_consumed(self._handle, self._consumed)
         self._consumed = 0
 
     def _message_sink(self) -> Sink:
-        """Messages arrive: where to put them."""
+        """Wakes the reader, and returns where to put the messages that have arrived."""
         self._returns_credit_on_wait = True
         self._arrived.set()
         return self._messages.append
@@ -278,128 +267,78 @@ class Stream:
             self._arrived.set()
 
 
-def _start_thread(function: Callable[..., T], *arguments: object) -> Future[T]:
-    """Calls what waits in a thread of its own: the loop's executor may be full of others that wait."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as raised:
-            future.set_exception(raised)
-
-    threading.Thread(target=run, name="nats_presence wait").start()
-    return future
-
-
-def _outcome(future: Future[T]) -> asyncio.Future[T]:
-    """As asyncio.wrap_future(), which would cancel the thread's future, and fail if the loop was closed meanwhile."""
-    loop = asyncio.get_running_loop()
-    outcome: asyncio.Future[T] = loop.create_future()
-
-    def tell(done: Future[T]) -> None:
-        if outcome.done():
-            return  # Cancelled.
-        if (failure := done.exception()) is not None:
-            outcome.set_exception(failure)
-        else:
-            outcome.set_result(done.result())
-
-    def tell_loop(done: Future[T]) -> None:
-        with suppress(RuntimeError):  # The loop is closed: nobody waits any longer.
-            loop.call_soon_threadsafe(tell, done)
-
-    future.add_done_callback(tell_loop)
-    return outcome
-
-
-def _in_thread(function: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
-    return _outcome(_start_thread(function, *arguments))
-
-
 def _on_reader_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
-    # It may have been cancelled while it handed a message on, its stream held by a suspended generator or a traceback.
+    # A task that is cancelled while it does not wait for its stream leaves that too. A suspended generator or a
+    # traceback may still hold the stream.
     if (conn := weak()) is not None and task.cancelled():
         for tag in list(tags):
             if (stream := conn._stream(tag)) is not None:
                 stream._abandon()
 
 
-def _check_loop(what: str, loop: asyncio.AbstractEventLoop, thread: int) -> None:
-    """Raises RuntimeError in another loop than the object's: what is waited for there would never come."""
-    try:
-        running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is loop or (running is None and threading.get_ident() == thread):
-        return
-    where = "a thread without a loop" if running is None else repr(running)
-    raise RuntimeError(f"the {what} belongs to the loop in which it was made, {loop!r}; it is used from {where}")
-
-
 def _discard(message: bytes) -> None:
-    """For messages of a stream that nobody has any longer."""
+    """The sink for messages of a stream that was dropped."""
 
 
 class Connection(BaseConnection):
-    """A connection to nats-server, made by connect(), for one event loop."""
+    """A connection to nats-server, made by connect(). It belongs to one event loop."""
 
     _queue: int | None = None
     _close_future: asyncio.Future[int] | None = None
-    """The status of the library's close, once it was begun."""
+    """The status of presence_close, once it was called."""
 
     def __del__(self) -> None:
         super().__del__()
-        lib.presence_queue_free(self._queue)  # Its loop ended before it was closed.
+        lib.presence_queue_free(self._queue)  # Only if the loop ended before the connection was closed.
 
     def _start(self, on_event: OnEvent | None) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
+        self._owner = OwnerLoop()
         self._on_event = on_event
         self._tags = itertools.count(1)
         self._handlers: dict[int, tuple[Handler, bool]] = {}
-        """By their tags, each with whether its errors are sent."""
+        """Handlers by the tags of their services, each with its `send_errors`."""
         self._pending_services: set[asyncio.Task[None]] = set()
-        """For services that were not served yet when their decorator returned."""
+        """Tasks that wait for services that were not subscribed yet when their decorators returned."""
         self._failure: PresenceError | None = None
-        """Why one of them is not."""
+        """Why one of these services could not be subscribed."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
         self._streams: dict[int, weakref.ref[Stream]] = {}
         self._readers: weakref.WeakKeyDictionary[asyncio.Task[object], set[int]] = weakref.WeakKeyDictionary()
         self._stopped = asyncio.Event()
         self._events = EventBatch(BATCH)
-        self._queue = new_queue()
-        self._fd: int = lib.presence_queue_fd(self._queue)
-        check(min(self._fd, 0), "the queue's file descriptor")
+        self._queue, self._fd = new_queue(), -1
+        self._fd = queue_fd(self._queue)
         if on_event is not None:
             self._watch(self._queue)
-        self._loop.add_reader(self._fd, self._dispatch_events)
+        self._owner.loop.add_reader(self._fd, self._dispatch_events)
 
     async def listen_offline(self) -> None:
-        """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
+        """Applies offline announcements of other processes in this process, as serving also does. Raises Closed."""
         self.stats()
         self._check_loop()
-        await _in_thread(self._listen_offline)
+        await run_in_thread(self._listen_offline)
 
     def service(
         self, subject: str, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
     ) -> Callable[[Handler], Handler]:
-        """Decorates `async def handler(request, sender)`, which serves the subject from now on, in a task per request.
+        """Decorator for `async def handler(request, sender)`, which then serves the subject, one task per request.
 
-        Requests are spread over all processes that serve the subject in the same `queue` group; "" is no group. At most
-        `max_streams` streams (0: 10,000) run at once: a request beyond is answered with "server busy".
-        A handler is a function, or an async generator, whose messages are sent as it yields them; it is closed when one
-        cannot be. The stream ends when the handler returns (see Sender.detach), with an error when it raises: the
-        reader is sent "the handler failed", or with `send_errors` the exception's text, which may have secrets in it.
-        To send a text of your own use sender.error(). The log `nats_presence` has it all.
-        When the client leaves, or the stream is over otherwise, the handler's task is cancelled; the message of the
-        CancelledError says why. What it still sends raises StreamStopped.
-        Decorating waits for the server's answer, but at most 0.1 s, for the loop stands still meanwhile. If it does not
-        serve after all, run() raises why. serve() waits without stopping the loop.
-        Raises Invalid (and TypeError, for a generator without async), Closed, Timeout; Disconnected or Full where
-        nats-server refuses the subscription. A refusal that comes later is an event with the subject, and the
-        subscription is tried again.
+        NATS distributes the requests among all processes that serve the subject in the same `queue` group; "" is no
+        group. The service takes up to `max_streams` streams at a time (0: 10,000), and answers further requests with
+        "server busy".
+        A handler is a function, or an async generator that yields the messages to send. If one of them cannot be sent,
+        the generator is closed. When the handler returns, the stream ends, unless the handler called Sender.detach().
+        When it raises, the stream ends with an error: the reader gets "the handler failed" or, with `send_errors`, the
+        exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
+        `nats_presence` logs the exception.
+        When the client leaves, or the stream ends otherwise, the handler's task is cancelled. The message of the
+        CancelledError is the reason. Further sends raise StreamStopped.
+        The decorator blocks the event loop for up to 0.1 s, until nats-server has the subscription; run() raises an
+        error that occurs later. `await serve(...)` does not block the loop.
+        Raises Invalid (also a TypeError, if the handler is a generator without async), Closed and Timeout; Disconnected
+        or Full if nats-server refuses the subscription. If nats-server refuses it later, on_event gets an event with
+        the subject, and the connection tries to subscribe again.
         """
         check_subject(subject)
 
@@ -407,14 +346,11 @@ class Connection(BaseConnection):
             tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
             wait([serving], DECORATOR_WAIT)
             if serving.done():
-                try:
+                with self._remove_handler_on_error(tag):
                     serving.result()
-                except BaseException:
-                    del self._handlers[tag]
-                    raise
                 self._stop_if_requested()
             else:
-                task = self._loop.create_task(self._finish_serving(subject, tag, serving))
+                task = self._owner.loop.create_task(self._finish_serving(subject, tag, serving))
                 self._pending_services.add(task)
                 task.add_done_callback(self._pending_services.discard)
             return handler
@@ -424,18 +360,18 @@ class Connection(BaseConnection):
     async def serve(
         self, subject: str, handler: Handler, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
     ) -> None:
-        """As service(), in one call: when it returns the handler serves, and the loop has gone on meanwhile."""
+        """Serves a subject as the decorator service() does, without blocking the event loop.
+
+        When it returns, nats-server has the subscription.
+        """
         check_subject(subject)
         tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
-        try:
-            await _outcome(serving)
-        except asyncio.CancelledError:
-            serving.add_done_callback(self._end_abandoned_service)
-            del self._handlers[tag]
-            raise
-        except BaseException:
-            del self._handlers[tag]
-            raise
+        with self._remove_handler_on_error(tag):
+            try:
+                await wrap_future(serving)
+            except asyncio.CancelledError:
+                serving.add_done_callback(self._end_abandoned_service)
+                raise
         self._stop_if_requested()
 
     def _start_serving(
@@ -444,17 +380,24 @@ class Connection(BaseConnection):
         check_async_handler(subject, handler)
         event_queue, tag = self._open_queue(), next(self._tags)
         self._handlers[tag] = handler, send_errors
+        with self._remove_handler_on_error(tag):  # The system may refuse to start a thread.
+            serving = start_in_thread(self._serve, event_queue, subject, queue, max_streams, tag)
+        return tag, serving
+
+    @contextmanager
+    def _remove_handler_on_error(self, tag: int) -> Iterator[None]:
+        """Removes a service's handler if the block raises."""
         try:
-            return tag, _start_thread(self._serve, event_queue, subject, queue, max_streams, tag)
-        except BaseException:  # Where no thread can be started.
+            yield
+        except BaseException:
             del self._handlers[tag]
             raise
 
     async def _finish_serving(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
         try:
-            await _outcome(serving)
+            with self._remove_handler_on_error(tag):
+                await wrap_future(serving)
         except PresenceError as failure:
-            del self._handlers[tag]
             if not self._closing:
                 log.error("subject %r is not served: %s", subject, failure)
                 self._failure = failure
@@ -480,11 +423,11 @@ class Connection(BaseConnection):
         headers: Mapping[str, Option] | None = None,
         **options: Option,
     ) -> Stream:
-        """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
+        """Requests a stream for a client. The client is online while the stream runs. Does not wait for the worker.
 
-        `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (how far the reader may be behind), only_online (Offline where the client is not online here already); see
-        presence_config_set in the C header.
+        `timeout`: seconds within which the stream has to end; otherwise its reader gets Timeout.
+        `options`: retries, retry_delay_ms, stream_buffer_bytes (the amount of unread data that is buffered),
+        only_online (raise Offline if the client is not online here already); see presence_config_set in the C header.
         Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
         queue, settings = self._open_queue(), request_options(timeout, headers, options)
@@ -493,20 +436,21 @@ class Connection(BaseConnection):
         self._streams[tag] = weakref.ref(stream)
         stream._handle = c_void_p()
         self._request(stream._handle, queue, subject, data, client_id, settings, tag)
-        # Well before the worker has no room left, and not for each message.
-        stream._credit_threshold = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW) // 16
+        # Return credit long before the worker runs out of it, but not for every message.
+        window = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW)
+        stream._credit_threshold = window // 16
         return stream
 
     def stop(self) -> None:
-        """Takes no more requests. Streams that run go on; run() returns when their handlers have."""
+        """Stops taking requests. Running streams go on, and run() returns when their handlers have returned."""
         self._stop_services()
         self._check_loop()
         self._stopped.set()
 
     async def run(self) -> None:
-        """Waits until close(), or until stop() and the return of all handlers.
+        """Waits until close() is called, or until stop() was called and all handlers have returned.
 
-        Raises why what a decorator was to serve is not served.
+        If the subscription of a decorated handler has failed, raises the reason.
         """
         self._is_closed()  # Raises Forked.
         self._check_loop()
@@ -519,13 +463,13 @@ class Connection(BaseConnection):
             await asyncio.wait(self._tasks)
 
     async def close(self, drain: float | None = 5.0) -> None:
-        """Closes it: senders and streams that still run end with Closed, and the other ends are told.
+        """Closes the connection. Its senders and streams end with Closed, and the peers are notified.
 
-        Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
-        the handlers, whose tasks are cancelled, have returned. Raises Timeout or Disconnected (at once, where
-        there is no connection) when the server may not have it all; the connection is closed all the same. Cancelled
-        meanwhile, it goes on; once more waits for it, and has no other effect. The end of connect()'s `async with` logs
-        what this raises. In a child after fork() it does nothing.
+        Then waits up to `drain` seconds (None: no limit) until nats-server has everything that was sent and the
+        handlers, whose tasks are cancelled, have returned. Raises Timeout, or Disconnected at once if there is no
+        connection, when nats-server may not have everything; the connection is closed all the same. At the end of
+        connect()'s `async with` block this is logged instead. Closing goes on if the task is cancelled meanwhile. A
+        second call waits for the first, and has no other effect. A call in a forked child process has no effect.
         """
         limit = drain_ms(drain)
         if self._is_forked():
@@ -533,7 +477,7 @@ class Connection(BaseConnection):
         self._check_loop()
         deadline = time.monotonic() + limit / 1000
         if self._close_future is None:
-            self._close_future = _in_thread(self._close_now, limit)
+            self._close_future = run_in_thread(self._close_now, limit)
             self._close_future.add_done_callback(lambda _: self._finish_close())
         ended_before = self._close_future.done()
         status = await asyncio.shield(self._close_future)
@@ -544,7 +488,7 @@ class Connection(BaseConnection):
             check(status, "closing the connection")
 
     def _tags_read_by(self, task: asyncio.Task[object] | None) -> set[int]:
-        """The tags of the streams that a task reads. Should it be cancelled, whatever it then waited for, they end."""
+        """Returns the tags of the streams that a task reads. If the task is cancelled, these streams are cancelled."""
         if task is None:
             return set()
         tags = self._readers.get(task)
@@ -555,7 +499,7 @@ class Connection(BaseConnection):
 
     def _check_loop(self) -> None:
         try:
-            _check_loop("connection", self._loop, self._thread)
+            self._owner.check("connection")
         except RuntimeError:
             self.stats()  # Raises Forked, Closed.
             raise
@@ -563,11 +507,11 @@ class Connection(BaseConnection):
     def _open_queue(self) -> int:
         self._check_loop()
         if self._queue is None:
-            raise error(_ffi.CLOSED, "connection: already ended")
+            raise error(_ffi.CLOSED, "the connection is closed")
         return self._queue
 
     def _dispatch_events(self) -> bool:
-        """Dispatches what waits in the queue, up to a batch; whether there was any."""
+        """Dispatches up to a batch of events of the queue. Returns False if there was none."""
         if self._queue is None:
             return False
         count = self._events.poll(self._queue)
@@ -600,23 +544,23 @@ class Connection(BaseConnection):
             sender = Sender(self, event.sender, event.client)
             handler = self._handlers.get(event.tag)
             if handler is None:
-                return  # Serving failed after all: the sender, dropped, ends its stream.
+                return  # The service is gone. Dropping the sender ends the stream.
             self._senders[event.sender] = sender
-            task = self._loop.create_task(self._run_handler(*handler, Request(sender, event), sender))
+            task = self._owner.loop.create_task(self._run_handler(*handler, Request(sender, event), sender))
             sender._task = task
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
             task.add_done_callback(sender._on_task_done)
         elif kind in (_ffi.EVENT_STOPPED, _ffi.EVENT_WRITABLE):
-            known = self._senders.get(event.sender)
-            if known is not None and kind == _ffi.EVENT_STOPPED:
-                known._on_stopped(event.status)
-            elif known is not None:
-                known._state_changed.set()
+            stopped_or_writable = self._senders.get(event.sender)
+            if stopped_or_writable is not None and kind == _ffi.EVENT_STOPPED:
+                stopped_or_writable._on_stopped(event.status)
+            elif stopped_or_writable is not None:
+                stopped_or_writable._state_changed.set()
         elif self._on_event is not None:
-            what = to_connection_event(event)
-            if what is not None:
-                call_on_event(self._on_event, what)
+            connection_event = to_connection_event(event)
+            if connection_event is not None:
+                call_on_event(self._on_event, connection_event)
 
     @staticmethod
     async def _run_handler(handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
@@ -633,12 +577,12 @@ class Connection(BaseConnection):
             sender._on_handler_failed(failure, send_errors)
 
     def _finish_close(self) -> None:
-        """Takes the last events, and leaves the loop."""
+        """Dispatches the last events, and removes the queue from the loop."""
         while self._dispatch_events():
             pass
         if self._queue is not None:
             if self._fd >= 0:
-                self._loop.remove_reader(self._fd)
+                self._owner.loop.remove_reader(self._fd)
             lib.presence_queue_free(self._queue)
             self._queue = None
         for tag in list(self._streams):
@@ -651,15 +595,17 @@ class Connection(BaseConnection):
 
 @asynccontextmanager
 async def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> AsyncIterator[Connection]:
-    """Connects to nats-server: `async with connect(url) as conn`. It is closed, as by close(), when the block is left.
+    """Connects to nats-server: `async with connect(url) as conn`. The end of the block closes the connection.
 
-    `url`: one or several with commas between; user and password, or a token, may stand in it.
-    `on_event`: called with each ConnectionEvent, in the loop.
-    `options`: as presence_config_set in the C header lists them, for example name, token, tls_ca_file,
-    connect_timeout_ms, session_grace_ms; None leaves one at its default.
-    Raises Invalid (URL, options), Disconnected (cannot be reached, or refuses us), Timeout, Forked.
+    `url`: one or more URLs, separated by commas. It may contain a user and password, or a token.
+    `on_event`: called with each ConnectionEvent, in the event loop.
+    `options`: those of presence_config_set in the C header, for example name, token, tls_ca_file, connect_timeout_ms,
+    session_grace_ms. None leaves an option at its default.
+    Raises Invalid (URL, options), Disconnected (nats-server cannot be reached or refuses the connection), Timeout,
+    Forked.
     """
-    conn = await _in_thread(Connection, url, options)  # Cancelled meanwhile, it is dropped, and so closed.
+    # If the task is cancelled meanwhile, the connection is dropped, which closes it.
+    conn = await run_in_thread(Connection, url, options)
     try:
         conn._start(on_event)
         yield conn
@@ -671,24 +617,22 @@ async def connect(url: str, *, on_event: OnEvent | None = None, **options: Optio
 
 
 class Watch:
-    """Clients that come online and go offline in this process, as an asynchronous iterator of PresenceEvent.
+    """An asynchronous iterator of PresenceEvent: the clients that come online and go offline in this process.
 
-    It ends when its `async with` is left. When 65,536 events wait for it further ones are dropped: it raises Full once,
-    behind those that waited, and goes on.
+    It ends with its `async with` block. Up to 65,536 unread events are kept and further ones are dropped: the iterator
+    raises Full once, after the kept events, and then goes on.
     """
 
     _queue: int | None = None
 
     def __init__(self) -> None:
+        self._owner = OwnerLoop()
         self._queue = new_queue()
+        self._fd = queue_fd(self._queue)
         self._events = EventBatch(BATCH)
         self._ready: deque[PresenceEvent] = deque()
         self._arrived = asyncio.Event()
         self._failure: PresenceError | None = None
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._fd: int = lib.presence_queue_fd(self._queue)
-        check(min(self._fd, 0), "the queue's file descriptor")
         check(lib.presence_watch(self._queue, 0), "watching presence")
 
     def __aiter__(self) -> Watch:
@@ -696,34 +640,30 @@ class Watch:
 
     async def __anext__(self) -> PresenceEvent:
         while not self._ready and self._queue is not None:
-            _check_loop("watch", self._loop, self._thread)
+            self._owner.check("watch")
             if self._failure is not None:
                 failure, self._failure = self._failure, None
                 raise failure
-            # Taken only now: those that wait are bounded by the library.
+            # Not before they are needed: the library limits the number of unread events.
             check(min(self._events.poll(self._queue), 0), "watch")
-            for event in self._events:
-                if event.kind == _ffi.EVENT_LOG:
-                    self._failure = error(event.status, event.text)
-                elif (told := to_presence_event(event)) is not None:
-                    self._ready.append(told)
+            self._ready, self._failure = to_presence_events(self._events)
             if not self._ready and self._failure is None:
                 self._arrived.clear()
-                self._loop.add_reader(self._fd, self._on_arrival)
+                self._owner.loop.add_reader(self._fd, self._on_arrival)
                 await self._arrived.wait()
         if not self._ready:
             raise StopAsyncIteration
         return self._ready.popleft()
 
     def _on_arrival(self) -> None:
-        self._loop.remove_reader(self._fd)
+        self._owner.loop.remove_reader(self._fd)
         self._arrived.set()
 
     def __del__(self) -> None:
-        lib.presence_queue_free(self._queue)  # Its loop ended before it was closed.
+        lib.presence_queue_free(self._queue)  # Only if the loop ended before the Watch was closed.
 
     def _close(self) -> None:
-        self._loop.remove_reader(self._fd)
+        self._owner.loop.remove_reader(self._fd)
         queue, self._queue = self._queue, None
         lib.presence_queue_free(queue)
         self._arrived.set()

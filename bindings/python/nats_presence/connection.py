@@ -1,7 +1,7 @@
-"""The sync side: threads that wait.
+"""The API for threads.
 
-Each stream has a queue of its own, on which its reader waits, and each service has one, on which its threads take
-turns waiting. So there is no thread in between, nothing is buffered in Python, and nothing runs that was not asked for.
+Each stream has a queue of its own, on which its reader waits. Each service has one, on which its threads take turns
+waiting. So no other thread is involved, and Python buffers no messages between the library and the caller.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ._reader import SLICE_MS, QueueReader
 from ._shared import (
     BaseConnection,
     BaseSender,
+    BaseStream,
     ConnectionEvent,
     OnEvent,
     Request,
@@ -39,12 +40,12 @@ class Sender(BaseSender):
     __doc__ = f"{BaseSender.__doc__}\n    Every method may be called from any thread."
 
     def send(self, data: Payload) -> None:
-        """Sends one message; text as UTF-8. Waits while there is no room: the reader, or nats-server, is behind.
+        """Sends one message; a str as UTF-8. Blocks while its reader or nats-server is too slow to take more.
 
-        Raises Offline as soon as the client has left, and Cancelled (the reader left the stream), PeerGone, Closed or
-        Disconnected when the stream is over otherwise. After TooLarge, Reserved and Invalid the stream goes on.
+        Raises Offline once the client has left; Cancelled (the reader cancelled the stream), PeerGone, Closed or
+        Disconnected if the stream has ended otherwise. After TooLarge, Reserved and Invalid the stream goes on.
         """
-        # Not presence_sender_send: nobody waits for the event that follows its refusal.
+        # Not presence_sender_send: when that returns FULL a WRITABLE event follows, for which no thread waits here.
         if (
             type(data) is bytes
             and len(data) <= FAST_MAX_BYTES
@@ -58,10 +59,10 @@ class Sender(BaseSender):
         self._check_sent(status, len(raw))
 
     def send_many(self, messages: Iterable[Payload]) -> None:
-        """Sends one message after the other, up to the first that fails; `send_count` tells how far it came.
+        """Sends messages in order, up to the first that fails. `send_count` has the number of those that were sent.
 
-        A list or tuple is looked through before (Invalid), and costs a fraction of as many calls of send; of what else
-        can be iterated over each message is sent as it comes.
+        A list or tuple is checked first (Invalid), and costs a fraction of the same number of calls of send(). From any
+        other iterable, each message is sent as soon as the iterable yields it.
         """
         if not isinstance(messages, (list, tuple)):
             for data in messages:
@@ -70,10 +71,10 @@ class Sender(BaseSender):
         batches = MessageBatches(messages)
         while batches:
             if not batches.send(self._handle_argument):
-                self.send(batches.pop())  # Waits, or raises what is wrong.
+                self.send(batches.pop())  # Blocks until it is writable, or raises the reason.
 
     def _send_each(self, messages: Iterator[Payload]) -> None:
-        """What a handler yields. Its clean-up runs when no more can be sent."""
+        """Sends what a handler yields. If a message cannot be sent, closes the generator, so that its clean-up runs."""
         try:
             for data in messages:
                 self.send(data)
@@ -85,21 +86,19 @@ class Sender(BaseSender):
 Handler = Callable[[Request, Sender], object]
 
 
-class Stream(QueueReader[bytes]):
+class Stream(BaseStream, QueueReader[bytes]):
     """The messages of one stream, as an iterator of bytes.
 
-    It ends when the worker ends it; otherwise by an exception: Remote (the worker's error), NoResponders, Busy (the
-    worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow), Disconnected, Closed,
-    Cancelled.
-    A reader that does not read holds its worker back, or, if that cannot be, loses its stream with Full.
-    Leaving the `with`, close(), or dropping it, cancels it. An exception keeps what the frames it passed have a name
-    for: use `with`, and the stream ends where the block does.
-    One thread at a time may wait for a message: Busy. cancel() and close() may be called from any thread.
-    Where a signal's handler raises (KeyboardInterrupt), what was just being handed over can be lost: one message, or
-    why it ended. Who still has the stream may go on reading it.
+    The iterator ends when the worker ends the stream. Otherwise it raises Remote (the worker sent an error),
+    NoResponders, Busy (the worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow),
+    Disconnected, Closed or Cancelled.
+    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with Full.
+    Leaving the `with` block, close(), and dropping the last reference cancel the stream. An exception keeps the local
+    variables of the frames it passed: use `with`, so that the stream ends with the block.
+    One thread at a time may wait for a message; another one gets Busy. cancel() and close() may be called from any
+    thread. If a signal handler raises (KeyboardInterrupt), the item that is just being returned can be lost: one
+    message, or the stream's error. You can continue to read the stream afterwards.
     """
-
-    _handle: c_void_p | None = None
 
     def __init__(
         self, conn: Connection, subject: str, data: Payload, client_id: str, options: dict[str, Option]
@@ -107,8 +106,6 @@ class Stream(QueueReader[bytes]):
         super().__init__()
         self._conn = conn
         self._consumed: int | None = None
-        self._ended = self._has_failed = False
-        self._failure: PresenceError | None = None
         self._handle = c_void_p()
         conn._request(self._handle, self._queue or 0, subject, data, client_id, options, 0)
 
@@ -118,9 +115,7 @@ class Stream(QueueReader[bytes]):
 
     def _before_wait(self) -> None:
         if self._ended:
-            failure, self._failure = self._failure, None
-            self._has_failed |= failure is not None
-            raise failure or StopIteration
+            self._raise_end(StopIteration)
         if self._consumed is not None:
             fast_stream_consumed(self._handle, self._consumed)
             self._consumed = None
@@ -130,7 +125,7 @@ class Stream(QueueReader[bytes]):
         messages = deque([MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA])
         if messages:
             self._consumed = sum(map(len, messages))
-        for index in range(len(messages), len(fields)):  # No message follows an end.
+        for index in range(len(messages), len(fields)):  # No message follows the end of a stream.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
                 self._failure = error(event.status, event.text)
@@ -138,31 +133,25 @@ class Stream(QueueReader[bytes]):
         return messages
 
     def next(self, timeout: float | None = None) -> bytes | None:
-        """The next message; None at the stream's end.
+        """Returns the next message, or None if the stream has ended.
 
-        Raises Timeout when none came for `timeout` seconds (the stream goes on), else what the stream ends with,
-        and Closed if that was raised before.
+        Raises Timeout if no message arrives within `timeout` seconds; the stream goes on. If the stream has ended with
+        an error, raises that error, and Closed if it was raised before.
         """
         try:
-            if self._ready:
-                return self.__next__()
-            return self._wait(None if timeout is None else time.monotonic() + check_seconds("timeout", timeout))
-        except StopIteration:
-            if self._has_failed:
-                raise error(_ffi.CLOSED, "the stream has failed before") from None
+            try:
+                if self._ready:
+                    return self.__next__()
+                return self._wait(None if timeout is None else time.monotonic() + check_seconds("timeout", timeout))
+            except StopIteration:
+                pass
+            self._check_not_failed()
             return None
         finally:
             del self
 
-    def cancel(self) -> None:
-        """Ends the stream, for its reader with Cancelled, and for its worker: see the README on leaving a stream.
-
-        Once the stream has ended this has no effect.
-        """
-        lib.presence_stream_cancel(self._handle)
-
     def close(self) -> None:
-        """As cancel(), for `contextlib.closing` and for WSGI servers, which call it when the client has left."""
+        """Cancels the stream. WSGI servers call this when the client has left; `contextlib.closing` calls it, too."""
         self.cancel()
 
     def __enter__(self) -> Stream:
@@ -173,21 +162,24 @@ class Stream(QueueReader[bytes]):
 
 
 class _ThreadPool:
-    """Daemon threads that take turns waiting on one queue. Each event is taken in turn, and worked on out of it."""
+    """Daemon threads that take turns waiting on one queue.
+
+    The thread whose turn it is converts the event. It handles the result after the next thread's turn has begun.
+    """
 
     queue = 0
 
-    def __init__(self, take: Callable[[Event], Any], work: Callable[[Any], None], threads: int, name: str) -> None:
-        self._take, self._work = take, work
+    def __init__(self, convert: Callable[[Event], Any], handle: Callable[[Any], None], threads: int, name: str) -> None:
+        self._convert, self._handle = convert, handle
         self._turn = threading.Lock()
-        self._stopping = self._freed = False
+        self._stop_when_empty = self._stop_now = False
         self._names = [f"{name} {n}" for n in range(threads)]
         self.queue = new_queue()
         self.threads: list[threading.Thread] = []
-        """Those that could be started."""
+        """The threads that could be started."""
 
     def __del__(self) -> None:
-        # Only here: until now a thread could be waiting, or reading what the queue gave.
+        # Not before: a thread could be waiting, or reading an event of the queue.
         lib.presence_queue_free(self.queue)
 
     def start(self) -> None:
@@ -196,41 +188,41 @@ class _ThreadPool:
             thread.start()
             self.threads.append(thread)
 
-    def stop(self) -> None:
-        """Has the threads end when nothing is left in the queue."""
-        self._stopping = True
+    def stop_when_empty(self) -> None:
+        """Lets the threads end when the queue is empty."""
+        self._stop_when_empty = True
         lib.presence_queue_wake(self.queue)
 
-    def free(self) -> None:
-        """Has the threads end when they have done what they took."""
-        self._freed = True
+    def stop_now(self) -> None:
+        """Lets the threads end when they have handled the events they took."""
+        self._stop_now = True
         lib.presence_queue_wake(self.queue)
 
     def _run(self) -> None:
         events = EventBatch(1)
         while True:
             with self._turn:
-                if self._freed:
+                if self._stop_now:
                     return
-                count = events.wait(self.queue, 0 if self._stopping else -1)
-                taken = self._take(events[0]) if count > 0 else None
-            if count < 0 or (count == 0 and self._stopping):
+                count = events.wait(self.queue, 0 if self._stop_when_empty else -1)
+                item = self._convert(events[0]) if count > 0 else None
+            if count < 0 or (count == 0 and self._stop_when_empty):
                 return
-            if taken is not None:
+            if item is not None:
                 try:
-                    self._work(taken)
-                except BaseException:  # SystemExit too: the thread serves others.
-                    log.exception("a thread goes on after this")
-                taken = None  # Not kept while waiting: a sender that nobody has any longer ends.
+                    self._handle(item)
+                except BaseException:  # Also SystemExit: the thread has to serve other requests.
+                    log.exception("a thread of nats_presence continues after this exception")
+                item = None  # Do not keep it during the wait: a sender without references ends its stream.
 
 
 class Connection(BaseConnection):
     """A connection to nats-server, made by connect(). Every method may be called from any thread.
 
-    In a child after fork() every method but close() raises Forked.
+    In a forked child process every method except close() raises Forked.
     """
 
-    _events: _ThreadPool | None = None
+    _event_pool: _ThreadPool | None = None
     _on_event: OnEvent | None = None
 
     def __init__(self, url: str, on_event: OnEvent | None, options: Mapping[str, Option]) -> None:
@@ -239,22 +231,22 @@ class Connection(BaseConnection):
         try:
             super().__init__(url, options)
             if on_event is not None:
-                self._on_event, self._turn = on_event, threading.Lock()
-                self._events = _ThreadPool(to_connection_event, self._call_on_event, 1, "nats_presence events")
-                self._watch(self._events.queue)
-                self._events.start()
-        except BaseException:  # Of a signal's handler, or where no thread can be started.
+                self._on_event, self._on_event_lock = on_event, threading.Lock()
+                self._event_pool = _ThreadPool(to_connection_event, self._call_on_event, 1, "nats_presence events")
+                self._watch(self._event_pool.queue)
+                self._event_pool.start()
+        except BaseException:  # A signal handler raised, or no thread can be started.
             self._close_now(0)
             raise
 
     def _call_on_event(self, event: ConnectionEvent) -> None:
-        """Calls on_event, if there is one. Not by two threads at once: services have events, too."""
+        """Calls on_event, if there is one. The lock is for the events of services, which their own threads receive."""
         if self._on_event is not None:
-            with self._turn:
+            with self._on_event_lock:
                 call_on_event(self._on_event, event)
 
     def listen_offline(self) -> None:
-        """Applies the offline announcements of other processes in this one. Serving does it too. Raises Closed."""
+        """Applies offline announcements of other processes in this process, as serving also does. Raises Closed."""
         self._listen_offline()
 
     def service(
@@ -266,25 +258,27 @@ class Connection(BaseConnection):
         threads: int = 16,
         send_errors: bool = False,
     ) -> Callable[[Handler], Handler]:
-        """Decorates `handler(request, sender)`, which serves the subject from now on, in at most `threads` threads.
+        """Decorator for `handler(request, sender)`, which then serves the subject in up to `threads` threads.
 
-        Requests are spread over all processes that serve the subject in the same `queue` group; "" is no group. At most
-        `max_streams` streams (0: as many as there are threads) run at once: a request beyond is answered with "server
-        busy". Give a number where handlers detach their senders, whose streams outlast them.
-        A handler is a function, or a generator, whose messages are sent as it yields them; it is closed when one cannot
-        be. The stream ends when the handler returns (see Sender.detach), with an error when it raises: the reader is
-        sent "the handler failed", or with `send_errors` the exception's text, which may have secrets in it. To send a
-        text of your own use sender.error(). The log `nats_presence` has it all. A handler has to ask `sender.closed`,
-        or to send, to learn that the client has left. Raises Invalid (and TypeError, for an async handler), Closed,
-        Timeout; Disconnected or Full where nats-server refuses the subscription. A refusal that comes later is an event
-        with the subject, and the subscription is tried again.
+        NATS distributes the requests among all processes that serve the subject in the same `queue` group; "" is no
+        group. The service takes up to `max_streams` streams at a time (0: `threads`), and answers further requests with
+        "server busy". Set `max_streams` if handlers detach their senders, whose streams then outlast the handlers.
+        A handler is a function, or a generator that yields the messages to send. If one of them cannot be sent, the
+        generator is closed. When the handler returns, the stream ends, unless the handler called Sender.detach(). When
+        it raises, the stream ends with an error: the reader gets "the handler failed" or, with `send_errors`, the
+        exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
+        `nats_presence` logs the exception. A handler learns that its client has left from `sender.closed`, or when it
+        sends.
+        Raises Invalid (also a TypeError, if the handler is async), Closed and Timeout; Disconnected or Full if
+        nats-server refuses the subscription. If nats-server refuses it later, on_event gets an event with the subject,
+        and the connection tries to subscribe again.
         """
         check_subject(subject)
 
-        def take(event: Event) -> tuple[Request, Sender] | None:
+        def read_request(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
-                if (what := to_connection_event(event)) is not None:
-                    self._call_on_event(what)
+                if (connection_event := to_connection_event(event)) is not None:
+                    self._call_on_event(connection_event)
                 return None
             sender = Sender(event.sender, event.client)
             return Request(sender, event), sender
@@ -292,9 +286,9 @@ class Connection(BaseConnection):
         def decorate(handler: Handler) -> Handler:
             check_sync_handler(subject, handler)
 
-            def work(taken: tuple[Request, Sender]) -> None:
-                request, sender = taken
-                if sender.closed:  # Its client left while it waited for a thread.
+            def answer(item: tuple[Request, Sender]) -> None:
+                request, sender = item
+                if sender.closed:  # The client left before a thread was free.
                     return
                 try:
                     result = handler(request, sender)
@@ -306,16 +300,17 @@ class Connection(BaseConnection):
                 except BaseException as failure:
                     sender._on_handler_failed(failure, send_errors)
 
-            pool = _ThreadPool(take, work, check_integer("threads", threads, 1, 10_000), f"nats_presence {subject}")
+            count = check_integer("threads", threads, 1, 10_000)
+            pool = _ThreadPool(read_request, answer, count, f"nats_presence {subject}")
             try:
-                pool.start()  # Before there is a service: it may be impossible.
+                pool.start()  # Before the service takes requests, because the system may refuse to start threads.
                 self._serve(pool.queue, subject, queue, max_streams or threads, 0)
                 self._pools.append(pool)
             except BaseException:
-                pool.free()
+                pool.stop_now()
                 raise
             if self._closing:
-                pool.free()
+                pool.stop_now()
             elif self._stopped:
                 self.stop()
             return handler
@@ -332,26 +327,26 @@ class Connection(BaseConnection):
         headers: Mapping[str, Option] | None = None,
         **options: Option,
     ) -> Stream:
-        """Requests a stream for a client, who is online here as long as it runs. Does not wait for the worker.
+        """Requests a stream for a client. The client is online while the stream runs. Does not wait for the worker.
 
-        `timeout`: seconds from request to end, else Timeout. `options`: retries, retry_delay_ms, stream_buffer_bytes
-        (how far the reader may be behind), only_online (Offline where the client is not online here already); see
-        presence_config_set in the C header.
+        `timeout`: seconds within which the stream has to end; otherwise its reader gets Timeout.
+        `options`: retries, retry_delay_ms, stream_buffer_bytes (the amount of unread data that is buffered),
+        only_online (raise Offline if the client is not online here already); see presence_config_set in the C header.
         Raises Invalid, TooLarge, Full, Disconnected, Closed.
         """
         return Stream(self, subject, data, client_id, request_options(timeout, headers, options))
 
     def stop(self) -> None:
-        """Takes no more requests. Streams that run go on; run() returns when their handlers have."""
-        self._stopped = True  # First: a service that is begun meanwhile sees it, and stops.
+        """Stops taking requests. Running streams go on, and run() returns when their handlers have returned."""
+        self._stopped = True  # First, so that a service that is just being started stops too.
         self._stop_services()
         for pool in self._pools:
-            pool.stop()
+            pool.stop_when_empty()
 
     def run(self) -> None:
-        """Waits until close(), or until stop() and the return of all handlers."""
+        """Blocks until close() is called, or until stop() was called and all handlers have returned."""
         self._is_closed()  # Raises Forked.
-        # An Event's wait() would miss a KeyboardInterrupt that comes as it begins to block, or be left locked by it.
+        # Event.wait() can miss a KeyboardInterrupt that arrives as it begins to block, or stay locked after it.
         while not self._stopped:
             time.sleep(SLICE_MS / 1000)
         for pool in self._pools:
@@ -360,12 +355,12 @@ class Connection(BaseConnection):
                     thread.join(SLICE_MS / 1000)
 
     def close(self, drain: float | None = 5.0) -> None:
-        """Closes it: senders and streams that still run end with Closed, and the other ends are told.
+        """Closes the connection. Its senders and streams end with Closed, and the peers are notified.
 
-        Then it waits, at most `drain` seconds (None: without limit), until the server has all that was sent before and
-        the handlers have returned. Raises Timeout or Disconnected (at once, where there is no connection) when the
-        server may not have it all; the connection is closed all the same. The end of a `with` logs that instead.
-        Once more has no effect; nor has it in a child after fork().
+        Then waits up to `drain` seconds (None: no limit) until nats-server has everything that was sent and the
+        handlers have returned. Raises Timeout, or Disconnected at once if there is no connection, when nats-server may
+        not have everything; the connection is closed all the same. At the end of a `with` block this is logged instead.
+        A second call has no effect, nor has a call in a forked child process.
         """
         status = self._close_now(drain_ms(drain))
         if status not in (_ffi.CLOSED, _ffi.FORKED):
@@ -375,11 +370,11 @@ class Connection(BaseConnection):
         deadline = None if drain_ms < 0 else time.monotonic() + drain_ms / 1000
         try:
             status = super()._close_now(drain_ms)
-        finally:  # Where a signal's handler raises, too.
+        finally:  # Also if a signal handler raises.
             self._stopped = True
-            pools = [*self._pools, self._events] if self._events else self._pools
+            pools = [*self._pools, self._event_pool] if self._event_pool else self._pools
             for pool in pools:
-                pool.free()
+                pool.stop_now()
         if status == _ffi.FORKED:
             return status
         me = threading.current_thread()
@@ -398,13 +393,15 @@ class Connection(BaseConnection):
 
 
 def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> Connection:
-    """Connects to nats-server, waiting until it is reached or cannot be; to be closed by `with` or close().
+    """Connects to nats-server. Blocks until it is reached or the attempt fails.
 
-    Keep it: a connection that is dropped is closed, and what it served with it.
-    `url`: one or several with commas between; user and password, or a token, may stand in it.
-    `on_event`: called with each ConnectionEvent, one after the other, in threads of the connection.
-    `options`: as presence_config_set in the C header lists them, for example name, token, tls_ca_file,
-    connect_timeout_ms, session_grace_ms; None leaves one at its default.
-    Raises Invalid (URL, options), Disconnected (cannot be reached, or refuses us), Timeout, Forked.
+    Close the connection with `with` or close(). Keep a reference to it: a connection without references is closed, and
+    its services end.
+    `url`: one or more URLs, separated by commas. It may contain a user and password, or a token.
+    `on_event`: called with each ConnectionEvent, one at a time, in threads of the connection.
+    `options`: those of presence_config_set in the C header, for example name, token, tls_ca_file, connect_timeout_ms,
+    session_grace_ms. None leaves an option at its default.
+    Raises Invalid (URL, options), Disconnected (nats-server cannot be reached or refuses the connection), Timeout,
+    Forked.
     """
     return Connection(url, on_event, options)

@@ -1,22 +1,22 @@
-"""What becomes of the clients of this process, for threads. No connection is needed."""
+"""Watches clients coming online and going offline in this process, for threads. No connection is needed."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from . import _ffi
 from ._events import EventBatch
 from ._ffi import lib
 from ._reader import QueueReader
-from ._shared import PresenceEvent, to_presence_event
-from .errors import PresenceError, check, error
+from ._shared import PresenceEvent, to_presence_events
+from .errors import PresenceError, check
 
 
 class Watch(QueueReader[PresenceEvent]):
-    """Clients that come online and go offline in this process from now on, as an iterator of PresenceEvent.
+    """An iterator of PresenceEvent: the clients that come online and go offline in this process from now on.
 
-    It ends with close(), which may be called from any thread. One thread at a time may wait for an event: Busy.
-    When 65,536 events wait for it further ones are dropped: it raises Full once, behind those that waited, and goes on.
+    It ends with close(), which may be called from any thread. Only one thread at a time may wait for an event; another
+    one gets Busy. Up to 65,536 unread events are kept and further ones are dropped: the iterator raises Full once,
+    after the kept events, and then goes on.
     """
 
     def __init__(self) -> None:
@@ -33,16 +33,11 @@ class Watch(QueueReader[PresenceEvent]):
             raise StopIteration
 
     def _take_items(self, events: EventBatch) -> deque[PresenceEvent]:
-        ready: deque[PresenceEvent] = deque()
-        for event in events:
-            if event.kind == _ffi.EVENT_LOG:
-                self._failure = error(event.status, event.text)
-            elif (told := to_presence_event(event)) is not None:
-                ready.append(told)
-        return ready
+        items, self._failure = to_presence_events(events)
+        return items
 
     def close(self) -> None:
-        """Ends it; once more has no effect."""
+        """Ends the iterator. A second call has no effect."""
         self._closed = True
         lib.presence_queue_wake(self._queue)
 
@@ -54,5 +49,5 @@ class Watch(QueueReader[PresenceEvent]):
 
 
 def watch() -> Watch:
-    """Watches presence in this process, to be closed by `with` or close()."""
+    """Watches presence in this process. Close the Watch with `with` or close()."""
     return Watch()
