@@ -1,13 +1,13 @@
-"""An SSE gateway, with the standard library's asyncio only.
+"""A gateway for server-sent events that needs only nats_presence and the standard library.
 
-    curl -N http://127.0.0.1:8080/events                                    first event: the id of this client
-    curl -d 'a question' -H 'X-Connect-ID: <id>' http://127.0.0.1:8080/ask   its answer comes as events there
+    curl -N http://127.0.0.1:8080/events                                    the first event is the client's id
+    curl -d 'a question' -H 'X-Connect-ID: <id>' http://127.0.0.1:8080/ask   the answer arrives as events of the first
 
-When the connection of /events ends, the client is offline, and whoever works for it stops. A client that vanishes
-without a word is noticed, too: a comment is sent every KEEPALIVE seconds, and the kernel gives a connection up whose
-data is not acknowledged for as long.
+When the connection to /events ends, the client is offline, and its workers stop. A client that vanishes without closing
+its connection is detected, too: the gateway sends a comment every KEEPALIVE seconds, and the kernel closes a connection
+whose data is not acknowledged within that time.
 
-Environment: NATS_URL (nats://127.0.0.1:4222), SUBJECT (answers), PORT (8080; 0: a free one), KEEPALIVE (15).
+Environment: NATS_URL (nats://127.0.0.1:4222), SUBJECT (answers), PORT (8080; 0: any free port), KEEPALIVE (15).
 """
 
 import asyncio
@@ -29,7 +29,7 @@ clients: dict[str, Client] = {}
 
 
 async def write_event(client: Client, kind: str, data: str) -> None:
-    """Each line end begins a new line of data; else a message could end the event, and forge others."""
+    """Sends an event. Each line break starts a new data line; otherwise a message could forge other events."""
     lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data))
     client.write(f"event: {kind}\n{lines}\n".encode())
     await client.drain()
@@ -40,7 +40,7 @@ def respond(writer: asyncio.StreamWriter, status: str, body: str = "") -> None:
 
 
 def listen() -> socket.socket:
-    """What it accepts has these options, too."""
+    """Opens the listening socket. The connections that it accepts inherit its options."""
     listener = socket.create_server(("127.0.0.1", PORT))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(KEEPALIVE)))
@@ -50,13 +50,13 @@ def listen() -> socket.socket:
 
 
 async def wait_until_it_leaves(reader: asyncio.StreamReader) -> None:
-    with suppress(OSError):  # It may have left with a reset, or have vanished.
+    with suppress(OSError):  # The client may have reset the connection, or vanished.
         while await reader.read(1024):
             pass
 
 
 async def events(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Keeps a client's connection, until it leaves."""
+    """Keeps a client's connection until the client leaves."""
     client_id = uuid.uuid4().hex
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n")
     leaving = asyncio.create_task(wait_until_it_leaves(reader))
@@ -65,7 +65,7 @@ async def events(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         try:
             await write_event(writer, "connected", client_id)
             while not leaving.done():
-                if not writer.transport.get_write_buffer_size():  # Else there is something to be acknowledged.
+                if not writer.transport.get_write_buffer_size():  # Otherwise there is data to acknowledge.
                     writer.write(b": keep-alive\n\n")
                 await asyncio.wait([leaving], timeout=KEEPALIVE)
         finally:
@@ -86,9 +86,9 @@ async def ask(conn: aio.Connection, client_id: str, question: bytes) -> None:
         print(f"{client_id}: forwarded all {count}", flush=True)
     except (PresenceError, OSError) as error:
         print(f"{client_id}: forwarded {count}: {error}", flush=True)
-        if client_id in clients:  # An answer that is not complete must not look so.
+        if client_id in clients:  # An incomplete answer must not look complete.
             with suppress(OSError):
-                await write_event(client, "error", "the answer is not complete")
+                await write_event(client, "error", "the answer is incomplete")
 
 
 async def main() -> None:
@@ -106,7 +106,7 @@ async def main() -> None:
                 elif (method, path) != ("POST", "/ask"):
                     respond(writer, "404 Not Found")
                 elif (client_id := headers.get("x-connect-id", "")) not in clients:
-                    respond(writer, "409 Conflict", "X-Connect-ID is no connected client\n")
+                    respond(writer, "409 Conflict", "X-Connect-ID does not name a connected client\n")
                 else:
                     question = await reader.readexactly(int(headers.get("content-length", "0")))
                     task = asyncio.create_task(ask(conn, client_id, question))
@@ -114,7 +114,7 @@ async def main() -> None:
                     task.add_done_callback(tasks.discard)
                     respond(writer, "202 Accepted")
             except (ConnectionError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-                pass  # It left, or does not speak HTTP.
+                pass  # The client left, or does not speak HTTP.
             finally:
                 writer.close()
 

@@ -1,4 +1,4 @@
-"""A worker: answers each request with PIECES messages, one every DELAY seconds, and stops when its client leaves.
+"""A worker that answers each request with PIECES messages, one every DELAY seconds, and stops when its client leaves.
 
 Environment: NATS_URL (nats://127.0.0.1:4222), SUBJECT (answers), QUEUE (workers), PIECES (100), DELAY (0.1).
 """
@@ -30,7 +30,7 @@ async def main() -> None:
                 print(f"{request.client_id}: stopped after {sender.send_count}: {why}", flush=True)
                 raise
 
-        # The first SIGTERM takes no more requests, and ends this when those that run are answered.
+        # At SIGTERM the worker takes no more requests, and exits when the running handlers have returned.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, conn.stop)
         print(f"serving {SUBJECT}", flush=True)
         await conn.run()

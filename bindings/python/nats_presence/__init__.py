@@ -1,15 +1,15 @@
-"""Stop work for clients who have left: presence and streams over NATS.
+"""Stops work for clients that have left: presence and streams over NATS.
 
-A *worker* serves requests for streams, a *gateway* requests them for its *clients*. Once a client has left its gateway,
-the worker's *sender* refuses to send, at once: it raises `StreamStopped`.
+A *worker* serves requests for streams. A *gateway* requests streams on behalf of its *clients*. Once a client has left
+its gateway, the worker's *sender* refuses to send: it raises `StreamStopped`.
 
-- Presence, in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
-- With threads: connect() gives a Connection, whose service() is the worker's side and stream() the gateway's.
-- With asyncio: the same below nats_presence.aio.
-- Errors: one exception for each status, all below PresenceError. Those that mean that nobody reads a stream any
-  longer are below StreamStopped.
+- Presence in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
+- With threads: connect() returns a Connection. A worker uses its service(), a gateway its stream().
+- With asyncio: the same in nats_presence.aio.
+- Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
+  derive from StreamStopped.
 
-Times are seconds; only the names of options that end with _ms say milliseconds.
+Durations are in seconds, except in options whose names end with _ms.
 """
 
 from . import aio

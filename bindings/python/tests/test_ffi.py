@@ -1,4 +1,4 @@
-"""_ffi.py says what the C header says."""
+"""_ffi.py agrees with the C header."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ SCALARS = {
 
 
 def header() -> str:
-    """Without comments and lines of the preprocessor."""
+    """Returns the header without comments and preprocessor lines."""
     text = re.sub(r"/\*.*?\*/|//[^\n]*", "", HEADER.read_text(), flags=re.DOTALL)
     return re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
 
 
 def split(declaration: str) -> tuple[str, str]:
-    """Type and name: "const char *id" is ("char*", "id")."""
+    """Splits a declaration into type and name: "const char *id" into ("char*", "id")."""
     kind, stars, name = re.fullmatch(r"(.*?)([\s*]+)(\w+)", declaration.strip()).groups()  # type: ignore[union-attr]
     return " ".join(w for w in kind.split() if w not in ("const", "struct")) + stars.replace(" ", ""), name
 
@@ -64,7 +64,7 @@ def result(kind: str) -> Any:
     return c_void_p if kind.endswith("*") else SCALARS[kind]
 
 
-def test_functions() -> None:
+def test_functions_match_the_header() -> None:
     found = {}
     for declaration, parameters in re.findall(r"^([\w\s*]+?)\(([^()]*)\);", header(), flags=re.MULTILINE):
         kind, name = split(declaration)
@@ -87,12 +87,12 @@ def fields(body: str) -> list[tuple[str, Any]]:
     return found
 
 
-def test_structs() -> None:
+def test_structs_match_the_header() -> None:
     found = dict(re.findall(r"typedef struct (\w+) \{(.*?)\}", header(), flags=re.DOTALL))
     assert {name: fields(body) for name, body in found.items()} == {n: s._fields_ for n, s in STRUCTS.items()}
 
 
-def test_numbers() -> None:
+def test_constants_match_the_header() -> None:
     found = re.findall(r"^\s*PRESENCE_(\w+) = (-?\d+),", header(), flags=re.MULTILINE)
     assert len(found) > 20
     sizes = ("ERROR_MESSAGE", "FAST_MAX_BYTES")
@@ -103,15 +103,15 @@ def test_numbers() -> None:
     assert _ffi.SONAME.endswith(f".so.{defines['ABI']}")
 
 
-def test_layout(tmp_path: Path) -> None:
-    """The C compiler puts every field where ctypes does."""
+def test_struct_layout_matches_the_c_compiler(tmp_path: Path) -> None:
+    """Each field has the same offset in C and in ctypes."""
 
-    def places(name: str, struct: type[Structure]) -> list[tuple[str, int]]:
+    def offsets(name: str, struct: type[Structure]) -> list[tuple[str, int]]:
         return [(name, ctypes.sizeof(struct))] + [
             (f"{name}.{field}", getattr(struct, field).offset) for field, *_ in struct._fields_
         ]
 
-    ours = [place for name, struct in STRUCTS.items() for place in places(name, struct)]
+    ours = [place for name, struct in STRUCTS.items() for place in offsets(name, struct)]
     lines = [
         f'printf("%zu\\n", {"offsetof(%s, %s)" % tuple(name.split(".")) if "." in name else f"sizeof({name})"});'  # noqa: UP031
         for name, _ in ours
@@ -125,7 +125,7 @@ def test_layout(tmp_path: Path) -> None:
     assert [int(line) for line in output.split()] == [place for _, place in ours]
 
 
-def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
+def test_event_layouts_match_the_struct() -> None:
     assert _events.EVENT_LAYOUT.size == _events.MESSAGE_LAYOUT.size == ctypes.sizeof(_ffi.Event)
     events = _events.EventBatch(3)
     fields = [name for name, *_ in _ffi.Event._fields_ if name != "reserved"]
@@ -144,7 +144,7 @@ def test_what_reads_events_in_bulk_agrees_with_the_struct() -> None:
     assert not any(events._bytes)
 
 
-def test_memory_is_copied() -> None:
+def test_bytes_are_copied_from_memory() -> None:
     text = ctypes.create_string_buffer("a\0Ü".encode(), 16)
     address = ctypes.addressof(text)
     taken = _events.copy_bytes(address, 4)
@@ -154,8 +154,8 @@ def test_memory_is_copied() -> None:
     assert _events.copy_bytes(0, 0) == _events.copy_bytes(1, 0) == b""
 
 
-def test_calls_without_argtypes_pass_what_the_header_says() -> None:
-    """They are made of what ctypes converts by itself: the sizes of these are those of the parameters."""
+def test_untyped_calls_pass_the_types_of_the_header() -> None:
+    """ctypes converts these arguments by itself. Their sizes are those of the parameters in the header."""
     kinds = {"P": c_void_p, "q": ctypes.c_int64, "l": ctypes.c_int64, "L": c_size_t, "Q": c_size_t}
     calls = {
         "presence_sender_send": (_ffi.fast_send, ["P", None, "L"]),
@@ -174,7 +174,7 @@ def test_calls_without_argtypes_pass_what_the_header_says() -> None:
         assert len(given) == len(takes)
 
 
-def test_each_status_has_its_exception() -> None:
+def test_each_status_has_an_exception() -> None:
     statuses = {v: n for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and v < 0}
     for status, name in statuses.items():
         failure = errors.error(status, "why")
@@ -184,7 +184,7 @@ def test_each_status_has_its_exception() -> None:
     assert isinstance(errors.error(-99, "?"), nats_presence.Internal)
 
 
-def test_version() -> None:
+def test_version_matches_the_library() -> None:
     assert nats_presence.__version__ == _ffi.lib.presence_version().decode()
 
 
@@ -195,7 +195,7 @@ def import_fresh(directory: Path = PACKAGE, **env: str) -> subprocess.CompletedP
     )  # fmt: skip
 
 
-def test_a_chosen_library_that_is_missing_or_another_is_named() -> None:
+def test_the_import_error_names_a_library_that_does_not_load() -> None:
     for path, why in (("/nowhere/lib.so", "/nowhere/lib.so: "), ("libc.so.6", "libc.so.6: undefined symbol")):
         run = import_fresh(NATS_PRESENCE_LIBRARY=path)
         assert run.returncode == 1
@@ -203,7 +203,7 @@ def test_a_chosen_library_that_is_missing_or_another_is_named() -> None:
         assert why in run.stderr
 
 
-def test_the_order_of_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_lookup_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NATS_PRESENCE_LIBRARY", raising=False)
     beside = str(PACKAGE / "nats_presence" / _ffi.SONAME)
     prefix = str(Path(sys.prefix, "lib", _ffi.SONAME))

@@ -1,6 +1,6 @@
-"""Browsers that leave real web servers: the worker of each stops, in whatever form the stream is forwarded.
+"""When a browser leaves a real web server, its worker stops, however the app forwards the stream.
 
-tests/trials/leave.py does the same with any number of browsers, and prints how soon.
+tests/trials/leave.py does the same with any number of browsers, and prints how long it takes.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ from trials.leave import FORMS, SERVERS, trial
 
 
 @pytest.mark.parametrize("kind", ["uvicorn", "hypercorn"])
-def test_500_browsers_leave(url: str, kind: str) -> None:
+def test_500_leaving_browsers_stop_their_workers(url: str, kind: str) -> None:
     cases = [("bare", "silent"), ("block", "silent"), ("sse", "silent")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 500)}
     assert outcomes == dict.fromkeys(cases, 500)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_browsers_leave(url: str, kind: str) -> None:
+def test_leaving_browsers_stop_their_workers(url: str, kind: str) -> None:
     cases = [(form, subject) for form in FORMS for subject in ("silent", "chatty")] + [("loop", "flood")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 20)}
     assert outcomes == dict.fromkeys(cases, 20)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
-def test_browsers_leave_an_app_with_middleware(url: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It forwards less than the workers send: the readers never wait for a message, and are cancelled elsewhere."""
+def test_leaving_browsers_stop_their_workers_behind_middleware(
+    url: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app forwards less than the workers send: its tasks are cancelled while they do not wait for a message."""
     monkeypatch.setenv("MIDDLEWARE", "1")
     cases = [("bare", "silent"), ("bare", "chatty"), ("sse", "chatty")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 50)}

@@ -1,4 +1,4 @@
-"""What a handler may be: what looks like a stream's normal end is one."""
+"""Which handlers a service takes. A handler that cannot work must not look like one that ended its stream normally."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def variants(handler: Callable[..., Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("handler", [*variants(coroutine), *variants(async_generator)])
-def test_async_handlers_of_threads_are_refused(conn: Connection, handler: Any) -> None:
+def test_threads_refuse_async_handlers(conn: Connection, handler: Any) -> None:
     with pytest.raises(TypeError, match=r"aio\.connect") as caught:
         conn.service("answers")(handler)
     assert isinstance(caught.value, Invalid)
@@ -62,7 +62,7 @@ def test_async_handlers_of_threads_are_refused(conn: Connection, handler: Any) -
 
 
 @pytest.mark.parametrize("handler", variants(generator))
-def test_generators_of_asyncio_that_are_not_async_are_refused(url: str, handler: Any) -> None:
+def test_asyncio_refuses_generators_without_async(url: str, handler: Any) -> None:
     async def main(conn: aio.Connection) -> None:
         with pytest.raises(TypeError, match="async def"):
             conn.service("answers")(handler)
@@ -73,7 +73,7 @@ def test_generators_of_asyncio_that_are_not_async_are_refused(url: str, handler:
 
 
 @pytest.mark.parametrize("handler", [None, 7, "handler", [coroutine]])
-def test_what_cannot_be_called_is_refused(conn: Connection, url: str, handler: Any) -> None:
+def test_handlers_must_be_callable(conn: Connection, url: str, handler: Any) -> None:
     with pytest.raises(TypeError, match="must be callable"):
         conn.service("answers")(handler)
 
@@ -101,7 +101,7 @@ def test_a_decorator_without_parentheses_is_refused(conn: Connection, url: str) 
 
 
 @pytest.mark.parametrize("subject", [None, 7, b"bytes", "a\0b"])
-def test_what_is_no_subject_is_refused_before_there_is_a_handler(conn: Connection, subject: Any) -> None:
+def test_an_invalid_subject_is_refused_before_decorating(conn: Connection, subject: Any) -> None:
     with pytest.raises(Invalid, match="subject"):
         conn.service(subject)
 
@@ -123,7 +123,7 @@ RETURNED: dict[str, Callable[[Any, Any], object]] = {
 
 @pytest.mark.parametrize("handler", RETURNED.values(), ids=RETURNED)
 @pytest.mark.filterwarnings("error")
-def test_what_a_handler_of_threads_returns_is_not_lost_in_silence(
+def test_a_result_of_a_threaded_handler_is_not_dropped_silently(
     conn: Connection, handler: Callable[[Any, Any], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     conn.service("answers")(handler)
@@ -137,7 +137,7 @@ async def returns_text(request: object, sender: object) -> str:
 
 
 @pytest.mark.parametrize("handler", [*RETURNED.values(), returns_text], ids=[*RETURNED, "coroutine that returns text"])
-def test_what_a_handler_of_asyncio_returns_is_not_lost_in_silence(
+def test_a_result_of_an_asyncio_handler_is_not_dropped_silently(
     url: str, handler: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main(conn: aio.Connection) -> None:
@@ -154,7 +154,7 @@ def test_what_a_handler_of_asyncio_returns_is_not_lost_in_silence(
     run(url, main)
 
 
-def test_a_generator_of_threads(conn: Connection) -> None:
+def test_a_generator_as_a_handler(conn: Connection) -> None:
     ended = []
 
     @conn.service("answers")
@@ -178,9 +178,7 @@ def test_a_generator_of_threads(conn: Connection) -> None:
     assert ended == ["", "", "", "", "tab"]
 
 
-def test_a_generator_of_threads_is_closed_when_its_client_leaves(
-    conn: Connection, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_generator_is_closed_when_its_client_leaves(conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
     ended: list[int] = []
 
     @conn.service("answers", threads=1)
@@ -191,7 +189,7 @@ def test_a_generator_of_threads_is_closed_when_its_client_leaves(
         finally:
             ended.append(sender.status)
 
-    for count in (1, 2):  # The only thread is free again.
+    for count in (1, 2):  # The second time shows that the only thread is free again.
         with conn.stream("answers", client_id="tab", retries=1000, retry_delay_ms=10) as stream:
             assert next(stream) == b"more"
         while len(ended) < count:
@@ -200,7 +198,7 @@ def test_a_generator_of_threads_is_closed_when_its_client_leaves(
     assert not caplog.records
 
 
-def test_a_generator_of_asyncio(url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_async_generator_as_a_handler(url: str, caplog: pytest.LogCaptureFixture) -> None:
     ended = asyncio.Queue[str]()
 
     async def main(conn: aio.Connection) -> None:
@@ -220,7 +218,7 @@ def test_a_generator_of_asyncio(url: str, caplog: pytest.LogCaptureFixture) -> N
                 stream = conn.stream(subject, str(many))
                 assert [message async for message in stream] == [b"%d" % number for number in range(many)]
                 assert await ended.get() == ""
-        for many in (1, 10_000_000):  # It leaves while the generator waits, and while it is suspended.
+        for many in (1, 10_000_000):  # The client leaves while the generator waits, and while it is suspended.
             async with conn.stream("answers", str(many), client_id="tab") as stream:
                 assert await stream.next() == b"0"
             assert await ended.get() == "tab"
@@ -229,7 +227,7 @@ def test_a_generator_of_asyncio(url: str, caplog: pytest.LogCaptureFixture) -> N
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-def test_the_next_request_finds_the_place_of_a_stream_that_has_ended(conn: Connection, url: str) -> None:
+def test_an_ended_stream_no_longer_counts_towards_max_streams(conn: Connection, url: str) -> None:
     conn.service("answers", threads=1)(lambda request, sender: sender.send("answer"))
     for _ in range(500):
         assert list(conn.stream("answers")) == [b"answer"]

@@ -1,4 +1,4 @@
-"""The library in hosts that fork, that are ended in the middle, and that have little room."""
+"""The library in host processes that fork, exit while streams run, or run out of resources."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from test_process import SETUP, finish, ready
 
 import nats_presence
 
-# What gunicorn's workers do: the connection is made when it is first needed, in the process that needs it.
+# As gunicorn's workers should do it: each process connects when it first needs the connection.
 APP = """
 import os, sys
 sys.path.insert(0, os.environ["PACKAGE"])
 import nats_presence
-nats_presence.mark_client_online("whoever imports this")
+nats_presence.mark_client_online("marked on import")
 conn = None
 if os.environ["CONNECTS"] == "on import":
     conn = nats_presence.connect(os.environ["URL"])
@@ -138,7 +138,7 @@ atexit.register(last)
 
 
 @pytest.mark.parametrize(("code", "status"), ENDINGS.values(), ids=ENDINGS)
-def test_the_end_while_sending(url: str, code: str, status: int) -> None:
+def test_process_exit_while_sending(url: str, code: str, status: int) -> None:
     process = run_python(SETUP + SENDING + code, url)
     ended, _, err = finish(process)
     assert ended == status, err
@@ -147,7 +147,7 @@ def test_the_end_while_sending(url: str, code: str, status: int) -> None:
 
 
 def test_sigterm_during_a_drain(server: Server, url: str) -> None:
-    """nats-server stands still, so that the drain takes its time: the handler's SystemExit ends it, and the process."""
+    """nats-server is stopped, so the drain waits. SystemExit in the signal handler ends the drain and the process."""
     process = ready(
         run_python(
             SETUP
@@ -165,7 +165,7 @@ conn.close(drain=2)
         )
     )
     server.process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)  # Until then its threads go on.
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)  # Its threads run until then.
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
@@ -175,7 +175,7 @@ conn.close(drain=2)
     assert status == 9, err
 
 
-def test_a_busy_timer(worker: nats_presence.Connection, url: str) -> None:
+def test_frequent_signals_disturb_nothing(worker: nats_presence.Connection, url: str) -> None:
     process = run_python(
         SETUP
         + """
@@ -192,14 +192,14 @@ with nats_presence.connect(url) as conn:
     while ticks < 100:
         nats_presence.mark_client_online("a")
         nats_presence.mark_client_offline("a")
-signal.setitimer(signal.ITIMER_REAL, 0)  # At the end of Python there is no handler any longer.
+signal.setitimer(signal.ITIMER_REAL, 0)  # While Python exits, it has no signal handlers.
 """,
         url,
     )
     assert finish(process) == (0, "", "")
 
 
-def test_ten_thousand_threads_that_call_once(url: str) -> None:
+def test_ten_thousand_short_lived_threads_leave_nothing(url: str) -> None:
     process = run_python(
         SETUP
         + """
@@ -225,7 +225,7 @@ with nats_presence.connect(url, announce="never") as conn:
     assert finish(process) == (0, "", "")
 
 
-def test_without_file_descriptors(worker: nats_presence.Connection, url: str) -> None:
+def test_running_out_of_file_descriptors(worker: nats_presence.Connection, url: str) -> None:
     process = run_python(
         SETUP
         + """
@@ -257,8 +257,8 @@ with nats_presence.connect(url) as conn:
     assert finish(process) == (0, "", "")
 
 
-def test_children_inherit_nothing_of_ours(worker: nats_presence.Connection) -> None:
-    """What is started with a connection open has no descriptor of it."""
+def test_child_processes_inherit_no_descriptors(worker: nats_presence.Connection) -> None:
+    """A program that is started while a connection is open has none of the connection's descriptors."""
     stream = worker.stream("answers")
     assert list(stream) == [b"from ", b"afar"]
     listing = (

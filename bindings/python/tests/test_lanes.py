@@ -1,5 +1,5 @@
-"""What two processes with this library have of each other: readers hold workers back, a stream is cancelled alone, what
-was sent survives a loss of the connection, and who is dead is noticed."""
+"""Streams on lanes: slow readers slow their workers down, streams are cancelled one by one, messages survive a lost
+connection, and dead peers are detected."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ async def received(stream: aio.Stream) -> list[bytes]:
     return [message async for message in stream]
 
 
-class Standstill:
-    """Is true once a sender has sent something, and then nothing for a fifth of a second."""
+class Stalled:
+    """A condition: a client's sender has sent something, and then nothing for 0.2 s."""
 
     def __init__(self, senders: dict[str, Any], client: str) -> None:
         self.senders, self.client, self.seen, self.since = senders, client, 0, 0.0
@@ -96,19 +96,19 @@ SIZES = [0, 1, 1000, 2 * WINDOW]
 
 
 def numbered(size: int) -> list[bytes]:
-    """Ten windows of messages, and not less than ten messages."""
+    """Returns messages for ten windows, at least ten."""
     count = max(10, 10 * WINDOW // (size + 64))
     return [(b"%d" % number).ljust(size, b".")[:size] for number in range(count)]
 
 
-def most(size: int) -> int:
-    """How many of them there is room for before anything was read: one may pass the end of the window."""
+def max_unread(size: int) -> int:
+    """Returns how many messages can be sent before one is read. The last one may exceed the window."""
     return WINDOW // (size + 64) + 1
 
 
 @pytest.mark.parametrize("how", ["send", "send_many"])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_slow_reader_holds_its_worker_back_and_no_other(conn: Connection, size: int, how: str) -> None:
+def test_a_slow_reader_slows_only_its_own_worker(conn: Connection, size: int, how: str) -> None:
     senders: dict[str, Sender] = {}
     messages = numbered(size)
 
@@ -122,19 +122,19 @@ def test_a_slow_reader_holds_its_worker_back_and_no_other(conn: Connection, size
                 sender.send(message)
 
     slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=WINDOW)
-    until(Standstill(senders, "slow"))
-    assert senders["slow"].send_count <= most(size)
+    until(Stalled(senders, "slow"))
+    assert senders["slow"].send_count <= max_unread(size)
     fast = conn.stream("answers", client_id="fast", stream_buffer_bytes=WINDOW)
     assert list(fast) == messages
-    assert senders["slow"].send_count <= most(size)
+    assert senders["slow"].send_count <= max_unread(size)
     first = next(slow)
     assert [first, *slow] == messages
 
 
 @pytest.mark.parametrize("how", ["send", "send_many"])
 @pytest.mark.parametrize("size", SIZES)
-def test_in_asyncio_too(url: str, size: int, how: str) -> None:
-    """Though all of its messages pass one queue, and the reader's are taken out of it before they are read."""
+def test_a_slow_reader_slows_only_its_own_worker_in_asyncio(url: str, size: int, how: str) -> None:
+    """All streams of a connection share a queue here, and messages are taken from it before they are read."""
     senders: dict[str, aio.Sender] = {}
     messages = numbered(size)
 
@@ -149,20 +149,20 @@ def test_in_asyncio_too(url: str, size: int, how: str) -> None:
                     await sender.send(message)
 
         slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=WINDOW)
-        await until_aio(Standstill(senders, "slow"))
-        assert senders["slow"].send_count <= most(size)
+        await until_aio(Stalled(senders, "slow"))
+        assert senders["slow"].send_count <= max_unread(size)
         fast = conn.stream("answers", client_id="fast", stream_buffer_bytes=WINDOW)
         assert await received(fast) == messages
-        assert senders["slow"].send_count <= most(size)
-        assert len(slow._messages) <= most(size)
+        assert senders["slow"].send_count <= max_unread(size)
+        assert len(slow._messages) <= max_unread(size)
         first = await slow.__anext__()
         assert [first, *await received(slow)] == messages
 
     run(url, test)
 
 
-def test_a_reader_that_is_always_a_little_behind_gets_all(url: str) -> None:
-    """It never sees its buffer empty, and gives credit all the same."""
+def test_a_reader_that_never_catches_up_gets_all_messages(url: str) -> None:
+    """Its buffer is never empty, but it returns credit all the same."""
 
     async def test(conn: aio.Connection) -> None:
         messages = [b"%d" % number for number in range(20_000)]
@@ -182,10 +182,10 @@ def test_a_reader_that_is_always_a_little_behind_gets_all(url: str) -> None:
     run(url, test)
 
 
-# Waiting for room -----------------------------------------------------------------------------------------------------
+# Waiting until writable -----------------------------------------------------------------------------------------------
 
 
-def test_who_waits_for_room_can_be_cancelled_or_ended_and_the_loop_goes_on(url: str) -> None:
+def test_a_waiting_send_can_be_cancelled_or_ended(url: str) -> None:
     async def test(conn: aio.Connection) -> None:
         senders: asyncio.Queue[aio.Sender] = asyncio.Queue()
 
@@ -211,7 +211,7 @@ def test_who_waits_for_room_can_be_cancelled_or_ended_and_the_loop_goes_on(url: 
         with pytest.raises(asyncio.CancelledError):
             await one
         assert sender.send_count == sent
-        await stream.__anext__()  # All that waits; so there is room again.
+        await stream.__anext__()  # Takes all messages that have arrived, which returns credit.
         while sender.send_count <= 10 * sent:
             await stream.__anext__()
         assert not two.done()
@@ -226,7 +226,7 @@ def test_who_waits_for_room_can_be_cancelled_or_ended_and_the_loop_goes_on(url: 
     run(url, test)
 
 
-def test_who_waits_for_room_or_a_message_leaves_other_threads_the_interpreter(conn: Connection) -> None:
+def test_waiting_sends_and_reads_release_the_gil(conn: Connection) -> None:
     senders: dict[str, Sender] = {}
 
     @conn.service("answers")
@@ -247,19 +247,19 @@ def test_who_waits_for_room_or_a_message_leaves_other_threads_the_interpreter(co
 
     reader = threading.Thread(target=read)
     reader.start()
-    until(Standstill(senders, "slow"))
+    until(Stalled(senders, "slow"))
     until(lambda: waits(silent))
     began = time.monotonic()
     for _ in range(500):
         time.sleep(0)
-    assert time.monotonic() - began < 1, "each of them lets those who wait have it"
+    assert time.monotonic() - began < 1, "a waiting call keeps the GIL"
     silent.cancel()
     slow.cancel()
     assert isinstance(outcome.get(timeout=LIMIT), Cancelled)
     reader.join()
 
 
-# One stream alone -----------------------------------------------------------------------------------------------------
+# Only one stream stops ------------------------------------------------------------------------------------------------
 
 
 def cancel(stream: Stream) -> None:
@@ -272,7 +272,7 @@ def leave(stream: Stream) -> None:
 
 
 @pytest.mark.parametrize("end", [cancel, leave, None], ids=["cancel", "leave", "drop"])
-def test_cancelling_a_stream_stops_its_sender_alone(conn: Connection, end: Callable[[Stream], None] | None) -> None:
+def test_cancelling_a_stream_stops_only_its_sender(conn: Connection, end: Callable[[Stream], None] | None) -> None:
     stopped: Queue[tuple[bytes, PresenceError]] = Queue()
     go = threading.Event()
 
@@ -302,7 +302,7 @@ def test_cancelling_a_stream_stops_its_sender_alone(conn: Connection, end: Calla
     assert conn.stats()["offline_out"] == 0
 
 
-def test_a_timeout_stops_its_sender_alone(conn: Connection) -> None:
+def test_a_timeout_stops_only_its_sender(conn: Connection) -> None:
     stopped: Queue[tuple[bytes, PresenceError]] = Queue()
 
     @conn.service("answers")
@@ -324,7 +324,7 @@ def test_a_timeout_stops_its_sender_alone(conn: Connection) -> None:
     assert stopped.empty()
 
 
-def test_a_reader_that_leaves_cancels_its_handler_alone(url: str) -> None:
+def test_a_reader_that_leaves_cancels_only_its_handler(url: str) -> None:
     async def test(conn: aio.Connection) -> None:
         stopped: list[tuple[bytes, int]] = []
 
@@ -360,7 +360,7 @@ def setting(gone: threading.Event | asyncio.Event) -> Callable[[ConnectionEvent]
     return on_event
 
 
-def test_what_is_sent_without_a_connection_comes_later(server: Server) -> None:
+def test_messages_sent_while_disconnected_arrive_later(server: Server) -> None:
     go, gone = threading.Event(), threading.Event()
     messages = [b"%d" % number for number in range(1000)]
     with nats_presence.connect(server.url, on_event=setting(gone)) as conn:
@@ -384,7 +384,7 @@ def test_what_is_sent_without_a_connection_comes_later(server: Server) -> None:
         assert conn.stats()["connects"] == 2
 
 
-def test_in_asyncio_a_full_buffer_waits_for_the_connection(server: Server) -> None:
+def test_a_full_send_buffer_waits_for_the_connection_in_asyncio(server: Server) -> None:
     async def main() -> None:
         gone, go = asyncio.Event(), asyncio.Event()
         connecting = aio.connect(server.url, on_event=setting(gone), send_buffer_bytes=WINDOW)
@@ -416,7 +416,7 @@ def test_in_asyncio_a_full_buffer_waits_for_the_connection(server: Server) -> No
 
 
 class Peer:
-    """A Python process that is told and tells by lines."""
+    """A Python process that reads and writes lines."""
 
     def __init__(self, code: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
@@ -476,13 +476,16 @@ DEATHS = {"killed": (signal.SIGKILL, 0.0), "stopped": (signal.SIGSTOP, 1.0)}
 SIDES = ["sync", "asyncio"]
 
 
-def gone(peer: Peer, death: str, notices: Callable[[], object]) -> None:
-    """The peer dies, which is noticed neither too early nor too late, and, should it live, by itself too."""
+def die(peer: Peer, death: str, wait_until_detected: Callable[[], object]) -> None:
+    """Kills or stops the peer, and checks that this is detected neither too early nor too late.
+
+    A peer that was only stopped has to detect it as well.
+    """
     sent, at_least = DEATHS[death]
     began = time.monotonic()
     peer.process.send_signal(sent)
-    notices()
-    # Three silent heartbeats of half a second, the first of which may have begun before.
+    wait_until_detected()
+    # Three heartbeats of 0.5 s without an answer. The first may have begun earlier.
     assert at_least <= time.monotonic() - began < LIMIT
     if sent == signal.SIGSTOP:
         peer.process.send_signal(signal.SIGCONT)
@@ -511,7 +514,7 @@ def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) ->
             stream = conn.stream("answers", client_id="tab")
             assert await stream.__anext__() == b"more"
             reader = asyncio.create_task(received(stream))
-            dying = asyncio.to_thread(gone, worker, death, lambda: until(reader.done))
+            dying = asyncio.to_thread(die, worker, death, lambda: until(reader.done))
             await dying
             with pytest.raises(PeerGone):
                 await reader
@@ -522,7 +525,7 @@ def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) ->
             with nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
                 stream = conn.stream("answers", client_id="tab")
                 assert next(stream) == b"more"
-                gone(worker, death, lambda: read(stream))
+                die(worker, death, lambda: read(stream))
         assert online_count() == 0
 
 
@@ -544,14 +547,14 @@ def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) 
             while True:
                 await sender.send("more")
                 await asyncio.sleep(0.01)
-        finally:  # It was cancelled, or met the refusal before.
+        finally:  # The task is cancelled, or send() has raised before.
             stopped.put(sender.status)
 
     def dies() -> None:
         with Peer(SETUP + ENDLESS_GATEWAY, url) as gateway:
             assert gateway.read() == "ready"
             assert is_client_online("tab")
-            gone(gateway, death, lambda: until(lambda: not stopped.empty()))
+            die(gateway, death, lambda: until(lambda: not stopped.empty()))
         assert stopped.get() == PeerGone.status
         assert stopped.empty()
         until(lambda: online_count() == 0)
@@ -574,7 +577,7 @@ FAST = dict(reconnect_min_ms=10, reconnect_max_ms=100)
 def message(number):
     return number.to_bytes(8, "little") + os.urandom(number % 64)
 class Check:
-    "What a stream was, to be compared at both its ends."
+    "The messages of a stream, to compare them at both ends."
     def __init__(self):
         self.digest, self.count, self.last = hashlib.sha256(), 0, None
     def sent(self):
@@ -595,12 +598,12 @@ class Check:
             raise AssertionError(f"message {int.from_bytes(data[:8], 'little')} where {self.count} was due")
         else:
             self.add(data)
-    def is_whole(self):
+    def is_complete(self):
         return self.last == self.end()
 def say(*words):
     print(*words, flush=True)
 def rounds():
-    "Until the line that is no number: how many connections there shall have been."
+    "Yields how many times the connection has to be made next; ends with a line that is not a number."
     while (line := sys.stdin.readline().strip()).isdigit():
         yield int(line)
 def reconnected(conn, connects):
@@ -638,12 +641,12 @@ async def main():
                 await sender.send_many([check.sent() for _ in range(10)])
                 await asyncio.sleep(0.05)
             await sender.send(check.end())
-        def take_part():
+        def follow_rounds():
             for connects in rounds():
                 reconnected(conn, connects)
                 say("ok")
         say("ready")
-        await asyncio.to_thread(take_part)
+        await asyncio.to_thread(follow_rounds)
         enough.set()
         conn.stop()
         await conn.run()
@@ -672,7 +675,7 @@ for connects in rounds():
 for reader in readers:
     reader.join()
 say(*failures or ["ok"])
-say(sum(check.is_whole() for check in checks))
+say(sum(check.is_complete() for check in checks))
 say(conn.stats()["connects"])
 conn.close()
 """,
@@ -687,17 +690,17 @@ async def main():
             failures.append(f"{number}: {failure!r}")
     async with aio.connect(url, **FAST) as conn:
         readers = [asyncio.create_task(read(conn, number)) for number in range(STREAMS)]
-        def take_part():
+        def follow_rounds():
             for connects in rounds():
                 reconnected(conn, connects)
                 before = [check.count for check in checks]
                 while not failures and any(check.count == count for check, count in zip(checks, before)):
                     time.sleep(0.01)
                 say(*failures or ["ok"])
-        await asyncio.to_thread(take_part)
+        await asyncio.to_thread(follow_rounds)
         await asyncio.gather(*readers)
         say(*failures or ["ok"])
-        say(sum(check.is_whole() for check in checks))
+        say(sum(check.is_complete() for check in checks))
         say(conn.stats()["connects"])
 asyncio.run(main())
 """,
@@ -706,22 +709,22 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("side", SIDES)
 def test_twenty_restarts_under_200_streams(server: Server, side: str) -> None:
-    """All of what was sent comes, in order, once."""
+    """Every message arrives, in order, once."""
     code = SETUP + COMMON
     with Peer(code + WORKERS[side], server.url) as worker:
         assert worker.read() == "ready"
         with Peer(code + GATEWAYS[side], server.url) as gateway:
 
-            def all_go_on(connects: int) -> None:
+            def check_all_streams_continue(connects: int) -> None:
                 for peer in (worker, gateway):
                     peer.write(f"{connects}")
                     assert peer.read() == "ok"
 
-            all_go_on(1)
+            check_all_streams_continue(1)
             for restarts in range(1, 21):
                 server.stop()
                 server.start()
-                all_go_on(1 + restarts)
+                check_all_streams_continue(1 + restarts)
             worker.write("enough")
             gateway.write("enough")
             assert gateway.read() == "ok"

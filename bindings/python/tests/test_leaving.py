@@ -1,4 +1,4 @@
-"""Readers that leave a stream, however they do, end its worker's work at once: no garbage collector is needed."""
+"""However a reader leaves a stream, its worker stops at once, without the garbage collector."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def no_garbage_collector() -> Iterator[None]:
 
 
 class Worker:
-    """Sends one message, and waits until its stream is stopped."""
+    """A worker that sends one message and waits until its stream is stopped."""
 
     def __init__(self, url: str, lanes: bool = True) -> None:
         self.begun, self.stopped = threading.Event(), threading.Event()
@@ -108,7 +108,7 @@ async def by_next_with_a_timeout(conn: aio.Connection) -> None:
 
 
 async def between_two_messages(conn: aio.Connection) -> None:
-    """The generator is suspended, and nothing closes it: neither its block nor its loop is left."""
+    """The generator is suspended and never closed, so that it leaves neither its block nor its loop."""
 
     async def messages() -> AsyncIterator[bytes]:
         async with conn.stream("answers", client_id="tab") as stream:
@@ -117,13 +117,13 @@ async def between_two_messages(conn: aio.Connection) -> None:
 
     suspended = messages()
     kept.append(suspended)
-    # Its reader has waited for the worker, and what it waits for now is not the stream.
+    # The task has waited for the worker before. Now it waits for something else than the stream.
     async for _ in suspended:
         await asyncio.sleep(3600)
 
 
 async def without_waiting(conn: aio.Connection) -> None:
-    """There is always a message: it is never the stream that the reader waits for."""
+    """A message is always there, so that the task never waits for the stream."""
     stream = conn.stream("answers", client_id="tab")
     while not stream._messages:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -137,7 +137,7 @@ READERS: list[Reader] = [
     between_two_messages,
 ]  # fmt: skip
 kept: list[object] = []
-"""What keeps frames, and what they name, alive: exceptions, as frameworks and notebooks do, and a generator."""
+"""Objects that keep frames and their variables alive: generators, and exceptions as frameworks and notebooks do."""
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def _forget() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_cancelled_task(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
+def test_cancelling_the_reading_task_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
     async def main(conn: aio.Connection) -> None:
         task = asyncio.create_task(reader(conn))
         kept.append(task)
@@ -164,7 +164,7 @@ def test_a_cancelled_task(worker: Worker, url: str, lanes: bool, reader: Reader)
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_gathered(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
+def test_cancelling_a_gathered_task_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
     async def main(conn: aio.Connection) -> None:
         task = asyncio.create_task(reader(conn))
         gathering = asyncio.gather(task, asyncio.sleep(0), return_exceptions=True)
@@ -178,7 +178,7 @@ def test_gathered(worker: Worker, url: str, lanes: bool, reader: Reader) -> None
 
 
 @pytest.mark.parametrize("reader", READERS[:-2])
-def test_inside_a_timeout_that_is_being_handled(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
+def test_a_wait_for_timeout_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
     async def main(conn: aio.Connection) -> None:
         try:
             await asyncio.wait_for(reader(conn), 0.2)
@@ -189,9 +189,7 @@ def test_inside_a_timeout_that_is_being_handled(worker: Worker, url: str, lanes:
 
 
 @pytest.mark.parametrize("reader", READERS[:-2])
-def test_a_scope_that_is_cancelled_in_a_task_that_goes_on(
-    worker: Worker, url: str, lanes: bool, reader: Reader
-) -> None:
+def test_a_cancelled_scope_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
     async def main(conn: aio.Connection) -> None:
         try:
             with anyio.fail_after(0.2):
@@ -203,7 +201,7 @@ def test_a_scope_that_is_cancelled_in_a_task_that_goes_on(
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_cancelled_task_group(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
+def test_a_cancelled_task_group_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
     async def main(conn: aio.Connection) -> None:
         async with anyio.create_task_group() as group:
             group.start_soon(reader, conn)
@@ -216,8 +214,8 @@ def test_a_cancelled_task_group(worker: Worker, url: str, lanes: bool, reader: R
 
 
 @pytest.mark.parametrize("reader", READERS[:-2])
-def test_a_coroutine_that_is_closed(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
-    """As a loop does that ends with tasks pending."""
+def test_closing_the_reading_coroutine_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: Reader) -> None:
+    """A loop that ends with pending tasks does so."""
 
     async def main(conn: aio.Connection) -> None:
         coroutine = reader(conn)
@@ -231,7 +229,9 @@ def test_a_coroutine_that_is_closed(worker: Worker, url: str, lanes: bool, reade
 
 
 @pytest.mark.parametrize("leave", [contextlib.aclosing, lambda stream: stream])
-def test_a_block(worker: Worker, url: str, lanes: bool, leave: Callable[[aio.Stream], Any]) -> None:
+def test_leaving_the_block_stops_the_worker(
+    worker: Worker, url: str, lanes: bool, leave: Callable[[aio.Stream], Any]
+) -> None:
     async def main(conn: aio.Connection) -> None:
         async with leave(conn.stream("answers", client_id="tab")) as stream:
             kept.append(stream)
@@ -246,8 +246,8 @@ def test_a_block(worker: Worker, url: str, lanes: bool, leave: Callable[[aio.Str
     run(url, lanes, main)
 
 
-def test_a_task_that_read_a_stream_before_another_does(worker: Worker, url: str, lanes: bool) -> None:
-    """Who handed it on, and is cancelled then, does not end it; nor does one that has ended by itself."""
+def test_cancelling_a_former_reader_does_not_cancel_the_stream(worker: Worker, url: str, lanes: bool) -> None:
+    """Neither a task that passed the stream on and is then cancelled, nor one that has returned, cancels it."""
 
     async def main(conn: aio.Connection) -> None:
         stream = conn.stream("answers", client_id="tab")
@@ -272,7 +272,7 @@ def test_a_task_that_read_a_stream_before_another_does(worker: Worker, url: str,
     run(url, lanes, main)
 
 
-def test_next_goes_on_after_its_timeout(worker: Worker, url: str, lanes: bool) -> None:
+def test_next_can_be_called_again_after_its_timeout(worker: Worker, url: str, lanes: bool) -> None:
     async def main(conn: aio.Connection) -> None:
         stream = conn.stream("answers", client_id="tab")
         assert await stream.next(timeout=LIMIT) == b"first"
@@ -288,11 +288,11 @@ def test_next_goes_on_after_its_timeout(worker: Worker, url: str, lanes: bool) -
     run(url, lanes, main)
 
 
-def test_a_failure_that_is_taken_for_a_timeout_is_no_end(worker: Worker, url: str, lanes: bool) -> None:
+def test_next_raises_closed_after_the_stream_failed(worker: Worker, url: str, lanes: bool) -> None:
     async def main(conn: aio.Connection) -> None:
         stream = conn.stream("answers", client_id="tab", timeout=0.2)
         assert await stream.next() == b"first"
-        with pytest.raises(Timeout):  # The stream's own.
+        with pytest.raises(Timeout):  # The timeout of the stream, not of next().
             await stream.next(LIMIT)
         with pytest.raises(Closed):
             await stream.next(LIMIT)
@@ -300,7 +300,7 @@ def test_a_failure_that_is_taken_for_a_timeout_is_no_end(worker: Worker, url: st
     run(url, lanes, main)
 
 
-def test_two_tasks_read_a_stream(worker: Worker, url: str, lanes: bool) -> None:
+def test_a_second_reading_task_gets_busy(worker: Worker, url: str, lanes: bool) -> None:
     async def main(conn: aio.Connection) -> None:
         stream = conn.stream("answers", client_id="tab")
         assert await stream.next() == b"first"
@@ -316,8 +316,8 @@ def test_two_tasks_read_a_stream(worker: Worker, url: str, lanes: bool) -> None:
     run(url, lanes, main)
 
 
-def test_two_tasks_and_an_end(url: str) -> None:
-    """The end wakes the one that waits; another that comes before it has run does not take it."""
+def test_the_waiting_task_gets_the_end(url: str) -> None:
+    """The end wakes the waiting task. Another task that reads before the first one runs does not take the end."""
 
     async def main(conn: aio.Connection) -> None:
         @conn.service("fails")
@@ -352,9 +352,12 @@ SYNC_READERS = {
 
 
 @pytest.mark.parametrize("reader", SYNC_READERS.values(), ids=SYNC_READERS)
-def test_an_interrupted_loop_of_a_thread(worker: Worker, url: str, lanes: bool, reader: str) -> None:
-    """As in a notebook, which keeps the exception of its last cell. The interrupt comes while the reader waits: in an
-    expression, one that comes between two messages leaves the stream in a frame of the expression's own."""
+def test_an_interrupted_read_stops_the_worker(worker: Worker, url: str, lanes: bool, reader: str) -> None:
+    """As in a notebook, which keeps the exception of its last cell.
+
+    The interrupt arrives while the reader waits. Between two messages it could leave the stream in a frame of an
+    expression.
+    """
     code = f"""
 import contextlib, gc, itertools
 gc.disable()
@@ -383,7 +386,7 @@ with nats_presence.connect(url, lanes={lanes}) as conn:
     assert finish(process) == (0, "", "")
 
 
-def test_a_loop_of_a_thread_that_is_left(worker: Worker, url: str, lanes: bool) -> None:
+def test_an_exception_in_the_loop_stops_the_worker(worker: Worker, url: str, lanes: bool) -> None:
     with nats_presence.connect(url, lanes=lanes) as conn:
         try:
             for _ in conn.stream("answers", client_id="tab"):
@@ -393,7 +396,7 @@ def test_a_loop_of_a_thread_that_is_left(worker: Worker, url: str, lanes: bool) 
         assert worker.stopped.wait(LIMIT)
 
 
-def test_next_of_a_thread_goes_on_after_its_timeout(worker: Worker, url: str, lanes: bool) -> None:
+def test_next_in_a_thread_can_be_called_again_after_its_timeout(worker: Worker, url: str, lanes: bool) -> None:
     with nats_presence.connect(url, lanes=lanes) as conn:
         stream = conn.stream("answers", client_id="tab")
         assert stream.next(timeout=LIMIT) == b"first"
@@ -411,8 +414,8 @@ def test_next_of_a_thread_goes_on_after_its_timeout(worker: Worker, url: str, la
             failed.next()
 
 
-def test_a_wsgi_server_closes_what_it_sends(worker: Worker, url: str, lanes: bool) -> None:
-    """The server calls close() when the client has left: here wsgiref, which others copy."""
+def test_a_wsgi_server_closes_the_stream(worker: Worker, url: str, lanes: bool) -> None:
+    """WSGI servers call close() when the client has left. This is wsgiref, on which others are based."""
     from wsgiref.handlers import SimpleHandler
 
     class Gone(SimpleHandler):

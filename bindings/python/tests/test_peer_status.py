@@ -1,4 +1,4 @@
-"""What another end says of a stream arrives as the exception that it would be here."""
+"""A status that the peer reports raises the same exception as if it had occurred in this process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with nats_presence.connect(url, announce="never", lanes={lanes}) as conn:
 
 @pytest.fixture
 def worker(url: str, lanes: bool) -> Iterator[None]:
-    """One in a process of its own, which tells nobody else what it knows of clients."""
+    """A worker in a process of its own, which does not announce clients offline."""
     process = ready(run_python(SETUP + WORKER.format(lanes=lanes), url))
     yield
     process.kill()
@@ -38,7 +38,7 @@ def worker(url: str, lanes: bool) -> Iterator[None]:
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(("subject", "kind"), [("offline", Offline), ("busy", Busy)])
-def test_of_threads(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
+def test_the_peers_status_is_raised_in_threads(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
     with nats_presence.connect(url, lanes=lanes) as conn:
         first = conn.stream(subject, client_id="tab", timeout=LIMIT)
         if kind is Busy:
@@ -49,7 +49,7 @@ def test_of_threads(url: str, lanes: bool, subject: str, kind: type[PresenceErro
 
 @pytest.mark.usefixtures("worker")
 @pytest.mark.parametrize(("subject", "kind"), [("offline", Offline), ("busy", Busy)])
-def test_of_asyncio(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
+def test_the_peers_status_is_raised_in_asyncio(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
     async def main() -> None:
         async with aio.connect(url, lanes=lanes) as conn:
             first = conn.stream(subject, client_id="tab", timeout=LIMIT)

@@ -1,4 +1,4 @@
-"""What nats-server refuses to have subscribed: an exception at once, an event later."""
+"""nats-server refuses a subscription: an exception at first, an event if it happens later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MORE = f'{ALWAYS}, "work"'
 
 
 @pytest.fixture
-def rights(tmp_path: Path) -> Iterator[Server]:
+def restricted(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path, USER.format(MORE))
     yield server
     server.stop()
@@ -35,24 +35,26 @@ def of_work(event: ConnectionEvent, kind: str) -> bool:
     return (event.kind, event.subject) == (kind, "work")
 
 
-def test_a_service_that_is_refused_and_accepted_again(rights: Server) -> None:
+def test_a_refused_service_is_accepted_again(restricted: Server) -> None:
     events: queue.Queue[ConnectionEvent] = queue.Queue()
-    with nats_presence.connect(rights.url, user="u", password="p", reconnect_max_ms=100, on_event=events.put) as conn:
+    with nats_presence.connect(
+        restricted.url, user="u", password="p", reconnect_max_ms=100, on_event=events.put
+    ) as conn:
         with pytest.raises(Disconnected, match="Permissions Violation"):
             conn.service("other")(lambda request, sender: None)
         conn.service("work")(lambda request, sender: sender.send("done"))
         for subjects, kind in [(ALWAYS, "disconnected"), (MORE, "connected")]:
-            allow(rights, subjects)
+            allow(restricted, subjects)
             while not of_work(events.get(timeout=LIMIT), kind):
                 pass
         assert list(conn.stream("work", retries=100)) == [b"done"]
 
 
-def test_an_asyncio_service_that_is_refused_and_accepted_again(rights: Server) -> None:
+def test_a_refused_asyncio_service_is_accepted_again(restricted: Server) -> None:
     async def main() -> None:
         events: asyncio.Queue[ConnectionEvent] = asyncio.Queue()
-        url, told = rights.url, events.put_nowait
-        async with aio.connect(url, user="u", password="p", reconnect_max_ms=100, on_event=told) as conn:
+        url, on_event = restricted.url, events.put_nowait
+        async with aio.connect(url, user="u", password="p", reconnect_max_ms=100, on_event=on_event) as conn:
 
             async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
                 await sender.send("done")
@@ -61,7 +63,7 @@ def test_an_asyncio_service_that_is_refused_and_accepted_again(rights: Server) -
                 await conn.serve("other", handler)
             await conn.serve("work", handler)
             for subjects, kind in [(ALWAYS, "disconnected"), (MORE, "connected")]:
-                allow(rights, subjects)
+                allow(restricted, subjects)
                 while not of_work(await asyncio.wait_for(events.get(), LIMIT), kind):
                     pass
             assert [message async for message in conn.stream("work", retries=100)] == [b"done"]

@@ -1,4 +1,4 @@
-"""Marks and sessions. No server is needed."""
+"""Marks and sessions, which need no server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def empty() -> Iterator[None]:
     assert online_count() == 0
 
 
-def test_marks() -> None:
+def test_marks_are_idempotent() -> None:
     for client in ("a", "x" * 1024, "Ünïcødé-客户端", "with space"):
         assert not is_client_online(client)
         mark_client_online(client)
@@ -42,7 +42,7 @@ def test_the_empty_id_is_always_online() -> None:
 
 
 @pytest.mark.parametrize("client", BAD_IDS)
-def test_bad_ids(client: str) -> None:
+def test_invalid_client_ids_are_refused(client: str) -> None:
     for function in (mark_client_online, mark_client_offline, session):
         with pytest.raises(Invalid) as caught:
             function(client)
@@ -52,7 +52,7 @@ def test_bad_ids(client: str) -> None:
     assert not is_client_online(client)
 
 
-def test_sessions() -> None:
+def test_a_client_is_online_while_a_session_is_open() -> None:
     with session("c") as first:
         assert first.client_id == "c"
         second = session("c")

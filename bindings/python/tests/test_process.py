@@ -1,4 +1,4 @@
-"""Signals, the end of the interpreter, and fork, each in a process of its own."""
+"""Signals, the exit of the interpreter, and fork, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from conftest import LIMIT, run_python
 import nats_presence
 from nats_presence import Cancelled, Connection, Disconnected, Offline, PresenceError, Remote
 
-# Who runs the tests in the background may have SIGINT ignored, and children inherit that.
+# If the tests run in the background, SIGINT may be ignored, which child processes inherit.
 SETUP = """
 import asyncio, multiprocessing, os, signal, sys, threading, time
 import nats_presence
@@ -34,7 +34,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGABRT)  # faulthandler shows where it hangs.
         out, err = process.communicate()
-        pytest.fail(f"it hangs:\n{out}\n{err}")
+        pytest.fail(f"the process hangs:\n{out}\n{err}")
     return process.returncode, out, err
 
 
@@ -59,7 +59,7 @@ with nats_presence.connect(url) as conn:
 with nats_presence.connect(url) as conn:
     begun, kept = threading.Event(), []
     conn.service("silent")(lambda request, sender: sender.detach() or kept.append(sender) or begun.set())
-    # Nobody reads: these fill its window, and the next has no room.
+    # The stream is not read: these messages fill its window, so that the next one has to wait.
     stream = conn.stream("silent", stream_buffer_bytes=5 * 1064)
     begun.wait()
     kept[0].send_many([bytes(1000)] * 5)
@@ -120,8 +120,8 @@ with nats_presence.connect(url) as conn:
     assert finish(process) == (0, "[b'late']\n", "")
 
 
-def test_what_comes_with_an_interrupt_is_not_lost(url: str) -> None:
-    """The signal comes during a wait, and then a message: KeyboardInterrupt is raised when the wait has taken it."""
+def test_a_message_that_arrives_with_an_interrupt_is_not_lost(url: str) -> None:
+    """A signal and then a message arrive during a wait. KeyboardInterrupt is raised after the wait took the message."""
     process = run_python(
         SETUP
         + """
@@ -149,7 +149,7 @@ with nats_presence.connect(url) as conn:
     assert finish(process) == (0, "[b'first', b'interrupted', b'second', b'third']\n", "")
 
 
-def test_what_a_signals_handler_raises_costs_one_message_at_most(url: str) -> None:
+def test_a_raising_signal_handler_loses_at_most_one_message(url: str) -> None:
     process = run_python(
         SETUP
         + """
@@ -190,7 +190,7 @@ conn = nats_presence.connect(url)
 def handler(request, sender):
     while True:
         sender.send("more")
-names = [("local", "a"), ("local", "b"), ("abroad", "c")]
+names = [("local", "a"), ("local", "b"), ("elsewhere", "c")]
 streams = [conn.stream(subject, client_id=client) for subject, client in names]
 for stream in streams:
     next(stream)
@@ -201,7 +201,7 @@ sys.exit(3)
     "a handler that never returns": """
 conn = nats_presence.connect(url)
 conn.service("local")(lambda request, sender: sender.send("more") or time.sleep(3600))
-streams = [conn.stream("local", client_id="a"), conn.stream("abroad", client_id="c")]
+streams = [conn.stream("local", client_id="a"), conn.stream("elsewhere", client_id="c")]
 for stream in streams:
     next(stream)
 print("ready", flush=True)
@@ -209,7 +209,7 @@ sys.exit(3)
 """,
     "a daemon thread that reads": """
 conn = nats_presence.connect(url)
-stream = conn.stream("abroad", client_id="c")
+stream = conn.stream("elsewhere", client_id="c")
 next(stream)
 def read():
     try:
@@ -226,7 +226,7 @@ async def main():
     global block, stream
     block = aio.connect(url)
     conn = await block.__aenter__()
-    stream = conn.stream("abroad", client_id="c")
+    stream = conn.stream("elsewhere", client_id="c")
     await stream.__anext__()
 loop.run_until_complete(main())
 print("ready", flush=True)
@@ -235,7 +235,7 @@ sys.exit(3)
     "asyncio": """
 async def main():
     async with aio.connect(url) as conn:
-        async for message in conn.stream("abroad", client_id="c"):
+        async for message in conn.stream("elsewhere", client_id="c"):
             print("ready", flush=True)
             sys.exit(3)
 asyncio.run(main())
@@ -246,24 +246,24 @@ asyncio.run(main())
 @pytest.mark.parametrize("code", EXITS.values(), ids=EXITS)
 @pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "level 0"])
 def test_exit_with_streams_open(url: str, code: str, lanes: bool) -> None:
-    """The process ends as it wants to, and those abroad learn of it."""
-    told = []
+    """The process exits with its own status, and workers in other processes are stopped."""
+    raised = []
     conn = nats_presence.connect(url, lanes=lanes)
 
-    @conn.service("abroad")
+    @conn.service("elsewhere")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
         try:
             while True:
                 sender.send("more")
         except PresenceError as refused:
-            told.append(refused)
+            raised.append(refused)
 
     process = ready(run_python(SETUP + code, url))
     assert finish(process) == (3, "", "")
     conn.stop()
     conn.run()
     conn.close()
-    assert [type(refused) for refused in told] == [Cancelled if lanes else Offline]
+    assert [type(refused) for refused in raised] == [Cancelled if lanes else Offline]
 
 
 def test_a_worker_that_exits_ends_its_streams(conn: Connection, url: str) -> None:
@@ -409,7 +409,7 @@ assert os.waitstatus_to_exitcode(status) == 7, status
 }
 
 
-# Not os.fork after asyncio's connect: a child that tears its parent's loop down breaks it there, whoever uses it.
+# Not os.fork after asyncio's connect: a child that closes its parent's loop breaks the parent's loop, too.
 @pytest.mark.parametrize(
     ("when", "start"),
     [*((w, "multiprocessing") for w in FORKS), *((w, "os.fork") for w in FORKS if "asyncio" not in w)],
@@ -422,8 +422,8 @@ def test_fork(url: str, when: str, start: str) -> None:
 
 
 @pytest.mark.parametrize("child", ["conn.close()", "with conn: pass", "del conn", "sys.exit(0)"])
-def test_a_child_leaves_its_parents_connection_alone(url: str, child: str) -> None:
-    """It closes it without effect and without a word, or does not close it, without a warning."""
+def test_a_forked_child_does_not_affect_its_parents_connection(url: str, child: str) -> None:
+    """In the child, closing the connection has no effect, and not closing it causes no warning."""
     process = run_python(
         SETUP
         + f"""
@@ -445,8 +445,8 @@ conn.close()
     assert finish(process) == (0, "", "")
 
 
-def test_a_close_leaves_what_a_thread_still_reads(conn: Connection, url: str) -> None:
-    """The service's thread has taken a request, and has not copied it yet."""
+def test_close_keeps_the_event_that_a_thread_is_reading(conn: Connection, url: str) -> None:
+    """A thread of the service has taken a request, but has not copied it yet."""
     process = run_python(
         SETUP
         + """

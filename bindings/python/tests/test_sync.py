@@ -17,7 +17,7 @@ from queue import Queue
 from typing import Any, Callable
 
 import pytest
-from conftest import LIMIT, Server, Standstill, until, waits
+from conftest import LIMIT, Server, Stalled, until, waits
 
 import nats_presence
 from nats_presence import (
@@ -61,14 +61,14 @@ def send_until_refused(sender: Sender, outcome: Queue[Any]) -> None:
 
 
 def failure(stream: Stream) -> PresenceError:
-    """What a stream ends with; then, and only then, it has ended for good."""
+    """Reads a stream to its end, and returns the error. Reading again then shows a normal end."""
     with pytest.raises(PresenceError) as caught:
         list(stream)
     assert list(stream) == []
     return caught.value
 
 
-def test_messages_come_in_order_and_whole(conn: Connection) -> None:
+def test_messages_arrive_in_order_and_complete(conn: Connection) -> None:
     seen: Queue[Request] = Queue()
     senders: Queue[Sender] = Queue()
 
@@ -120,7 +120,7 @@ AS_SENT: list[Payload] = [message.encode() if isinstance(message, str) else byte
 
 
 @pytest.mark.parametrize("kind", [list, tuple, iter])
-def test_many_at_once_are_sent_as_one_by_one(conn: Connection, kind: Callable[[list[Payload]], Any]) -> None:
+def test_send_many_sends_the_same_messages_as_send(conn: Connection, kind: Callable[[list[Payload]], Any]) -> None:
     @conn.service("answers")
     def handler(request: Request, sender: Sender) -> None:
         for messages in (MIXED, [], AS_SENT):
@@ -130,7 +130,7 @@ def test_many_at_once_are_sent_as_one_by_one(conn: Connection, kind: Callable[[l
     assert list(conn.stream("answers")) == AS_SENT * 2
 
 
-def test_what_an_iterator_gives_is_sent_as_it_comes(conn: Connection) -> None:
+def test_send_many_sends_each_message_of_an_iterator_at_once(conn: Connection) -> None:
     read = threading.Semaphore(0)
 
     @conn.service("answers")
@@ -149,7 +149,7 @@ def test_what_an_iterator_gives_is_sent_as_it_comes(conn: Connection) -> None:
     assert list(stream) == []
 
 
-def test_sending_many_stops_where_the_client_leaves(conn: Connection) -> None:
+def test_send_many_stops_when_the_client_leaves(conn: Connection) -> None:
     outcome: Queue[Any] = Queue()
 
     @conn.service("answers")
@@ -167,7 +167,7 @@ def test_sending_many_stops_where_the_client_leaves(conn: Connection) -> None:
     assert 0 < sent < 1_000_000
 
 
-def test_anonymous(conn: Connection) -> None:
+def test_a_request_without_a_client(conn: Connection) -> None:
     @conn.service("answers")
     def handler(request: Request, sender: Sender) -> None:
         sender.send(repr(request.client_id))
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_stops_its_sender(conn: Connection) -> None:
     assert "'tab'" in refused.message
     assert sender.closed
     assert sender.status == Offline.status
-    # The same id is a new life: the old sender is not revived.
+    # A new session with the same id does not make the old sender usable again.
     with nats_presence.session("tab"), pytest.raises(Offline):
         sender.send("more")
     for call in (sender.end, lambda: sender.error("why")):
@@ -236,7 +236,7 @@ def test_leaving_a_stream_stops_its_sender(conn: Connection, lanes: bool, leave:
     until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
 
 
-class Unspeakable(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise SystemExit(4)
 
@@ -248,10 +248,10 @@ class Unspeakable(Exception):
         (ValueError("no such model: ü"), "no such model: ü"),
         (KeyError(), "KeyError"),
         (SystemExit(3), "3"),
-        (Unspeakable(), "Unspeakable"),
+        (UnprintableError(), "UnprintableError"),
     ],
 )
-def test_what_a_handler_raises_is_the_streams_error(
+def test_a_handlers_exception_ends_the_stream_with_an_error(
     conn: Connection, raised: BaseException, text: str, send_errors: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     @conn.service("answers", threads=1, send_errors=send_errors)
@@ -259,7 +259,7 @@ def test_what_a_handler_raises_is_the_streams_error(
         sender.send("part")
         raise raised
 
-    for _ in range(2):  # The only thread survives it.
+    for _ in range(2):  # The second time shows that the only thread still runs.
         stream = conn.stream("answers", client_id="tab")
         assert next(stream) == b"part"
         error = failure(stream)
@@ -270,7 +270,7 @@ def test_what_a_handler_raises_is_the_streams_error(
     assert caplog.records[0].levelno == logging.ERROR
 
 
-def test_only_the_streams_own_end_goes_without_a_log(conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_streams_own_end_is_not_logged(conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
     @conn.service("answers", threads=1)
     def handler(request: Request, sender: Sender) -> None:
         sender.send("begun")
@@ -343,7 +343,7 @@ def test_a_detached_sender_answers_later_from_another_thread(conn: Connection) -
     assert "unfinished" in error.message
 
 
-def test_nobody_serves(conn: Connection) -> None:
+def test_no_responders(conn: Connection) -> None:
     error = failure(conn.stream("nobody.here", client_id="tab"))
     assert isinstance(error, NoResponders)
     assert "nobody.here" in error.message
@@ -364,7 +364,7 @@ def test_a_service_takes_as_many_streams_as_it_has_threads(conn: Connection) -> 
     assert [list(stream) for stream in streams] == [[], []]
 
 
-def test_a_busy_service_and_retries(conn: Connection) -> None:
+def test_a_request_is_retried_until_the_service_is_free(conn: Connection) -> None:
     go = threading.Event()
 
     @conn.service("answers", max_streams=1)
@@ -377,14 +377,14 @@ def test_a_busy_service_and_retries(conn: Connection) -> None:
     error = failure(conn.stream("answers"))
     assert isinstance(error, (Busy, Remote))
     assert "busy" in error.message
-    patient = conn.stream("answers", retries=1000, retry_delay_ms=10)
+    retrying = conn.stream("answers", retries=1000, retry_delay_ms=10)
     until(lambda: conn.stats()["requests_busy"] >= 3)
     go.set()
     assert list(first) == []
-    assert list(patient) == [b"begun"]
+    assert list(retrying) == [b"begun"]
 
 
-def test_a_timeout(conn: Connection) -> None:
+def test_a_timeout_ends_the_stream_and_stops_the_worker(conn: Connection) -> None:
     stopped = threading.Event()
 
     @conn.service("answers")
@@ -425,7 +425,7 @@ def test_eight_threads_send_while_another_ends(conn: Connection) -> None:
         assert received == sum(sent.get(timeout=LIMIT) for _ in range(8)) >= 500
 
 
-def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
+def test_a_second_reading_thread_gets_busy(conn: Connection) -> None:
     go = threading.Event()
 
     @conn.service("answers")
@@ -446,7 +446,7 @@ def test_one_thread_reads_a_stream_at_a_time(conn: Connection) -> None:
 
 
 @pytest.mark.parametrize("lanes", [False], indirect=True, ids=["level 0"])
-def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(conn: Connection) -> None:
+def test_on_level_0_only_the_slow_readers_stream_ends(conn: Connection) -> None:
     done = threading.Event()
 
     @conn.service("answers")
@@ -464,9 +464,9 @@ def test_on_level_0_a_slow_reader_loses_its_stream_and_no_other(conn: Connection
     assert list(fast) == []
 
 
-def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server, lanes: bool) -> None:
+def test_send_blocks_until_writable_or_offline(server: Server, lanes: bool) -> None:
     outcomes: dict[str, Queue[Any]] = {"stays": Queue(), "leaves": Queue()}
-    # Who leaves sends for ever: nobody knows how much the system takes for a server that stands still.
+    # The worker of "leaves" sends without end: it is unknown how much the system buffers for a stopped server.
     begins = {"stays": (threading.Event(), range(100)), "leaves": (threading.Event(), itertools.count())}
     with nats_presence.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes) as conn:
 
@@ -487,7 +487,7 @@ def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server, lanes:
             next(stream), next(leaver)
             server.process.send_signal(signal.SIGSTOP)
             begins["leaves"][0].set()
-            until(Standstill(conn))
+            until(Stalled(conn))
             assert outcomes["leaves"].empty()
             begins["stays"][0].set()
             mark_client_offline("leaves")
@@ -499,16 +499,16 @@ def test_sending_waits_for_room_and_offline_ends_the_wait(server: Server, lanes:
 
 
 @pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
-def test_closing_ends_every_stream_and_handler_once(
+def test_close_ends_every_stream_and_handler_once(
     url: str, lanes: bool, closes: str, reads: type[PresenceError]
 ) -> None:
-    is_told: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
+    worker_gets: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
     outcome: Queue[Any] = Queue()
     with nats_presence.connect(url, lanes=lanes) as worker, nats_presence.connect(url, lanes=lanes) as gateway:
 
         @worker.service("answers", threads=4, max_streams=5)
         def handler(request: Request, sender: Sender) -> None:
-            # The last may still get a thread, in the moment in which the others have ended.
+            # The last request may still get a thread at the moment when the others end.
             send_until_refused(sender, Queue() if request.client_id == "waits" else outcome)
 
         streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(4)]
@@ -522,7 +522,7 @@ def test_closing_ends_every_stream_and_handler_once(
         running.join(LIMIT)
         assert not running.is_alive()
         assert [type(failure(stream)) for stream in [*streams, waiting]] == [reads] * 5
-        assert [type(outcome.get(timeout=LIMIT)[0]) for _ in streams] == [is_told] * 4
+        assert [type(outcome.get(timeout=LIMIT)[0]) for _ in streams] == [worker_gets] * 4
         until(lambda: online_count() == 0)
     assert outcome.empty()
 
@@ -547,7 +547,7 @@ def test_use_after_close(url: str) -> None:
     conn.stop()
 
 
-def test_closing_from_a_handler(url: str) -> None:
+def test_a_handler_can_close_the_connection(url: str) -> None:
     closed = threading.Event()
     conn = nats_presence.connect(url)
 
@@ -598,14 +598,14 @@ def test_streams_survive_their_connection_object(url: str) -> None:
             gc.collect()
 
 
-def test_events_of_the_connection(server: Server) -> None:
+def test_connection_events(server: Server) -> None:
     events: Queue[ConnectionEvent] = Queue()
 
     def on_event(event: ConnectionEvent) -> None:
         events.put(event)
         raise ValueError("is logged")
 
-    def next_but_log() -> str:
+    def next_except_log() -> str:
         while (event := events.get(timeout=LIMIT)).kind == "log":
             pass
         return event.kind
@@ -620,17 +620,17 @@ def test_events_of_the_connection(server: Server) -> None:
         assert "no reply subject" in log.text
         stream = conn.stream("nobody.answers.yet", retries=100000)
         server.stop()
-        assert next_but_log() == "disconnected"
+        assert next_except_log() == "disconnected"
         assert isinstance(failure(stream), Disconnected)
         with pytest.raises(Disconnected):
             conn.stream("answers")
         server.start()
-        assert next_but_log() == "connected"
+        assert next_except_log() == "connected"
         assert conn.stats()["connects"] == 2
         assert list(conn.stream("answers", retries=100)) == [b"again"]
 
 
-def test_offline_announcements_of_others(url: str) -> None:
+def test_offline_announcements_of_other_processes(url: str) -> None:
     host, port = url.removeprefix("nats://").split(":")
     with nats_presence.connect(url) as conn, socket.create_connection((host, int(port))) as raw:
         conn.listen_offline()
@@ -641,7 +641,7 @@ def test_offline_announcements_of_others(url: str) -> None:
         assert conn.stats()["offline_in"] == 1
 
 
-def test_a_session_has_a_grace(url: str) -> None:
+def test_session_grace_delays_offline(url: str) -> None:
     with nats_presence.connect(url, session_grace_ms=100):
         try:
             began = time.monotonic()
@@ -672,7 +672,9 @@ def service_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("nats_presence ")]
 
 
-def test_a_service_without_threads_is_none(conn: Connection, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_whose_threads_cannot_start_is_not_served(
+    conn: Connection, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = threading.Thread.start
 
     def start_two(thread: threading.Thread) -> None:
@@ -694,7 +696,7 @@ def test_a_service_without_threads_is_none(conn: Connection, url: str, monkeypat
     until(lambda: open_sockets() == sockets)
 
 
-def test_a_service_that_is_begun_after_stop_takes_no_requests(conn: Connection) -> None:
+def test_a_service_started_after_stop_takes_no_requests(conn: Connection) -> None:
     conn.stop()
     conn.service("answers")(lambda request, sender: None)
     assert isinstance(failure(conn.stream("answers")), NoResponders)
@@ -710,7 +712,7 @@ def open_sockets() -> int:
 
 
 class Interrupt(Exception):
-    """What a signal's handler raises."""
+    """Raised by the signal handler."""
 
 
 Interrupted = Callable[[Callable[[], object]], None]
@@ -718,7 +720,7 @@ Interrupted = Callable[[Callable[[], object]], None]
 
 @pytest.fixture
 def interrupted(server: Server) -> Iterator[Interrupted]:
-    """Calls what waits for the server, and has a signal's handler raise meanwhile."""
+    """Calls a function that waits for the stopped server, and lets a signal handler raise meanwhile."""
 
     def interrupt(*_: object) -> None:
         raise Interrupt
@@ -741,13 +743,13 @@ def interrupted(server: Server) -> Iterator[Interrupted]:
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_service_that_is_interrupted_is_none(conn: Connection, interrupted: Interrupted) -> None:
+def test_an_interrupted_serve_leaves_no_service(conn: Connection, interrupted: Interrupted) -> None:
     interrupted(lambda: conn.service("answers")(lambda request, sender: None))
     assert isinstance(failure(conn.stream("answers", timeout=LIMIT)), NoResponders)
     until(lambda: not service_threads())
 
 
-def test_a_close_that_is_interrupted_leaves_nothing(url: str, interrupted: Interrupted) -> None:
+def test_an_interrupted_close_leaves_nothing_open(url: str, interrupted: Interrupted) -> None:
     conn = nats_presence.connect(url, on_event=print)
     conn.service("answers")(lambda request, sender: None)
     mark_client_offline("tab")
@@ -758,7 +760,7 @@ def test_a_close_that_is_interrupted_leaves_nothing(url: str, interrupted: Inter
         conn.stats()
 
 
-def test_a_connect_that_is_interrupted_leaves_nothing(url: str, interrupted: Interrupted) -> None:
+def test_an_interrupted_connect_leaves_nothing_open(url: str, interrupted: Interrupted) -> None:
     gc.collect()
     sockets = open_sockets()
     interrupted(lambda: nats_presence.connect(url))

@@ -1,4 +1,4 @@
-"""Who comes online and goes offline in this process. No server is needed, but for what comes from others."""
+"""Watching clients come online and go offline. A server is needed only for announcements of other processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST = 65_536
 
 
 def come_and_go() -> list[PresenceEvent]:
-    """Has clients do so, and returns what is to be told of it."""
+    """Lets clients come online and go offline, and returns the expected events."""
     mark_client_online("Ünï")
     mark_client_online("Ünï")
     with session("tab"), session("tab"):
@@ -43,20 +43,20 @@ def come_and_go() -> list[PresenceEvent]:
     ]
 
 
-def crowd() -> None:
+def overflow() -> None:
     for number in range(MOST // 2 + 5):
         mark_client_online(f"{number}")
         mark_client_offline(f"{number}")
 
 
-def test_what_happens_is_told_in_order_to_all_who_watch() -> None:
+def test_every_watch_gets_all_events_in_order() -> None:
     with watch() as first, watch() as second:
         expected = come_and_go()
         for events in (first, second):
             assert [next(events) for _ in expected] == expected
 
 
-def test_nothing_is_told_of_what_was_before() -> None:
+def test_a_watch_gets_no_earlier_events() -> None:
     with session("before"), watch() as events, session("after"):
         assert next(events) == PresenceEvent("after", True)
 
@@ -75,9 +75,9 @@ def test_close_ends_the_wait_of_another_thread() -> None:
     reader.join()
 
 
-def test_who_is_too_far_behind_is_told_so() -> None:
+def test_a_watch_that_falls_behind_raises_full() -> None:
     with watch() as events:
-        crowd()
+        overflow()
         seen = []
         with pytest.raises(Full, match="dropped"):
             while True:
@@ -88,7 +88,7 @@ def test_who_is_too_far_behind_is_told_so() -> None:
         mark_client_offline("after")
 
 
-def test_streams_and_announcements(url: str) -> None:
+def test_streams_and_announcements_cause_events(url: str) -> None:
     with nats_presence.connect(url) as worker, nats_presence.connect(url) as gateway, watch() as events:
         go = threading.Event()
 
@@ -111,7 +111,7 @@ with nats_presence.connect(sys.argv[1]) as conn:
         process.communicate(timeout=LIMIT)
 
 
-def test_asyncio() -> None:
+def test_an_asyncio_watch() -> None:
     async def main() -> None:
         async with aio.watch() as events, aio.watch() as others:
             waiting = asyncio.create_task(events.__anext__())
@@ -131,13 +131,13 @@ def test_asyncio() -> None:
                 mark("one")
                 done, two = await asyncio.wait(two, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[assignment]
                 assert [task.result() for task in done] == [PresenceEvent("one", online)]
-            crowd()
+            overflow()
             with pytest.raises(Full, match="dropped"):
                 while True:
                     await events.__anext__()
             mark_client_online("after")
             assert await events.__anext__() == PresenceEvent("after", True)
-            assert len(others._ready) <= aio.BATCH, "what nobody reads stays where it is bounded"
+            assert len(others._ready) <= aio.BATCH, "unread events stay in the library's queue, which is bounded"
             mark_client_offline("after")
             reader = asyncio.create_task(all_of(events))
             await asyncio.sleep(0)
@@ -172,7 +172,7 @@ print(next(events))
 """
 
 
-def test_a_child_has_watches_of_its_own() -> None:
+def test_a_forked_child_needs_its_own_watch() -> None:
     process = run_python(FORKED, "")
     out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, out, err) == (0, """PresenceEvent(client_id="parent's", online=True)\n""", "")

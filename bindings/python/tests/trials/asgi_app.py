@@ -1,6 +1,6 @@
-"""What a user of FastAPI or Starlette writes, in each form, for the server that `leave.py` starts.
+"""An app for the server that `leave.py` starts: each way in which a FastAPI or Starlette app can forward a stream.
 
-The garbage collector is off: what only it would free is never freed.
+The garbage collector is off, so that the app does not depend on it.
 """
 
 from __future__ import annotations

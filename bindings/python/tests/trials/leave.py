@@ -1,8 +1,8 @@
-"""Clients that leave an HTTP server: does the worker of each stop, and how soon?
+"""Clients leave an HTTP server: measures whether and how soon their workers stop.
 
-    leave.py [CLIENTS [SERVER [FORM [SUBJECT]]]]     500 clients; each server, each form, each worker
+    leave.py [CLIENTS [SERVER [FORM [SUBJECT]]]]     default: 500 clients, every server, every form, every worker
 
-The servers run asgi_app.py in a process of their own. The worker is here: its handler is cancelled when it is to stop.
+The servers run asgi_app.py in a process of their own. The worker runs here; its handler is cancelled to stop it.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ SERVERS = {
 }
 FORMS = ["bare", "loop", "block", "closing", "expression", "sse-bare", "sse"]
 SUBJECTS = ["silent", "chatty", "flood"]
-"""The worker sends one message, one every 5 ms, or so many that the server has to wait for its clients."""
+"""The worker sends one message, one every 5 ms, or so many that the server has to wait until its clients read."""
 
 
 class Outcome(NamedTuple):
-    """What became of the clients' workers."""
+    """How the workers of the clients stopped."""
 
     stopped: int
     seconds: list[float]
-    """How long each that stopped went on after its client had left, in order."""
+    """For each worker that stopped, how long it went on after its client had left; sorted."""
 
     def at(self, part: float) -> float:
         return self.seconds[min(int(len(self.seconds) * part), len(self.seconds) - 1)] if self.seconds else float("nan")
@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 
 @contextmanager
 def started(server: str, url: str) -> Iterator[int]:
-    """A server; its port."""
+    """Starts a server, and yields its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -68,18 +68,18 @@ def started(server: str, url: str) -> Iterator[int]:
         while True:
             with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            assert process.poll() is None, f"{server} has ended"
-            assert time.monotonic() < deadline, f"{server} does not listen"
+            assert process.poll() is None, f"{server} exited"
+            assert time.monotonic() < deadline, f"{server} does not listen on its port"
             time.sleep(0.02)
         yield port
     finally:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)  # Of its own group: its worker processes, too.
+            os.killpg(process.pid, 9)  # The process group includes the server's worker processes.
         process.wait()
 
 
-async def leave(conn: aio.Connection, port: int, form: str, subject: str, clients: int, patience: float) -> Outcome:
-    """Has clients come, read their first message, and leave."""
+async def leave(conn: aio.Connection, port: int, form: str, subject: str, clients: int, timeout: float) -> Outcome:
+    """Lets clients connect, read their first message, and leave."""
     stopped: dict[str, float] = {}
     pause = {"silent": 3600, "chatty": 0.005, "flood": 0}[subject]
     filling = "data: " + "x" * 50_000 + "\n\n" if subject == "flood" else ""
@@ -110,7 +110,7 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
     for start in range(0, clients, 50):
         writers += await asyncio.gather(*map(come, range(start, min(start + 50, clients))))
     if subject == "flood":
-        await asyncio.sleep(1)  # The buffers fill up; how much they take is the systems' secret.
+        await asyncio.sleep(1)  # Until the buffers of the systems are full; their sizes are unknown.
     for number, writer in enumerate(writers):
         if number % 2:  # A reset in place of a FIN.
             linger = struct.pack("ii", 1, 0)
@@ -118,20 +118,20 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
         left[str(number)] = time.monotonic()
         writer.transport.abort()
         await asyncio.sleep(0.002)
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + timeout
     while len(stopped) < clients and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return Outcome(len(stopped), sorted(at - left[number] for number, at in stopped.items()))
 
 
 def trial(
-    url: str, server: str, cases: Iterable[tuple[str, str]], clients: int, patience: float = 5
+    url: str, server: str, cases: Iterable[tuple[str, str]], clients: int, timeout: float = 5
 ) -> Iterator[tuple[str, str, Outcome]]:
-    """Each case, a form and a subject, with clients of its own on the same server."""
+    """Runs each case, a form and a subject, with clients of its own on the same server."""
 
     async def run(form: str, subject: str) -> Outcome:
         async with aio.connect(url) as conn:
-            return await leave(conn, port, form, subject, clients, patience)
+            return await leave(conn, port, form, subject, clients, timeout)
 
     with started(server, url) as port:
         for form, subject in cases:
