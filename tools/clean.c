@@ -1,4 +1,5 @@
-/* Some streams from request to end, for tools/suppressions: clean, or with the one fault that its argument names.
+/* Runs some streams from request to end, for tools/suppressions. An argument after the URL names the one fault that the
+ * program then has. Without it the program is correct.
  *   clean URL [sender|config|memory|middle|race] */
 #include <nats_presence.h>
 #include <pthread.h>
@@ -47,7 +48,7 @@ static void *count(void *unused) {
   return unused;
 }
 
-static void do_wrong(void) {
+static void commit_fault(void) {
   if (has("config")) CHECK(presence_config_new());
   if (has("memory") || has("middle")) kept = (char *)malloc(1000) + 10;
   if (has("memory")) kept = NULL;
@@ -64,11 +65,11 @@ int main(int argc, char **argv) {
   presence_queue *requests, *queue;
   presence_service *service;
   if (argc > 2) fault = argv[2];
-  do_wrong();
+  commit_fault();
   CHECK(presence_connect(argv[1], NULL, &conn, &error) == PRESENCE_OK);
   CHECK(presence_queue_new(&requests) == PRESENCE_OK && presence_queue_new(&queue) == PRESENCE_OK);
   CHECK(presence_serve(conn, requests, "clean", NULL, 0, 0, &service, &error) == PRESENCE_OK);
-  for (int i = 0; i < 10; i++) { /* some, as the address of the last sender may still be in sight */
+  for (int i = 0; i < 10; i++) { /* several: a pointer to the last sender may remain on the stack */
     presence_stream *stream;
     CHECK(presence_request(conn, queue, "clean", NULL, 0, "client", 6, NULL, 0, &stream, &error) == PRESENCE_OK);
     answer(requests);

@@ -1,4 +1,4 @@
-"""A build of the library that is not the one users get: where it stands, and how a suite is run with it."""
+"""Builds the library with instrumentation, and runs test suites with it. Shared by the scripts in this folder."""
 
 import os
 import re
@@ -14,24 +14,24 @@ PYTEST = (str(VENV / "pytest"), "-q", "-p", "no:cacheprovider")
 
 
 def cargo(*arguments, target, **environment):
-    """Runs cargo with a target folder of its own."""
+    """Runs cargo with its own target folder."""
     command = [os.environ.get("CARGO", "cargo"), *arguments]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "CARGO_TARGET_DIR": str(target), **environment}, check=True)
 
 
 def test_program(target, *arguments, **environment):
-    """Builds the unit tests, and returns the program that they are."""
+    """Builds the unit tests, and returns the path of the program."""
     command = [os.environ.get("CARGO", "cargo"), "test", "--release", "--locked", "--lib", "--no-run", *arguments]
     environment = {**os.environ, "CARGO_TARGET_DIR": str(target), **environment}
-    told = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    found = re.search(r"Executable .*\((.*)\)", told.stderr)
-    if told.returncode != 0 or not found:
-        sys.exit(told.stderr)
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    found = re.search(r"Executable .*\((.*)\)", done.stderr)
+    if done.returncode != 0 or not found:
+        sys.exit(done.stderr)
     return ROOT / found[1]
 
 
 def stage(built, staged, flags=""):
-    """Installs what cargo built, as `make stage` does. What uses it is compiled and linked with these flags."""
+    """Installs the built library, as `make stage` does. pkg-config adds `flags` for the programs that use it."""
     shutil.rmtree(staged, ignore_errors=True)
     (staged / "include").mkdir(parents=True)
     (staged / "lib/pkgconfig").mkdir(parents=True)
@@ -48,7 +48,7 @@ def stage(built, staged, flags=""):
 
 
 def environment(staged, **more):
-    """What the suites need to find the library that is staged there, and nats-server."""
+    """Returns the environment in which the suites find the staged library and nats-server."""
     return {
         **os.environ,
         "PKG_CONFIG_PATH": str(staged / "lib/pkgconfig"),
@@ -61,7 +61,7 @@ def environment(staged, **more):
 
 
 def run(name, command, log, seconds, env, cwd=ROOT):
-    """Runs a suite, with its output in a file, and says how it went. Returns whether it passed."""
+    """Runs a suite with its output in a file, and prints its result. Returns whether it passed."""
     since = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
@@ -69,9 +69,9 @@ def run(name, command, log, seconds, env, cwd=ROOT):
             status = subprocess.run(
                 [str(part) for part in command], cwd=cwd, env=env, timeout=seconds, stdout=out, stderr=out
             ).returncode
-            how = "passed" if status == 0 else f"FAILED with {status}"
+            how = "passed" if status == 0 else f"FAILED with status {status}"
         except subprocess.TimeoutExpired:
-            how = f"FAILED: not done in {seconds} s"
+            how = f"FAILED: it did not finish within {seconds} s"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if how != "passed":
         print("\n".join(lines[-40:]))
