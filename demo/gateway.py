@@ -1,7 +1,7 @@
-"""gateway.py URL SUBJECT: holds clients, whose doings it reads from standard input.
+"""gateway.py URL SUBJECT: a gateway whose clients follow commands on standard input.
 
-ask CLIENT STREAM    the client asks for a stream
-offline CLIENT       the client has left
+ask CLIENT STREAM    the client requests a stream
+offline CLIENT       the client leaves
 """
 
 import asyncio
@@ -9,39 +9,39 @@ import sys
 import time
 
 from nats_presence import PresenceError, aio, mark_client_offline, online_count
-from tell import tell
+from report import report
 
 
 async def main(url: str, subject: str) -> None:
     readers = set()
     async with aio.connect(url) as conn:
-        await conn.listen_offline()  # for clients that other gateways see leave
-        tell("ready")
+        await conn.listen_offline()  # for clients that other gateways mark offline
+        report("ready")
         while line := await asyncio.to_thread(sys.stdin.readline):
             command, client, *rest = line.split()
             if command == "ask":
                 name = rest[0]
-                tell("ask", stream=name)
+                report("ask", stream=name)
                 stream = conn.stream(subject, name, client_id=client)
                 readers.add(asyncio.create_task(read(stream, name)))
             elif command == "offline":
                 at = time.monotonic_ns()
                 mark_client_offline(client)
-                tell("left", client=client, at=at)
+                report("left", client=client, at=at)
         await asyncio.gather(*readers)
-        tell("bye", running=conn.stats()["streams"], online=online_count())
+        report("totals", running=conn.stats()["streams"], online=online_count())
 
 
 async def read(stream: aio.Stream, name: str) -> None:
-    """Is where the messages would go to the client's browser."""
-    why = 0
+    """Reads a stream. A real gateway would forward the messages to the client's browser."""
+    status = 0
     try:
         async with stream:
             async for message in stream:
-                tell("message", stream=name, data=message.decode())
+                report("message", stream=name, data=message.decode())
     except PresenceError as error:
-        why = error.status
-    tell("ended", stream=name, why=why)
+        status = error.status
+    report("ended", stream=name, status=status)
 
 
 asyncio.run(main(*sys.argv[1:]))

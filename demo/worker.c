@@ -1,8 +1,8 @@
 /*
- * worker URL SUBJECT GROUP PIECES PAUSE_MS: makes pieces for whoever asks, and stops the moment the client leaves.
+ * worker URL SUBJECT GROUP PIECES PAUSE_MS: a worker that sends pieces, and stops when the client leaves.
  *
- * One thread serves all streams: it sleeps until an event comes or a piece is due. It tells on standard output what
- * happens, one JSON object a line, and ends when its standard input does.
+ * One thread serves all streams. It sleeps until an event arrives or a piece is due. It prints events on standard
+ * output, one JSON object per line, and exits at the end of its standard input.
  */
 #include <nats_presence.h>
 #include <inttypes.h>
@@ -12,14 +12,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_STREAMS = 64, LATER_MS = 300 };
+enum { MAX_STREAMS = 64, RETRY_DELAY_MS = 300 };
 
 struct stream {
-  presence_sender *sender; /* NULL: this place is free */
+  presence_sender *sender; /* NULL: this slot is free */
   char name[64];           /* the request's payload */
   int made;
-  bool is_stopped; /* it is tried once more, LATER_MS later */
-  int64_t due_ns;  /* when the next piece is due */
+  bool is_stopped; /* after RETRY_DELAY_MS the worker tries to send once more */
+  int64_t due_ns;  /* when the next piece, or that last attempt, is due */
 };
 
 static struct stream streams[MAX_STREAMS];
@@ -44,9 +44,10 @@ static void begin(const presence_event *request) {
   printf("{\"event\": \"begin\", \"at\": %" PRId64 ", \"stream\": \"%s\"}\n", now_ns(), s->name);
 }
 
-static void done(struct stream *s, int32_t why) {
-  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"made\": %d, \"sent\": %" PRIu64 ", \"why\": %d}\n",
-         now_ns(), s->name, s->made, presence_sender_send_count(s->sender), why);
+static void report_done(struct stream *s, int32_t status) {
+  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"made\": %d, \"sent\": %" PRIu64
+         ", \"status\": %d}\n",
+         now_ns(), s->name, s->made, presence_sender_send_count(s->sender), status);
 }
 
 static void release(struct stream *s) {
@@ -54,12 +55,12 @@ static void release(struct stream *s) {
   s->sender = NULL;
 }
 
-/* The client has left: the event came, or a send was refused before. */
-static void stop(struct stream *s, int32_t why) {
+/* The client has left: STOPPED arrived, or a send was refused before that. */
+static void stop(struct stream *s, int32_t status) {
   if (s->is_stopped) return;
-  done(s, why);
+  report_done(s, status);
   s->is_stopped = true;
-  s->due_ns = now_ns() + LATER_MS * INT64_C(1000000);
+  s->due_ns = now_ns() + RETRY_DELAY_MS * INT64_C(1000000);
 }
 
 static void send_piece(struct stream *s) {
@@ -73,7 +74,8 @@ static void send_piece(struct stream *s) {
 static void step(struct stream *s) {
   if (s->is_stopped) {
     int32_t status = presence_sender_send(s->sender, "too late", 8);
-    printf("{\"event\": \"late\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"why\": %d}\n", now_ns(), s->name, status);
+    printf("{\"event\": \"late\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"status\": %d}\n", now_ns(), s->name,
+           status);
     release(s);
   } else if (s->made < pieces) {
     send_piece(s);
@@ -82,7 +84,7 @@ static void step(struct stream *s) {
     if (status != PRESENCE_OK) {
       stop(s, status);
     } else {
-      done(s, status);
+      report_done(s, status);
       release(s);
     }
   }
@@ -95,8 +97,8 @@ static void handle(const presence_event *event) {
   }
 }
 
-/* Does what is due, and returns how many milliseconds there are until the next is; -1 when nothing will be. */
-static int work(void) {
+/* Handles the streams that are due. Returns the milliseconds until the next one is due; -1 if there is none. */
+static int handle_due_streams(void) {
   int64_t next = INT64_MAX, now = now_ns();
   for (struct stream *s = streams; s < streams + MAX_STREAMS; s++) {
     if (s->sender && s->due_ns <= now) step(s);
@@ -124,12 +126,12 @@ int main(int argc, char **argv) {
   printf("{\"event\": \"ready\", \"at\": %" PRId64 "}\n", now_ns());
   struct pollfd fds[] = {{.fd = presence_queue_fd(queue), .events = POLLIN}, {.fd = STDIN_FILENO, .events = POLLIN}};
   while (!fds[1].revents) {
-    poll(fds, 2, work());
+    poll(fds, 2, handle_due_streams());
     int64_t count = presence_queue_wait(queue, events, 16, 0);
     for (int64_t i = 0; i < count; i++) handle(&events[i]);
   }
   presence_conn_stats(conn, &stats);
-  printf("{\"event\": \"bye\", \"at\": %" PRId64 ", \"running\": %" PRIu64 ", \"online\": %" PRIu64 "}\n", now_ns(),
+  printf("{\"event\": \"totals\", \"at\": %" PRId64 ", \"running\": %" PRIu64 ", \"online\": %" PRIu64 "}\n", now_ns(),
          stats.senders, presence_online_count());
   presence_close(conn, 1000);
   presence_service_free(service);

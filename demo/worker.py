@@ -1,13 +1,13 @@
-"""worker.py URL SUBJECT GROUP PIECES PAUSE_MS: makes pieces for whoever asks, and stops the moment a client leaves."""
+"""worker.py URL SUBJECT GROUP PIECES PAUSE_MS: a worker that sends pieces, and stops when the client leaves."""
 
 import asyncio
 import sys
 
 from nats_presence import PresenceError, Request, StreamStopped, aio, online_count
-from tell import tell
+from report import report
 
-LATER = 0.3
-"""Seconds after which a stopped sender is tried once more."""
+RETRY_DELAY = 0.3
+"""Seconds after which the worker tries to send once more on a stopped sender."""
 
 
 async def main(url: str, subject: str, group: str, pieces: int, pause: float) -> None:
@@ -17,7 +17,7 @@ async def main(url: str, subject: str, group: str, pieces: int, pause: float) ->
         async def answer(request: Request, sender: aio.Sender) -> None:
             """Serves one request, in a task that is cancelled when the client leaves."""
             stream = request.data.decode()
-            tell("begin", stream=stream)
+            report("begin", stream=stream)
             made = 0
             try:
                 while made < pieces:
@@ -27,17 +27,17 @@ async def main(url: str, subject: str, group: str, pieces: int, pause: float) ->
                     await asyncio.sleep(pause)
                 sender.end()
             except (asyncio.CancelledError, StreamStopped):
-                tell("done", stream=stream, made=made, sent=sender.send_count, why=sender.status)
-                await asyncio.sleep(LATER)
-                tell("late", stream=stream, why=await status_of_sending(sender))
+                report("done", stream=stream, made=made, sent=sender.send_count, status=sender.status)
+                await asyncio.sleep(RETRY_DELAY)
+                report("late", stream=stream, status=await status_of_sending(sender))
             else:
-                tell("done", stream=stream, made=made, sent=sender.send_count, why=0)
+                report("done", stream=stream, made=made, sent=sender.send_count, status=0)
 
-        tell("ready")
-        await asyncio.to_thread(sys.stdin.read)  # ends when the demo does
+        report("ready")
+        await asyncio.to_thread(sys.stdin.read)  # returns when the demo ends
         conn.stop()
         await conn.run()
-        tell("bye", running=conn.stats()["senders"], online=online_count())
+        report("totals", running=conn.stats()["senders"], online=online_count())
 
 
 async def status_of_sending(sender: aio.Sender) -> int:

@@ -1,7 +1,7 @@
-// gateway URL SUBJECT: holds clients, whose doings it reads from standard input.
+// gateway URL SUBJECT: a gateway whose clients follow commands on standard input.
 //
-//	ask CLIENT STREAM    the client asks for a stream
-//	offline CLIENT       the client has left
+//	ask CLIENT STREAM    the client requests a stream
+//	offline CLIENT       the client leaves
 package main
 
 import (
@@ -14,22 +14,22 @@ import (
 	"sync"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
-	"github.com/nats-presence/nats-presence/demo/tell"
+	"github.com/nats-presence/nats-presence/demo/report"
 )
 
 func main() {
 	url, subject := os.Args[1], os.Args[2]
 	conn, err := presence.Connect(url)
 	check(err)
-	check(conn.ListenOffline()) // for clients that other gateways see leave
-	tell.Event("ready", tell.Fields{})
+	check(conn.ListenOffline()) // for clients that other gateways mark offline
+	report.Event("ready", report.Fields{})
 
 	var readers sync.WaitGroup
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
 		switch words := strings.Fields(lines.Text()); words[0] {
 		case "ask":
 			client, name := words[1], words[2]
-			tell.Event("ask", tell.Fields{"stream": name})
+			report.Event("ask", report.Fields{"stream": name})
 			stream, err := conn.Request(context.Background(), subject, []byte(name), client)
 			check(err)
 			readers.Add(1)
@@ -38,28 +38,28 @@ func main() {
 				read(stream, name)
 			}()
 		case "offline":
-			at := tell.Now()
+			at := report.Now()
 			check(presence.MarkClientOffline(words[1]))
-			tell.Event("left", tell.Fields{"client": words[1], "at": at})
+			report.Event("left", report.Fields{"client": words[1], "at": at})
 		}
 	}
 	readers.Wait()
-	tell.Event("bye", tell.Fields{"running": conn.Stats().Streams, "online": presence.OnlineCount()})
+	report.Event("totals", report.Fields{"running": conn.Stats().Streams, "online": presence.OnlineCount()})
 	check(conn.Close(context.Background()))
 }
 
-// read is where the messages would go to the client's browser.
+// read reads a stream. A real gateway would forward the messages to the client's browser.
 func read(stream *presence.Stream, name string) {
-	why := presence.Status(0)
+	status := presence.Status(0)
 	for message, err := range stream.Messages() {
 		var failed *presence.Error
 		if errors.As(err, &failed) {
-			why = failed.Status
+			status = failed.Status
 			break
 		}
-		tell.Event("message", tell.Fields{"stream": name, "data": string(message)})
+		report.Event("message", report.Fields{"stream": name, "data": string(message)})
 	}
-	tell.Event("ended", tell.Fields{"stream": name, "why": why})
+	report.Event("ended", report.Fields{"stream": name, "status": status})
 }
 
 func check(err error) {

@@ -1,4 +1,4 @@
-// worker URL SUBJECT GROUP PIECES PAUSE_MS: makes pieces for whoever asks, and stops the moment the client leaves.
+// worker URL SUBJECT GROUP PIECES PAUSE_MS: a worker that sends pieces, and stops when the client leaves.
 package main
 
 import (
@@ -12,11 +12,11 @@ import (
 	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
-	"github.com/nats-presence/nats-presence/demo/tell"
+	"github.com/nats-presence/nats-presence/demo/report"
 )
 
-// later is when a stopped sender is tried once more.
-const later = 300 * time.Millisecond
+// retryDelay is the time after which the worker tries to send once more on a stopped sender.
+const retryDelay = 300 * time.Millisecond
 
 type worker struct {
 	pieces int
@@ -28,24 +28,24 @@ func main() {
 	w := worker{pieces: number(os.Args[4]), pause: time.Duration(number(os.Args[5])) * time.Millisecond}
 	conn, err := presence.Connect(url, presence.WithLog(func(e presence.Event) {
 		if e.Kind == presence.Serving {
-			tell.Event("ready", tell.Fields{})
+			report.Event("ready", report.Fields{})
 		}
 	}))
 	check(err)
 	ctx, stop := context.WithCancel(context.Background())
 	go func() {
-		bufio.NewReader(os.Stdin).ReadByte() // ends when the demo does
+		bufio.NewReader(os.Stdin).ReadByte() // returns when the demo ends
 		stop()
 	}()
 	check(conn.Serve(ctx, subject, group, w.answer))
-	tell.Event("bye", tell.Fields{"running": conn.Stats().Senders, "online": presence.OnlineCount()})
+	report.Event("totals", report.Fields{"running": conn.Stats().Senders, "online": presence.OnlineCount()})
 	check(conn.Close(context.Background()))
 }
 
-// answer serves one request. Its context ends when the client leaves, its sender refuses from the same moment on.
+// answer serves one request. When the client leaves, its context is cancelled and its sender refuses to send.
 func (w worker) answer(ctx context.Context, request *presence.Request, sender *presence.Sender) error {
 	stream := string(request.Data)
-	tell.Event("begin", tell.Fields{"stream": stream})
+	report.Event("begin", report.Fields{"stream": stream})
 	made := 0
 	for made < w.pieces && ctx.Err() == nil {
 		piece := fmt.Sprint(stream, " piece ", made)
@@ -59,16 +59,16 @@ func (w worker) answer(ctx context.Context, request *presence.Request, sender *p
 		}
 	}
 	err := sender.End()
-	tell.Event("done", tell.Fields{"stream": stream, "made": made, "sent": sender.SendCount(), "why": status(err)})
+	report.Event("done", report.Fields{"stream": stream, "made": made, "sent": sender.SendCount(), "status": status(err)})
 	if err != nil {
-		time.Sleep(later)
+		time.Sleep(retryDelay)
 		err := sender.Send([]byte("too late"))
-		tell.Event("late", tell.Fields{"stream": stream, "why": status(err)})
+		report.Event("late", report.Fields{"stream": stream, "status": status(err)})
 	}
 	return err
 }
 
-// status is 0, or the number that all languages have for it.
+// status returns the status of an error, which is the same number in all languages; 0 for nil.
 func status(err error) presence.Status {
 	var failed *presence.Error
 	if errors.As(err, &failed) {

@@ -1,5 +1,5 @@
-// Package tell prints what happens, for the demo's driver: one JSON object a line, with the time.
-package tell
+// Package report prints events for the demo's driver, one JSON object per line, with the time.
+package report
 
 // #include <time.h>
 // static long long now(void) {
@@ -15,7 +15,7 @@ import (
 	"sync"
 )
 
-// Fields is what there is to tell of an event.
+// Fields are the properties of an event.
 type Fields map[string]any
 
 var (
@@ -23,10 +23,10 @@ var (
 	out = json.NewEncoder(os.Stdout)
 )
 
-// Now is the machine's monotonic clock in nanoseconds, the same in all its processes.
+// Now returns the time in nanoseconds of the machine's monotonic clock, which all processes share.
 func Now() int64 { return int64(C.now()) }
 
-// Event tells that something happened just now, unless the fields say when ("at").
+// Event prints an event of this moment, or of the time in the field "at".
 func Event(kind string, fields Fields) {
 	fields["event"] = kind
 	if fields["at"] == nil {
