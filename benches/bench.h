@@ -1,4 +1,4 @@
-/* What the benchmark programs share. Each prints one line of JSON when it is done; a serving one prints READY before. */
+/* Shared by the benchmark programs. Each prints a line of JSON at its end. A program that serves prints READY first. */
 #ifndef BENCH_H
 #define BENCH_H
 
@@ -11,10 +11,10 @@
 #include <time.h>
 #include <unistd.h>
 
-/* Bytes in each of the ids of a million clients. */
+/* The size in bytes of a client id. */
 #define ID_SIZE 20
 
-/* Ends the program unless `ok`, saying what failed and why. */
+/* Exits unless `ok`, and prints what failed and why. */
 static inline void must(bool ok, const char *what, const char *why)
 {
     if (!ok) {
@@ -23,10 +23,10 @@ static inline void must(bool ok, const char *what, const char *why)
     }
 }
 
-/* The program's argument number `i`. */
+/* Returns argument number `i` of the program. */
 static inline const char *argument(int argc, char **argv, int i)
 {
-    must(i < argc, argv[0], "too few arguments; see benches/run");
+    must(i < argc, argv[0], "too few arguments: see benches/run");
     return argv[i];
 }
 
@@ -42,7 +42,7 @@ static inline void *allocate(size_t count, size_t size)
     return memory;
 }
 
-/* Nanoseconds of a clock that all processes share. */
+/* Returns the nanoseconds of a clock that all processes share. */
 static inline int64_t now_ns(void)
 {
     struct timespec time;
@@ -56,7 +56,7 @@ static inline void sleep_until(int64_t ns)
     while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &time, NULL) != 0) {}
 }
 
-/* Nanoseconds of CPU, user and system, of all threads of this process. */
+/* Returns the CPU time of this process, of all threads, user and system, in nanoseconds. */
 static inline int64_t cpu_ns(void)
 {
     struct rusage usage;
@@ -65,7 +65,7 @@ static inline int64_t cpu_ns(void)
          + (int64_t)(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1000;
 }
 
-/* Bytes of this process that are in memory. */
+/* Returns the resident memory of this process in bytes. */
 static inline int64_t resident_bytes(void)
 {
     long pages = 0;
@@ -75,7 +75,7 @@ static inline int64_t resident_bytes(void)
     return (int64_t)pages * sysconf(_SC_PAGESIZE);
 }
 
-/* Reads all ids of a file, one after the other without anything between; their number is `*count`. */
+/* Reads a file of ids without separators. Stores their number in `*count`. */
 static inline char *read_ids(const char *path, size_t *count)
 {
     FILE *file = fopen(path, "rb");
@@ -89,7 +89,7 @@ static inline char *read_ids(const char *path, size_t *count)
     return ids;
 }
 
-/* The numbers below `count`: in order, or in one that is random and always the same. */
+/* Returns the numbers below `count` in ascending order, or in a random order that is always the same. */
 static inline uint32_t *order_of(size_t count, bool random)
 {
     uint32_t *order = allocate(count, sizeof *order);
@@ -109,20 +109,20 @@ static inline int compare_times(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
-/* The time below which `percent` of `times` lie; they must be sorted (qsort, compare_times). */
+/* Returns a percentile of `times`, which must be sorted (qsort, compare_times). */
 static inline int64_t percentile(const int64_t *times, size_t count, size_t percent)
 {
     return times[(count - 1) * percent / 100];
 }
 
-/* Lets whoever started this program start its partner. */
+/* Tells benches/run to start the program at the other end. */
 static inline void ready(void)
 {
     puts("READY");
     fflush(stdout);
 }
 
-/* Prints points in time, each under its number, 0 where there is none. */
+/* Prints times as JSON, by their index; 0 where there is none. */
 static inline void print_times(const int64_t *times, size_t count)
 {
     printf("{\"times_ns\": [");

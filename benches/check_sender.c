@@ -1,15 +1,16 @@
-/* What it costs a worker to ask whether it may still send: by the sender's status word, by its function, by the client's id.
+/* Measures what it costs a worker to check whether it may still send: by the sender's status word, by its function, and
+ * by the client's id.
  *
- * may_i_send URL IDS CHECKS
+ * check_sender URL IDS CHECKS
  */
 #include "ours.h"
 
-static void event_of(presence_queue *queue, int32_t kind, presence_event *event)
+static void wait_for_event(presence_queue *queue, int32_t kind, presence_event *event)
 {
-    must(presence_queue_wait(queue, event, 1, 10000) == 1 && event->kind == kind, "presence_queue_wait", "no such event");
+    must(presence_queue_wait(queue, event, 1, 10000) == 1 && event->kind == kind, "event", "it did not arrive");
 }
 
-/* A sender that may send: this process is its worker and its gateway. */
+/* Returns a sender that may send. This process is its worker and its gateway. */
 static presence_sender *running_sender(const char *url)
 {
     presence_error error = {0};
@@ -20,7 +21,7 @@ static presence_sender *running_sender(const char *url)
     serve(conn, queue, "bench.check", 0);
     must(presence_request(conn, queue, "bench.check", "", 0, "client", 6, NULL, 0, &stream, &error) == PRESENCE_OK,
          "presence_request", error.message);
-    event_of(queue, PRESENCE_EVENT_REQUEST, &event);
+    wait_for_event(queue, PRESENCE_EVENT_REQUEST, &event);
     return event.sender;
 }
 
@@ -64,7 +65,7 @@ int main(int argc, char **argv)
     must(refused == 0, "check", "a running sender, or a client that is online, was refused");
     presence_sender_end(sender);
     must(__atomic_load_n(word, __ATOMIC_RELAXED) != 0, "check", "a sender that has ended was not refused");
-    printf("{\"word_ns\": %.3f, \"is_closed_ns\": %.3f, \"hot_ns\": %.3f, \"many_ns\": %.3f}\n", word_ns, call_ns, hot_ns,
-           many_ns);
+    printf("{\"word_ns\": %.3f, \"is_closed_ns\": %.3f, \"hot_ns\": %.3f, \"many_ns\": %.3f}\n", word_ns, call_ns,
+           hot_ns, many_ns);
     return 0;
 }

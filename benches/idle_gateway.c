@@ -1,5 +1,5 @@
-/* A gateway with many streams that are idle: what each of them keeps in memory, and how long it takes to open them all. Then
- * it cancels them all, and tells when it began to.
+/* A gateway with many idle streams. Measures the memory of each, and the time to open them all; then cancels them all,
+ * and prints when it started to.
  *
  * idle_gateway URL STREAMS
  */
@@ -10,7 +10,7 @@ enum { BATCH = 64, REST_MS = 1000 };
 static presence_conn *conn;
 static presence_queue *queue;
 
-/* Each for a client of its own. Where too much waits to be sent already, it waits. */
+/* Requests a stream for a client of its own. Waits while the send buffer is full. */
 static presence_stream *request(size_t i)
 {
     char id[32];
@@ -32,7 +32,7 @@ int main(int argc, char **argv)
 {
     size_t count = number(argc, argv, 2);
     presence_stream **streams = allocate(count, sizeof *streams);
-    memset(streams, 0xff, count * sizeof *streams); /* in memory before it is measured */
+    memset(streams, 0xff, count * sizeof *streams); /* so that the array is resident before the measurement */
     presence_event events[BATCH];
     conn = connect_to(argument(argc, argv, 1), "");
     queue = new_queue();
@@ -40,9 +40,9 @@ int main(int argc, char **argv)
     int64_t before = resident_bytes(), start = now_ns();
     for (size_t i = 0; i < count; i++)
         streams[i] = request(i);
-    must(presence_queue_wait(queue, events, 1, 60000) == 1, "presence_queue_wait", "nothing came");
+    must(presence_queue_wait(queue, events, 1, 60000) == 1, "presence_queue_wait", "no event arrived");
     double open_ms = (double)(now_ns() - start) / 1e6;
-    must(events[0].kind == PRESENCE_EVENT_DATA && events[0].stream == streams[count - 1], "event", "another than the message");
+    must(events[0].kind == PRESENCE_EVENT_DATA && events[0].stream == streams[count - 1], "event", "no message");
     must(presence_queue_wait(queue, events, 1, REST_MS) == 0, "event", "the streams are not idle");
     must(stats_of(conn).streams == count, "presence_conn_stats", "not all streams run");
     int64_t bytes = resident_bytes() - before;
@@ -52,16 +52,16 @@ int main(int argc, char **argv)
         must(presence_stream_cancel(streams[i]) == PRESENCE_OK, "presence_stream_cancel", "failed");
     for (size_t ended = 0; ended < count;) {
         int64_t got = presence_queue_wait(queue, events, BATCH, 10000);
-        must(got > 0, "presence_queue_wait", "nothing came");
+        must(got > 0, "presence_queue_wait", "no event arrived");
         for (int64_t i = 0; i < got; i++, ended++) {
             must(events[i].kind == PRESENCE_EVENT_ERROR && events[i].status == PRESENCE_CANCELLED, "stream",
-                 "it was not cancelled");
+                 "expected CANCELLED");
             presence_stream_free(events[i].stream);
         }
     }
     must(stats_of(conn).streams == 0, "presence_conn_stats", "streams remain");
     must(presence_close(conn, 10000) == PRESENCE_OK, "presence_close", "failed");
-    printf("{\"gateway_bytes\": %.1f, \"open_ms\": %.1f, \"cancel_ns\": %lld}\n", (double)bytes / (double)count, open_ms,
-           (long long)cancel);
+    printf("{\"gateway_bytes\": %.1f, \"open_ms\": %.1f, \"cancel_ns\": %lld}\n", (double)bytes / (double)count,
+           open_ms, (long long)cancel);
     return 0;
 }

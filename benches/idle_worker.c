@@ -1,6 +1,6 @@
-/* A worker of many streams that are idle: what each of them keeps in memory, and when the last of them was cancelled.
+/* A worker with many idle streams. Measures the memory of each, and the time at which the last one was cancelled.
  *
- * It sends one message, on the last stream: as a lane keeps the order, all of them run when it comes.
+ * It sends one message on the last stream. A lane keeps the order, so all streams run when the message arrives.
  *
  * idle_worker URL STREAMS
  */
@@ -10,13 +10,13 @@ enum { BATCH = 64, REST_MS = 1000 };
 
 static presence_queue *queue;
 
-/* Takes so many events of a kind; the senders of requests are kept. */
+/* Takes `count` events of a kind. Stores the senders of requests. */
 static void take_events(int32_t kind, size_t count, presence_sender **senders)
 {
     presence_event events[BATCH];
     for (size_t taken = 0; taken < count;) {
         int64_t got = presence_queue_wait(queue, events, BATCH, 30000);
-        must(got > 0, "presence_queue_wait", "nothing came");
+        must(got > 0, "presence_queue_wait", "no event arrived");
         for (int64_t i = 0; i < got; i++) {
             must(events[i].kind == kind, "event", presence_status_text(events[i].status));
             if (kind == PRESENCE_EVENT_REQUEST)
@@ -32,7 +32,7 @@ int main(int argc, char **argv)
 {
     size_t streams = number(argc, argv, 2);
     presence_sender **senders = allocate(streams, sizeof *senders);
-    memset(senders, 0xff, streams * sizeof *senders); /* in memory before it is measured */
+    memset(senders, 0xff, streams * sizeof *senders); /* so that the array is resident before the measurement */
     presence_conn *conn = connect_to(argument(argc, argv, 1), "");
     queue = new_queue();
     serve(conn, queue, "bench.idle", streams);

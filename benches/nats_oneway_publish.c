@@ -1,4 +1,4 @@
-/* The peer of offline_gateway: nats.c publishes ids one after the other, each at once, and tells when.
+/* The peer of offline_gateway: nats.c publishes ids one after the other, without buffering, and prints the times.
  *
  * nats_oneway_publish URL MESSAGES PAUSE_US asap|flush
  */

@@ -1,7 +1,7 @@
-/* The peer of offline_worker: when does each id arrive at a callback of nats.c?
+/* The peer of offline_worker: measures when each id arrives in a callback of nats.c.
  *
- * "event": the clock is read in the callback. "word": the callback sets a word for each id, and a thread that is always awake
- * reads these, yielding in between, as offline_worker does.
+ * "event": the callback reads the clock. "word": the callback sets a word for each id, and a thread polls the words and
+ * yields in between, as offline_worker does.
  *
  * nats_oneway_subscribe URL MESSAGES event|word
  */
@@ -43,7 +43,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < messages; i++) {
         int64_t limit = now_ns() + 10000000000;
         while (__atomic_load_n(&words[i], __ATOMIC_ACQUIRE) == 0) {
-            must(now_ns() < limit, "message", "none came");
+            must(now_ns() < limit, "message", "none arrived");
             if (reads_clock)
                 usleep(20000);
             else

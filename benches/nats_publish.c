@@ -1,4 +1,4 @@
-/* The peer of stream_worker: nats.c publishes as fast as it can, with its defaults, to one subject after the other.
+/* The peer of stream_worker: nats.c publishes as fast as it can, with default options, to the subjects in turn.
  *
  * nats_publish URL MESSAGES SIZE SUBJECTS
  */
@@ -21,7 +21,7 @@ int main(int argc, char **argv)
         status = natsConnection_Publish(conn, subject[at], message, (int)size);
         must(status == NATS_OK, "natsConnection_Publish", natsStatus_GetText(status));
     }
-    status = natsConnection_FlushTimeout(conn, 10000); /* returns when the server has all */
+    status = natsConnection_FlushTimeout(conn, 10000); /* returns when nats-server has everything */
     must(status == NATS_OK, "natsConnection_FlushTimeout", natsStatus_GetText(status));
     printf("{\"cpu_ns_per_send\": %.1f}\n", (double)(cpu_ns() - cpu) / (double)messages);
     return 0;

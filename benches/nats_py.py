@@ -17,7 +17,7 @@ SUBJECT = "bench.natspy"
 
 
 async def publish(url: str, messages: int, size: int) -> float:
-    """Seconds of CPU that the process used, from before the first message until the server had all."""
+    """Returns the CPU time of the process in seconds, from the first message until nats-server has everything."""
     conn = await nats.connect(url)
     message = bytes(size)
     start = time.process_time()
@@ -43,7 +43,7 @@ async def subscribe(url: str, messages: int) -> float:
             seconds = time.monotonic() - start
             done.set()
 
-    # Without limits: a slow reader loses nothing.
+    # Without limits, so that a slow reader loses no messages.
     await conn.subscribe(SUBJECT, cb=count, pending_msgs_limit=0, pending_bytes_limit=0)
     await conn.flush()
     print("READY", flush=True)

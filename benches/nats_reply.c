@@ -1,4 +1,4 @@
-/* The peer of stream_worker for short streams: nats.c answers requests, each with so many messages of 16 bytes.
+/* The peer of stream_worker for short streams: nats.c answers each request with REPLIES messages of 16 bytes.
  *
  * nats_reply URL REQUESTS REPLIES asap|buffered
  */

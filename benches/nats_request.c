@@ -1,4 +1,4 @@
-/* The peer of stream_gateway for short streams: nats.c requests, so many at once, each with so many replies.
+/* The peer of stream_gateway for short streams: nats.c makes requests, AT_ONCE at a time, each with REPLIES replies.
  *
  * nats_request URL REQUESTS AT_ONCE REPLIES asap|buffered
  */
@@ -8,11 +8,11 @@
 #include <semaphore.h>
 
 static size_t requests, at_once, replies, requested, ended;
-static int64_t *started; /* when each request was made; at its end: how long it took */
-static size_t *running;  /* which request runs in each slot, and how many replies it has got */
+static int64_t *started; /* the time of each request; after its last reply, its duration */
+static size_t *running;  /* the request in each slot, and the number of its replies so far */
 static size_t *got;
 static char inbox[64];
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* of all the above: the first requests are made by main */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards all of the above: main requests, too */
 static sem_t done;
 
 static void request(natsConnection *conn, size_t slot)
@@ -30,7 +30,7 @@ static void take_reply(natsConnection *conn, natsSubscription *sub, natsMsg *msg
 {
     (void)sub, (void)closure;
     size_t slot = strtoull(strrchr(natsMsg_GetSubject(msg), '.') + 1, NULL, 10);
-    must(natsMsg_GetDataLength(msg) == 16, "reply", "not what the worker sends");
+    must(natsMsg_GetDataLength(msg) == 16, "reply", "unexpected size");
     natsMsg_Destroy(msg);
     pthread_mutex_lock(&lock);
     if (++got[slot] == replies) {

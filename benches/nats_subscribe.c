@@ -33,7 +33,7 @@ int main(int argc, char **argv)
     must(status == NATS_OK, "natsConnection_ConnectTo", natsStatus_GetText(status));
     status = natsConnection_Subscribe(&sub, conn, argument(argc, argv, 3), count_message, NULL);
     must(status == NATS_OK, "natsConnection_Subscribe", natsStatus_GetText(status));
-    natsSubscription_SetPendingLimits(sub, -1, -1); /* a slow reader loses nothing */
+    natsSubscription_SetPendingLimits(sub, -1, -1); /* so that a slow reader loses no messages */
     natsConnection_FlushTimeout(conn, 10000);
     ready();
 

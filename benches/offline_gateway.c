@@ -1,10 +1,10 @@
-/* A gateway whose clients leave one after the other, and when it marked each of them offline.
+/* A gateway whose clients leave one after the other. Prints when it marked each of them offline.
  *
  * offline_gateway URL CLIENTS PAUSE_US
  */
 #include "ours.h"
 
-/* Takes one event, within `timeout_ms`; frees the stream that it ends. Whether there was one. */
+/* Takes one event within `timeout_ms`, and frees the stream if that ends it. Returns false if there was no event. */
 static bool take_event(presence_queue *queue, int32_t kind, int64_t timeout_ms)
 {
     presence_event event;
@@ -39,7 +39,7 @@ int main(int argc, char **argv)
         sleep_until(next);
         marked[i] = now_ns();
         must(presence_mark_offline(ids[i], strlen(ids[i])) == PRESENCE_OK, "presence_mark_offline", "failed");
-        must(take_event(queue, PRESENCE_EVENT_ERROR, 0), "stream", "it was not stopped");
+        must(take_event(queue, PRESENCE_EVENT_ERROR, 0), "stream", "no event that ends it");
     }
     must(presence_close(conn, 10000) == PRESENCE_OK, "presence_close", "failed");
     print_times(marked, clients);

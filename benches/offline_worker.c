@@ -1,9 +1,9 @@
-/* A worker with one running sender for each client: when does each sender's status word say that the client left?
+/* A worker with a running sender for each client. Measures when each sender's status word shows that its client left.
  *
- * "event": the program waits on its queue, asleep, and reads the clock at each STOPPED event. The word was set just before, so
- * this is an upper bound of the time to the word, as a program sees it that has nothing else to do.
- * "word": a thread that is always awake reads the words themselves, yielding in between. It is what a busy worker sees, but
- * the reader takes a core away from the others.
+ * "event": the program sleeps on its queue, and reads the clock at each STOPPED event. The word was set just before, so
+ * this is an upper bound for the time until the word is set, for a program that has nothing else to do.
+ * "word": a thread polls the words, and yields in between. This is what a busy worker observes, but the thread takes
+ * one core away from the other programs.
  *
  * offline_worker URL CLIENTS event|word
  */
@@ -15,7 +15,7 @@ static presence_sender **senders;
 static int64_t *seen;
 static size_t clients;
 
-static size_t number_of(const presence_event *event)
+static size_t client_number(const presence_event *event)
 {
     char id[32] = {0};
     must(event->client_len < sizeof id, "client", "its id is too long");
@@ -29,8 +29,9 @@ static void accept_all(void)
 {
     presence_event event;
     for (size_t accepted = 0; accepted < clients; accepted++) {
-        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request", "none came");
-        senders[number_of(&event)] = event.sender;
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request",
+             "none arrived");
+        senders[client_number(&event)] = event.sender;
         must(presence_sender_send(event.sender, "hello", 5) == PRESENCE_OK, "presence_sender_send", "failed");
     }
 }
@@ -39,10 +40,11 @@ static void watch_events(void)
 {
     presence_event event;
     for (size_t stopped = 0; stopped < clients; stopped++) {
-        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_STOPPED, "STOPPED", "none came");
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_STOPPED, "STOPPED",
+             "none arrived");
         int64_t now = now_ns();
         must(event.status == PRESENCE_OFFLINE, "STOPPED", presence_status_text(event.status));
-        seen[number_of(&event)] = now;
+        seen[client_number(&event)] = now;
     }
 }
 

@@ -1,11 +1,11 @@
-/* What the programs share that use the library. */
+/* Shared by the programs that use the library. */
 #ifndef OURS_H
 #define OURS_H
 
 #include "bench.h"
 #include <nats_presence.h>
 
-/* Connects with options as in "lanes=false heartbeat_ms=500"; none: the defaults. */
+/* Connects with options such as "lanes=false heartbeat_ms=500", or "" for the defaults. */
 static inline presence_conn *connect_to(const char *url, const char *options)
 {
     presence_conn *conn;
@@ -15,9 +15,9 @@ static inline presence_conn *connect_to(const char *url, const char *options)
     must(config != NULL && text != NULL, "presence_config_new", "no memory");
     for (char *key = strtok(text, " "); key != NULL; key = strtok(NULL, " ")) {
         char *value = strchr(key, '=');
-        must(value != NULL, key, "an option has a value");
+        must(value != NULL, key, "this option has no value");
         *value++ = '\0';
-        must(presence_config_set(config, key, value) == PRESENCE_OK, key, "this cannot be set");
+        must(presence_config_set(config, key, value) == PRESENCE_OK, key, "this option cannot be set");
     }
     must(presence_connect(url, config, &conn, &error) == PRESENCE_OK, "presence_connect", error.message);
     presence_config_free(config);
@@ -32,7 +32,7 @@ static inline presence_queue *new_queue(void)
     return queue;
 }
 
-/* Serves a subject, so many streams at once (0: the default). */
+/* Serves a subject, up to `max_streams` streams at a time (0: the default). */
 static inline void serve(presence_conn *conn, presence_queue *queue, const char *subject, size_t max_streams)
 {
     presence_service *service;
@@ -48,11 +48,11 @@ static inline presence_stats stats_of(presence_conn *conn)
     return stats;
 }
 
-/* Ends the program unless the streams that run are on a lane, or on none, as the options say. */
+/* Exits unless the running streams are on a lane, or on level 0, as the options demand. */
 static inline void must_be_on_level(presence_conn *conn, const char *options)
 {
     bool lanes = strstr(options, "lanes=false") == NULL;
-    must((stats_of(conn).lanes > 0) == lanes, "streams", lanes ? "they are on no lane" : "they are on a lane");
+    must((stats_of(conn).lanes > 0) == lanes, "streams", lanes ? "they do not use a lane" : "they use a lane");
 }
 
 #endif

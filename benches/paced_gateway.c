@@ -1,4 +1,4 @@
-/* A gateway with one stream, and when each of its messages came out of the queue.
+/* A gateway with one stream. Prints when it took each of its messages from the queue.
  *
  * paced_gateway URL OPTIONS MESSAGES
  */
@@ -18,14 +18,14 @@ int main(int argc, char **argv)
     must(status == PRESENCE_OK, "presence_request", error.message);
 
     for (size_t i = 0; i <= messages; i++) {
-        must(presence_queue_wait(queue, &event, 1, 10000) == 1, "presence_queue_wait", "nothing came");
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1, "presence_queue_wait", "no event arrived");
         int64_t now = now_ns();
         if (i == messages)
             break;
         must(event.kind == PRESENCE_EVENT_DATA, "stream", presence_status_text(event.status));
         char text[32] = {0};
         memcpy(text, event.data, event.data_len < sizeof text ? event.data_len : 0);
-        must(strncmp(text, "number-", 7) == 0 && strtoull(text + 7, NULL, 10) == i, "message", "another one was due");
+        must(strncmp(text, "number-", 7) == 0 && strtoull(text + 7, NULL, 10) == i, "message", "not the expected one");
         seen[i] = now;
         if (i == 0)
             must_be_on_level(conn, options);

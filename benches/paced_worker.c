@@ -1,4 +1,4 @@
-/* A worker that sends one message after the other, each at once, and tells when.
+/* A worker that sends a message after each pause, and prints the times.
  *
  * paced_worker URL OPTIONS MESSAGES PAUSE_US
  */
@@ -14,7 +14,8 @@ int main(int argc, char **argv)
     presence_event event;
     serve(conn, queue, "bench.paced", 0);
     ready();
-    must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request", "none came");
+    must(presence_queue_wait(queue, &event, 1, 10000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request",
+         "none arrived");
 
     must_be_on_level(conn, options);
     int64_t next = now_ns() + 100000000;

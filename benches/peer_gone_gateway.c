@@ -1,6 +1,6 @@
-/* A gateway that reads one stream until it is killed. It prints READY when the first messages came.
+/* A gateway that reads one stream until it is killed. It prints READY after the first messages.
  *
- * mortal_gateway URL OPTIONS
+ * peer_gone_gateway URL OPTIONS
  */
 #include "ours.h"
 
@@ -11,10 +11,10 @@ int main(int argc, char **argv)
     presence_stream *stream;
     presence_error error = {0};
     presence_event event;
-    int32_t status = presence_request(conn, queue, "bench.bereft", "", 0, "client", 6, NULL, 0, &stream, &error);
+    int32_t status = presence_request(conn, queue, "bench.peer_gone", "", 0, "client", 6, NULL, 0, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
     for (size_t received = 0;; received++) {
-        must(presence_queue_wait(queue, &event, 1, 10000) == 1, "presence_queue_wait", "nothing came");
+        must(presence_queue_wait(queue, &event, 1, 10000) == 1, "presence_queue_wait", "no event arrived");
         must(event.kind == PRESENCE_EVENT_DATA, "stream", presence_status_text(event.status));
         if (received == 3)
             ready();

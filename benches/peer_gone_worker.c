@@ -1,12 +1,12 @@
-/* A worker whose gateways die, one after the other: it sends a message at each pause, and tells when it was stopped.
+/* A worker whose gateways die, one after the other. It measures when each of its senders is stopped.
  *
- * It serves one stream at a time, and prints READY again when its sender has stopped.
+ * It serves one stream at a time, sends a message after each pause, and prints READY again when the sender has stopped.
  *
- * bereft_worker URL OPTIONS STREAMS PAUSE_US
+ * peer_gone_worker URL OPTIONS STREAMS PAUSE_US
  */
 #include "ours.h"
 
-/* Sends a message at each pause until the sender is stopped: when that was. */
+/* Sends a message after each pause until the sender is stopped. Returns the time of the STOPPED event. */
 static int64_t send_until_stopped(presence_queue *queue, presence_sender *sender, size_t pause_us)
 {
     presence_event event;
@@ -25,7 +25,7 @@ static int64_t send_until_stopped(presence_queue *queue, presence_sender *sender
             continue;
         }
         int64_t now = now_ns();
-        must(event.kind == PRESENCE_EVENT_STOPPED && event.sender == sender, "event", "another one than STOPPED");
+        must(event.kind == PRESENCE_EVENT_STOPPED && event.sender == sender, "event", "expected STOPPED");
         must(event.status == PRESENCE_PEER_GONE, "STOPPED", presence_status_text(event.status));
         return now;
     }
@@ -39,11 +39,11 @@ int main(int argc, char **argv)
     presence_conn *conn = connect_to(argument(argc, argv, 1), options);
     presence_queue *queue = new_queue();
     presence_event event;
-    serve(conn, queue, "bench.bereft", 0);
+    serve(conn, queue, "bench.peer_gone", 0);
     ready();
     for (size_t i = 0; i < streams; i++) {
         must(presence_queue_wait(queue, &event, 1, 30000) == 1 && event.kind == PRESENCE_EVENT_REQUEST, "request",
-             "none came");
+             "none arrived");
         presence_sender *sender = event.sender;
         must_be_on_level(conn, options);
         stopped[i] = send_until_stopped(queue, sender, pause_us);

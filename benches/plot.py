@@ -1,6 +1,6 @@
-"""Plots as SVG, for the documents: lines over time, one panel below the other, and bars that lie.
+"""Makes plots as SVG for the documents: panels of lines over time, and horizontal bars.
 
-They have a background of their own, so that they can be read on a dark page too.
+The plots have a background, so that they can also be read on a dark page.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WIDTH = 880
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
 INK, FAINT, GRID, SHADE, TARGET = "#1f2328", "#656d76", "#e4e8ec", "#f6f1e4", "#b00020"
 POINTS = 400
-"""As many of a line are drawn: more cannot be seen."""
+"""The number of points that are drawn of a line. More would not be visible."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """Bars with one label, and what they must reach."""
+    """Bars with a common label, and their target."""
 
     label: str
     bars: Sequence[Bar]
@@ -87,7 +87,7 @@ class _Canvas:
 def lines(
     title: str, panels: Sequence[Panel], *, tell_x: Callable[[float], str], shades: Sequence[tuple[float, float]]
 ) -> str:
-    """Panels with one time axis; the same names have the same colours. `shades` are stretches of time."""
+    """Draws panels with a common time axis. Lines of one name have one colour. `shades` are periods of time."""
     names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
     left, right, high = 90.0, WIDTH - 20.0, 96.0
     last = max(x for panel in panels for line in panel.lines for x, _ in line.points)
@@ -125,7 +125,7 @@ def lines(
 def bars(
     title: str, rows: Sequence[Row], *, names: Sequence[str] = (), note: str = "", logarithmic: bool = False
 ) -> str:
-    """Rows of bars that lie, from 0 on or, where ratios count, from 1 in both directions. A stroke is the target."""
+    """Draws rows of horizontal bars from 0 or, if `logarithmic`, from 1 in both directions. Strokes mark targets."""
     left, right, thick = 285.0, WIDTH - 235.0, 13.0
     values = [value for row in rows for value in (row.target, *(bar.value for bar in row.bars)) if value is not None]
     canvas = _Canvas(26)
@@ -167,18 +167,18 @@ def bars(
 
 
 def nice_step(span: float, ticks: int) -> float:
-    """1, 2 or 5 times a power of ten, so that there are about so many of them."""
+    """Returns 1, 2 or 5 times a power of ten, so that there are about `ticks` steps."""
     power = 10.0 ** math.floor(math.log10(span / ticks))
     return next(step * power for step in (1, 2, 5, 10) if step * power * ticks >= span)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of each stretch the least and the most."""
+    """Returns the smallest and the largest value of each section."""
     if len(points) <= POINTS:
         return list(points)
     each = math.ceil(2 * len(points) / POINTS)
     kept: list[tuple[float, float]] = []
     for begin in range(0, len(points), each):
-        stretch = points[begin : begin + each]
-        kept += sorted({min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])})
+        section = points[begin : begin + each]
+        kept += sorted({min(section, key=lambda point: point[1]), max(section, key=lambda point: point[1])})
     return kept

@@ -14,7 +14,7 @@ import nats_presence
 from nats_presence import aio
 
 SUBJECT = "bench.python"
-LIST = 1000  # messages that are sent at once
+LIST = 1000  # messages in a list
 
 
 def lists_of(messages: int, size: int) -> list[list[bytes]]:
@@ -24,18 +24,18 @@ def lists_of(messages: int, size: int) -> list[list[bytes]]:
 
 def must_have_lane(stats: dict[str, int]) -> None:
     if stats["lanes"] == 0:
-        sys.exit("the stream is on no lane")
+        sys.exit("the stream does not use a lane")
 
 
 def rate(received: int, messages: int, seconds: float) -> float:
-    """The first is not counted: the clock was read after it came."""
+    """Returns messages per second, without the first one, after which the clock was started."""
     if received != messages:
         sys.exit("messages were lost")
     return (messages - 1) / seconds
 
 
 def worker(url: str, lists: bool, messages: int, size: int) -> float:
-    """Seconds of CPU that the process used, from before the first send until the server had all."""
+    """Returns the CPU time of the process in seconds, from the first send until nats-server has everything."""
     start = 0.0
     with nats_presence.connect(url) as conn:
 

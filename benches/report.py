@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # ruff: noqa: RUF001
-"""Writes docs/bench.md and its plots from build/bench.json. benches/run does so when it has measured everything."""
+"""Writes docs/bench.md and its plots from build/bench.json. benches/run calls it after measuring all rows."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DOCS = ROOT / "docs"
 Figure = dict[str, Any]
 
 PARTS = {
-    "Presence, in a process": (1, 2, 3),
-    "Level 0: what peers without this library get": (4, 5, 6),
+    "Presence in a process": (1, 2, 3),
+    "Level 0, which peers without this library use": (4, 5, 6),
     "A client leaves": (7,),
     "Lanes": (8, 9, 10, 13),
     "Go and Python, on lanes": (11, 12),
-    "A gateway dies; streams that wait": (14, 15),
+    "Dead gateways and idle streams": (14, 15),
 }
 OURS, THEIRS = 0, 1  # colours
 
@@ -55,15 +55,15 @@ def bound(figure: Figure, target: dict[str, Any]) -> str:
 def document(report: dict[str, Any]) -> Iterator[str]:
     targets = [target for figure in report["figures"] for target in figure["targets"]]
     reached = sum(target["reached"] for target in targets)
-    yield "# How fast it is"
+    yield "# Performance"
     yield ""
     yield "<!-- Written by benches/run from build/bench.json: do not edit. -->"
     yield ""
     yield (
-        "Each figure stands beside a peer's, measured in the same minutes on the same machine, ours and the peer's in "
-        f"turn: {report['runs']} runs of each."
+        "Each figure is compared with that of another library (the peer), measured on the same machine in the same "
+        f"minutes, ours and the peer's alternating, with {report['runs']} runs of each."
     )
-    yield f"**{reached} of {len(targets)} targets are reached**; a figure below its target is told as such."
+    yield f"**{reached} of {len(targets)} targets are reached**; the others are marked."
     yield ""
     yield from machine(report)
     yield ""
@@ -75,40 +75,40 @@ def document(report: dict[str, Any]) -> Iterator[str]:
         yield f"![{alt}](bench-{name}.svg)"
         yield ""
     yield (
-        "Medians (least … most); the ratio is that of ours to the peer's, the median of the runs. "
-        "[benches/README.md](../benches/README.md) tells what each row measures, and how."
+        "Medians (min … max). The ratio is ours / peer, the median of the runs. "
+        "[benches/README.md](../benches/README.md) describes what each row measures, and how."
     )
     for part, rows in PARTS.items():
         yield ""
         yield f"## {part}"
-        yield "| row | figure | ours | the peer | the peer's | ratio | target | |"
+        yield "| row | figure | ours | peer | the peer's | ratio | target | |"
         yield "|---|---|---|---|---|---|---|---|"
         yield from (cells(figure) for figure in report["figures"] if figure["row"] in rows)
     yield ""
-    yield "## How to measure it again"
+    yield "## How to repeat the measurement"
     yield "```sh"
     yield "apt-get install libnats-dev    # nats.c"
     minutes = max(1, round(report["seconds"] / 60))
-    yield f"make bench                     # about {minutes} minutes, on a machine that does nothing else"
+    yield f"make bench                     # about {minutes} minutes, on an otherwise idle machine"
     yield "```"
-    yield "It writes this page. `benches/run --rows 8,9 --runs 3` measures some of it, and prints it only."
+    yield "This writes this page. `benches/run --rows 8,9 --runs 3` measures some rows, and only prints them."
 
 
 def machine(report: dict[str, Any]) -> Iterator[str]:
     about = report["machine"]
-    yield "| the machine | |"
+    yield "| machine | |"
     yield "|---|---|"
-    yield f"| CPU | {about['cpu']}, {about['cores']} cores for all processes of a measurement, nats-server among them |"
+    yield f"| CPU | {about['cpu']}, {about['cores']} cores for all processes of a measurement, including nats-server |"
     yield f"| memory, kernel | {about['memory']}, Linux {about['kernel']} |"
     names = ("nats-presence", "nats-server", "nats.c", "nats.go", "nats-py", "rustc", "Go", "Python", "C compiler")
     yield f"| versions | {' · '.join(f'{name} {about[name]}' for name in names)} |"
-    yield f"| load when it began | {about['load_at_start']} |"
+    yield f"| load at the start | {about['load_at_start']} |"
 
 
 def cells(figure: Figure) -> str:
     peer, ratio = figure.get("peer"), figure.get("ratio")
     targets = figure["targets"]
-    verdicts = ["reached" if target["reached"] else "**below**" for target in targets]
+    verdicts = ["reached" if target["reached"] else "**missed**" for target in targets]
     return " | ".join(
         [
             f"| {figure['row']}",
@@ -171,7 +171,7 @@ def finder(report: dict[str, Any]) -> Find:
 
 
 def of_peer(choice: Choice, figure: Figure) -> Row:
-    """How many times the peer's; the stroke is a target for that."""
+    """The ratio of ours to the peer's. A stroke marks its target."""
     ratio, unit = figure["ratio"], figure["unit"]
     ours, theirs = (amount(figure[whose]["median"], unit) for whose in ("ours", "peer"))
     bar = Bar(ratio["median"], f"{short(ratio['median'])} ×  ({ours}, {theirs})", OURS, (ratio["min"], ratio["max"]))
@@ -192,13 +192,13 @@ def plots(find: Find) -> dict[str, str]:
         "rates": bars(
             "Per second, as a multiple of the peer's: more is better",
             [of_peer(choice, find(choice)) for choice in RATES],
-            note="in brackets ours and the peer's; the red stroke is the target, the thin line goes from least to most",
+            note="in brackets: ours, the peer's; red stroke: target; thin line: min to max",
             logarithmic=True,
         ),
         "cpu": bars(
             "CPU time of the sending process per message, as a multiple of the peer's: less is better",
             [of_peer(choice, find(choice)) for choice in CPU],
-            note="in brackets ours and the peer's; the thin line goes from least to most",
+            note="in brackets: ours, the peer's; thin line: min to max",
             logarithmic=True,
         ),
         "latency": bars(
@@ -218,5 +218,5 @@ def write(report: dict[str, Any]) -> None:
 if __name__ == "__main__":
     whole = json.loads(REPORT.read_text())
     if not whole["is_whole"]:
-        sys.exit(f"{REPORT} has not all rows, or is of a quick run: run `make bench`")
+        sys.exit(f"{REPORT} does not have all rows, or is from a quick run: run `make bench`")
     write(whole)

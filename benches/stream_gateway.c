@@ -1,4 +1,4 @@
-/* A gateway that requests streams, so many at once and each for another client, and reads them to their ends.
+/* A gateway that requests streams, AT_ONCE at a time and each for another client, and reads them to their ends.
  *
  * stream_gateway URL OPTIONS STREAMS AT_ONCE MESSAGES
  */
@@ -6,7 +6,7 @@
 
 static presence_conn *conn;
 static presence_queue *queue;
-static int64_t *started; /* when each stream was requested; at its end: how long it took */
+static int64_t *started; /* the time of each request; after the end of the stream, its duration */
 static size_t requested;
 
 static void request(void)
@@ -16,7 +16,8 @@ static void request(void)
     presence_stream *stream;
     presence_error error = {0};
     started[requested] = now_ns();
-    int32_t status = presence_request(conn, queue, "bench.stream", "", 0, id, (size_t)length, NULL, requested, &stream, &error);
+    int32_t status =
+        presence_request(conn, queue, "bench.stream", "", 0, id, (size_t)length, NULL, requested, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
     requested++;
 }
@@ -36,7 +37,7 @@ int main(int argc, char **argv)
         request();
     while (ended < streams) {
         int64_t count = presence_queue_wait(queue, events, 1024, 10000);
-        must(count > 0, "presence_queue_wait", "nothing came");
+        must(count > 0, "presence_queue_wait", "no event arrived");
         int64_t now = now_ns();
         for (int64_t i = 0; i < count; i++) {
             const presence_event *event = &events[i];
@@ -55,7 +56,7 @@ int main(int argc, char **argv)
         if (first == 0 && received > 0) {
             must_be_on_level(conn, options);
             first = now;
-            with_first = received; /* not counted: they came before the clock was read */
+            with_first = received; /* not counted: they arrived before the clock was read */
         }
     }
     double seconds = (double)(now_ns() - start) / 1e9;

@@ -1,6 +1,6 @@
-/* A worker that answers each request with so many messages, and tells what CPU the process used for each send.
+/* A worker that answers each request with MESSAGES messages. Measures the CPU time of the process per send.
  *
- * It begins when that many requests came, and sends one message to each of their streams in turn.
+ * It starts when AT_ONCE requests have arrived, and sends one message to each of their streams in turn.
  *
  * stream_worker URL OPTIONS STREAMS AT_ONCE MESSAGES SIZE
  */
@@ -11,16 +11,16 @@ enum { BATCH = 64 };
 static presence_queue *queue;
 static presence_sender **senders;
 
-/* Takes requests until there are `at_once` or somewhat more; how many. */
+/* Takes requests until there are at least `at_once`. Returns their number. */
 static size_t take_requests(size_t at_once)
 {
     size_t taken = 0;
     presence_event events[BATCH];
     while (taken < at_once) {
         int64_t count = presence_queue_wait(queue, events, BATCH, 60000);
-        must(count > 0, "presence_queue_wait", "no request came");
+        must(count > 0, "presence_queue_wait", "no request arrived");
         for (int64_t i = 0; i < count; i++) {
-            must(events[i].kind == PRESENCE_EVENT_REQUEST, "presence_queue_wait", "another event than a request");
+            must(events[i].kind == PRESENCE_EVENT_REQUEST, "presence_queue_wait", "expected a request");
             senders[taken++] = events[i].sender;
         }
     }
@@ -63,7 +63,7 @@ int main(int argc, char **argv)
         send_all(taken, messages, message, size);
         served += taken;
     }
-    int32_t status = presence_close(conn, 10000); /* returns when the server has all */
+    int32_t status = presence_close(conn, 10000); /* returns when nats-server has everything */
     must(status == PRESENCE_OK, "presence_close", presence_status_text(status));
     printf("{\"cpu_ns_per_send\": %.1f}\n", (double)(cpu_ns() - cpu) / (double)(streams * messages));
     return 0;

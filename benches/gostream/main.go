@@ -20,7 +20,7 @@ const subject = "bench.go"
 
 func main() {
 	if len(os.Args) < 4 {
-		log.Fatal("too few arguments; see benches/run")
+		log.Fatal("too few arguments: see benches/run")
 	}
 	served := make(chan struct{}, 1)
 	conn, err := presence.Connect(os.Args[2], presence.WithLog(func(e presence.Event) {
@@ -37,7 +37,8 @@ func main() {
 	}
 }
 
-// worker answers one request with all messages, and tells what CPU the process used for each, until the server has all.
+// worker answers one request with all messages. It measures the CPU time of the process per message, until nats-server
+// has everything.
 func worker(conn *presence.Conn, served <-chan struct{}, messages, size int) {
 	ctx, stop := context.WithCancel(context.Background())
 	go func() {
@@ -58,7 +59,7 @@ func worker(conn *presence.Conn, served <-chan struct{}, messages, size int) {
 	fmt.Printf("{\"cpu_ns_per_send\": %.1f}\n", float64((cpu()-before).Nanoseconds())/float64(messages))
 }
 
-// gateway reads the messages of one stream, and tells how many came in a second from the first to the last.
+// gateway reads the messages of one stream, and measures the messages per second, from the first to the last.
 func gateway(conn *presence.Conn, messages int) {
 	stream, err := conn.Request(context.Background(), subject, nil, "client")
 	check(err)
@@ -68,7 +69,7 @@ func gateway(conn *presence.Conn, messages int) {
 		check(err)
 		if received++; received == 1 {
 			if conn.Stats().Lanes == 0 {
-				log.Fatal("the stream is on no lane")
+				log.Fatal("the stream does not use a lane")
 			}
 			first = time.Now()
 		}
@@ -82,7 +83,7 @@ func gateway(conn *presence.Conn, messages int) {
 	fmt.Printf("{\"messages_per_s\": %.0f}\n", float64(messages-1)/last.Sub(first).Seconds())
 }
 
-// cpu is the CPU time of this process, user and system, of all threads.
+// cpu returns the CPU time of this process, user and system, of all threads.
 func cpu() time.Duration {
 	var usage syscall.Rusage
 	check(syscall.Getrusage(syscall.RUSAGE_SELF, &usage))

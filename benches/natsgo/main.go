@@ -19,7 +19,7 @@ const subject = "bench.natsgo"
 
 func main() {
 	if len(os.Args) < 4 {
-		log.Fatal("too few arguments; see benches/run")
+		log.Fatal("too few arguments: see benches/run")
 	}
 	conn, err := nats.Connect(os.Args[2])
 	check(err)
@@ -31,7 +31,7 @@ func main() {
 	conn.Close()
 }
 
-// publish tells what CPU the process used for each message, until the server has all.
+// publish measures the CPU time of the process per message, until nats-server has everything.
 func publish(conn *nats.Conn, messages, size int) {
 	message := make([]byte, size)
 	before := cpu()
@@ -42,7 +42,7 @@ func publish(conn *nats.Conn, messages, size int) {
 	fmt.Printf("{\"cpu_ns_per_send\": %.1f}\n", float64((cpu()-before).Nanoseconds())/float64(messages))
 }
 
-// subscribe tells how many messages came in a second from the first to the last.
+// subscribe measures the messages per second, from the first to the last.
 func subscribe(conn *nats.Conn, messages int) {
 	received := 0
 	var first, last time.Time
@@ -57,7 +57,7 @@ func subscribe(conn *nats.Conn, messages int) {
 		}
 	})
 	check(err)
-	check(sub.SetPendingLimits(-1, -1)) // a slow reader loses nothing
+	check(sub.SetPendingLimits(-1, -1)) // so that a slow reader loses no messages
 	check(conn.Flush())
 	fmt.Println("READY")
 	select {
@@ -68,7 +68,7 @@ func subscribe(conn *nats.Conn, messages int) {
 	fmt.Printf("{\"messages_per_s\": %.0f}\n", float64(messages-1)/last.Sub(first).Seconds())
 }
 
-// cpu is the CPU time of this process, user and system, of all threads.
+// cpu returns the CPU time of this process, user and system, of all threads.
 func cpu() time.Duration {
 	var usage syscall.Rusage
 	check(syscall.Getrusage(syscall.RUSAGE_SELF, &usage))

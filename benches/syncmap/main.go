@@ -1,4 +1,4 @@
-// Syncmap measures what the library's registry is compared with: Go's sync.Map with clients' ids as keys.
+// Syncmap is the peer of the library's registry: Go's sync.Map with client ids as keys.
 //
 //	syncmap lookup IDS LOOKUPS
 //	syncmap mark IDS ordered|random
@@ -21,7 +21,7 @@ const idSize = 20
 
 func main() {
 	if len(os.Args) < 3 {
-		log.Fatal("too few arguments; see benches/run")
+		log.Fatal("too few arguments: see benches/run")
 	}
 	content, err := os.ReadFile(os.Args[2])
 	if err != nil {
@@ -42,7 +42,7 @@ func main() {
 	}
 }
 
-// nsEach calls f n times, and tells the time of one.
+// nsEach calls f n times, and returns the time of one call.
 func nsEach(n int, f func(i int)) float64 {
 	start := time.Now()
 	for i := range n {
@@ -51,7 +51,7 @@ func nsEach(n int, f func(i int)) float64 {
 	return float64(time.Since(start).Nanoseconds()) / float64(n)
 }
 
-// lookup asks for the same id again and again, and for 100,000 in random order.
+// lookup loads the same id again and again, and 100,000 ids in random order.
 func lookup(ids []string) {
 	lookups, err := strconv.Atoi(os.Args[3])
 	if err != nil {
@@ -85,7 +85,7 @@ func lookup(ids []string) {
 	fmt.Printf("{\"hot_ns\": %.3f, \"many_ns\": %.3f}\n", hotNS, manyNS)
 }
 
-// mark stores all ids, and deletes them. The map refers to the ids' bytes and copies none.
+// mark stores all ids, and deletes them. The map refers to the bytes of the ids, and copies none.
 func mark(ids []string) {
 	if os.Args[3] == "random" {
 		shuffle(ids)
@@ -96,8 +96,8 @@ func mark(ids []string) {
 	fmt.Printf("{\"online_ns\": %.1f, \"offline_ns\": %.1f}\n", storeNS, deleteNS)
 }
 
-// memory stores a copy of each id, as the map is what keeps a client's id in memory. What the collector can give back is not
-// counted.
+// memory stores a copy of each id, because the map has to keep a client's id in memory. Memory that the garbage
+// collector can return does not count.
 func memory(ids []string) {
 	before := resident()
 	online := new(sync.Map)
@@ -111,7 +111,7 @@ func memory(ids []string) {
 	fmt.Printf("{\"bytes\": %.1f}\n", float64(after-before)/float64(len(ids)))
 }
 
-// resident collects garbage, and tells how many bytes of this process are in memory.
+// resident collects garbage, and returns the resident memory of this process in bytes.
 func resident() int {
 	debug.FreeOSMemory()
 	statm, err := os.ReadFile("/proc/self/statm")
