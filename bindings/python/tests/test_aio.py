@@ -39,6 +39,7 @@ from nats_presence import (
     online_count,
 )
 from nats_presence._arguments import Payload
+from nats_presence._loop import run_in_thread
 from nats_presence.aio import Connection, Sender, Stream
 
 Test = Callable[[Connection], Coroutine[Any, Any, None]]
@@ -685,21 +686,33 @@ def test_sync_and_asyncio_in_one_process(url: str) -> None:
         thread.join()
 
 
+class LoopPauses:
+    """Measures for how long the loop was blocked at most, in an `async with` block."""
+
+    longest = 0.0
+
+    async def __aenter__(self) -> LoopPauses:
+        self.ticking = asyncio.create_task(self.tick())
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.sleep(0.02)
+        self.ticking.cancel()
+
+    async def tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        while True:
+            await asyncio.sleep(0.005)
+            now = loop.time()
+            self.longest, before = max(self.longest, now - before), now
+
+
 def test_serving_does_not_block_the_loop(server: Server) -> None:
     """nats-server is stopped: serving waits for its answer while the loop runs."""
 
     async def main() -> None:
-        async with aio.connect(server.url, ping_interval_ms=60_000) as conn:
-            longest, before = 0.0, asyncio.get_running_loop().time()
-
-            async def tick() -> None:
-                nonlocal longest, before
-                while True:
-                    await asyncio.sleep(0.005)
-                    now = asyncio.get_running_loop().time()
-                    longest, before = max(longest, now - before), now
-
-            ticking = asyncio.create_task(tick())
+        async with aio.connect(server.url, ping_interval_ms=60_000) as conn, LoopPauses() as pauses:
             server.process.send_signal(signal.SIGSTOP)
             try:
                 serving = asyncio.create_task(conn.serve("served", send_for_ever))
@@ -711,13 +724,49 @@ def test_serving_does_not_block_the_loop(server: Server) -> None:
             finally:
                 server.process.send_signal(signal.SIGCONT)
             await serving
-            ticking.cancel()
-            assert longest < 1
+            assert pauses.longest < 1
             for subject in ("served", "decorated"):
                 async with conn.stream(subject, retries=1000, retry_delay_ms=10) as stream:
                     assert await stream.next() == b"more"
             await until(lambda: len(conn._services) == 2 and len(conn._handlers) == 2)
             assert isinstance(await failure(conn.stream("given.up")), NoResponders)
+
+    asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
+
+
+def test_no_call_blocks_the_loop(server: Server) -> None:
+    """nats-server is stopped: the calls that wait for it take 1 s, but the loop runs."""
+
+    async def connect() -> None:
+        async with aio.connect(server.url, connect_timeout_ms=1000):
+            pass
+
+    async def main() -> None:
+        connecting = [aio.connect(server.url, ping_interval_ms=60_000, connect_timeout_ms=1000) for _ in range(2)]
+        async with connecting[0] as conn, connecting[1] as closing, LoopPauses() as pauses:
+            dropped = await run_in_thread(Connection, server.url, {})
+            await conn.serve("answers", send_for_ever)
+            streams = [conn.stream("answers") for _ in range(3)]
+            for stream in streams:
+                assert await stream.next() == b"more"
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                calls = [connect(), conn.serve("others", send_for_ever), conn.listen_offline(), closing.close(1)]
+                waiting = asyncio.gather(*calls, return_exceptions=True)
+                await asyncio.sleep(0)
+                conn.stream("answers").cancel()
+                mark_client_offline("tab")
+                with pytest.warns(ResourceWarning, match="not closed"):
+                    del dropped
+                streams.pop().cancel()
+                await streams.pop().aclose()
+                streams.clear()
+                conn.stop()
+                outcomes = [type(outcome) for outcome in await waiting]
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+        assert outcomes == [Timeout, Timeout, Timeout, Timeout]
+        assert pauses.longest < 0.5
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
