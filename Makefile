@@ -88,7 +88,7 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	cd bindings/python && $(VENV)/bin/mypy nats_presence
+	cd bindings/python && $(VENV)/bin/mypy .
 
 .PHONY: test-rust
 test-rust: $(VENV_STAMP) ## Test the core

@@ -1,4 +1,4 @@
-"""Fixtures and helpers. Each test that uses `server` or `url` has a nats-server of its own."""
+"""Fixtures and helpers. A test that uses `server` has its own nats-server; those that use only `url` share one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -46,16 +47,18 @@ class Server:
             old.unlink()
         self.process = subprocess.Popen(
             [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), "-c", str(self.directory / "server.conf"),
-             "--ports_file_dir", str(self.directory)],
+             "-m", "-1", "--ports_file_dir", str(self.directory)],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline:
             for file in self.directory.glob("*.ports"):
                 try:
-                    self.url: str = json.loads(file.read_text())["nats"][0]
+                    ports = json.loads(file.read_text())
                 except ValueError:
                     continue  # Partly written.
+                self.url: str = ports["nats"][0]
+                self.monitoring: str = ports["monitoring"][0]
                 self.port = int(self.url.rsplit(":", 1)[1])
                 return
             assert self.process.poll() is None, "nats-server exited"
@@ -66,6 +69,10 @@ class Server:
         self.process.kill()
         self.process.wait()
 
+    def connections(self) -> int:
+        with urllib.request.urlopen(f"{self.monitoring}/connz", timeout=LIMIT) as response:
+            return int(json.load(response)["num_connections"])
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
@@ -74,9 +81,22 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("nats-server"))
+    yield server
+    server.stop()
+
+
 @pytest.fixture
-def url(server: Server) -> str:
-    return server.url
+def url(request: pytest.FixtureRequest) -> str:
+    """The URL of the test's own server, or of the shared one, to which no other test is connected any more."""
+    if "server" in request.fixturenames:
+        own: Server = request.getfixturevalue("server")
+        return own.url
+    shared: Server = request.getfixturevalue("shared_server")
+    until(lambda: shared.connections() == 0)
+    return shared.url
 
 
 @pytest.fixture(params=[True, False], ids=["lanes", "level 0"])

@@ -773,7 +773,7 @@ def test_no_call_blocks_the_loop(server: Server) -> None:
 
 def test_run_raises_the_error_of_a_decorated_service(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        async with aio.connect(server.url, ping_interval_ms=60_000) as conn:
+        async with aio.connect(server.url, ping_interval_ms=60_000, connect_timeout_ms=1000) as conn:
             server.process.send_signal(signal.SIGSTOP)
             conn.service("decorated")(send_for_ever)
             server.process.send_signal(signal.SIGCONT)

@@ -158,7 +158,7 @@ conn = nats_presence.connect(url, ping_interval_ms=60000)
 print("ready", flush=True)
 input()
 print("ready", flush=True)
-conn.close(drain=2)
+conn.close(drain=1)
 """,
             url,
             stdin=subprocess.PIPE,

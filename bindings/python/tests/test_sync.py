@@ -71,6 +71,7 @@ def failure(stream: Stream) -> PresenceError:
 def test_messages_arrive_in_order_and_complete(conn: Connection) -> None:
     seen: Queue[Request] = Queue()
     senders: Queue[Sender] = Queue()
+    go = threading.Event()
 
     @conn.service("answers.*", queue="workers")
     def handler(request: Request, sender: Sender) -> None:
@@ -78,6 +79,7 @@ def test_messages_arrive_in_order_and_complete(conn: Connection) -> None:
         senders.put(sender)
         assert not sender.closed
         assert sender.status == 0
+        assert go.wait(LIMIT)
         sender.send("text Ü")
         sender.send(b"bytes \0\xff")
         sender.send(bytearray(b"array"))
@@ -88,6 +90,7 @@ def test_messages_arrive_in_order_and_complete(conn: Connection) -> None:
 
     stream = conn.stream("answers.one", "question", client_id="Ünï", headers={"X-Model": "small"})
     assert is_client_online("Ünï")
+    go.set()
     first = ["text Ü".encode(), b"bytes \0\xff", b"array", b"view", b""]
     assert list(stream) == first + [b"%d" % n for n in range(1000)]
     assert list(stream) == []
