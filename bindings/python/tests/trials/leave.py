@@ -112,12 +112,13 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
     if subject == "flood":
         await asyncio.sleep(1)  # Until the buffers of the systems are full; their sizes are unknown.
     for number, writer in enumerate(writers):
-        if number % 2:  # A reset in place of a FIN.
+        if number % 2:  # A reset instead of a FIN.
             linger = struct.pack("ii", 1, 0)
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         left[str(number)] = time.monotonic()
         writer.transport.abort()
-        await asyncio.sleep(0.002)
+        if number % 2:
+            await asyncio.sleep(0.002)
     deadline = time.monotonic() + timeout
     while len(stopped) < clients and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
