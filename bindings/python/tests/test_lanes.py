@@ -67,7 +67,7 @@ async def received(stream: aio.Stream) -> list[bytes]:
 
 
 class Stalled:
-    """A condition: a client's sender has sent something, and then nothing for 0.2 s."""
+    """A condition: a client's sender has sent something, and then nothing for 0.1 s."""
 
     def __init__(self, senders: dict[str, Any], client: str) -> None:
         self.senders, self.client, self.seen, self.since = senders, client, 0, 0.0
@@ -77,7 +77,7 @@ class Stalled:
         count = sender.send_count if sender else 0
         if count != self.seen:
             self.seen, self.since = count, now
-        return count > 0 and now - self.since > 0.2
+        return count > 0 and now - self.since > 0.1
 
 
 def test_stats_count_lanes(url: str) -> None:
@@ -449,7 +449,7 @@ from nats_presence import aio
 url = sys.argv[1]
 """
 ENDLESS_WORKER = """
-conn = nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0)
+conn = nats_presence.connect(url, heartbeat_ms=300, peer_grace_ms=0)
 @conn.service("answers")
 def handler(request, sender):
     try:
@@ -462,7 +462,7 @@ print("ready", flush=True)
 conn.run()
 """
 ENDLESS_GATEWAY = """
-conn = nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0)
+conn = nats_presence.connect(url, heartbeat_ms=300, peer_grace_ms=0)
 stream = conn.stream("answers", client_id="tab")
 next(stream)
 print("ready", flush=True)
@@ -472,7 +472,7 @@ try:
 except nats_presence.PresenceError as ended:
     print(type(ended).__name__, flush=True)
 """
-DEATHS = {"killed": (signal.SIGKILL, 0.0), "stopped": (signal.SIGSTOP, 1.0)}
+DEATHS = {"killed": (signal.SIGKILL, 0.0), "stopped": (signal.SIGSTOP, 0.6)}
 SIDES = ["sync", "asyncio"]
 
 
@@ -485,7 +485,7 @@ def die(peer: Peer, death: str, wait_until_detected: Callable[[], object]) -> No
     began = time.monotonic()
     peer.process.send_signal(sent)
     wait_until_detected()
-    # Three heartbeats of 0.5 s without an answer. The first may have begun earlier.
+    # Three heartbeats of 0.3 s without an answer. The first may have begun earlier.
     assert at_least <= time.monotonic() - began < LIMIT
     if sent == signal.SIGSTOP:
         peer.process.send_signal(signal.SIGCONT)
@@ -494,7 +494,7 @@ def die(peer: Peer, death: str, wait_until_detected: Callable[[], object]) -> No
 
 def in_a_loop(url: str, test: Callable[[aio.Connection], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with aio.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+        async with aio.connect(url, heartbeat_ms=300, peer_grace_ms=0) as conn:
             await asyncio.wait_for(test(conn), 3 * LIMIT)
 
     asyncio.run(main())
@@ -522,7 +522,7 @@ def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) ->
         if side == "asyncio":
             in_a_loop(url, read_in_a_loop)
         else:
-            with nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+            with nats_presence.connect(url, heartbeat_ms=300, peer_grace_ms=0) as conn:
                 stream = conn.stream("answers", client_id="tab")
                 assert next(stream) == b"more"
                 die(worker, death, lambda: read(stream))
@@ -566,7 +566,7 @@ def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) 
     if side == "asyncio":
         in_a_loop(url, serve)
     else:
-        with nats_presence.connect(url, heartbeat_ms=500, peer_grace_ms=0) as conn:
+        with nats_presence.connect(url, heartbeat_ms=300, peer_grace_ms=0) as conn:
             conn.service("answers")(answer)
             dies()
 

@@ -594,7 +594,7 @@ def test_a_connection_that_is_dropped_is_closed(url: str) -> None:
 
 
 def test_streams_survive_their_connection_object(url: str) -> None:
-    with nats_presence.connect(url) as worker:
+    with nats_presence.connect(url, peer_grace_ms=0) as worker:  # Its close waits until the gateway is gone.
         worker.service("answers")(lambda request, sender: sender.send_many(["a", "b"]))
         with pytest.warns(ResourceWarning):
             assert list(nats_presence.connect(url).stream("answers")) == [b"a", b"b"]

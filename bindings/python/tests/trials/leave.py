@@ -110,7 +110,7 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
     for start in range(0, clients, 50):
         writers += await asyncio.gather(*map(come, range(start, min(start + 50, clients))))
     if subject == "flood":
-        await asyncio.sleep(1)  # Until the buffers of the systems are full; their sizes are unknown.
+        await asyncio.sleep(0.5)  # Until the buffers of the systems are full; their sizes are unknown.
     for number, writer in enumerate(writers):
         if number % 2:  # A reset instead of a FIN.
             linger = struct.pack("ii", 1, 0)
