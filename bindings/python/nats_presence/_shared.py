@@ -148,7 +148,7 @@ class BaseSender:
 
     def _check_sent(self, status: int, size: int) -> None:
         if status == _ffi.TOO_LARGE:
-            raise TooLarge(f"the message has {size} bytes; the limit is {self.max_message}")
+            raise TooLarge(f"message is {size} bytes; the limit is {self.max_message}")
         if status:
             check(status, f"sending {size} bytes to client {self.client_id!r}")
 
