@@ -59,7 +59,7 @@ def test_round_trip_above_three_heartbeats_is_no_death(server: Server, stack: Ex
 
 
 def test_slow_link_shared_by_six_workers_is_not_cut(server: Server, stack: ExitStack, tmp_path: Path) -> None:
-    """More than the link carries within the write deadline of nats-server, which is 10 s by default and shorter here."""
+    """More than the link carries within the write deadline of nats-server: 10 s by default, shorter here."""
     settings = tmp_path / "server.conf"
     settings.write_text("write_deadline: 4s\n")
     server.kill()
