@@ -3,7 +3,7 @@
 use crate::error::Status;
 use crate::events::{Kind, Queue};
 use crate::presence::registry;
-use crate::sync::{Mutex, RwLock, RwLockReadGuard};
+use crate::sync::{Mutex, RwLock};
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -15,14 +15,12 @@ const BURST: u64 = 16;
 /// How many LOG events are kept for the first queue that watches.
 const MAX_EARLY: usize = 16;
 
-type Watchers = Vec<(Weak<Queue>, u64)>;
-
 /// The queues that watch a connection, and its state as they know it.
 pub(crate) struct Log {
-    watchers: RwLock<Watchers>,
+    watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     /// LOG events from before the first queue watched.
     early: Mutex<Vec<(Status, String)>>,
-    limit: TokenBucket,
+    limit: Mutex<TokenBucket>,
     is_connected: AtomicBool,
 }
 
@@ -31,7 +29,7 @@ impl Log {
         Log {
             watchers: RwLock::default(),
             early: Mutex::default(),
-            limit: TokenBucket::new(),
+            limit: Mutex::new(TokenBucket { tokens: BURST, since: Instant::now(), suppressed: 0 }),
             is_connected: AtomicBool::new(false),
         }
     }
@@ -69,7 +67,7 @@ impl Log {
 
     /// Pushes a LOG event, unless there are too many.
     pub(crate) fn log(&self, status: Status, text: impl FnOnce() -> String) {
-        let Some(suppressed) = self.limit.take() else { return };
+        let Some(suppressed) = self.limit.lock().take() else { return };
         let mut text = text();
         if suppressed > 0 {
             text += &format!(" ({suppressed} messages before this one were suppressed)");
@@ -87,8 +85,8 @@ impl Log {
     }
 }
 
-fn push(watchers: &RwLockReadGuard<'_, Watchers>, kind: Kind, status: Status, text: &str) {
-    for (queue, tag) in watchers.iter() {
+fn push(watchers: &[(Weak<Queue>, u64)], kind: Kind, status: Status, text: &str) {
+    for (queue, tag) in watchers {
         if let Some(queue) = queue.upgrade() {
             queue.push_connection("", kind, status, *tag, text.to_owned());
         }
@@ -96,30 +94,23 @@ fn push(watchers: &RwLockReadGuard<'_, Watchers>, kind: Kind, status: Status, te
 }
 
 /// Allows `BURST` messages at once and then one each second, and counts the suppressed ones.
-struct TokenBucket(Mutex<Tokens>);
-
-struct Tokens {
-    left: u64,
+struct TokenBucket {
+    tokens: u64,
     since: Instant,
     suppressed: u64,
 }
 
 impl TokenBucket {
-    fn new() -> TokenBucket {
-        TokenBucket(Mutex::new(Tokens { left: BURST, since: Instant::now(), suppressed: 0 }))
-    }
-
     /// Returns how many messages were suppressed before this one; None if this one is suppressed, too.
-    fn take(&self) -> Option<u64> {
-        let mut tokens = self.0.lock();
-        let seconds = tokens.since.elapsed().as_secs();
-        tokens.since += Duration::from_secs(seconds);
-        tokens.left = (tokens.left + seconds).min(BURST);
-        let Some(left) = tokens.left.checked_sub(1) else {
-            tokens.suppressed += 1;
+    fn take(&mut self) -> Option<u64> {
+        let seconds = self.since.elapsed().as_secs();
+        self.since += Duration::from_secs(seconds);
+        self.tokens = (self.tokens + seconds).min(BURST);
+        let Some(left) = self.tokens.checked_sub(1) else {
+            self.suppressed += 1;
             return None;
         };
-        tokens.left = left;
-        Some(mem::take(&mut tokens.suppressed))
+        self.tokens = left;
+        Some(mem::take(&mut self.suppressed))
     }
 }

@@ -4,8 +4,7 @@
 //! |---|---|
 //! | `supervisor` | the connection's task: connects, and connects again when the connection is lost |
 //! | `writer` | gives what is waiting in the outbox to the NATS client |
-//! | `subscriptions` | the subscriptions that are kept across connections |
-//! | `flush` | round trips to nats-server |
+//! | `subscriptions` | the subscriptions, which are kept across connections; round trips to nats-server |
 //! | `server_errors` | errors that nats-server sends; subscribes again what it refuses |
 //! | `announcements` | announcements that clients are offline |
 //! | `log` | events about the connection |
@@ -16,7 +15,6 @@
 //! malformed message are the same case: the client is replaced.
 
 mod announcements;
-mod flush;
 mod log;
 mod server_errors;
 mod stats;
@@ -33,19 +31,20 @@ use crate::events::{Queue, Wakeups};
 use crate::lane::lanes::Lanes;
 use crate::lane::state::PeerTimeouts;
 use crate::nats::dial::{self, ServerPool};
-use crate::nats::inbound::Inbound;
+use crate::nats::inbound::{Inbound, MessageHandler, Subscription};
 use crate::nats::inbox::Inbox;
 use crate::nats::outbox::{DurableMessage, Outbox};
 use crate::presence::registry::{self, Announcer};
 use crate::process::{fork, random, runtime};
+use crate::sync::Mutex;
 use announcements::{AnnouncementHandler, Announcements};
 use bytes::Bytes;
 use log::Log;
 use once_cell::sync::OnceCell;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak, mpsc};
 use std::time::Duration;
-use subscriptions::Subscriptions;
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -62,7 +61,12 @@ pub struct Connection {
     inbox: Arc<Inbox>,
     lanes: Arc<Lanes>,
     outbox: Outbox,
-    subscriptions: Subscriptions,
+    /// Kept across connections. They are made at each client in the order of their ids, which are handle ids.
+    subscriptions: Mutex<BTreeMap<u64, Subscription>>,
+    /// All handlers that were ever subscribed and still exist: a service that takes no more requests may have running senders.
+    handlers: Mutex<Vec<Weak<dyn MessageHandler>>>,
+    /// The subscriptions that nats-server refuses, and why. A task of its own tries each of them again.
+    refusals: Mutex<HashMap<u64, Error>>,
     announcements: Arc<Announcements>,
     /// The subscription to announcements, if there is one.
     announcement_subscription: OnceCell<u64>,
@@ -112,7 +116,9 @@ impl Connection {
             wakeups,
             inbox,
             outbox: Outbox::new(options.send_buffer),
-            subscriptions: Subscriptions::default(),
+            subscriptions: Mutex::default(),
+            handlers: Mutex::default(),
+            refusals: Mutex::default(),
             announcements: Arc::new(Announcements::new(number, &options.offline_subject)),
             announcement_subscription: OnceCell::new(),
             log,
@@ -197,11 +203,6 @@ impl Connection {
         &self.announcements.subject
     }
 
-    /// Returns why nats-server refuses a subscription, if it does.
-    pub(crate) fn refusal(&self, subscription: u64) -> Option<Error> {
-        self.subscriptions.refusal(subscription)
-    }
-
     /// Applies the offline announcements of other processes in this one. A second call has no effect.
     ///
     /// # Errors
@@ -274,10 +275,11 @@ impl Connection {
         }
         registry::remove_announcer(self.number);
         let deadline = drain.and_then(|drain| Instant::now().checked_add(drain));
-        self.subscriptions.end_handlers(Status::Closed);
+        self.end_handlers(Status::Closed);
         // All subscriptions but those for answers: requests that are on their way are refused.
         let answers = if self.options.lanes { 2 } else { 1 };
-        self.subscriptions.all().into_keys().skip(answers).for_each(|id| self.unsubscribe(id));
+        let services: Vec<u64> = self.subscriptions.lock().keys().skip(answers).copied().collect();
+        services.into_iter().for_each(|id| self.unsubscribe(id));
         // After the first flush all requests have come, and after the second the server has the refusals.
         let left = || deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let drained = self.flush(left()).and_then(|()| self.drain_lanes(left()));
@@ -327,11 +329,14 @@ impl Connection {
         if !self.is_connected() {
             return Err(Error::new(Status::Disconnected, "there is no connection to nats-server now"));
         }
-        // Without the inbox no answer would come.
-        match self.subscriptions.inbox_refusal() {
-            Some(why) => Err(Error::new(Status::Disconnected, why.message)),
-            None => Ok(()),
+        // Without the inbox, which has the lowest id, no answer would come.
+        let refusals = self.refusals.lock();
+        if !refusals.is_empty()
+            && let Some(why) = self.subscriptions.lock().keys().next().and_then(|inbox| refusals.get(inbox))
+        {
+            return Err(Error::new(Status::Disconnected, why.message.clone()));
         }
+        Ok(())
     }
 }
 

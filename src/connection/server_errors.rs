@@ -23,7 +23,7 @@ impl Connection {
 
     fn handle_server_error(&self, text: &str) {
         let refused = self.inbound.mark_refused(text);
-        let subscribed = refused.and_then(|id| self.subscriptions.get(id)).map(|own| own.subject);
+        let subscribed = refused.and_then(|id| self.subscription(id)).map(|own| own.subject);
         let quoted = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
         let subject = subscribed.as_deref().or(quoted);
         let is_of_lanes = subject.is_some_and(|subject| self.lanes.refused(subject));
@@ -31,7 +31,8 @@ impl Connection {
             self.subscription_refused(id, text);
         }
         let published = subject.filter(|_| !is_of_lanes && text.contains("Violation for Publish"));
-        let hint = published.and_then(|subject| self.subscriptions.publish_refused(subject));
+        let hint = published
+            .and_then(|subject| self.handlers().iter().fold(None, |hint, handler| handler.refused(subject).or(hint)));
         let prefix = &self.options.inbox_prefix;
         self.log(Status::Disconnected, || match (is_of_lanes, hint) {
             (true, _) if self.lanes.is_forbidden() => format!(
@@ -49,15 +50,15 @@ impl Connection {
 
     /// nats-server refuses a subscription: tells its handler, and subscribes again until it is accepted or ended.
     fn subscription_refused(&self, id: u64, text: &str) {
-        let Some(subscription) = self.subscriptions.get(id) else { return };
+        let Some(subscription) = self.subscription(id) else { return };
         let (status, hint) = match text.contains("maximum subscriptions") {
             true => (Status::Full, "raise max_subscriptions of nats-server"),
             false => (Status::Disconnected, "allow this user to subscribe to it"),
         };
         let text = format!("nats-server refuses the subscription of {}: {text}; {hint}", subscription.subject);
         let why = Error::new(status, text);
-        if self.subscriptions.set_refused(id, why.clone()) {
-            subscription.receiver.subscription_refused(&why);
+        if self.refusals.lock().insert(id, why.clone()).is_none() {
+            subscription.handler.subscription_refused(&why);
             let ConnectOptions { reconnect_min, reconnect_max, .. } = self.options;
             self.runtime.spawn(subscribe_again(self.this.clone(), id, reconnect_min, reconnect_max));
         }
@@ -71,8 +72,9 @@ async fn subscribe_again(connection: Weak<Connection>, id: u64, min: Duration, m
         sleep(delay / 2 + jitter(delay / 2)).await;
         delay = (delay * 2).min(max);
         let Some(connection) = connection.upgrade() else { return };
-        let Some(subscription) = connection.subscriptions.get(id).filter(|_| connection.check_open().is_ok()) else {
-            return connection.subscriptions.clear_refused(id);
+        let Some(subscription) = connection.subscription(id).filter(|_| connection.check_open().is_ok()) else {
+            connection.refusals.lock().remove(&id);
+            return;
         };
         // After a reconnect it is not: the supervisor has made it.
         if connection.inbound.is_refused(id) == Some(true) {
@@ -84,8 +86,8 @@ async fn subscribe_again(connection: Weak<Connection>, id: u64, min: Duration, m
             && connection.is_flushed().await
             && connection.inbound.is_refused(id) == Some(false)
         {
-            connection.subscriptions.clear_refused(id);
-            return subscription.receiver.subscription_accepted();
+            connection.refusals.lock().remove(&id);
+            return subscription.handler.subscription_accepted();
         }
     }
 }

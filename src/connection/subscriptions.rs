@@ -1,66 +1,47 @@
-//! The subscriptions that a connection keeps, whatever client it has.
+//! The subscriptions of a connection, which are made at each new client, and round trips to nats-server.
+//!
+//! An *echo* is an empty message to the connection's own inbox. When it comes back the server has all that was sent before
+//! it, and all that the server had sent before it has come.
 
-use crate::error::{Error, Status};
+use crate::connection::Connection;
+use crate::error::{Error, Result, Status};
 use crate::nats::inbound::{MessageHandler, Subscription};
-use crate::sync::Mutex;
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Weak};
+use crate::nats::outbox::OutgoingItem;
+use crate::nats::{Message, Subject};
+use crate::process::random;
+use std::sync::{Arc, Weak, mpsc};
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio::time::timeout;
 
-/// The subscriptions that a connection keeps. Their ids are handle ids.
-#[derive(Default)]
-pub(crate) struct Subscriptions {
-    /// In the order of their ids, in which they are made at each client.
-    kept: Mutex<BTreeMap<u64, Subscription>>,
-    /// All handlers that were ever subscribed and still exist: a service that takes no more requests may have running senders.
-    handlers: Mutex<Vec<Weak<dyn MessageHandler>>>,
-    /// Those that nats-server refuses, and why. A task of its own tries each of them again.
-    refusals: Mutex<HashMap<u64, Error>>,
-}
-
-impl Subscriptions {
-    pub(crate) fn insert(&self, id: u64, subscription: Subscription) {
+impl Connection {
+    /// Keeps a subject subscribed from now on.
+    pub(crate) fn subscribe(&self, id: u64, subject: Subject, group: &str, handler: Arc<dyn MessageHandler>) {
         {
             let mut handlers = self.handlers.lock();
             handlers.retain(|other| other.strong_count() > 0);
-            handlers.push(Arc::downgrade(&subscription.receiver));
+            handlers.push(Arc::downgrade(&handler));
         }
-        self.kept.lock().insert(id, subscription);
+        self.subscriptions.lock().insert(id, Subscription { subject, group: group.into(), handler });
+        self.outbox.push(OutgoingItem::Subscribe(id));
     }
 
-    /// Returns false if it was removed before.
-    pub(crate) fn remove(&self, id: u64) -> bool {
-        self.kept.lock().remove(&id).is_some()
+    /// Ends a subscription when all messages that the server has sent for it have come. The service has stopped, and refuses
+    /// them.
+    pub(crate) fn unsubscribe(&self, id: u64) {
+        let removed = self.subscriptions.lock().remove(&id);
+        if removed.is_some() {
+            let echo = random::random_u64();
+            let barrier = UnsubscribeBarrier { connection: self.this.clone(), subscription: id, echo };
+            let subject = self.inbox.expect(echo, Arc::new(barrier));
+            self.outbox.push(OutgoingItem::SendUnsub(id));
+            self.outbox.push(OutgoingItem::Echo(subject));
+        }
     }
 
-    pub(crate) fn get(&self, id: u64) -> Option<Subscription> {
-        self.kept.lock().get(&id).cloned()
-    }
-
-    pub(crate) fn all(&self) -> BTreeMap<u64, Subscription> {
-        self.kept.lock().clone()
-    }
-
-    fn handlers(&self) -> Vec<Arc<dyn MessageHandler>> {
-        self.handlers.lock().iter().filter_map(Weak::upgrade).collect()
-    }
-
-    /// Ends all that runs on the connection.
-    pub(crate) fn end_handlers(&self, why: Status) {
-        self.handlers().iter().for_each(|handler| handler.ended(why));
-    }
-
-    /// nats-server refuses what is published to this subject: returns what that ended, and what to do about it.
-    pub(crate) fn publish_refused(&self, subject: &str) -> Option<&'static str> {
-        self.handlers().iter().fold(None, |hint, handler| handler.refused(subject).or(hint))
-    }
-
-    /// Returns true if the subscription was not refused before.
-    pub(crate) fn set_refused(&self, id: u64, why: Error) -> bool {
-        self.refusals.lock().insert(id, why).is_none()
-    }
-
-    pub(crate) fn clear_refused(&self, id: u64) {
-        self.refusals.lock().remove(&id);
+    /// Returns a subscription that was not ended.
+    pub(super) fn subscription(&self, id: u64) -> Option<Subscription> {
+        self.subscriptions.lock().get(&id).cloned()
     }
 
     /// Returns why nats-server refuses a subscription, if it does.
@@ -68,12 +49,112 @@ impl Subscriptions {
         self.refusals.lock().get(&id).cloned()
     }
 
-    /// Returns why nats-server refuses the inbox, which is the first subscription, if it does.
-    pub(crate) fn inbox_refusal(&self) -> Option<Error> {
-        let refusals = self.refusals.lock();
-        if refusals.is_empty() {
-            return None;
+    pub(super) fn handlers(&self) -> Vec<Arc<dyn MessageHandler>> {
+        self.handlers.lock().iter().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Ends all that runs on the connection.
+    pub(super) fn end_handlers(&self, why: Status) {
+        self.handlers().iter().for_each(|handler| handler.ended(why));
+    }
+
+    /// Waits until the server has a subscription, or refuses it. Without a connection it is made later.
+    pub(crate) fn flush_subscription(&self, id: u64) -> Result<()> {
+        self.flush_subscriptions()?;
+        // nats-server sends a refusal before the echo, but another task handles it. That task has run when the second echo comes.
+        self.flush_subscriptions()?;
+        self.refusal(id).map_or(Ok(()), Err)
+    }
+
+    /// Waits until the server has all subscriptions. Without a connection they are made later.
+    pub(crate) fn flush_subscriptions(&self) -> Result<()> {
+        match self.flush(Some(self.options.connect_timeout)) {
+            Err(error) if error.status == Status::Disconnected => self.check_open(),
+            other => other,
         }
-        self.kept.lock().keys().next().and_then(|inbox| refusals.get(inbox)).cloned()
+    }
+
+    /// Waits until the server has all that was sent so far (`limit` None: without limit).
+    pub(super) fn flush(&self, limit: Option<Duration>) -> Result<()> {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let key = random::random_u64();
+        let subject = self.inbox.expect(key, Arc::new(FlushWaiter(sender)));
+        // After `expect`: the loss of a connection first changes the state, and then ends what the inbox expects.
+        let flushed = if self.is_connected() {
+            self.outbox.push(OutgoingItem::Echo(subject));
+            match limit {
+                None => receiver.recv().map_err(|_| Status::Internal),
+                Some(limit) => receiver.recv_timeout(limit).map_err(|_| Status::Timeout),
+            }
+        } else {
+            Ok(Err(Status::Disconnected))
+        };
+        self.inbox.forget(key);
+        flushed.flatten().map_err(|status| match (status, limit) {
+            (Status::Timeout, Some(limit)) => {
+                Error::new(Status::Timeout, format!("nats-server did not answer within {limit:?}"))
+            }
+            _ => Error::new(status, "there is no connection to nats-server, or it was lost just now"),
+        })
+    }
+
+    /// Returns true if the server answers within the connect timeout: it has all that was sent so far.
+    pub(super) async fn is_flushed(&self) -> bool {
+        let echo = Arc::new(Notify::new());
+        let key = random::random_u64();
+        let subject = self.inbox.expect(key, Arc::new(EchoNotifier(Arc::clone(&echo))));
+        self.outbox.push(OutgoingItem::Echo(subject));
+        let is_flushed = timeout(self.options.connect_timeout, echo.notified()).await.is_ok();
+        self.inbox.forget(key);
+        is_flushed
+    }
+}
+
+/// Notifies a task when an echo comes.
+pub(super) struct EchoNotifier(pub(super) Arc<Notify>);
+
+impl MessageHandler for EchoNotifier {
+    fn message(&self, _message: Message) {
+        self.0.notify_one();
+    }
+
+    fn ended(&self, _why: Status) {}
+}
+
+/// Wakes a thread that waits in `flush`.
+struct FlushWaiter(mpsc::SyncSender<Result<(), Status>>);
+
+impl MessageHandler for FlushWaiter {
+    fn message(&self, _message: Message) {
+        let _ = self.0.try_send(Ok(()));
+    }
+
+    fn ended(&self, why: Status) {
+        // `close` flushes, too.
+        if why != Status::Closed {
+            let _ = self.0.try_send(Err(why));
+        }
+    }
+}
+
+/// Unsubscribes at the client when its echo comes, for then no more messages are on their way.
+struct UnsubscribeBarrier {
+    connection: Weak<Connection>,
+    subscription: u64,
+    echo: u64,
+}
+
+impl MessageHandler for UnsubscribeBarrier {
+    fn message(&self, _message: Message) {
+        if let Some(connection) = self.connection.upgrade() {
+            connection.inbox.forget(self.echo);
+            connection.outbox.push(OutgoingItem::Unsubscribe(self.subscription));
+        }
+    }
+
+    fn ended(&self, why: Status) {
+        if let Some(connection) = self.connection.upgrade().filter(|_| why != Status::Closed) {
+            connection.inbox.forget(self.echo);
+        }
     }
 }

@@ -5,10 +5,11 @@ use crate::connection::writer::Writer;
 use crate::connection::{Connection, count};
 use crate::error::{Result, Status};
 use crate::nats::client::Client;
-use crate::nats::outbox::DurableMessages;
+use crate::nats::outbox::DurableMessage;
 use crate::presence::registry;
 use crate::process::random::jitter;
 use crate::process::runtime;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -72,7 +73,7 @@ impl Connection {
                 Some(next) => match runtime::catch_panic("subscribing", self.use_client(&next)).await {
                     Ok(()) => client = Some(next),
                     Err(error) => {
-                        self.disconnect(DurableMessages::default());
+                        self.disconnect(VecDeque::default());
                         self.log(error.status, || error.to_string());
                     }
                 },
@@ -104,7 +105,7 @@ impl Connection {
     fn give_up(&self) {
         self.closed.store(true, Ordering::Release);
         registry::remove_announcer(self.number);
-        self.subscriptions.end_handlers(Status::Closed);
+        self.end_handlers(Status::Closed);
         self.inbox.give_up_answers();
         self.lanes.end();
         let text = format!("gave up after {} failed attempts to reconnect", self.options.max_reconnects);
@@ -120,7 +121,8 @@ impl Connection {
         let others_are_back = Instant::now() + self.options.reconnect_max + SUCCESSFUL_ATTEMPT;
         self.announcements.reconnected(is_reconnect.then(|| others_are_back.into()));
         // In the order of their ids: announcements come before the services that depend on them.
-        for (id, subscription) in self.subscriptions.all() {
+        let subscriptions = self.subscriptions.lock().clone();
+        for (id, subscription) in subscriptions {
             self.inbound.subscribe(client, id, subscription).await;
         }
         count(&self.counters.connects);
@@ -129,11 +131,11 @@ impl Connection {
     }
 
     /// Gives up the current client, and ends what runs on it. `unconfirmed`: durable messages that the server may not have.
-    fn disconnect(&self, unconfirmed: DurableMessages) {
+    fn disconnect(&self, unconfirmed: VecDeque<DurableMessage>) {
         self.log.set_disconnected();
         self.lanes.set_client(None);
         self.inbound.reset();
-        self.subscriptions.end_handlers(Status::Disconnected);
+        self.end_handlers(Status::Disconnected);
         self.outbox.connection_lost(unconfirmed);
     }
 }

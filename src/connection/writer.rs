@@ -1,15 +1,15 @@
 //! Messages out: gives the items of the outbox to a NATS client, as long as it lives.
 
 use crate::connection::announcements::Announcement;
+use crate::connection::subscriptions::EchoNotifier;
 use crate::connection::{Connection, count};
 use crate::error::Status;
-use crate::nats::Message;
 use crate::nats::client::{Client, PublishError};
-use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem, Request};
 use crate::process::random;
 use crate::wire::level0;
 use bytes::Bytes;
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -42,8 +42,8 @@ impl<'a> Writer<'a> {
     }
 
     /// Returns the durable messages that the server may not have.
-    pub(super) fn into_unconfirmed(self) -> DurableMessages {
-        self.unconfirmed
+    pub(super) fn into_unconfirmed(self) -> VecDeque<DurableMessage> {
+        self.unconfirmed.messages
     }
 
     /// Returns when the client has ended.
@@ -55,7 +55,7 @@ impl<'a> Writer<'a> {
         let mut next_echo = Instant::now();
         while !connection.inbound.has_client_ended() {
             let repeat_at = connection.announcements.repeat_at();
-            let is_echo_due = self.pending_echo.is_none() && self.unconfirmed.len() > 0;
+            let is_echo_due = self.pending_echo.is_none() && !self.unconfirmed.messages.is_empty();
             let is_alive = tokio::select! {
                 biased;
                 () = connection.inbound.client_ended.notified() => continue,
@@ -65,7 +65,7 @@ impl<'a> Writer<'a> {
                     true
                 }
                 () = sleep_until(next_echo), if is_echo_due => {
-                    self.pending_echo = Some(self.unconfirmed.len());
+                    self.pending_echo = Some(self.unconfirmed.messages.len());
                     next_echo = Instant::now() + ECHO_INTERVAL;
                     self.client.publish(echo.clone(), Bytes::new()).await.is_ok()
                 }
@@ -153,7 +153,7 @@ impl<'a> Writer<'a> {
             }
             OutgoingItem::Echo(to) => client.publish(to, Bytes::new()).await,
             OutgoingItem::Subscribe(id) => {
-                if let Some(subscription) = connection.subscriptions.get(id) {
+                if let Some(subscription) = connection.subscription(id) {
                     connection.inbound.subscribe(client, id, subscription).await;
                 }
                 Ok(())
@@ -167,15 +167,4 @@ impl<'a> Writer<'a> {
             }
         }
     }
-}
-
-/// Notifies when an echo comes back.
-pub(super) struct EchoNotifier(pub(super) Arc<Notify>);
-
-impl MessageHandler for EchoNotifier {
-    fn message(&self, _message: Message) {
-        self.0.notify_one();
-    }
-
-    fn ended(&self, _why: Status) {}
 }

@@ -11,7 +11,7 @@
 //! | `refusals_are_read`: `inbound` parses errors | `subscribe` succeeds where nats-server refuses; the error is text | nats.rs#1284, nats.rs#1485 |
 //! | `wakers_are_the_message_loop`: `inbound` | each subscription has a channel of its own, so that the order between subscriptions is lost | one channel or callback for several |
 //! | `force_reconnect_closes_the_socket`: [`Client::close`] | it has no `close`; dropping the client does not shut down a socket that a forked child has, too | nats.rs#685 |
-//! | `flush_is_no_round_trip`: echoes, `connection::flush` | `flush` returns when the bytes are written | PING and PONG in `flush` |
+//! | `flush_is_no_round_trip`: echoes, `connection::subscriptions` | `flush` returns when the bytes are written | PING and PONG in `flush` |
 //! | `a_malformed_message_ends_the_client`: `inbound` detects that, `connection::supervisor` replaces the client | a lone CR in a header value panics its task, while its state stays Connected | nats.rs#1612 |
 //! | `messages_share_the_read_buffer`: what is kept is copied | parts of a message are slices of its read buffer (nats.rs#888) | nothing: copying every message would cost more |
 
@@ -65,10 +65,6 @@ impl From<async_nats::PublishError> for PublishError {
         }
     }
 }
-
-/// The client has ended.
-#[derive(Debug)]
-pub(crate) struct Closed;
 
 impl Client {
     /// Connects to one server, named `shown` in errors. `tls`: how its certificate is checked, if not against the host in
@@ -151,12 +147,12 @@ impl Client {
     }
 
     /// Waits until the client has written all that it was given to the socket. The server may not have it.
-    pub(crate) async fn flush(&self) -> Result<(), Closed> {
-        self.inner.flush().await.map_err(|_| Closed)
+    pub(crate) async fn flush(&self) -> Result<(), PublishError> {
+        self.inner.flush().await.map_err(|_| PublishError::Closed)
     }
 
     /// Subscribes; an empty `group` means none. Returns None if the client's buffer is full. Calls must not overlap.
-    pub(crate) fn try_subscribe(&self, subject: Subject, group: &str) -> Option<Result<Subscriber, Closed>> {
+    pub(crate) fn try_subscribe(&self, subject: Subject, group: &str) -> Option<Result<Subscriber, PublishError>> {
         // async-nats counts calls, whether they succeed or not.
         let sid = self.last_sid.fetch_add(1, Ordering::Relaxed) + 1;
         let subscribed = if group.is_empty() {
@@ -164,7 +160,7 @@ impl Client {
         } else {
             unconstrained(self.inner.queue_subscribe(subject, group.to_owned())).now_or_never()
         };
-        subscribed.map(|subscribed| subscribed.map(|inner| Subscriber { inner, sid }).map_err(|_| Closed))
+        Some(subscribed?.map(|inner| Subscriber { inner, sid }).map_err(|_| PublishError::Closed))
     }
 
     /// Sends UNSUB to the server, while the client goes on to deliver what the server has sent before it processes that.

@@ -131,7 +131,7 @@ impl ServerPool {
 
     /// Tries the addresses of a server's name, or its only one.
     async fn try_server(&self, target: Target, files: &Files) -> Result<Client, Vec<Error>> {
-        let attempt = Attempt::begin(self, target.key());
+        let attempt = Attempt { pool: self, key: target.key() };
         let addresses = self.addresses(&target).await.map_err(|error| vec![error])?;
         let by_address = target.name().filter(|_| addresses.len() > 1 || target.tls_name.is_some());
         let mut failures = match by_address {
@@ -191,7 +191,7 @@ impl ServerPool {
         name: &str,
         files: &Files,
     ) -> Result<(Client, String), Error> {
-        let attempt = Attempt::begin(self, address.to_string());
+        let attempt = Attempt { pool: self, key: address.to_string() };
         let shown = format!("{address} for {name}");
         let server = with_address(&target.server, address)
             .ok_or_else(|| Error::new(Status::Disconnected, format!("{shown}: this is no address to connect to")))?;
@@ -219,19 +219,17 @@ impl ServerPool {
             if url.set_host(Some(&name)).is_ok()
                 && url.set_port(Some(other.port())).is_ok()
                 && let Ok(server) = ServerAddr::from_url(url)
-                && !self.servers.iter().chain(&learned).any(|known| is_same(&known.server, &server))
             {
                 let is_address = server.host().parse::<IpAddr>().is_ok();
                 let tls_name = from.name().filter(|_| is_address).map(str::to_owned);
-                learned.push(Target { server, tls_name });
+                let target = Target { server, tls_name };
+                if !self.servers.iter().chain(&learned).any(|known| known.key() == target.key()) {
+                    learned.push(target);
+                }
             }
         }
         *self.learned.lock() = learned;
     }
-}
-
-fn is_same(one: &ServerAddr, other: &ServerAddr) -> bool {
-    (one.host(), one.port()) == (other.host(), other.port())
 }
 
 /// The same server at one of its addresses.
@@ -253,14 +251,9 @@ struct Attempt<'a> {
     key: String,
 }
 
-impl<'a> Attempt<'a> {
-    fn begin(pool: &'a ServerPool, key: String) -> Attempt<'a> {
-        Attempt { pool, key }
-    }
-
+impl Attempt<'_> {
     fn succeed(mut self) {
-        let key = std::mem::take(&mut self.key);
-        self.pool.avoided.lock().remove(&key);
+        self.pool.avoided.lock().remove(&std::mem::take(&mut self.key));
     }
 }
 

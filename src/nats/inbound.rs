@@ -6,7 +6,7 @@
 //! the order in which they arrive, with no task switch between the socket and the handler.
 
 use crate::error::{Error, Status};
-use crate::nats::client::{Client, Closed, PublishError, Subscriber};
+use crate::nats::client::{Client, PublishError, Subscriber};
 use crate::nats::message::{Message, Subject};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 use std::collections::HashMap;
@@ -41,7 +41,7 @@ pub(crate) struct Subscription {
     pub(crate) subject: Subject,
     /// The queue group; empty: none.
     pub(crate) group: String,
-    pub(crate) receiver: Arc<dyn MessageHandler>,
+    pub(crate) handler: Arc<dyn MessageHandler>,
 }
 
 /// The subscriptions of the current NATS client.
@@ -121,10 +121,10 @@ impl Inbound {
         if active.subscriptions.contains_key(&id) {
             return true;
         }
-        let Subscription { subject, group, receiver } = subscription.clone();
+        let Subscription { subject, group, handler } = subscription.clone();
         match client.try_subscribe(subject.clone(), &group) {
             None => return false,
-            Some(Err(Closed)) => self.end_client(&mut active),
+            Some(Err(_)) => self.end_client(&mut active),
             Some(Ok(subscriber)) => {
                 let waker = SubscriptionWaker {
                     inbound: Arc::downgrade(self),
@@ -132,8 +132,7 @@ impl Inbound {
                     generation: active.generation,
                 };
                 let waker = Waker::from(Arc::new(waker));
-                let new =
-                    ActiveSubscription { subject, group, is_refused: false, subscriber, waker, handler: receiver };
+                let new = ActiveSubscription { subject, group, is_refused: false, subscriber, waker, handler };
                 active.subscriptions.insert(id, new);
                 self.handle_messages(&mut active, id);
             }
@@ -143,7 +142,7 @@ impl Inbound {
 
     /// Ends a subscription at the server. Messages that the server sends before it processes this still come.
     ///
-    /// A request that were dropped would never be answered, and nobody would know.
+    /// If a request was dropped, it would never be answered.
     pub(crate) async fn send_unsub(&self, client: &Client, id: u64, unserved: &str) -> Result<(), PublishError> {
         let sid = self.lock().subscriptions.get(&id).map(|active| active.subscriber.sid);
         match sid {

@@ -6,7 +6,7 @@ use crate::status_word::StatusWord;
 use crate::sync::{Condvar, Mutex};
 use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
-use std::collections::{VecDeque, vec_deque};
+use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -75,15 +75,11 @@ impl DurableMessage {
 /// The last durable messages, up to a limit.
 #[derive(Default)]
 pub(crate) struct DurableMessages {
-    messages: VecDeque<DurableMessage>,
+    pub(crate) messages: VecDeque<DurableMessage>,
     weight: usize,
 }
 
 impl DurableMessages {
-    pub(crate) fn len(&self) -> usize {
-        self.messages.len()
-    }
-
     /// Adds a message. Returns how many of the oldest were dropped to stay within the limit.
     pub(crate) fn push(&mut self, message: DurableMessage) -> usize {
         self.weight += message.weight();
@@ -99,15 +95,6 @@ impl DurableMessages {
     pub(crate) fn drop_oldest(&mut self, count: usize) -> usize {
         let dropped = self.messages.drain(..count.min(self.messages.len()));
         dropped.map(|message| self.weight -= message.weight()).count()
-    }
-}
-
-impl IntoIterator for DurableMessages {
-    type Item = DurableMessage;
-    type IntoIter = vec_deque::IntoIter<DurableMessage>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        self.messages.into_iter()
     }
 }
 
@@ -353,7 +340,7 @@ impl Outbox {
             kept.push(message.after_loss());
         }
         self.weight.store(kept.weight, Ordering::SeqCst);
-        pending.batch.items = kept.into_iter().map(OutgoingItem::DurableMessage).collect();
+        pending.batch.items = kept.messages.into_iter().map(OutgoingItem::DurableMessage).collect();
         pending.batch.announcements = pending.batch.items.iter().map(OutgoingItem::announcement_weight).sum();
         // These senders have ended with the connection, and are not notified.
         self.take_blocked(&mut pending);
@@ -525,9 +512,9 @@ mod tests {
     fn unconfirmed_durable_messages_have_a_limit() {
         let mut messages = DurableMessages::default();
         let dropped: usize = (0..300_000).map(|_| messages.push(DurableMessage::End("to".into()))).sum();
-        assert_eq!(messages.len() + dropped, 300_000);
-        assert_eq!(messages.len() * OVERHEAD, MAX_DURABLE);
+        assert_eq!(messages.messages.len() + dropped, 300_000);
+        assert_eq!(messages.messages.len() * OVERHEAD, MAX_DURABLE);
         assert_eq!((messages.drop_oldest(10), messages.drop_oldest(usize::MAX)), (10, MAX_DURABLE / OVERHEAD - 10));
-        assert_eq!((messages.len(), messages.weight), (0, 0));
+        assert_eq!((messages.messages.len(), messages.weight), (0, 0));
     }
 }

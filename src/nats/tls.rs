@@ -258,41 +258,35 @@ fn contains(text: &[u8], part: &[u8]) -> bool {
 
 /// Adds to an error of a TLS handshake what to do about it.
 pub(crate) fn explain(error: &str, options: &ConnectOptions) -> String {
-    let ca = if options.tls_ca_file.is_some() { "tls_ca_file" } else { "the system's authorities (set tls_ca_file)" };
-    let hint = if error.contains("InvalidContentType") {
-        if options.tls_first {
-            "the server does not speak TLS, or not from the start of the connection (tls_first)".to_owned()
-        } else {
-            "the server does not speak TLS".to_owned()
-        }
-    } else if error.contains("CaUsedAsEndEntity") {
+    let has = |part| error.contains(part);
+    let hint = if has("InvalidContentType") && options.tls_first {
+        "the server does not speak TLS, or not from the start of the connection (tls_first)"
+    } else if has("InvalidContentType") {
+        "the server does not speak TLS"
+    } else if has("CaUsedAsEndEntity") {
         "the server uses the certificate of an authority, such as `openssl req -x509` makes; give it one that the authority \
          has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and set that as tls_ca_file"
-            .to_owned()
-    } else if error.contains("UnknownIssuer") {
-        format!(
-            "the issuer of the server's certificate is not in {ca}, or the server does not send the intermediate certificates"
-        )
-    } else if error.contains("BadSignature") {
-        format!("the server's certificate was signed by another key than that of the authority with this name in {ca}")
-    } else if error.contains("UnsupportedSignatureAlgorithm") || error.contains("UnsupportedCertVersion") {
+    } else if has("UnknownIssuer") {
+        "the issuer of the server's certificate is not in CA_FILE, or the server does not send the intermediate certificates"
+    } else if has("BadSignature") {
+        "the server's certificate was signed by another key than that of the authority with this name in CA_FILE"
+    } else if has("UnsupportedSignatureAlgorithm") || has("UnsupportedCertVersion") {
         "the server's certificate has a type of key or signature that is not supported (P-521, SHA-1, RSA below 2048 \
          bits, X.509 before version 3)"
-            .to_owned()
-    } else if error.contains("HandshakeFailure") || error.contains("ProtocolVersion") {
+    } else if has("HandshakeFailure") || has("ProtocolVersion") {
         "this client and the server have no TLS version or type of key in common: the server needs TLS 1.3, and ECDSA on \
          P-256 or P-384, Ed25519, or RSA of at least 2048 bits"
-            .to_owned()
-    } else if error.contains("certificate expired") || error.contains("not valid yet") {
-        "check the dates of the server's certificate and the clock of this machine".to_owned()
-    } else if error.contains("failed signing nonce") {
-        "nkey_seed or creds_file does not have the seed of a user".to_owned()
-    } else if error.contains("received fatal alert") {
-        "the server refuses our certificate, or requires one (tls_cert_file, tls_key_file)".to_owned()
-    } else if error.contains("timed out") && options.needs_tls() && !options.tls_first {
-        "set tls_first for a server with handshake_first".to_owned()
+    } else if has("certificate expired") || has("not valid yet") {
+        "check the dates of the server's certificate and the clock of this machine"
+    } else if has("failed signing nonce") {
+        "nkey_seed or creds_file does not have the seed of a user"
+    } else if has("received fatal alert") {
+        "the server refuses our certificate, or requires one (tls_cert_file, tls_key_file)"
+    } else if has("timed out") && options.needs_tls() && !options.tls_first {
+        "set tls_first for a server with handshake_first"
     } else {
         return error.to_owned();
     };
-    format!("{error}: {hint}")
+    let ca = if options.tls_ca_file.is_some() { "tls_ca_file" } else { "the system's authorities (set tls_ca_file)" };
+    format!("{error}: {}", hint.replace("CA_FILE", ca))
 }

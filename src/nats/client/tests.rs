@@ -188,7 +188,7 @@ impl MessageHandler for Recorder {
 
 fn subscribe(runtime: &Runtime, client: &Client, inbound: &Arc<Inbound>, recorder: &Arc<Recorder>, id: u64) {
     let subject = format!("subject.{id}").into();
-    let subscription = Subscription { subject, group: String::new(), receiver: Arc::clone(recorder) as _ };
+    let subscription = Subscription { subject, group: String::new(), handler: Arc::clone(recorder) as _ };
     runtime.block_on(inbound.subscribe(client, id, subscription));
 }
 
