@@ -60,9 +60,9 @@ pub(crate) struct ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// Returns how long the other end of a lane may take to reconnect after this connection has reconnected: one attempt that
-    /// began too early and times out, the delay after it, and one that succeeds at one of several servers. This assumes that
-    /// the other end has the same options.
+    /// Returns how long the other end of a lane may take to reconnect after this connection has reconnected: one
+    /// attempt that began too early and times out, the delay after it, and one that succeeds at one of several servers.
+    /// This assumes that the other end has the same options.
     pub(crate) fn peer_reconnect(&self) -> Duration {
         self.connect_timeout + self.reconnect_max + SUCCESSFUL_ATTEMPT
     }
@@ -101,10 +101,11 @@ pub struct Config {
     last_error: Option<Error>,
 }
 
-const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file, \
-     tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects, \
-     ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes, \
-     receive_buffer_bytes, session_grace_ms, worker_threads, timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, manual_credit, only_online, header.NAME";
+const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, \
+     tls_cert_file, tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, \
+     max_reconnects, ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, \
+     send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads, timeout_ms, retries, retry_delay_ms, \
+     stream_buffer_bytes, manual_credit, only_online, header.NAME";
 
 impl Default for Config {
     fn default() -> Config {

@@ -1,4 +1,5 @@
-//! Properties that must hold for any input bytes. `fuzz/` drives them, and `cargo test` replays the inputs it has found.
+//! Properties that must hold for any input bytes. `fuzz/` drives them, and `cargo test` replays the inputs it has
+//! found.
 
 use crate::MAX_ID;
 use crate::config::Config;

@@ -1,8 +1,8 @@
 //! The standard library's locks without poisoning: a panic while a lock is held is caught and reported elsewhere.
 //!
-//! They are futexes, each complete in itself. Locks that park threads in one table for the whole process
-//! (parking_lot's, and DashMap's) are not safe to use after fork: the child inherits the table with entries for threads
-//! that it does not have. See *Fork* in `docs/design.md`.
+//! Each of them is a futex, with no state outside of it. Locks that park threads in one table of the process (those of
+//! parking_lot and DashMap) are not safe after a fork: the child inherits the table with entries for threads that it
+//! does not have. See *Fork* in `docs/design.md`.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,7 +1,8 @@
 //! Announcements that clients are offline: those of this connection, and those of other processes.
 //!
-//! A process that is reconnecting misses what is announced meanwhile, so announcements around a reconnect are repeated once.
-//! Each carries its process, connection and number, so that a receiver recognises its own, and repeated ones that it has.
+//! A process that is reconnecting misses what is announced meanwhile, so announcements around a reconnect are repeated
+//! once. Each carries its process, connection and number, so that a receiver recognises its own, and repeated ones that
+//! it has.
 
 use crate::connection::log::Log;
 use crate::connection::stats::count;
@@ -144,8 +145,8 @@ pub(crate) struct Announcement {
 }
 
 impl RecentAnnouncements {
-    /// How long announcements are kept while there is a connection. When the server dies, those of the last moment may not have
-    /// reached other processes.
+    /// How long announcements are kept while there is a connection. When the server dies, those of the last moment may
+    /// not have reached other processes.
     const KEPT: Duration = Duration::from_secs(1);
 
     fn push(&mut self, id: Bytes, number: u64, now: Instant) {
@@ -199,8 +200,8 @@ impl<'a> Origin<'a> {
 struct ReceivedAnnouncements {
     /// Handle ids of this process below this one are older than the connection to nats-server.
     since: u64,
-    /// For each process and connection, the number of the first announcement. All that followed came, too, for the server keeps
-    /// their order.
+    /// For each process and connection, the number of the first announcement. All that followed came, too, for the
+    /// server keeps their order.
     first: HashMap<(Box<str>, u64), u64>,
 }
 

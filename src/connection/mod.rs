@@ -10,9 +10,9 @@
 //! | `log` | events about the connection |
 //! | `stats` | counters |
 //!
-//! The NATS client never reconnects by itself. What is waiting inside it belongs to level-0 streams that the loss of the
-//! connection has ended; sent later, it would look as if nothing was missing. So a lost connection and a client that died of a
-//! malformed message are the same case: the client is replaced.
+//! The NATS client never reconnects by itself. What is waiting inside it belongs to level-0 streams that the loss of
+//! the connection has ended; sent later, it would look as if nothing was missing. So a lost connection and a client
+//! that died of a malformed message are the same case: the client is replaced.
 
 mod announcements;
 mod log;
@@ -63,7 +63,8 @@ pub struct Connection {
     outbox: Outbox,
     /// Kept across connections. They are made at each client in the order of their ids, which are handle ids.
     subscriptions: Mutex<BTreeMap<u64, Subscription>>,
-    /// All handlers that were ever subscribed and still exist: a service that takes no more requests may have running senders.
+    /// All handlers that were ever subscribed and still exist: a service that takes no more requests may have running
+    /// senders.
     handlers: Mutex<Vec<Weak<dyn MessageHandler>>>,
     /// The subscriptions that nats-server refuses, and why. A task of its own tries each of them again.
     refusals: Mutex<HashMap<u64, Error>>,
@@ -79,7 +80,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to nats-server: one URL, or several separated by commas. Blocks until a server is connected or none can be.
+    /// Connects to nats-server: one URL, or several separated by commas. Blocks until a server is connected or none can
+    /// be.
     ///
     /// # Errors
     /// `Invalid` for a wrong URL or option, `Disconnected` or `Timeout` when no server can be connected, `Forked`.
@@ -206,8 +208,8 @@ impl Connection {
     /// Applies the offline announcements of other processes in this one. A second call has no effect.
     ///
     /// # Errors
-    /// `Closed`, `Timeout`; `Disconnected` (or `Full`, when there are too many) where nats-server refuses the subscription,
-    /// which is then tried again while the connection lives.
+    /// `Closed`, `Timeout`; `Disconnected` (or `Full`, when there are too many) where nats-server refuses the
+    /// subscription, which is then tried again while the connection lives.
     pub fn listen_offline(&self) -> Result<()> {
         let subscription = self.subscribe_offline()?;
         self.flush_subscription(subscription)

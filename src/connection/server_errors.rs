@@ -1,5 +1,5 @@
-//! Errors that nats-server sends: missing permissions, refused subscriptions, limits. They are logged, end what they concern,
-//! and a refused subscription is tried again.
+//! Errors that nats-server sends: missing permissions, refused subscriptions, limits. They are logged, end what they
+//! concern, and a refused subscription is tried again.
 
 use crate::config::ConnectOptions;
 use crate::connection::Connection;
@@ -36,12 +36,12 @@ impl Connection {
         let prefix = &self.options.inbox_prefix;
         self.log(Status::Disconnected, || match (is_of_lanes, hint) {
             (true, _) if self.lanes.is_forbidden() => format!(
-                "nats-server says: {text}: this connection uses level 0 only from now on; allow publish and subscribe on \
-                 {prefix}.>, or set lanes=false"
+                "nats-server says: {text}: this connection uses level 0 only from now on; allow publish and subscribe \
+                 on {prefix}.>, or set lanes=false"
             ),
             (true, _) => format!(
-                "nats-server says: {text}: the streams on this lane have ended; allow publish to the inboxes of gateways and \
-                 workers, or set lanes=false"
+                "nats-server says: {text}: the streams on this lane have ended; allow publish to the inboxes of \
+                 gateways and workers, or set lanes=false"
             ),
             (false, Some(hint)) => format!("nats-server says: {text}: {hint}"),
             (false, None) => format!("nats-server says: {text}"),

@@ -1,7 +1,7 @@
 //! The subscriptions of a connection, which are made at each new client, and round trips to nats-server.
 //!
-//! An *echo* is an empty message to the connection's own inbox. When it comes back the server has all that was sent before
-//! it, and all that the server had sent before it has come.
+//! An *echo* is an empty message to the connection's own inbox. When it comes back the server has all that was sent
+//! before it, and all that the server had sent before it has come.
 
 use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
@@ -26,8 +26,8 @@ impl Connection {
         self.outbox.push(OutgoingItem::Subscribe(id));
     }
 
-    /// Ends a subscription when all messages that the server has sent for it have come. The service has stopped, and refuses
-    /// them.
+    /// Ends a subscription when all messages that the server has sent for it have come. The service has stopped, and
+    /// refuses them.
     pub(crate) fn unsubscribe(&self, id: u64) {
         let removed = self.subscriptions.lock().remove(&id);
         if removed.is_some() {
@@ -61,7 +61,8 @@ impl Connection {
     /// Waits until the server has a subscription, or refuses it. Without a connection it is made later.
     pub(crate) fn flush_subscription(&self, id: u64) -> Result<()> {
         self.flush_subscriptions()?;
-        // nats-server sends a refusal before the echo, but another task handles it. That task has run when the second echo comes.
+        // nats-server sends a refusal before the echo, but another task handles it. That task has run when the second
+        // echo comes.
         self.flush_subscriptions()?;
         self.refusal(id).map_or(Ok(()), Err)
     }

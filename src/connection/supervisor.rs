@@ -15,12 +15,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
-/// After a connection that lasted less than this there is a pause before the next one. It doubles each time, up to a limit.
+/// After a connection that lasted less than this there is a pause before the next one. It doubles each time, up to a
+/// limit.
 const SHORT_LIVED: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
 impl Connection {
-    /// Connects for the first time, unless the option is to retry that, and calls `ready`. Returns when the connection is closed.
+    /// Connects for the first time, unless the option is to retry that, and calls `ready`. Returns when the connection
+    /// is closed.
     pub(super) async fn run(self: Arc<Self>, ready: impl FnOnce(Result<()>)) {
         let mut first = None;
         if !self.options.retry_on_initial_connect {
@@ -130,7 +132,8 @@ impl Connection {
         self.log.set_connected(&client.address());
     }
 
-    /// Gives up the current client, and ends what runs on it. `unconfirmed`: durable messages that the server may not have.
+    /// Gives up the current client, and ends what runs on it. `unconfirmed`: durable messages that the server may not
+    /// have.
     fn disconnect(&self, unconfirmed: VecDeque<DurableMessage>) {
         self.log.set_disconnected();
         self.lanes.set_client(None);

@@ -1,19 +1,31 @@
-//! One connection to one nats-server, by async-nats; it ends when the connection is lost.
+//! One connection to one nats-server, by async-nats. It ends when the connection is lost.
 //!
-//! What async-nats does not offer, or does otherwise than this library needs, is worked around here. For each workaround
-//! `tests` has `…_works`, and where that can be shown `…_is_needed`, which fails when an upgrade has made it unnecessary:
+//! What async-nats 0.51 does not offer, or does otherwise than this library needs, is worked around here. Each
+//! workaround has a test `…_works` in `tests`, and where that can be shown a test `…_is_needed`, which fails when an
+//! upgrade has made the workaround unnecessary:
 //!
-//! | workaround | what async-nats 0.51 does | waits for |
-//! |---|---|---|
-//! | `never_reconnects`: the delay callback unwinds its task | it reconnects at least once (`max_reconnects(0)` means without limit), and sends what it had buffered for the lost connection | an option not to reconnect; nats.rs#1186 gave `max_reconnects` |
-//! | `unsub_in_a_subject`: [`Client::send_unsub`] | `unsubscribe` drops messages that come after it, and `drain` those that come after the next wakeup of its task; neither waits for the server | a `drain` that waits for the PONG: nats.rs#1325, nats.rs#1504 |
-//! | `counted_sids` | it numbers subscriptions from 1 and does not show the number, which UNSUB and some errors need | a getter |
-//! | `refusals_are_read`: `inbound` parses errors | `subscribe` succeeds where nats-server refuses; the error is text | nats.rs#1284, nats.rs#1485 |
-//! | `wakers_are_the_message_loop`: `inbound` | each subscription has a channel of its own, so that the order between subscriptions is lost | one channel or callback for several |
-//! | `force_reconnect_closes_the_socket`: [`Client::close`] | it has no `close`; dropping the client does not shut down a socket that a forked child has, too | nats.rs#685 |
-//! | `flush_is_no_round_trip`: echoes, `connection::subscriptions` | `flush` returns when the bytes are written | PING and PONG in `flush` |
-//! | `a_malformed_message_ends_the_client`: `inbound` detects that, `connection::supervisor` replaces the client | a lone CR in a header value panics its task, while its state stays Connected | nats.rs#1612 |
-//! | `messages_share_the_read_buffer`: what is kept is copied | parts of a message are slices of its read buffer (nats.rs#888) | nothing: copying every message would cost more |
+//! - `never_reconnects`: async-nats reconnects at least once (`max_reconnects(0)` means without limit), and then sends
+//!   what it had buffered for the lost connection. So the delay callback ends its task by unwinding. Waits for an
+//!   option not to reconnect; nats.rs#1186 brought only `max_reconnects`.
+//! - `unsub_in_a_subject`: `unsubscribe` drops messages that come after it, and `drain` those that come after the next
+//!   wakeup of the task; neither waits for the server. So [`Client::send_unsub`] writes UNSUB as a part of a subject,
+//!   which subject validation would refuse. Waits for a `drain` that ends with the PONG: nats.rs#1325, nats.rs#1504.
+//! - `counted_sids`: async-nats numbers subscriptions from 1 and does not show the number, which UNSUB and some errors
+//!   need. So [`Client::try_subscribe`] counts, too. Waits for a getter.
+//! - `refusals_are_read`: `subscribe` succeeds where nats-server refuses, and the error is a text. So `inbound` parses
+//!   it. Waits for nats.rs#1284, nats.rs#1485.
+//! - `wakers_are_the_message_loop`: each subscription has a channel of its own, so that the order between subscriptions
+//!   is lost. So the wakers in `inbound` handle messages. Waits for one channel, or a callback, for several
+//!   subscriptions.
+//! - `force_reconnect_closes_the_socket`: there is no `close`, and dropping the client does not shut down a socket that
+//!   a forked child has, too. So [`Client::close`] forces a reconnect, which never comes. Waits for nats.rs#685.
+//! - `flush_is_no_round_trip`: `flush` returns when the bytes are written. So `connection::subscriptions` sends echoes.
+//!   Waits for PING and PONG in `flush`.
+//! - `a_malformed_message_ends_the_client`: a lone CR in a header value panics the task, while the state stays
+//!   Connected. So `inbound` detects that a subscription ends, and `connection::supervisor` replaces the client. Waits
+//!   for nats.rs#1612.
+//! - `messages_share_the_read_buffer`: the parts of a message are slices of the read buffer (nats.rs#888). So what is
+//!   kept is copied. Waits for nothing: copying every message would cost more.
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
@@ -67,8 +79,8 @@ impl From<async_nats::PublishError> for PublishError {
 }
 
 impl Client {
-    /// Connects to one server, named `shown` in errors. `tls`: how its certificate is checked, if not against the host in
-    /// `server`.
+    /// Connects to one server, named `shown` in errors. `tls`: how its certificate is checked, if not against the host
+    /// in `server`.
     pub(crate) async fn connect(
         options: &ConnectOptions,
         server: ServerAddr,
@@ -80,7 +92,8 @@ impl Client {
         if let Some(tls) = tls {
             connect = connect.tls_client_config(tls);
         }
-        // async-nats can panic at what a server sends. It limits the time of each of its steps, but not of the lookup of a name.
+        // async-nats can panic at what a server sends. It limits the time of each of its steps, but not of the lookup
+        // of a name.
         let attempt = runtime::catch_panic("the NATS client", connect.connect(server));
         match timeout(options.connect_timeout * 2, attempt).await {
             Ok(Ok(Ok(inner))) => Ok(Client { inner, last_sid: Arc::default() }),
@@ -163,10 +176,11 @@ impl Client {
         Some(subscribed?.map(|inner| Subscriber { inner, sid }).map_err(|_| PublishError::Closed))
     }
 
-    /// Sends UNSUB to the server, while the client goes on to deliver what the server has sent before it processes that.
+    /// Sends UNSUB to the server, while the client goes on to deliver what the server has sent before it processes
+    /// that.
     ///
-    /// To the client this is an empty message to `unserved`, a subject of our own whose messages are ignored: its subject ends
-    /// that message, adds UNSUB, and begins another.
+    /// To the client this is an empty message to `unserved`, a subject of our own whose messages are ignored: its
+    /// subject ends that message, adds UNSUB, and begins another.
     pub(crate) async fn send_unsub(&self, sid: u64, unserved: &str) -> Result<(), PublishError> {
         self.publish(format!("{unserved} 0\r\n\r\nUNSUB {sid}\r\nPUB {unserved}").into(), Bytes::new()).await
     }
@@ -187,8 +201,8 @@ pub(crate) struct Subscriber {
 }
 
 impl Subscriber {
-    /// Returns the next message, or None when the client has ended. Without a message now, `waker` is called by the client's
-    /// task while it hands the next one over.
+    /// Returns the next message, or None when the client has ended. Without a message now, `waker` is called by the
+    /// client's task while it hands the next one over.
     pub(crate) fn poll_next(&mut self, waker: &Waker) -> Poll<Option<Message>> {
         // Unconstrained: the caller may run on a task whose cooperative budget is not for this.
         let next = pin!(unconstrained(self.inner.next())).poll(&mut Context::from_waker(waker));
@@ -221,8 +235,8 @@ async fn connect_options(
             }
             std::future::ready(())
         })
-        // async-nats calls this before each attempt to connect. The second one would be a reconnect: unwinding ends its task,
-        // without a message of the panic hook, and tokio catches it.
+        // async-nats calls this before each attempt to connect. The second one would be a reconnect: unwinding ends its
+        // task, without a message of the panic hook, and tokio catches it.
         .reconnect_delay_callback(move |_| {
             if is_connected.swap(true, Ordering::Relaxed) {
                 resume_unwind(Box::new("the connection is lost"));

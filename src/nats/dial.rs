@@ -1,7 +1,8 @@
-//! Which nats-server to connect to: the servers of the URLs, the others of their cluster, and the addresses of their names.
+//! Which nats-server to connect to: the servers of the URLs, the others of their cluster, and the addresses of their
+//! names.
 //!
-//! Servers, and the addresses of a server's name, are tried as in Happy Eyeballs (RFC 8305): an attempt starts when the one
-//! before it has failed or has not answered for some time, and the first that succeeds is used.
+//! Servers, and the addresses of a server's name, are tried as in Happy Eyeballs (RFC 8305): an attempt starts when the
+//! one before it has failed or has not answered for some time, and the first that succeeds is used.
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
@@ -56,8 +57,8 @@ enum Avoided {
 #[derive(Clone)]
 struct Target {
     server: ServerAddr,
-    /// For an address that another server named: the host name in the URL that led there, which may be the only name in the
-    /// certificates of the cluster.
+    /// For an address that another server named: the host name in the URL that led there, which may be the only name in
+    /// the certificates of the cluster.
     tls_name: Option<String>,
 }
 
@@ -148,8 +149,8 @@ impl ServerPool {
             }
             None => Vec::new(),
         };
-        // Then by its name: a server with a certificate for each of its names, or a proxy before it, may need the name first
-        // (SNI), which TLS does not send to an address.
+        // Then by its name: a server with a certificate for each of its names, or a proxy before it, may need the name
+        // first (SNI), which TLS does not send to an address.
         if failures.iter().any(|error| error.status == Status::Timeout) {
             return Err(failures);
         }
@@ -204,8 +205,8 @@ impl ServerPool {
         Client::connect(&self.options, server, shown, tls, Arc::clone(&self.on_server_error)).await
     }
 
-    /// Replaces the known servers of the cluster by those that the connected server names: some of the others may be gone for
-    /// good. Keeps them if it names none, for then it may not know the others yet.
+    /// Replaces the known servers of the cluster by those that the connected server names: some of the others may be
+    /// gone for good. Keeps them if it names none, for then it may not know the others yet.
     pub(crate) fn learn(&self, hosts: &[String]) {
         let current = self.current.lock();
         let from = current.as_ref().map(|current| &current.target).or(self.servers.first());
@@ -266,8 +267,8 @@ impl Drop for Attempt<'_> {
     }
 }
 
-/// Starts the attempts one after the other, each when the one before has failed or has not answered for `ATTEMPT_DELAY`.
-/// The first that succeeds ends the others.
+/// Starts the attempts one after the other, each when the one before has failed or has not answered for
+/// `ATTEMPT_DELAY`. The first that succeeds ends the others.
 async fn race<T, E>(attempts: impl IntoIterator<Item = impl Future<Output = Result<T, E>>>) -> Result<T, Vec<E>> {
     let mut attempts = attempts.into_iter();
     let mut next = attempts.next();
@@ -365,8 +366,8 @@ mod tests {
         }
     }
 
-    /// Starts a server that answers each client as nats-server does, or one that never answers. Returns its address, and how
-    /// many connections it has had.
+    /// Starts a server that answers each client as nats-server does, or one that never answers. Returns its address,
+    /// and how many connections it has had.
     fn server(address: &str, answers: bool) -> (SocketAddr, Arc<AtomicUsize>) {
         let listener = TcpListener::bind((address, 0)).unwrap();
         let (own, count) = (listener.local_addr().unwrap(), Arc::new(AtomicUsize::new(0)));

@@ -50,8 +50,8 @@ impl Inbox {
         format!("{}{UNSERVED:x}", self.prefix)
     }
 
-    /// Gives messages to the subject that this returns to `handler`. The key must be random, so that a peer that has seen
-    /// another of these subjects cannot guess this one.
+    /// Gives messages to the subject that this returns to `handler`. The key must be random, so that a peer that has
+    /// seen another of these subjects cannot guess this one.
     pub(crate) fn expect(&self, key: u64, handler: Arc<dyn MessageHandler>) -> Subject {
         if self.expected.insert(key, handler).is_none() {
             let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;

@@ -1,7 +1,8 @@
 //! What the crate calls a message, a subject and headers.
 //!
-//! [`Message`] is the crate's own. [`Subject`] and [`HeaderMap`] are those of async-nats: they are plain data, and an own type
-//! would have to check (`Subject`) or copy (`HeaderMap`) what async-nats has already checked and built, for each message.
+//! [`Message`] is the crate's own. [`Subject`] and [`HeaderMap`] are those of async-nats: they are plain data, and an
+//! own type would have to check (`Subject`) or copy (`HeaderMap`) what async-nats has already checked and built, for
+//! each message.
 
 pub(crate) use async_nats::{HeaderMap, Subject};
 
@@ -12,8 +13,8 @@ use bytes::Bytes;
 
 /// A message that came in.
 ///
-/// Its parts are slices of async-nats's read buffer (up to 64 KiB), all of which stays allocated as long as one of them is
-/// kept. Copy what outlives the handling of the message: `detach`, `Message::copy_headers`, `events::queue::unpin`.
+/// Its parts are slices of async-nats's read buffer (up to 64 KiB), all of which stays allocated as long as one of them
+/// is kept. Copy what outlives the handling of the message: `detach`, `Message::copy_headers`, `events::queue::unpin`.
 pub(crate) struct Message {
     pub(crate) subject: Subject,
     pub(crate) reply: Option<Subject>,

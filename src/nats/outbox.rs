@@ -1,4 +1,5 @@
-//! What is waiting to be given to the NATS client: callers append under a short lock, the connection's task takes it all.
+//! What is waiting to be given to the NATS client: callers append under a short lock, the connection's task takes it
+//! all.
 
 use crate::error::Status;
 use crate::nats::message::{HeaderMap, Subject};
@@ -15,8 +16,8 @@ use tokio::sync::Notify;
 
 /// How much a waiting item counts in addition to its bytes.
 pub(crate) const OVERHEAD: usize = 64;
-/// How many bytes of durable messages are kept while there is no connection, or no echo confirms them. Beyond, the oldest are
-/// dropped.
+/// How many bytes of durable messages are kept while there is no connection, or no echo confirms them. Beyond, the
+/// oldest are dropped.
 pub(crate) const MAX_DURABLE: usize = 16 << 20;
 
 /// The text of a stream's error when the worker's connection was lost.
@@ -33,11 +34,13 @@ pub(crate) enum OutgoingItem {
     Subscribe(u64),
     SendUnsub(u64),
     Unsubscribe(u64),
-    /// Publish an empty message to this subject of our own: when it comes back, the server has all that was sent before it.
+    /// Publish an empty message to this subject of our own: when it comes back, the server has all that was sent before
+    /// it.
     Echo(Subject),
 }
 
-/// A message that is kept until an echo confirms that the server has it, and sent again after the loss of the connection.
+/// A message that is kept until an echo confirms that the server has it, and sent again after the loss of the
+/// connection.
 #[derive(Clone)]
 pub(crate) enum DurableMessage {
     /// The stream with this reply subject ended.
@@ -183,11 +186,11 @@ impl Outbox {
         self.weight.load(Ordering::Relaxed)
     }
 
-    /// Appends a message if `word` is 0 and the message fits. Else returns the status in the word, or `Full`; with `Full`, the
-    /// sender that `blocked` returns is notified when the outbox is writable again.
+    /// Appends a message if `word` is 0 and the message fits. Else returns the status in the word, or `Full`; with
+    /// `Full`, the sender that `blocked` returns is notified when the outbox is writable again.
     ///
-    /// The word is read with the lock held. Whoever ends the stream sets the word and appends the stream's last message under
-    /// the same lock, so no message follows the end.
+    /// The word is read with the lock held. Whoever ends the stream sets the word and appends the stream's last message
+    /// under the same lock, so no message follows the end.
     pub(crate) fn send(
         &self,
         word: &StatusWord,
@@ -273,8 +276,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Appends an item that is not a message of a stream, whether it fits or not: the number of each kind is bounded elsewhere.
-    /// When announcements exceed their limit the oldest are dropped.
+    /// Appends an item that is not a message of a stream, whether it fits or not: the number of each kind is bounded
+    /// elsewhere. When announcements exceed their limit the oldest are dropped.
     pub(crate) fn push(&self, item: OutgoingItem) {
         let mut pending = self.pending.lock();
         let announcement = item.announcement_weight();
@@ -329,8 +332,8 @@ impl Outbox {
         }
     }
 
-    /// Drops what belongs to a lost connection, and keeps the durable messages: first those in `unconfirmed`, then those that
-    /// are pending. An end becomes an error.
+    /// Drops what belongs to a lost connection, and keeps the durable messages: first those in `unconfirmed`, then
+    /// those that are pending. An end becomes an error.
     pub(crate) fn connection_lost(&self, unconfirmed: impl IntoIterator<Item = DurableMessage>) {
         let mut pending = self.pending.lock();
         let batch = mem::take(&mut pending.batch);
@@ -346,7 +349,8 @@ impl Outbox {
         self.take_blocked(&mut pending);
     }
 
-    /// Releases items that were given to the NATS client. Notifies blocked senders when at most half of the limit is in use.
+    /// Releases items that were given to the NATS client. Notifies blocked senders when at most half of the limit is in
+    /// use.
     pub(crate) fn release(&self, weight: usize) {
         let before = self.weight.fetch_sub(weight, Ordering::SeqCst);
         if self.blocked.load(Ordering::SeqCst) > 0 && before - weight <= self.limit / 2 {

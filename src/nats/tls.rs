@@ -1,5 +1,5 @@
-//! Certificates and keys, which are checked before they are used, so that an error says what is wrong with which file; and a
-//! certificate verifier for servers that are connected by an address instead of their name.
+//! Certificates and keys, which are checked before they are used, so that an error says what is wrong with which file;
+//! and a certificate verifier for servers that are connected by an address instead of their name.
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result};
@@ -38,8 +38,8 @@ impl Files {
         Ok(Files { roots, client })
     }
 
-    /// Returns the TLS configuration for a server that is connected by its address, and must have a certificate for `name`. None
-    /// if `name` is no host name.
+    /// Returns the TLS configuration for a server that is connected by its address, and must have a certificate for
+    /// `name`. None if `name` is no host name.
     pub(crate) fn config_for(&self, name: &str) -> Option<ClientConfig> {
         let provider = Arc::new(ring::default_provider());
         let name = ServerName::try_from(name.to_owned()).ok()?;
@@ -65,7 +65,8 @@ struct NameVerifier {
     name: ServerName<'static>,
     /// None: those of the system.
     roots: Option<Arc<RootCertStore>>,
-    /// Made for the first certificate: a server without TLS needs none, and loading the system's authorities takes time.
+    /// Made for the first certificate: a server without TLS needs none, and loading the system's authorities takes
+    /// time.
     verifier: OnceCell<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
 }
@@ -197,8 +198,8 @@ fn read_key(file: &Path) -> Result<PrivateKeyDer<'static>> {
         return Err(wrong(
             option,
             file,
-            "the key is encrypted by a passphrase, which is not supported; decrypt it by `openssl pkey -in FILE -out NEW`, \
-             and protect it by the permissions of the file",
+            "the key is encrypted by a passphrase, which is not supported; decrypt it by `openssl pkey -in FILE -out \
+             NEW`, and protect it by the permissions of the file",
         ));
     }
     if !sections(&text).iter().any(|label| label.ends_with("PRIVATE KEY")) {
@@ -232,8 +233,8 @@ fn read_client(certificate_file: &Path, key_file: &Path) -> Result<CertifiedKey>
                     "tls_cert_file",
                     certificate_file,
                     &format!(
-                        "the certificate of the key in tls_key_file is number {} in it; it must be the first, before its \
-                         issuers",
+                        "the certificate of the key in tls_key_file is number {} in it; it must be the first, before \
+                         its issuers",
                         index + 1
                     ),
                 )),
@@ -264,18 +265,19 @@ pub(crate) fn explain(error: &str, options: &ConnectOptions) -> String {
     } else if has("InvalidContentType") {
         "the server does not speak TLS"
     } else if has("CaUsedAsEndEntity") {
-        "the server uses the certificate of an authority, such as `openssl req -x509` makes; give it one that the authority \
-         has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and set that as tls_ca_file"
+        "the server uses the certificate of an authority, such as `openssl req -x509` makes; give it one that the \
+         authority has issued, or one made with `-addext basicConstraints=critical,CA:FALSE` and set that as tls_ca_file"
     } else if has("UnknownIssuer") {
-        "the issuer of the server's certificate is not in CA_FILE, or the server does not send the intermediate certificates"
+        "the issuer of the server's certificate is not in CA_FILE, or the server does not send the intermediate \
+         certificates"
     } else if has("BadSignature") {
         "the server's certificate was signed by another key than that of the authority with this name in CA_FILE"
     } else if has("UnsupportedSignatureAlgorithm") || has("UnsupportedCertVersion") {
         "the server's certificate has a type of key or signature that is not supported (P-521, SHA-1, RSA below 2048 \
          bits, X.509 before version 3)"
     } else if has("HandshakeFailure") || has("ProtocolVersion") {
-        "this client and the server have no TLS version or type of key in common: the server needs TLS 1.3, and ECDSA on \
-         P-256 or P-384, Ed25519, or RSA of at least 2048 bits"
+        "this client and the server have no TLS version or type of key in common: the server needs TLS 1.3, and ECDSA \
+         on P-256 or P-384, Ed25519, or RSA of at least 2048 bits"
     } else if has("certificate expired") || has("not valid yet") {
         "check the dates of the server's certificate and the clock of this machine"
     } else if has("failed signing nonce") {

@@ -1,8 +1,8 @@
 //! What a forked child may use: nothing that its parent made, and a new instance of what each process has.
 //!
-//! A child inherits memory but no threads, so that locks may stay locked for ever by threads that it does not have. It uses none
-//! of its parent's state. It knows that it is a child without a lock or a system call, because `pthread_atfork` (see `ffi`)
-//! calls [`child`].
+//! A child inherits memory but no threads, so that locks may stay locked for ever by threads that it does not have. It
+//! uses none of its parent's state. It knows that it is a child without a lock or a system call, because
+//! `pthread_atfork` (see `ffi`) calls [`child`].
 
 use crate::error::{Error, Result, Status};
 use once_cell::sync::OnceCell;
@@ -38,7 +38,8 @@ pub(crate) fn is_child() -> bool {
     GENERATION.load(Ordering::Relaxed) > 0
 }
 
-/// Must be called before the runtime is started. Fails if a parent of this process had one, for tokio does not survive a fork.
+/// Must be called before the runtime is started. Fails if a parent of this process had one, for tokio does not survive
+/// a fork.
 pub(crate) fn claim_runtime() -> Result<()> {
     let own = GENERATION.load(Ordering::Relaxed) + 1;
     match RUNTIME.compare_exchange(0, own, Ordering::Relaxed, Ordering::Relaxed) {

@@ -1,5 +1,5 @@
-//! The tokio runtime of the process: the first connection makes it, and it never ends. And panics of its tasks, which it
-//! turns into errors.
+//! The tokio runtime of the process: the first connection makes it, and it never ends. And panics of its tasks, which
+//! it turns into errors.
 
 use crate::error::{Error, Result, Status};
 use crate::ffi;
@@ -19,12 +19,13 @@ use tokio::runtime::{Builder, Handle, Runtime};
 /// The name of the runtime's threads.
 const THREAD: &str = "presence";
 
-/// The stack of the runtime's threads: Rust's default. RUST_MIN_STACK in the host's environment could make it too small for TLS
-/// and `getaddrinfo`.
+/// The stack of the runtime's threads: Rust's default. RUST_MIN_STACK in the host's environment could make it too small
+/// for TLS and `getaddrinfo`.
 const STACK: usize = 2 << 20;
 
 thread_local! {
-    /// True on the runtime's threads, and on a thread of the host while it builds the runtime: a panic here is caught by us.
+    /// True on the runtime's threads, and on a thread of the host while it builds the runtime: a panic here is caught
+    /// by us.
     static IS_OURS: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -40,8 +41,8 @@ pub(crate) fn start(threads: usize) -> Result<&'static Handle> {
     Ok(runtime.handle())
 }
 
-/// The runtime's threads block the host's signals: the SIGPIPE of a lost connection would end the host, and the host must get
-/// all others on its own threads. The threads inherit the mask of this thread, which is restored afterwards.
+/// The runtime's threads block the host's signals: the SIGPIPE of a lost connection would end the host, and the host
+/// must get all others on its own threads. The threads inherit the mask of this thread, which is restored afterwards.
 fn build(threads: usize) -> Result<Runtime> {
     let mut blocked = SigSet::all();
     // A fault whose signal is blocked ends the process without calling its crash handler.
@@ -80,11 +81,13 @@ fn build(threads: usize) -> Result<Runtime> {
     built.map_err(|error| Error::new(Status::Full, format!("cannot start the threads of the runtime: {error}")))
 }
 
-/// Installs a panic hook that keeps the text of a panic on the runtime's threads for the DISCONNECTED event, instead of printing
-/// it: the NATS client can panic at what a peer sends, which ends its task only. Panics of other threads are printed as before.
+/// Installs a panic hook that keeps the text of a panic on the runtime's threads for the DISCONNECTED event, instead of
+/// printing it: the NATS client can panic at what a peer sends, which ends its task only. Panics of other threads are
+/// printed as before.
 ///
-/// Only the C ABI calls this: there, the library has its own copy of Rust's standard library, and with it its own hook. A Rust
-/// host has one hook for all its crates, which this library leaves alone (`tests/rust_host.rs`); it sees these panics, too.
+/// Only the C ABI calls this: there, the library has its own copy of Rust's standard library, and with it its own hook.
+/// A Rust host has one hook for all its crates, which this library leaves alone (`tests/rust_host.rs`); it sees these
+/// panics, too.
 pub(crate) fn keep_panics() {
     static KEPT: Once = Once::new();
     KEPT.call_once(|| {

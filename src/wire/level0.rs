@@ -55,8 +55,8 @@ pub fn is_reserved(data: &[u8]) -> bool {
         || is_jetstream_ack(data)
 }
 
-/// Returns true for a payload of exactly the form that nats-server sends to the reply subject of a message when a JetStream
-/// stream has stored it, or has refused it.
+/// Returns true for a payload of exactly the form that nats-server sends to the reply subject of a message when a
+/// JetStream stream has stored it, or has refused it.
 fn is_jetstream_ack(payload: &[u8]) -> bool {
     // This one comparison decides for nearly all payloads.
     if !payload.starts_with(b"{\"") {
@@ -94,18 +94,19 @@ pub fn truncate_utf8(text: &[u8], max: usize) -> &[u8] {
     text.get(..whole.unwrap_or(end)).unwrap_or_default()
 }
 
-/// How much of nats-server's max_payload is not for a message of a stream but for the headers of a lane message and its frame.
+/// How much of nats-server's max_payload is not for a message of a stream but for the headers of a lane message and its
+/// frame.
 const MESSAGE_RESERVE: usize = 64;
 
-/// Returns how large a message of a stream may be, for a nats-server with this max_payload. It is the same on both levels, so
-/// that a worker need not know which of them the gateway uses.
+/// Returns how large a message of a stream may be, for a nats-server with this max_payload. It is the same on both
+/// levels, so that a worker need not know which of them the gateway uses.
 #[must_use]
 pub const fn max_message(max_payload: usize) -> usize {
     max_payload.saturating_sub(MESSAGE_RESERVE)
 }
 
-/// The limit of a subject, in bytes: nats-server closes a connection that sends a line of more than 4096 bytes, and a line may
-/// have two subjects.
+/// The limit of a subject, in bytes: nats-server closes a connection that sends a line of more than 4096 bytes, and a
+/// line may have two subjects.
 pub const MAX_SUBJECT: usize = 2048;
 /// The limit of a prefix of subjects, and of a queue group.
 pub const MAX_PREFIX: usize = 1024;
@@ -146,7 +147,8 @@ pub fn check_subject(what: &str, subject: &str, purpose: Use) -> Result<()> {
     Ok(())
 }
 
-/// Checks the length of a text, which the error calls `what`. The error does not have the text, which is too long for it.
+/// Checks the length of a text, which the error calls `what`. The error does not have the text, which is too long for
+/// it.
 ///
 /// # Errors
 /// `Status::Invalid`.
@@ -157,14 +159,15 @@ pub fn check_length(what: &str, text: &str, max: usize) -> Result<()> {
     Ok(())
 }
 
-/// Returns true if a request may be answered at this reply subject. The sender of a request chooses it, so it must not make
-/// this process announce clients offline or publish to the server's own subjects.
+/// Returns true if a request may be answered at this reply subject. The sender of a request chooses it, so it must not
+/// make this process announce clients offline or publish to the server's own subjects.
 #[must_use]
 pub fn is_valid_reply_subject(reply: &str, offline_subject: &str) -> bool {
     !reply.starts_with('$') && reply != offline_subject && check_subject("reply", reply, Use::Publish).is_ok()
 }
 
-/// A request's own headers, each with its first value, in as little memory as possible: they live as long as its sender.
+/// A request's own headers, each with its first value, in as little memory as possible: they live as long as its
+/// sender.
 pub(crate) type Headers = Box<[(Box<str>, Box<str>)]>;
 
 /// Checks a header that a caller wants to send with a request.

@@ -1,5 +1,6 @@
-//! For each workaround: `…_works`, and where a test can show it, `…_is_needed`, which fails when async-nats has changed so that
-//! the workaround can go. The server is a socket of the test, so that it can send what nats-server sends at a bad moment.
+//! For each workaround: `…_works`, and where a test can show it, `…_is_needed`, which fails when async-nats has changed
+//! so that the workaround can go. The server is a socket of the test, so that it can send what nats-server sends at a
+//! bad moment.
 
 use super::*;
 use crate::Config;
