@@ -23,6 +23,8 @@
 //! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
 //! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
 
+#![cfg_attr(shuttle, allow(dead_code, unused_imports))]
+
 #[cfg(not(all(target_pointer_width = "64", target_endian = "little")))]
 compile_error!("nats-presence supports 64-bit little-endian targets only");
 
@@ -30,14 +32,21 @@ mod config;
 mod connection;
 mod error;
 mod events;
+#[cfg(not(shuttle))]
 pub mod ffi;
+#[cfg(shuttle)]
+mod ffi {
+    pub(crate) fn reset_scheduling() {}
+}
 #[cfg(any(test, fuzzing))]
+#[cfg(not(shuttle))]
 #[doc(hidden)]
 pub mod fuzz;
 mod gateway;
 mod lane;
 mod nats;
 #[cfg(test)]
+#[cfg(not(shuttle))]
 mod panics;
 mod presence;
 mod process;

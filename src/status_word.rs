@@ -29,7 +29,7 @@
 //! other.
 
 use crate::error::Status;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use crate::sync::atomic::{AtomicU32, Ordering, fence};
 
 /// 0 while a stream runs; then, for ever, the status that says why not.
 #[derive(Debug, Default)]
@@ -65,16 +65,21 @@ impl StatusWord {
         is_first
     }
 
+    #[cfg(not(shuttle))]
     /// The word for readers in other languages: the code of the status as an unsigned number.
     pub fn as_ptr(&self) -> *const u32 {
         self.0.as_ptr().cast_const()
     }
 }
 
+#[cfg(all(test, shuttle))]
+#[path = "../tests/interleavings/status_word.rs"]
+mod interleavings;
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
+    use crate::sync::atomic::AtomicUsize;
     use std::thread;
 
     #[test]

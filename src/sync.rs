@@ -1,15 +1,20 @@
-//! The standard library's locks without poisoning: a panic while a lock is held is caught and reported elsewhere.
+//! Atomics and locks: the standard library's, or the model checker's with `cfg(shuttle)` (see `tests/interleavings`).
 //!
-//! Each of them is a futex, with no state outside of it. Locks that park threads in one table of the process (those of
-//! parking_lot and DashMap) are not safe after a fork: the child inherits the table with entries for threads that it
-//! does not have. See *Fork* in `docs/design.md`.
+//! A panic does not poison the locks, because it is caught and reported elsewhere. Each is a futex of its own. Locks
+//! that park threads in one table for the whole process (parking_lot's, and DashMap's) are not safe to use after fork:
+//! the child inherits the table with entries for threads that it does not have. See *Fork* in `docs/design.md`.
 
+#[cfg(shuttle)]
+use shuttle::sync;
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{self, PoisonError, TryLockError};
+#[cfg(not(shuttle))]
+use std::sync;
 use std::time::Instant;
+use sync::{PoisonError, TryLockError};
 
-pub(crate) use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+pub(crate) use sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard, atomic};
+
+use atomic::{AtomicUsize, Ordering};
 
 /// A mutex that a panic does not poison.
 #[derive(Debug, Default)]
@@ -44,10 +49,18 @@ impl Condvar {
     }
 
     /// Waits until `deadline` at most. Returns true if it has passed.
+    #[cfg(not(shuttle))]
     pub(crate) fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, deadline: Instant) -> (MutexGuard<'a, T>, bool) {
         let left = deadline.saturating_duration_since(Instant::now());
         let (guard, result) = self.0.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
         (guard, result.timed_out())
+    }
+
+    /// Any deadline may pass at any moment, or never.
+    #[cfg(shuttle)]
+    pub(crate) fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, _deadline: Instant) -> (MutexGuard<'a, T>, bool) {
+        let passes: bool = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
+        (if passes { guard } else { self.wait(guard) }, passes)
     }
 
     pub(crate) fn notify_one(&self) {
@@ -74,7 +87,7 @@ impl<T> RwLock<T> {
     }
 }
 
-/// A mutex that returns None, instead of a deadlock, to the thread that has locked it already.
+/// A mutex that returns `None`, instead of a deadlock, to a thread that has locked it already.
 #[derive(Default)]
 pub(crate) struct OwnedMutex<T> {
     /// Identifies the thread that has locked it; 0: none.
@@ -90,10 +103,7 @@ pub(crate) struct OwnedMutexGuard<'a, T> {
 impl<T> OwnedMutex<T> {
     /// Locks it. Returns None if this thread has locked it already.
     pub(crate) fn lock(&self) -> Option<OwnedMutexGuard<'_, T>> {
-        thread_local! {
-            static THREAD: u8 = const { 0 };
-        }
-        let this_thread = THREAD.with(|byte| std::ptr::from_ref(byte).addr());
+        let this_thread = this_thread();
         // Only this thread writes its own identity, so a relaxed load cannot be wrong about it.
         if self.owner.load(Ordering::Relaxed) == this_thread {
             return None;
@@ -101,6 +111,19 @@ impl<T> OwnedMutex<T> {
         let guard = self.inner.lock();
         self.owner.store(this_thread, Ordering::Relaxed);
         Some(OwnedMutexGuard { owner: &self.owner, guard })
+    }
+}
+
+/// A number that no other running thread has, and not 0.
+fn this_thread() -> usize {
+    #[cfg(shuttle)]
+    return usize::from(shuttle::current::me()) + 1;
+    #[cfg(not(shuttle))]
+    {
+        thread_local! {
+            static THREAD: u8 = const { 0 };
+        }
+        THREAD.with(|byte| std::ptr::from_ref(byte).addr())
     }
 }
 

@@ -15,12 +15,12 @@ use crate::presence::registry;
 use crate::process::fork;
 use crate::process::random;
 use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::level0;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Of how many connections of other processes the announcements are recognised when they are repeated.

@@ -3,9 +3,9 @@
 use crate::error::Status;
 use crate::events::{Kind, Queue};
 use crate::presence::registry;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock};
 use std::mem;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::time::Instant;

@@ -1,6 +1,6 @@
 //! What a connection counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 
 /// What a connection has done so far, and what it has now.
 #[derive(Clone, Copy, Debug, Default)]

@@ -9,9 +9,9 @@ use crate::nats::outbox::DurableMessage;
 use crate::presence::registry;
 use crate::process::random::jitter;
 use crate::process::runtime;
+use crate::sync::atomic::Ordering;
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::{Instant, sleep};
 

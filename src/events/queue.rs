@@ -416,10 +416,14 @@ impl Queue {
     }
 }
 
+#[cfg(all(test, shuttle))]
+#[path = "../../tests/interleavings/queue.rs"]
+mod interleavings;
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     use std::thread;
 
     struct Probe {

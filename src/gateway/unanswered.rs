@@ -9,8 +9,8 @@ use crate::error::Status;
 use crate::nats::Message;
 use crate::nats::inbound::MessageHandler;
 use crate::presence::registry;
+use crate::sync::atomic::Ordering;
 use crate::wire::level0::{self, Answer};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 

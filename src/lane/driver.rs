@@ -8,12 +8,12 @@ use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
 use crate::nats::Subject;
 use crate::nats::client::{Client, PublishError};
 use crate::status_word::StatusWord;
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex};
 use crate::wire::frame::{self, Malformed};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
@@ -457,3 +457,7 @@ fn refused(state: &mut State<Arc<dyn StreamObserver>>, credit: &Credit, refusal:
         Refusal::TooLarge => Status::TooLarge,
     }
 }
+
+#[cfg(all(test, shuttle))]
+#[path = "../../tests/interleavings/driver.rs"]
+mod interleavings;

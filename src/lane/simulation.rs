@@ -6,11 +6,11 @@ mod hostile;
 mod schedule;
 mod world;
 
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use schedule::{Schedule, Setup, Step, Weather};
 use std::any::Any;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use world::{Failure, Seen, run};
 

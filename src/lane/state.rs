@@ -7,13 +7,13 @@
 //! reconnect, and after a 503, nothing but PINGs is sent until a PONG came.
 
 use crate::lane::path::{self, Path};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::frame::{self, Frames, Header, Malformed, Run};
 use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a message counts in its stream's window in addition to its bytes.

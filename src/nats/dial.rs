@@ -335,10 +335,10 @@ fn parse_server(url: &str, has_secrets: bool) -> Result<ServerAddr> {
 mod tests {
     use super::*;
     use crate::Config;
+    use crate::sync::atomic::{AtomicUsize, Ordering};
     use std::collections::HashSet;
     use std::io::Write;
     use std::net::TcpListener;
-    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     #[test]

@@ -8,10 +8,10 @@
 use crate::error::{Error, Status};
 use crate::nats::client::{Client, PublishError, Subscriber};
 use crate::nats::message::{Message, Subject};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 use std::collections::HashMap;
 use std::mem;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::task::{Poll, Wake, Waker};
 use tokio::sync::Notify;

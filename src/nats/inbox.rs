@@ -3,9 +3,9 @@
 use crate::error::{Error, Status};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::message::{Message, Subject};
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use dashmap::DashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// The key of `unserved`.
 const UNSERVED: u64 = 0;

@@ -4,13 +4,13 @@
 use crate::error::Status;
 use crate::nats::message::{HeaderMap, Subject};
 use crate::status_word::StatusWord;
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex};
 use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
@@ -368,11 +368,15 @@ impl Outbox {
     }
 }
 
+#[cfg(all(test, shuttle))]
+#[path = "../../tests/interleavings/outbox.rs"]
+pub(crate) mod interleavings;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sync::atomic::AtomicBool;
     use futures_util::FutureExt;
-    use std::sync::atomic::AtomicBool;
     use std::thread;
 
     struct Probe(AtomicBool);

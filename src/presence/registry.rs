@@ -16,9 +16,9 @@ use crate::process::fork::{self, PerProcess};
 use crate::process::runtime;
 use crate::status_word::StatusWord;
 use crate::sync::RwLock;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -183,10 +183,19 @@ impl ClientEntry {
     }
 }
 
-static REGISTRY: PerProcess<Registry> = PerProcess::new();
-
+#[cfg(not(shuttle))]
 fn registry() -> &'static Registry {
+    static REGISTRY: PerProcess<Registry> = PerProcess::new();
     REGISTRY.get(Registry::default)
+}
+
+/// The model checker needs a new one in each schedule.
+#[cfg(shuttle)]
+fn registry() -> &'static Registry {
+    shuttle::lazy_static! {
+        static ref REGISTRY: Registry = Registry::default();
+    }
+    &REGISTRY
 }
 
 /// Marks a client online. The empty id has no effect.
@@ -554,6 +563,10 @@ fn end_grace(client: &str, entry_id: u64, session: u64) {
 fn active_as<'e>(entry: &'e mut Entry<'_, Presence>, entry_id: u64) -> Option<&'e mut ClientEntry> {
     entry.get_mut()?.active().filter(|client| client.entry_id == entry_id)
 }
+
+#[cfg(all(test, shuttle))]
+#[path = "../../tests/interleavings/registry.rs"]
+mod interleavings;
 
 #[cfg(test)]
 mod model;

@@ -10,11 +10,11 @@ use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::fork;
 use crate::status_word::StatusWord;
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Headers};
 use crate::worker::service::Service;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 

@@ -11,10 +11,10 @@ use crate::presence::registry;
 use crate::process::fork;
 use crate::status_word::StatusWord;
 use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::wire::level0::{self, Use};
 use crate::worker::sender::Sender;
 use dashmap::DashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
 /// How many streams may run at once if the caller sets no limit.
