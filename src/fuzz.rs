@@ -3,7 +3,8 @@
 
 use crate::MAX_ID;
 use crate::config::Config;
-use crate::lane::state::{LaneEvent, PeerTimeouts, State};
+use crate::lane::liveness::PeerTimeouts;
+use crate::lane::state::{LaneEvent, Role, State};
 use crate::nats::dial;
 use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
@@ -64,22 +65,27 @@ pub fn frames(data: &[u8]) {
 /// One end of a lane, with any messages and calls: its memory is bounded, and each stream ends once.
 pub fn lane(data: &[u8]) {
     let mut choices = Choices(data);
-    let serves = choices.below(2) == 0;
+    let role = if choices.below(2) == 0 { Role::Worker } else { Role::Gateway };
     let ms = Duration::from_millis;
-    let patience = PeerTimeouts { heartbeat: ms(100), grace: ms(100), remote_grace: ms(200), reconnect: ms(1000) };
+    let timeouts = PeerTimeouts {
+        heartbeat_interval: ms(100),
+        local_grace: ms(100),
+        remote_grace: ms(200),
+        peer_reconnect: ms(1000),
+    };
     let mut now = Instant::now();
     let limit = 1 << (4 + choices.below(12));
-    let mut state = State::new(serves, limit, patience, now);
+    let mut state = State::new(role, limit, timeouts, now);
     state.set_max_payload(64 << choices.below(12));
     let (mut begun, mut ended) = (0_u64, HashSet::new());
-    let (mut credits, mut tells) = (Vec::new(), Vec::new());
+    let (mut windows, mut events) = (Vec::new(), Vec::new());
     let (mut received, mut sent) = (0_u64, 0_u64);
     while !choices.is_over() {
         match choices.below(16) {
             0 => {
                 let message = Bytes::copy_from_slice(choices.slice());
                 received += u64::from(Header::read(&message).is_ok_and(|header| header.sequence == received + 1));
-                let _ = state.receive(&message, now, &mut tells, |_, _| None);
+                let _ = state.receive(&message, now, &mut events, |_, _| None);
             }
             // An almost valid message: the next number, or one close to it, and some frames.
             1..=5 => {
@@ -103,53 +109,53 @@ pub fn lane(data: &[u8]) {
                     })
                 };
                 received += u64::from(sequence == received + 1);
-                let _ = state.receive(&message, now, &mut tells, accept);
+                let _ = state.receive(&message, now, &mut events, accept);
             }
-            6 if serves => {
-                if let Some(credit) = state.open(choices.byte().into(), u32::from(choices.byte()) << 8, begun, now) {
-                    credits.push(credit);
+            6 if role == Role::Worker => {
+                if let Some(window) = state.open(choices.byte().into(), u32::from(choices.byte()) << 8, begun, now) {
+                    windows.push(window);
                     begun += 1;
                 }
             }
             7 => {
-                if let Some(credit) = credits.get(usize::from(choices.byte()))
-                    && state.send(credit, choices.slice()).is_err()
+                if let Some(window) = windows.get(usize::from(choices.byte()))
+                    && state.send(window, choices.slice()).is_err()
                 {
-                    state.want_room(credit);
+                    state.notify_when_writable(window);
                 }
             }
             8 => {
-                if let Some(credit) = credits.get(usize::from(choices.byte())) {
+                if let Some(window) = windows.get(usize::from(choices.byte())) {
                     let lengths = [1, choices.below(8).into()];
                     let data = [7; 8];
-                    let _ = state.send_many(credit, &data[..1 + lengths[1]], &lengths);
+                    let _ = state.send_many(window, &data[..1 + lengths[1]], &lengths);
                 }
             }
             9 => {
-                if let Some(credit) = credits.get(usize::from(choices.byte())) {
-                    // Its observer gets no end.
-                    state.finish(credit, [None, Some(&b"text"[..])][usize::from(choices.below(2))]);
+                if let Some(window) = windows.get(usize::from(choices.byte())) {
+                    // It has not ended: PeerGone or AcceptUndelivered may still come.
+                    state.finish(window, [None, Some(&b"text"[..])][usize::from(choices.below(2))]);
                 }
             }
-            10 => state.grant(choices.below(8).into(), u64::from(choices.byte()) << choices.below(56)),
+            10 => state.return_credit(choices.below(8).into(), u64::from(choices.byte()) << choices.below(56)),
             11 => state.cancel(choices.below(8).into(), choices.byte()),
             12 => now += ms(u64::from(choices.byte()) * 8),
             13 => match choices.below(4) {
-                0 => state.begin(1),
-                1 => state.link_down(),
-                2 => state.link_up(choices.below(3).into(), now),
+                0 => state.connected(1),
+                1 => state.disconnected(),
+                2 => state.reconnected(choices.below(3).into(), now),
                 _ => state.set_max_payload(usize::from(choices.byte()) << 8),
             },
             14 => match choices.below(8) {
-                0 => state.end(&mut tells),
-                1..4 => state.ask(now),
-                _ => state.nobody_there(now, &mut tells),
+                0 => state.close(&mut events),
+                1..4 => state.request_ack(now),
+                _ => state.no_responders(now, &mut events),
             },
             _ => {}
         }
         for _ in 0..choices.below(3) {
-            let Some(message) = state.poll(now, &mut tells) else {
-                assert!(state.is_over() || state.deadline().is_none_or(|at| at > now) || state.must_wake());
+            let Some(message) = state.poll(now, &mut events) else {
+                assert!(state.is_closed() || state.deadline().is_none_or(|at| at > now) || state.must_wake());
                 break;
             };
             let Ok(header) = Header::read(&message) else { unreachable!("the state wrote it") };
@@ -157,15 +163,18 @@ pub fn lane(data: &[u8]) {
             assert!(Frames::new(&message[frame::HEADER..]).all(|frame| frame.is_ok()));
             sent = sent.max(header.sequence);
         }
-        for tell in tells.drain(..) {
-            let (who, is_last) = match &tell {
-                LaneEvent::Data(who, _) | LaneEvent::Room(who) => (*who, false),
-                LaneEvent::End(who) | LaneEvent::Error(who, _) | LaneEvent::Overrun(who) => (*who, true),
-                LaneEvent::Cancelled(who, _) | LaneEvent::Gone(who, _) | LaneEvent::Unheard(who) => (*who, true),
+        for event in events.drain(..) {
+            let (owner, is_last) = match &event {
+                LaneEvent::Data(owner, _) | LaneEvent::Writable(owner) => (*owner, false),
+                LaneEvent::Ended(owner) | LaneEvent::Failed(owner, _) | LaneEvent::WindowExceeded(owner) => {
+                    (*owner, true)
+                }
+                LaneEvent::Cancelled(owner, _) | LaneEvent::AcceptUndelivered(owner) => (*owner, true),
+                LaneEvent::PeerGone { owner, .. } => (*owner, true),
             };
-            assert!(who < begun && !ended.contains(&who), "{tell:?} for a stream that has ended");
+            assert!(owner < begun && !ended.contains(&owner), "{event:?} for a stream that has ended");
             if is_last {
-                ended.insert(who);
+                ended.insert(owner);
             }
         }
     }

@@ -29,7 +29,7 @@ use crate::config::{Announce, Config, ConnectOptions};
 use crate::error::{Error, Result, Status};
 use crate::events::{Queue, Wakeups};
 use crate::lane::lanes::Lanes;
-use crate::lane::state::PeerTimeouts;
+use crate::lane::liveness::PeerTimeouts;
 use crate::nats::dial::{self, ServerPool};
 use crate::nats::inbound::{Inbound, MessageHandler, Subscription};
 use crate::nats::inbox::Inbox;
@@ -95,10 +95,10 @@ impl Connection {
         let log = Arc::new(Log::new());
         let lane_log = Arc::clone(&log);
         let peer_timeouts = PeerTimeouts {
-            heartbeat: options.heartbeat,
-            grace: options.peer_grace,
+            heartbeat_interval: options.heartbeat,
+            local_grace: options.peer_grace,
             remote_grace: options.remote_peer_grace,
-            reconnect: options.peer_reconnect(),
+            peer_reconnect: options.peer_reconnect(),
         };
         let connection = Arc::new_cyclic(|this| Connection {
             number,

@@ -6,7 +6,7 @@ use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, unpin};
 use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Lane, StreamObserver};
-use crate::lane::state::{Grant, OVERHEAD};
+use crate::lane::streams::{CreditToReturn, OVERHEAD};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
 use crate::nats::{HeaderMap, Message, header_value};
@@ -62,7 +62,7 @@ pub struct Stream {
     key: u64,
     /// The lane that it runs on, and its number there.
     lane: OnceCell<(Arc<Lane>, u32)>,
-    grant: Grant,
+    credit: CreditToReturn,
     /// The request, until a worker accepts it on a lane.
     pending: Mutex<Option<Box<Pending>>>,
     timer: Mutex<Option<AbortHandle>>,
@@ -185,7 +185,7 @@ impl Connection {
             unconsumed: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
-            grant: Grant::new(window.into()),
+            credit: CreditToReturn::new(window.into()),
             pending: Mutex::new(None),
             timer: Mutex::new(None),
         });
@@ -307,8 +307,8 @@ impl Stream {
     fn return_credit(&self, credit: u64) {
         match self.lane.get() {
             Some((lane, stream)) => {
-                if let Some(due) = self.grant.take(credit) {
-                    lane.grant(*stream, due);
+                if let Some(due) = self.credit.consume(credit) {
+                    lane.return_credit(*stream, due);
                 }
             }
             None => {
@@ -611,15 +611,15 @@ impl StreamObserver for Stream {
         self.end_by_worker(Kind::Error, error_status(&text), Bytes::copy_from_slice(&text));
     }
 
-    fn overrun(&self) {
+    fn window_exceeded(&self) {
         self.end_here(Status::Full, "the worker sent more than the stream's window");
     }
 
-    fn peer_gone(&self, _knew: bool) {
+    fn peer_gone(&self, _accept_acked: bool) {
         self.end_here(Status::PeerGone, "the worker is gone: it does not answer any longer");
     }
 
-    fn ended_here(&self, why: Status) {
+    fn closed_here(&self, why: Status) {
         MessageHandler::ended(self, why);
     }
 }

@@ -1,10 +1,13 @@
 //! A lane at work: its state under a lock, and a task that gives the NATS client what the state has to send.
 //!
-//! Batching is natural: the task takes what has gathered as one message as soon as the client has written the last one.
+//! The task batches naturally: it takes the frames that have gathered as soon as the client has written the last
+//! message.
 
 use crate::error::Status;
 use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
-use crate::lane::state::{Credit, LaneEvent, PeerTimeouts, Refusal, State};
+use crate::lane::liveness::PeerTimeouts;
+use crate::lane::state::{LaneEvent, Role, SendError, State};
+use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::client::{Client, PublishError};
 use crate::status_word::StatusWord;
@@ -19,105 +22,96 @@ use tokio::sync::{Notify, watch};
 
 /// A stream or sender at the end of a lane.
 pub(crate) trait StreamObserver: EventSource {
-    /// Where its messages go.
+    /// The queue for the stream's messages.
     fn queue(&self) -> &Arc<Queue>;
     /// A worker accepted the request as this stream of the lane. Returns false if the stream is no longer wanted.
     fn accepted(&self, _lane: &Arc<Lane>, _stream: u32) -> bool {
         false
     }
-    /// The worker ended it.
+    /// The worker ended the stream.
     fn ended(&self) {}
-    /// The worker ended it with an error.
+    /// The worker ended the stream with an error.
     fn failed(&self, _text: Bytes) {}
-    /// The worker sent more than there was room for; it is cancelled already.
-    fn overrun(&self) {}
-    /// The gateway cancelled it.
+    /// The worker sent more than the window; the stream is cancelled already.
+    fn window_exceeded(&self) {}
+    /// The gateway cancelled the stream.
     fn cancelled(&self, _why: Status) {}
-    /// There may be room for what was refused.
-    fn room(&self) {}
-    /// The other end is gone; `knew`: unless it never heard of it.
-    fn peer_gone(&self, knew: bool);
-    /// As `peer_gone`, for one that had ended, but of which the other end may never have heard.
-    fn unheard(&self) {}
-    /// It ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
-    fn ended_here(&self, why: Status);
+    /// A sender that was refused may send.
+    fn writable(&self) {}
+    /// The peer is gone. `accept_acked`: it had acknowledged that the stream was accepted.
+    fn peer_gone(&self, accept_acked: bool);
+    /// The peer is gone, and had not acknowledged that this stream was accepted, which has ended.
+    fn accept_undelivered(&self) {}
+    /// The stream ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
+    fn closed_here(&self, why: Status);
 }
 
+type Owner = Arc<dyn StreamObserver>;
+
 /// The stream that a worker accepted, and its window; None if nobody wants it.
-pub(crate) type Accepted = Option<(Arc<dyn StreamObserver>, u32)>;
+pub(crate) type Accepted = Option<(Owner, u32)>;
 
 /// One end of a lane.
 pub(crate) struct Lane {
     /// The subjects of both ends.
-    own: Subject,
-    peer: Subject,
-    /// The worker's end: what the gateway's end calls itself. Should it be lost and made anew, that is another lane.
-    known_as: OnceCell<Box<str>>,
-    state: Mutex<State<Arc<dyn StreamObserver>>>,
+    pub(super) subject: Subject,
+    pub(super) peer_subject: Subject,
+    pub(super) role: Role,
+    /// At the worker's end: the subject that the gateway's end names as its own. Another one belongs to another end.
+    gateway_end: OnceCell<Box<str>>,
+    state: Mutex<State<Owner>>,
     changed: Notify,
-    /// Threads wait for room.
-    waiting: AtomicUsize,
-    room: Condvar,
-    /// Nothing waits for its acknowledgement any longer.
+    /// Threads that wait in `send_wait`.
+    blocked_threads: AtomicUsize,
+    writable: Condvar,
+    /// Everything is acknowledged.
     drained: Notify,
 }
 
 impl Lane {
     pub(crate) fn new(
-        own: Subject,
-        peer: Subject,
-        serves: bool,
+        subject: Subject,
+        peer_subject: Subject,
+        role: Role,
         limit: usize,
-        patience: PeerTimeouts,
+        timeouts: PeerTimeouts,
         max_payload: usize,
     ) -> Arc<Lane> {
-        let mut state = State::new(serves, limit, patience, Instant::now());
+        let mut state = State::new(role, limit, timeouts, Instant::now());
         state.set_max_payload(max_payload);
         Arc::new(Lane {
-            own,
-            peer,
-            known_as: OnceCell::new(),
+            subject,
+            peer_subject,
+            role,
+            gateway_end: OnceCell::new(),
             state: Mutex::new(state),
             changed: Notify::new(),
-            waiting: AtomicUsize::new(0),
-            room: Condvar::default(),
+            blocked_threads: AtomicUsize::new(0),
+            writable: Condvar::default(),
             drained: Notify::new(),
         })
     }
 
-    pub(crate) fn own(&self) -> &Subject {
-        &self.own
+    /// Whether a message that names `end` as its sender comes from the end that was there from the beginning.
+    pub(super) fn is_same_end(&self, end: &str) -> bool {
+        end == self.peer_subject.as_str() || **self.gateway_end.get_or_init(|| end.into()) == *end
     }
 
-    pub(crate) fn peer(&self) -> &Subject {
-        &self.peer
+    pub(super) fn is_closed(&self) -> bool {
+        self.state.lock().is_closed()
     }
 
-    /// Whether it is the worker's end.
-    pub(crate) fn serves(&self) -> bool {
-        self.state.lock().serves()
-    }
-
-    /// Whether a message that names `end` as its sender is from the end that was there from the beginning.
-    pub(crate) fn is_same_end(&self, end: &str) -> bool {
-        end == self.peer.as_str() || **self.known_as.get_or_init(|| end.into()) == *end
-    }
-
-    pub(crate) fn is_over(&self) -> bool {
-        self.state.lock().is_over()
-    }
-
-    /// Whether the other end ever said anything.
-    pub(crate) fn was_heard(&self) -> bool {
+    /// Whether the peer ever sent anything.
+    pub(super) fn was_heard(&self) -> bool {
         self.state.lock().was_heard()
     }
 
-    pub(crate) fn backlog(&self) -> usize {
+    pub(super) fn backlog(&self) -> usize {
         self.state.lock().backlog()
     }
 
-    /// Runs `change`, and wakes the task if there is something for it now.
-    fn change<T>(&self, change: impl FnOnce(&mut State<Arc<dyn StreamObserver>>) -> T) -> T {
+    /// Runs `change`, and wakes the task if there is something for it to do now.
+    fn update<T>(&self, change: impl FnOnce(&mut State<Owner>) -> T) -> T {
         let (result, must_wake) = {
             let mut state = self.state.lock();
             let result = change(&mut state);
@@ -129,48 +123,62 @@ impl Lane {
         result
     }
 
-    // The worker's calls ----------------------------------------------------------------------------------------------
-
-    /// Accepts a request. None when the lane is over, or has no numbers left.
-    pub(crate) fn open(&self, key: u64, window: u32, to: Arc<dyn StreamObserver>) -> Option<Arc<Credit>> {
-        self.change(|state| state.open(key, window, to, Instant::now()))
+    /// As `update`, and delivers the events that `change` causes.
+    fn update_and_deliver<T>(
+        &self,
+        message: &Bytes,
+        wakeups: &Wakeups,
+        change: impl FnOnce(&mut State<Owner>, &mut Vec<LaneEvent<Owner>>) -> T,
+    ) -> T {
+        let mut events = Vec::new();
+        let result = self.update(|state| change(state, &mut events));
+        self.deliver(events, message, wakeups);
+        result
     }
 
-    /// Sends a message if `word` is 0 and there is room; else the status in the word, or `Full`, and then the party
-    /// hears when there may be room.
+    // The worker's calls ----------------------------------------------------------------------------------------------
+
+    /// Accepts a request. None if the lane is closed, or has no stream ids left.
+    pub(super) fn open(&self, key: u64, window: u32, owner: Owner) -> Option<Arc<SendWindow>> {
+        self.update(|state| state.open(key, window, owner, Instant::now()))
+    }
+
+    /// Sends a message if `word` is 0; else returns the status in the word. If the window or the lane is full it
+    /// returns `Full`, and the observer is notified when the sender may send.
     ///
     /// The word is read with the lane locked: whoever ends the stream sets it under the same lock, so that no message
     /// follows the end.
     #[inline]
-    pub(crate) fn send(&self, word: &StatusWord, credit: &Credit, data: &[u8]) -> Result<(), Status> {
-        self.change(|state| {
+    pub(crate) fn send(&self, word: &StatusWord, window: &SendWindow, data: &[u8]) -> Result<(), Status> {
+        self.update(|state| {
             word.check()?;
-            state.send(credit, data).map_err(|refusal| refused(state, credit, refusal))
+            state.send(window, data).map_err(|error| refused(state, window, error))
         })
     }
 
-    /// As `send` for messages one behind the other: how many were sent before one was refused, or why the first was.
+    /// As `send` for messages one behind the other. Returns how many were sent before one was refused, or why the first
+    /// was.
     pub(crate) fn send_many(
         &self,
         word: &StatusWord,
-        credit: &Credit,
+        window: &SendWindow,
         data: &[u8],
         lengths: &[usize],
     ) -> Result<usize, Status> {
-        self.change(|state| {
+        self.update(|state| {
             word.check()?;
-            match state.send_many(credit, data, lengths) {
-                (0, Err(refusal)) => Err(refused(state, credit, refusal)),
+            match state.send_many(window, data, lengths) {
+                (0, Err(error)) => Err(refused(state, window, error)),
                 (sent, _) => Ok(sent),
             }
         })
     }
 
-    /// As `send`, waiting for room (`None`: without limit).
+    /// As `send`, but waits while the window or the lane is full (`None`: without limit).
     pub(crate) fn send_wait(
         &self,
         word: &StatusWord,
-        credit: &Credit,
+        window: &SendWindow,
         data: &[u8],
         timeout: Option<Duration>,
     ) -> Result<(), Status> {
@@ -178,21 +186,20 @@ impl Lane {
         let mut state = self.state.lock();
         loop {
             word.check()?;
-            match state.send(credit, data) {
+            match state.send(window, data) {
                 Ok(()) => break,
-                Err(Refusal::Over) => return Err(Status::PeerGone),
-                Err(Refusal::TooLarge) => return Err(Status::TooLarge),
-                Err(Refusal::Full) => {}
+                Err(SendError::Full) => {}
+                Err(error) => return Err(refused(&mut state, window, error)),
             }
             let now = Instant::now();
             let deadline = *deadline.get_or_insert_with(|| timeout.and_then(|timeout| now.checked_add(timeout)));
-            self.waiting.fetch_add(1, Ordering::SeqCst);
+            self.blocked_threads.fetch_add(1, Ordering::SeqCst);
             let mut timed_out = false;
             match deadline {
-                Some(deadline) => (state, timed_out) = self.room.wait_until(state, deadline),
-                None => state = self.room.wait(state),
+                Some(deadline) => (state, timed_out) = self.writable.wait_until(state, deadline),
+                None => state = self.writable.wait(state),
             }
-            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            self.blocked_threads.fetch_sub(1, Ordering::SeqCst);
             if timed_out {
                 return Err(Status::Timeout);
             }
@@ -209,104 +216,96 @@ impl Lane {
         &self,
         word: &StatusWord,
         why: Status,
-        credit: &Credit,
+        window: &SendWindow,
         error: Option<&[u8]>,
     ) -> Result<(), Status> {
-        self.change(|state| -> Result<(), Status> {
+        self.update(|state| -> Result<(), Status> {
             word.check()?;
-            if state.is_over() {
-                // As a send has it: whoever is to hear of this has not set the word yet.
+            if state.is_closed() {
+                // As for a send: whoever delivers the peer's death has not set the word yet.
                 return Err(Status::PeerGone);
             }
-            // An offline mark may set it at the same time: it holds no lock of ours.
+            // An offline mark may set it at the same time: it does not hold this lock.
             if !word.try_stop(why) {
                 return word.check();
             }
-            state.finish(credit, error);
+            state.finish(window, error);
             Ok(())
         })?;
-        self.call_waiters();
+        self.wake_blocked_threads();
         Ok(())
     }
 
     /// Ends a stream whose word was set before.
-    pub(crate) fn stop(&self, credit: &Credit, error: &[u8]) {
-        self.change(|state| state.finish(credit, Some(error)));
-        self.call_waiters();
+    pub(crate) fn stop(&self, window: &SendWindow, error: &[u8]) {
+        self.update(|state| state.finish(window, Some(error)));
+        self.wake_blocked_threads();
     }
 
     // The gateway's calls ---------------------------------------------------------------------------------------------
 
-    /// Gives a stream's worker room.
-    pub(crate) fn grant(&self, stream: u32, weight: u64) {
-        self.change(|state| state.grant(stream, weight));
+    /// Lets a stream's worker send so much more.
+    pub(crate) fn return_credit(&self, stream: u32, weight: u64) {
+        self.update(|state| state.return_credit(stream, weight));
     }
 
     /// Ends a stream from this side.
     pub(crate) fn cancel(&self, stream: u32, why: Status) {
-        self.change(|state| state.cancel(stream, why.code().unsigned_abs() as u8));
+        self.update(|state| state.cancel(stream, why.code().unsigned_abs() as u8));
     }
 
     // What comes in ---------------------------------------------------------------------------------------------------
 
-    /// A message came from the other end.
-    pub(crate) fn receive(
+    /// A message came from the peer.
+    pub(super) fn receive(
         &self,
         message: &Bytes,
         wakeups: &Wakeups,
         accept: impl FnMut(u64, u32) -> Accepted,
     ) -> Result<(), Malformed> {
-        let mut tells = Vec::new();
-        let received = self.change(|state| state.receive(message, Instant::now(), &mut tells, accept));
-        self.tell(tells, message, wakeups);
-        received
+        let now = Instant::now();
+        self.update_and_deliver(message, wakeups, |state, events| state.receive(message, now, events, accept))
     }
 
-    /// nats-server says that nobody is there.
-    pub(crate) fn nobody_there(&self, wakeups: &Wakeups) {
-        let mut tells = Vec::new();
-        self.change(|state| state.nobody_there(Instant::now(), &mut tells));
-        self.tell(tells, &Bytes::new(), wakeups);
+    /// nats-server has answered 503.
+    pub(super) fn no_responders(&self, wakeups: &Wakeups) {
+        self.update_and_deliver(&Bytes::new(), wakeups, |state, events| state.no_responders(Instant::now(), events));
     }
 
-    fn tell(&self, tells: Vec<LaneEvent<Arc<dyn StreamObserver>>>, message: &Bytes, wakeups: &Wakeups) {
-        // It may be room, or an end.
-        self.call_waiters();
+    fn deliver(&self, events: Vec<LaneEvent<Owner>>, message: &Bytes, wakeups: &Wakeups) {
+        self.wake_blocked_threads();
         if self.state.lock().is_drained() {
             self.drained.notify_waiters();
         }
         let mut batch: Option<(Arc<Queue>, LaneBatch)> = None;
-        for tell in tells {
-            if let LaneEvent::Data(to, run) = tell {
-                if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, to.queue()))
+        for event in events {
+            if let LaneEvent::Data(owner, run) = event {
+                if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, owner.queue()))
                     && let Some((queue, full)) =
-                        batch.replace((Arc::clone(to.queue()), LaneBatch::new(message.clone())))
+                        batch.replace((Arc::clone(owner.queue()), LaneBatch::new(message.clone())))
                 {
                     wakeups.push_batch(&queue, full);
                 }
                 if let Some((_, batch)) = &mut batch {
-                    batch.add(to, run);
+                    batch.add(owner, run);
                 }
                 continue;
             }
             if let Some((queue, full)) = batch.take() {
                 wakeups.push_batch(&queue, full);
             }
-            match tell {
+            match event {
                 LaneEvent::Data(..) => {}
-                LaneEvent::End(to) => to.ended(),
-                LaneEvent::Error(to, text) => to.failed(text),
-                LaneEvent::Overrun(to) => to.overrun(),
-                LaneEvent::Cancelled(to, reason) => {
-                    to.cancelled(if reason == Status::Offline.code().unsigned_abs() as u8 {
-                        Status::Offline
-                    } else {
-                        Status::Cancelled
-                    });
+                LaneEvent::Ended(owner) => owner.ended(),
+                LaneEvent::Failed(owner, text) => owner.failed(text),
+                LaneEvent::WindowExceeded(owner) => owner.window_exceeded(),
+                LaneEvent::Cancelled(owner, reason) => {
+                    let is_offline = reason == Status::Offline.code().unsigned_abs() as u8;
+                    owner.cancelled(if is_offline { Status::Offline } else { Status::Cancelled });
                 }
-                LaneEvent::Room(to) => to.room(),
-                LaneEvent::Gone(to, knew) => to.peer_gone(knew),
-                LaneEvent::Unheard(to) => to.unheard(),
+                LaneEvent::Writable(owner) => owner.writable(),
+                LaneEvent::PeerGone { owner, accept_acked } => owner.peer_gone(accept_acked),
+                LaneEvent::AcceptUndelivered(owner) => owner.accept_undelivered(),
             }
         }
         if let Some((queue, rest)) = batch {
@@ -314,18 +313,19 @@ impl Lane {
         }
     }
 
-    /// Has those who wait look again. Called after a change, with which nobody is between looking and waiting.
-    fn call_waiters(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.room.notify_all();
+    /// Wakes the threads in `send_wait`, to try again. Called after a change of the state: since the lock was free in
+    /// between, no thread is about to wait without having seen the change.
+    fn wake_blocked_threads(&self) {
+        if self.blocked_threads.load(Ordering::SeqCst) > 0 {
+            self.writable.notify_all();
         }
     }
 
-    // The connection's task -------------------------------------------------------------------------------------------
+    // The connection's calls ------------------------------------------------------------------------------------------
 
-    /// Waits until the other end has all that was sent, or is gone.
-    pub(crate) async fn drain(&self) {
-        self.change(|state| state.ask(Instant::now()));
+    /// Waits until the peer has all that was sent, or is gone.
+    pub(super) async fn drain(&self) {
+        self.update(|state| state.request_ack(Instant::now()));
         loop {
             let drained = self.drained.notified();
             if self.state.lock().is_drained() {
@@ -335,126 +335,117 @@ impl Lane {
         }
     }
 
-    /// Tells all that runs on it that this side ends it.
-    pub(crate) fn end_here(&self, why: Status) {
-        let parties = self.state.lock().parties();
-        parties.iter().for_each(|party| party.ended_here(why));
+    /// Notifies all streams that this side ends them.
+    pub(super) fn close_streams(&self, why: Status) {
+        let owners = self.state.lock().owners();
+        owners.iter().for_each(|owner| owner.closed_here(why));
     }
 
-    /// Ends it now.
-    pub(crate) fn end(&self, wakeups: &Wakeups) {
-        let mut tells = Vec::new();
-        self.change(|state| state.end(&mut tells));
-        self.tell(tells, &Bytes::new(), wakeups);
+    /// Closes the lane now: its streams end as if the peer was gone.
+    pub(super) fn close(&self, wakeups: &Wakeups) {
+        self.update_and_deliver(&Bytes::new(), wakeups, State::close);
     }
 
-    /// Sends what is to be sent, until the lane is over. `clients`: the present NATS client, whenever there is another.
-    pub(crate) async fn drive(
-        &self,
-        mut clients: watch::Receiver<Option<Client>>,
-        wakeups: &Wakeups,
-        sent: &AtomicU64,
-    ) {
+    /// The lane's task: sends what is to be sent until the lane is closed. `clients`: the present NATS client, whenever
+    /// there is another.
+    pub(super) async fn run(&self, mut clients: watch::Receiver<Option<Client>>, wakeups: &Wakeups, sent: &AtomicU64) {
         let mut client = clients.borrow_and_update().clone();
         if let Some(client) = &client {
             let mut state = self.state.lock();
             state.set_max_payload(client.max_payload());
-            state.begin(frame::server(&client.server_id()));
+            state.connected(frame::server(&client.server_id()));
         }
         loop {
-            // Before there is something to send: what is sealed for a dead client is sent again.
+            // Before anything is sent: what was sealed for a dead client is sent again.
             if clients.has_changed().is_ok_and(|has_changed| has_changed) {
-                client = self.relink(&mut clients);
+                client = self.change_client(&mut clients);
             }
-            let mut tells = Vec::new();
-            let (message, deadline, is_over) = {
+            let mut events = Vec::new();
+            let (message, deadline, is_closed) = {
                 let mut state = self.state.lock();
-                let message = state.poll(Instant::now(), &mut tells);
-                (message, state.deadline(), state.is_over())
+                let message = state.poll(Instant::now(), &mut events);
+                (message, state.deadline(), state.is_closed())
             };
-            if !tells.is_empty() || is_over {
-                self.tell(tells, &Bytes::new(), wakeups);
+            if !events.is_empty() || is_closed {
+                self.deliver(events, &Bytes::new(), wakeups);
             }
-            match (message, &client) {
-                (Some(message), Some(present)) => {
-                    sent.fetch_add(1, Ordering::Relaxed);
-                    tokio::select! {
-                        biased;
-                        sent = self.publish(present, message) => {
-                            if sent.is_err() {
-                                self.end(wakeups);
-                            }
+            // Until a message is written, or until there is something to do.
+            let next = async {
+                match (message, &client) {
+                    (Some(message), Some(client)) => {
+                        sent.fetch_add(1, Ordering::Relaxed);
+                        if self.publish(client, message).await.is_err() {
+                            self.close(wakeups);
                         }
-                        changed = clients.changed() => {
-                            if changed.is_err() {
-                                return;
+                    }
+                    // There is no connection any longer: the state keeps it.
+                    (Some(_), None) => {}
+                    (None, _) if is_closed => return true,
+                    (None, _) => {
+                        let sleep = async {
+                            match deadline {
+                                Some(at) => tokio::time::sleep_until(at.into()).await,
+                                None => std::future::pending().await,
                             }
-                            client = self.relink(&mut clients);
+                        };
+                        tokio::select! {
+                            () = self.changed.notified() => {}
+                            () = sleep => {}
                         }
                     }
                 }
-                // Not linked any longer: the state keeps it.
-                (Some(_), None) => {}
-                (None, _) if is_over => return,
-                (None, _) => {
-                    let sleep = async {
-                        match deadline {
-                            Some(at) => tokio::time::sleep_until(at.into()).await,
-                            None => std::future::pending().await,
-                        }
-                    };
-                    tokio::select! {
-                        () = self.changed.notified() => {}
-                        changed = clients.changed() => {
-                            if changed.is_err() {
-                                return;
-                            }
-                            client = self.relink(&mut clients);
-                        }
-                        () = sleep => {}
+                false
+            };
+            tokio::select! {
+                biased;
+                is_over = next => {
+                    if is_over {
+                        return;
                     }
+                }
+                changed = clients.changed() => match changed {
+                    Ok(()) => client = self.change_client(&mut clients),
+                    Err(_) => return,
                 }
             }
         }
     }
 
-    fn relink(&self, clients: &mut watch::Receiver<Option<Client>>) -> Option<Client> {
+    fn change_client(&self, clients: &mut watch::Receiver<Option<Client>>) -> Option<Client> {
         let client = clients.borrow_and_update().clone();
         let mut state = self.state.lock();
-        state.link_down();
+        state.disconnected();
         if let Some(client) = &client {
             state.set_max_payload(client.max_payload());
-            state.link_up(frame::server(&client.server_id()), Instant::now());
+            state.reconnected(frame::server(&client.server_id()), Instant::now());
         }
         client
     }
 
-    /// Fails when the message can never be sent; one that a lost connection took with it is sent again later.
+    /// Fails if the message can never be sent. A message that is lost with the connection is sent again later.
     async fn publish(&self, client: &Client, message: Bytes) -> Result<(), ()> {
-        match client.publish_with(self.peer.clone(), Some(self.own.clone()), None, message).await {
+        match client.publish_with(self.peer_subject.clone(), Some(self.subject.clone()), None, message).await {
             Ok(()) => {
-                // Only what was written has made room for the next batch.
+                // The next batch gathers until this one was written.
                 let _ = client.flush().await;
                 Ok(())
             }
-            Err(PublishError::Closed) => {
-                // The client is dead; its supervisor replaces it.
-                std::future::pending().await
-            }
+            // The client is dead; its supervisor replaces it.
+            Err(PublishError::Closed) => std::future::pending().await,
             Err(PublishError::Rejected(_)) => Err(()),
         }
     }
 }
 
-/// What a refusal is to the caller, who hears of room if that is what was missing.
-fn refused(state: &mut State<Arc<dyn StreamObserver>>, credit: &Credit, refusal: Refusal) -> Status {
-    match refusal {
-        Refusal::Full => {
-            state.want_room(credit);
+/// The status for the caller, who is notified when the sender may send if it is `Full`.
+fn refused(state: &mut State<Owner>, window: &SendWindow, error: SendError) -> Status {
+    match error {
+        SendError::Full => {
+            state.notify_when_writable(window);
             Status::Full
         }
-        Refusal::Over => Status::PeerGone,
-        Refusal::TooLarge => Status::TooLarge,
+        SendError::Closed => Status::PeerGone,
+        SendError::TooLarge => Status::TooLarge,
     }
 }
 

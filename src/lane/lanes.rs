@@ -1,13 +1,15 @@
 //! All lanes of a connection: how they are offered, begun and found again.
 //!
-//! A gateway offers one inbox to all its workers; each worker makes an inbox of its own for each gateway, which it shows
-//! to that gateway only. So a lane is found by its worker's inbox, which nobody else knows. The inboxes stand below the
-//! connection's own: nats-server answers 503 as soon as its process is gone.
+//! A gateway offers one inbox to all its workers. Each worker makes an inbox for each gateway, and shows it to that
+//! gateway only. So a lane is found by its worker's inbox, which nobody else knows. The inboxes are below the
+//! connection's own one, so nats-server answers 503 as soon as the process is gone.
 
 use crate::error::{Error, Result, Status};
 use crate::events::Wakeups;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
-use crate::lane::state::{Credit, PeerTimeouts};
+use crate::lane::liveness::PeerTimeouts;
+use crate::lane::state::{Role, unknown_lane_reply};
+use crate::lane::streams::SendWindow;
 use crate::nats::client::Client;
 use crate::nats::inbound::MessageHandler;
 use crate::nats::inbox::Inbox;
@@ -24,13 +26,13 @@ use std::sync::{Arc, Weak};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-/// How many lanes a connection has at most, so that a stranger cannot have us make them without end.
+/// The most lanes of a connection, so that a stranger cannot make us begin any number of them.
 const MAX_LANES: usize = 8192;
 
 /// More requests than this that wait for an ACCEPT at once are unusual: their memory is freed afterwards.
 const MANY_PENDING: usize = 1024;
 
-/// How many gateways are remembered that cannot be reached on a lane.
+/// How many gateways that cannot be reached on a lane are remembered.
 const MAX_UNREACHABLE: usize = 1024;
 
 /// All lanes of a connection.
@@ -38,29 +40,28 @@ pub(crate) struct Lanes {
     this: Weak<Lanes>,
     runtime: &'static Handle,
     wakeups: Arc<Wakeups>,
-    /// What the subjects of all ends begin with, dot included.
+    /// The beginning of the subjects of all ends, dot included.
     prefix: String,
     offline_subject: String,
     /// The last token of the inbox that is offered.
     offer: String,
     limit: usize,
-    patience: PeerTimeouts,
+    timeouts: PeerTimeouts,
     clients: watch::Sender<Option<Client>>,
-    /// What the last server took.
+    /// The max_payload of the last server.
     max_payload: AtomicUsize,
-    /// Lanes by the last token of this end's subject: as the worker's end it came with the request, as the gateway's end
-    /// it is the offer with a number behind.
-    own: DashMap<String, Arc<Lane>>,
-    /// The same lanes by the other end's subject.
+    /// Lanes by the last token of this end's subject. At the worker's end the token is random; at the gateway's end it
+    /// is the offer followed by a number.
+    by_token: DashMap<String, Arc<Lane>>,
+    /// The same lanes by the peer's subject.
     by_peer: DashMap<String, Arc<Lane>>,
     inbox: Arc<Inbox>,
     /// Requests that offered a lane and were not accepted on one yet, by their keys.
     pending: Mutex<HashMap<u64, Pending, ahash::RandomState>>,
-    /// nats-server does not allow them.
+    /// nats-server does not allow lanes.
     forbidden: AtomicBool,
-    /// Offers that led nowhere: nothing was ever heard from there. Requests with one are answered on level 0.
+    /// Offers of gateways from which no message ever came. Requests with such an offer are answered on level 0.
     unreachable: Mutex<VecDeque<String>>,
-    /// Tells people.
     log: Box<dyn Fn(String) + Send + Sync>,
     pub(crate) sent: Arc<AtomicU64>,
     pub(crate) ignored: AtomicU64,
@@ -79,7 +80,7 @@ impl Lanes {
         inbox: Arc<Inbox>,
         offline_subject: &str,
         limit: usize,
-        patience: PeerTimeouts,
+        timeouts: PeerTimeouts,
         log: impl Fn(String) + Send + Sync + 'static,
     ) -> Arc<Lanes> {
         Arc::new_cyclic(|this| Lanes {
@@ -90,10 +91,10 @@ impl Lanes {
             offline_subject: offline_subject.into(),
             offer: random::token(),
             limit,
-            patience,
+            timeouts,
             clients: watch::channel(None).0,
             max_payload: AtomicUsize::new(1 << 20),
-            own: DashMap::new(),
+            by_token: DashMap::new(),
             by_peer: DashMap::new(),
             inbox,
             pending: Mutex::default(),
@@ -105,20 +106,20 @@ impl Lanes {
         })
     }
 
-    /// What to subscribe for all ends that are here.
+    /// The subject to subscribe for all ends in this process.
     pub(crate) fn wildcard(&self) -> Subject {
         format!("{}*", self.prefix).into()
     }
 
-    /// Whether none is to be offered or accepted.
+    /// Whether lanes are neither offered nor accepted.
     pub(crate) fn is_forbidden(&self) -> bool {
         self.forbidden.load(Ordering::Relaxed)
     }
 
-    /// nats-server refuses a publication or subscription to this subject. False if that is nothing to do with lanes.
+    /// nats-server refuses a publication or subscription to this subject. Returns false if no lane uses the subject.
     ///
-    /// As a gateway we offer none any longer, for the next one would hurt as well: unless there are lanes to other workers,
-    /// which shows that it concerns this worker only. As a worker it concerns this gateway only: a stranger may name any
+    /// A gateway offers no lanes from then on, because they would fail as well, unless it has lanes to other workers:
+    /// then the refusal concerns this worker only. At a worker it concerns this gateway only: a stranger may name any
     /// subject as its inbox.
     pub(crate) fn refused(&self, subject: &str) -> bool {
         if subject == self.wildcard().as_str() {
@@ -126,24 +127,25 @@ impl Lanes {
             return true;
         }
         let Some(lane) = find(&self.by_peer, subject) else { return false };
-        let is_other = |other: &Arc<Lane>| !other.serves() && !other.is_over() && !Arc::ptr_eq(other, &lane);
-        // Before its streams hear of their end: who asks again at once must not be offered what was refused.
-        self.forbidden.fetch_or(!lane.serves() && !self.all().iter().any(is_other), Ordering::Relaxed);
-        lane.end(&self.wakeups);
+        let is_gateway = |lane: &Lane| lane.role == Role::Gateway;
+        let is_other = |other: &Arc<Lane>| is_gateway(other) && !other.is_closed() && !Arc::ptr_eq(other, &lane);
+        // Before the streams end: a request that is repeated at once must not offer a lane again.
+        self.forbidden.fetch_or(is_gateway(&lane) && !self.all().iter().any(is_other), Ordering::Relaxed);
+        lane.close(&self.wakeups);
         true
     }
 
-    /// How many there are.
+    /// How many lanes there are.
     pub(crate) fn count(&self) -> usize {
-        self.own.len()
+        self.by_token.len()
     }
 
-    /// Bytes that wait to be sent or acknowledged.
+    /// Bytes that are not sent or not acknowledged.
     pub(crate) fn backlog(&self) -> usize {
-        self.own.iter().map(|lane| lane.backlog()).sum()
+        self.by_token.iter().map(|lane| lane.backlog()).sum()
     }
 
-    /// The present NATS client; None: there is none.
+    /// There is another NATS client, or none.
     pub(crate) fn set_client(&self, client: Option<Client>) {
         if let Some(client) = &client {
             self.max_payload.store(client.max_payload(), Ordering::Relaxed);
@@ -151,7 +153,7 @@ impl Lanes {
         self.clients.send_replace(client);
     }
 
-    /// Waits until the other ends have all that was sent; false when the connection is lost before.
+    /// Waits until the peers have all that was sent. Returns false if the connection is lost before.
     pub(crate) async fn drain(&self) -> bool {
         let mut clients = self.clients.subscribe();
         let drained = async {
@@ -165,21 +167,21 @@ impl Lanes {
         }
     }
 
-    /// Ends all now.
+    /// Closes all lanes now.
     pub(crate) fn end(&self) {
-        self.all().iter().for_each(|lane| lane.end(&self.wakeups));
+        self.all().iter().for_each(|lane| lane.close(&self.wakeups));
     }
 
     fn all(&self) -> Vec<Arc<Lane>> {
-        self.own.iter().map(|lane| Arc::clone(&lane)).collect()
+        self.by_token.iter().map(|lane| Arc::clone(&lane)).collect()
     }
 
     // The gateway's side ----------------------------------------------------------------------------------------------
 
-    /// The value of a request's header, which offers a lane for the stream with this key: its number in the inbox. None
-    /// where there is no room for another lane: a worker without one would be turned away.
+    /// The value of the header with which a request offers a lane. None if there are too many lanes already: a worker
+    /// without one would be turned away.
     pub(crate) fn offer(&self, key: u64, window: u32) -> Option<String> {
-        self.has_room().then(|| format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer))
+        self.has_capacity().then(|| format!("{} {}{} {key:016x} {window}", frame::VERSION, self.prefix, self.offer))
     }
 
     /// Expects an ACCEPT with this key, until one comes or `forget_accept` is called.
@@ -209,19 +211,23 @@ impl Lanes {
         Some((accepted?, window))
     }
 
-    /// Begins the lane of a worker that we do not know, if this is its first message.
+    /// Begins the lane of a worker that has none here, if this is its first message.
     fn begin(&self, peer: &Subject, payload: &[u8]) -> Option<Arc<Lane>> {
         let header = Header::read(payload).ok()?;
         let is_first = header.has(frame::NEW) && header.sequence == 1 && payload.len() > frame::HEADER;
-        (is_first && self.has_room() && level0::is_valid_reply_subject(peer, &self.offline_subject))
-            .then(|| self.make(format!("{}-{}", self.offer, random::random_u64()), detach(peer), false))
+        (is_first && self.has_capacity() && level0::is_valid_reply_subject(peer, &self.offline_subject))
+            .then(|| self.start(format!("{}-{}", self.offer, random::random_u64()), detach(peer), Role::Gateway))
     }
 
     // The worker's side -----------------------------------------------------------------------------------------------
 
-    /// Accepts a request by the header that offers a lane: the lane, and the sender's share in it. None for one that leads
-    /// nowhere.
-    pub(crate) fn open(&self, offer: &str, to: &Arc<dyn StreamObserver>) -> Result<Option<(Arc<Lane>, Arc<Credit>)>> {
+    /// Accepts a request whose header offers a lane. Returns the lane and the sender's window, or None if the gateway
+    /// is known to be unreachable on a lane.
+    pub(crate) fn open(
+        &self,
+        offer: &str,
+        owner: &Arc<dyn StreamObserver>,
+    ) -> Result<Option<(Arc<Lane>, Arc<SendWindow>)>> {
         let wrong =
             || Error::invalid(format!("{} {offer:?} offers no lane of version {}", level0::LANE, frame::VERSION));
         let mut words = offer.split(' ');
@@ -239,55 +245,58 @@ impl Lanes {
         for _ in 0..2 {
             let lane = match find(&self.by_peer, inbox) {
                 Some(lane) => lane,
-                None if self.has_room() => self.make(random::token(), inbox.into(), true),
+                None if self.has_capacity() => self.start(random::token(), inbox.into(), Role::Worker),
                 None => break,
             };
-            if let Some(credit) = lane.open(key, window, Arc::clone(to)) {
-                return Ok(Some((lane, credit)));
+            if let Some(window) = lane.open(key, window, Arc::clone(owner)) {
+                return Ok(Some((lane, window)));
             }
-            // It is over, or has no numbers left: requests go to another from now on.
+            // It is closed, or has no stream ids left: requests use another one from now on.
             self.by_peer.remove_if(inbox, |_, other| Arc::ptr_eq(other, &lane));
         }
-        Err(Error::new(Status::Full, format!("there are {MAX_LANES} lanes: no more are begun")))
+        Err(Error::new(
+            Status::Full,
+            format!("there are {MAX_LANES} lanes already, which is the limit for a connection"),
+        ))
     }
 
     // Both ------------------------------------------------------------------------------------------------------------
 
-    fn has_room(&self) -> bool {
-        self.own.len() < MAX_LANES
+    fn has_capacity(&self) -> bool {
+        self.by_token.len() < MAX_LANES
     }
 
-    /// Makes an end, and has it run until it is over.
-    fn make(&self, token: String, peer: Subject, serves: bool) -> Arc<Lane> {
-        let own = format!("{}{token}", self.prefix);
-        let lane =
-            Lane::new(own.into(), peer, serves, self.limit, self.patience, self.max_payload.load(Ordering::Relaxed));
-        self.by_peer.insert(lane.peer().to_string(), Arc::clone(&lane));
-        self.own.insert(token.clone(), Arc::clone(&lane));
+    /// Makes an end, and runs its task until it is closed.
+    fn start(&self, token: String, peer: Subject, role: Role) -> Arc<Lane> {
+        let subject = format!("{}{token}", self.prefix).into();
+        let max_payload = self.max_payload.load(Ordering::Relaxed);
+        let lane = Lane::new(subject, peer, role, self.limit, self.timeouts, max_payload);
+        self.by_peer.insert(lane.peer_subject.to_string(), Arc::clone(&lane));
+        self.by_token.insert(token.clone(), Arc::clone(&lane));
         let (clients, wakeups, sent) = (self.clients.subscribe(), Arc::clone(&self.wakeups), Arc::clone(&self.sent));
         let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
         self.runtime.spawn(async move {
-            let what = if serves { "a worker's lane" } else { "a gateway's lane" };
-            let driven = runtime::catch_panic(what, task.drive(clients, &wakeups, &sent)).await;
+            let what = if role == Role::Worker { "a worker's lane" } else { "a gateway's lane" };
+            let result = runtime::catch_panic(what, task.run(clients, &wakeups, &sent)).await;
             if let Some(lanes) = lanes.upgrade() {
-                lanes.own.remove(&token);
-                lanes.by_peer.remove_if(task.peer().as_str(), |_, other| Arc::ptr_eq(other, &task));
-                match driven {
-                    Ok(()) if serves && !task.was_heard() => lanes.nobody_answers(task.peer()),
+                lanes.by_token.remove(&token);
+                lanes.by_peer.remove_if(task.peer_subject.as_str(), |_, other| Arc::ptr_eq(other, &task));
+                match result {
+                    Ok(()) if role == Role::Worker && !task.was_heard() => lanes.note_unreachable(&task.peer_subject),
                     Ok(()) => {}
-                    Err(_) => lanes.say(task.own().clone(), task.peer().clone(), &Header::of(frame::RESET, 0, 0)),
+                    Err(_) => lanes.send_control(&task.subject, &task.peer_subject, &Header::of(frame::RESET, 0, 0)),
                 }
             }
-            if driven.is_err() {
-                task.end_here(Status::Internal);
-                task.end(&wakeups);
+            if result.is_err() {
+                task.close_streams(Status::Internal);
+                task.close(&wakeups);
             }
         });
         lane
     }
 
-    /// The lane of a gateway's offer is over without a word from there.
-    fn nobody_answers(&self, offer: &Subject) {
+    /// The lane to this gateway is closed, and no message ever came on it.
+    fn note_unreachable(&self, offer: &Subject) {
         {
             let mut unreachable = self.unreachable.lock();
             unreachable.push_back(offer.to_string());
@@ -296,48 +305,39 @@ impl Lanes {
             }
         }
         (self.log)(format!(
-            "nothing was ever heard from the gateway at {offer}: it is gone, in another account, or must not be answered \
-             there; from now on level 0 for its requests"
+            "no message ever came from the gateway at {offer}: it is gone, is in another account, or this user may not \
+             publish there; its requests are answered on level 0 from now on"
         ));
     }
 
-    /// Answers a message of a lane that is not known here: either all of it is still to come, or it is over.
-    fn reject_unknown_lane(&self, own: Subject, peer: &Subject, payload: &[u8]) {
+    /// Answers a message of a lane that is not known here: either its first message is still to come, or it is closed.
+    fn reject_unknown_lane(&self, subject: &Subject, peer: &Subject, payload: &[u8]) {
         let Ok(header) = Header::read(payload) else { return };
         if header.has(frame::RESET) || !level0::is_valid_reply_subject(peer, &self.offline_subject) {
             return;
         }
-        // Only at the offer its first message may begin it after all: from elsewhere it would be asked for it for ever.
-        let is_offer = own.strip_prefix(&*self.prefix).is_some_and(|token| token == self.offer);
-        let may_begin = is_offer && header.has(frame::NEW) && self.has_room();
-        self.say(own, peer.clone(), &unknown(&header, may_begin));
+        // Only at the offer can its first message begin it. Elsewhere it would be asked for that again and again.
+        let is_offer = subject.strip_prefix(&*self.prefix).is_some_and(|token| token == self.offer);
+        let may_begin = is_offer && header.has(frame::NEW) && self.has_capacity();
+        self.send_control(subject, peer, &unknown_lane_reply(&header, may_begin));
     }
 
-    /// Sends a message without frames, in the place of a lane that is not there.
-    fn say(&self, own: Subject, peer: Subject, header: &Header) {
+    /// Sends a message without frames for a lane that is not known here, or has failed.
+    fn send_control(&self, subject: &Subject, peer: &Subject, header: &Header) {
         let message = header.bytes().to_vec().into();
         if let Some(client) = self.clients.borrow().clone() {
-            // At once or not at all: whoever sends faster than the server takes the answers would have us keep them all.
-            client.try_publish(peer, own, message);
+            // At once or not at all: a peer that sends faster than the server takes the answers must not fill our
+            // memory.
+            client.try_publish(peer.clone(), subject.clone(), message);
         }
     }
 
-    fn ignore(&self) {
+    fn count_ignored(&self) {
         self.ignored.fetch_add(1, Ordering::Relaxed);
     }
 }
 
-/// The answer to a message of a lane that is not known: that it is over, or, if it may begin, that nothing has come. A PING
-/// is answered with it: else the worker would not send again.
-pub(crate) fn unknown(message: &Header, may_begin: bool) -> Header {
-    if !may_begin {
-        return Header::of(frame::RESET, 0, 0);
-    }
-    let pong = if message.has(frame::PING) { frame::PONG } else { 0 };
-    Header { pong: message.ping, ..Header::of(frame::GAP | pong, 0, 0) }
-}
-
-/// The entry is not held: what is done with the lane may change the map.
+/// Does not keep the entry locked: what is done with the lane may change the map.
 fn find(lanes: &DashMap<String, Arc<Lane>>, key: &str) -> Option<Arc<Lane>> {
     lanes.get(key).map(|lane| Arc::clone(&lane))
 }
@@ -348,53 +348,54 @@ impl MessageHandler for Lanes {
     }
 
     fn message(&self, message: Message) {
-        let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.ignore() };
+        let Some(token) = message.subject.strip_prefix(&*self.prefix) else { return self.count_ignored() };
         if message.is_no_responders {
-            return match find(&self.own, token) {
-                Some(lane) => lane.nobody_there(&self.wakeups),
-                None => self.ignore(),
+            return match find(&self.by_token, token) {
+                Some(lane) => lane.no_responders(&self.wakeups),
+                None => self.count_ignored(),
             };
         }
-        let Some(peer) = &message.reply else { return self.ignore() };
+        let Some(peer) = &message.reply else { return self.count_ignored() };
         let known = if token == self.offer {
-            // A worker's message: its subject says which lane it is.
+            // A worker's message: the worker's subject identifies the lane.
             find(&self.by_peer, peer).or_else(|| self.begin(peer, &message.payload))
         } else {
-            find(&self.own, token)
+            find(&self.by_token, token)
         };
         let Some(lane) = known else {
-            self.ignore();
+            self.count_ignored();
             if !self.is_forbidden() {
-                self.reject_unknown_lane(message.subject.clone(), peer, &message.payload);
+                self.reject_unknown_lane(&message.subject, peer, &message.payload);
             } else if token == self.offer {
-                // The worker cannot be told, so no other answer comes to the requests that it accepts.
+                // The worker cannot be notified, so no other answer comes to the requests that it accepts.
                 let accepted = frame::accepts(&message.payload).filter_map(|(key, _)| {
                     self.pending.lock().get(&key).and_then(|pending| pending.observer.upgrade())
                 });
-                accepted.for_each(|observer| observer.ended_here(Status::PeerGone));
+                accepted.for_each(|observer| observer.closed_here(Status::PeerGone));
             }
             return;
         };
-        // A gateway names the inbox that it offered, with the lane's number behind.
+        // A gateway's own subject is the inbox that it offered, followed by the lane's number.
         let is_from_peer =
-            peer.strip_prefix(lane.peer().as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
+            peer.strip_prefix(lane.peer_subject.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'));
         if is_from_peer && !lane.is_same_end(peer) {
-            // The end that we know is over: what it had is lost.
-            lane.end(&self.wakeups);
-            return self.ignore();
+            // The gateway has made another end: what the one before had is lost.
+            lane.close(&self.wakeups);
+            return self.count_ignored();
         }
         let accept = |key, stream| self.accept(&lane, key, stream);
         if !is_from_peer || lane.receive(&message.payload, &self.wakeups, accept).is_err() {
-            self.ignore();
+            self.count_ignored();
         }
     }
 
     fn ended(&self, why: Status) {
-        // They outlive a lost connection.
+        // Lanes outlive a lost connection.
         if why == Status::Closed {
-            // Streams first: those that are served on this connection, too, are not to see their senders' ends.
-            let (servers, askers): (Vec<_>, Vec<_>) = self.all().into_iter().partition(|lane| lane.serves());
-            askers.iter().chain(&servers).for_each(|lane| lane.end_here(why));
+            // Requested streams first: those that this connection serves itself must not see their senders' ends.
+            let (workers, gateways): (Vec<_>, Vec<_>) =
+                self.all().into_iter().partition(|lane| lane.role == Role::Worker);
+            gateways.iter().chain(&workers).for_each(|lane| lane.close_streams(why));
         }
     }
 }

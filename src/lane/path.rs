@@ -1,67 +1,67 @@
-//! What a lane's end knows about the network to the other end: the round trip, and how many bytes may be in flight.
+//! The network path to the peer: the round trip, and how many bytes may be in flight.
 //!
-//! The round trip is measured by PINGs and their PONGs, smoothed as in RFC 6298. The window is a congestion window that
-//! follows the delay, as in TCP Vegas and LEDBAT: nothing is lost on the way to a slow reader, so a queue shows only as a
-//! longer round trip. The window grows while the round trip stays within `QUEUE` of the shortest one, and shrinks when it
-//! does not. So the queue in front of a slow link stays short, however many lanes share the link.
+//! The round trip is measured by PINGs and their PONGs, and smoothed as in RFC 6298. The congestion window follows the
+//! delay, as in TCP Vegas and LEDBAT: nothing is lost on the way to a slow reader, so a queue shows only as a longer
+//! round trip. The window grows while the round trip is at most `QUEUE` longer than the shortest one, and shrinks when
+//! it is longer. So the queue in front of a slow link stays short, however many lanes share the link.
 
 use std::time::{Duration, Instant};
 
-/// A new lane, and one whose connection is new, may have this much in flight; no lane gets less.
+/// The window of a new lane, and after a reconnect. It is never smaller.
 const MIN_WINDOW: usize = 16 << 10;
-/// What the window grows by in each round trip, once it has stopped doubling; and a sixteenth of itself.
+/// Once the window has stopped doubling, it grows by this and a sixteenth of itself in each round trip.
 const STEP: usize = 4 << 10;
-/// How much longer than the shortest round trip one may be before the window shrinks.
+/// The window shrinks when a round trip takes this much longer than the shortest one.
 const QUEUE: Duration = Duration::from_millis(100);
-/// After so many round trips with the smallest window and a long delay, the delay is not made by this lane.
-const MAX_PINNED: u32 = 8;
-/// How long what was sent may stay unacknowledged before it is asked for: before the round trip is known, and at least and at
-/// most. It doubles with each question that was not answered. Asking early costs one small message, for what is sent again
-/// depends on the answer only; asking late delays all that follows a loss, so one long round trip must not slow it down.
+/// If so many round trips were too long with the smallest window, this lane does not cause the delay.
+const MAX_LONG_TRIPS: u32 = 8;
+/// How long sent messages may stay unacknowledged before a PING asks for them: while the round trip is not known, at
+/// least, and at most. It doubles with each PING that was not answered. To ask early costs one small message, since
+/// only the answer decides what is sent again. To ask late delays everything that follows a loss, so one long round
+/// trip must not slow it down.
 pub(crate) const FIRST_ASK: Duration = Duration::from_millis(500);
 const MIN_ASK: Duration = Duration::from_millis(200);
 const MAX_ASK: Duration = Duration::from_secs(1);
-/// No answer takes longer than this.
+/// A peer that is there answers a PING within this time.
 pub(crate) const MAX_ANSWER: Duration = Duration::from_secs(10);
-/// How long an answer may take before the round trip is known.
+/// The same while the round trip is not known.
 pub(crate) const FIRST_ANSWER: Duration = Duration::from_secs(3);
 
-/// The path to the other end, as seen from this one.
+/// The path to the peer.
 #[derive(Debug)]
 pub(crate) struct Path {
-    /// How large the window gets.
-    most: usize,
+    max_window: usize,
     window: usize,
     /// The smoothed round trip, and its mean deviation.
     smoothed: Option<(Duration, Duration)>,
     shortest: Option<Duration>,
-    /// The window doubles in each round trip, until the first one that is too long.
+    /// The window doubles with each round trip until one is too long.
     is_doubling: bool,
-    /// When the window last changed: a PING that was sent before does not show the effect.
+    /// When the window last changed: PINGs that were sent before do not show the effect.
     changed_at: Option<Instant>,
-    /// Round trips that were too long though the window was the smallest, and the shortest of them.
-    pinned: u32,
-    pinned_shortest: Duration,
+    /// How many round trips in a row were too long with the smallest window, and the shortest of them.
+    long_trips: u32,
+    shortest_long_trip: Duration,
 }
 
 impl Path {
-    /// `limit`: how many bytes the lane may have unacknowledged at all.
+    /// `limit`: how many bytes of the lane may be unacknowledged.
     pub(crate) fn new(limit: usize) -> Path {
         Path {
-            most: limit.max(MIN_WINDOW),
+            max_window: limit.max(MIN_WINDOW),
             window: MIN_WINDOW,
             smoothed: None,
             shortest: None,
             is_doubling: true,
             changed_at: None,
-            pinned: 0,
-            pinned_shortest: Duration::MAX,
+            long_trips: 0,
+            shortest_long_trip: Duration::MAX,
         }
     }
 
-    /// The connection is another one: nothing is known about its path.
+    /// There is another connection, and nothing is known about its path.
     pub(crate) fn reset(&mut self) {
-        *self = Path::new(self.most);
+        *self = Path::new(self.max_window);
     }
 
     /// How many bytes may be in flight.
@@ -69,8 +69,8 @@ impl Path {
         self.window
     }
 
-    /// A PING was answered. `fills`: more than half of the window was in flight when it was sent.
-    pub(crate) fn answered(&mut self, sent_at: Instant, now: Instant, fills: bool) {
+    /// A PING was answered. `used_window`: more than half of the window was in flight when it was sent.
+    pub(crate) fn answered(&mut self, sent_at: Instant, now: Instant, used_window: bool) {
         let trip = now.saturating_duration_since(sent_at);
         self.smoothed = Some(match self.smoothed {
             None => (trip, trip / 2),
@@ -83,14 +83,14 @@ impl Path {
         }
         let longest = shortest + QUEUE;
         if trip > longest {
-            // What is in flight in `longest` at the present rate, but never less than half.
+            // What passes within `longest` at the present rate, but never less than half.
             let share = (longest.as_secs_f64() / trip.as_secs_f64()).max(0.5);
             self.is_doubling = false;
             self.set_window((self.window as f64 * share) as usize, now);
-            self.note_pinned(trip);
+            self.count_long_trip(trip);
         } else {
-            self.pinned = 0;
-            if fills {
+            self.long_trips = 0;
+            if used_window {
                 let more = if self.is_doubling { self.window } else { STEP + self.window / 16 };
                 self.set_window(self.window + more, now);
             }
@@ -98,37 +98,40 @@ impl Path {
     }
 
     fn set_window(&mut self, window: usize, now: Instant) {
-        self.window = window.clamp(MIN_WINDOW, self.most);
+        self.window = window.clamp(MIN_WINDOW, self.max_window);
         self.changed_at = Some(now);
     }
 
-    /// If the round trip stays long with the smallest window, this is what the path takes now: it has changed, or other
-    /// traffic fills it. Without this a lane would keep the smallest window until the next reconnect.
-    fn note_pinned(&mut self, trip: Duration) {
+    /// If round trips stay long with the smallest window, the path has become longer, or other traffic fills it: then
+    /// the shortest of them counts from now on. Otherwise the lane would keep the smallest window until the next
+    /// reconnect.
+    fn count_long_trip(&mut self, trip: Duration) {
         if self.window > MIN_WINDOW {
-            self.pinned = 0;
+            self.long_trips = 0;
             return;
         }
-        self.pinned_shortest = if self.pinned == 0 { trip } else { self.pinned_shortest.min(trip) };
-        self.pinned += 1;
-        if self.pinned == MAX_PINNED {
-            self.pinned = 0;
-            self.shortest = Some(self.pinned_shortest);
+        self.shortest_long_trip = if self.long_trips == 0 { trip } else { self.shortest_long_trip.min(trip) };
+        self.long_trips += 1;
+        if self.long_trips == MAX_LONG_TRIPS {
+            self.long_trips = 0;
+            self.shortest = Some(self.shortest_long_trip);
         }
     }
 
-    /// The longest that an answer should take, if the round trip is known (the timeout of RFC 6298, without bounds).
+    /// The longest that an answer should take (the timeout of RFC 6298, without bounds). None: the round trip is not
+    /// known.
     fn timeout(&self) -> Option<Duration> {
         self.smoothed.map(|(smoothed, deviation)| smoothed + 4 * deviation)
     }
 
-    /// How long what was sent may stay unacknowledged before it is asked for, after so many questions without an answer.
+    /// How long sent messages may stay unacknowledged before a PING asks for them, after so many PINGs without an
+    /// answer.
     pub(crate) fn ask_after(&self, asked: u32) -> Duration {
         let first = self.timeout().map_or(FIRST_ASK, |timeout| timeout.clamp(MIN_ASK, MAX_ASK));
         (first * (1 << asked.min(10))).min(MAX_ASK)
     }
 
-    /// How long a living peer may stay silent on this path; None before the round trip is known.
+    /// How long a peer that is there may be silent on this path. None: the round trip is not known.
     pub(crate) fn silence(&self) -> Option<Duration> {
         self.timeout().map(|timeout| (2 * timeout).min(MAX_ANSWER))
     }
@@ -192,7 +195,7 @@ mod tests {
         assert_eq!(path.window(), before / 2);
     }
 
-    /// Lanes that share a slow link: the queue stays short, each lane goes on, and the link is used.
+    /// The queue stays short, each lane goes on, and the link is used.
     #[test]
     fn lanes_share_a_slow_link() {
         for (lanes, rate, base) in
@@ -219,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_becomes_longer_is_used_again() {
+    fn window_grows_again_when_the_path_has_become_longer() {
         let (mut path, mut now) = (Path::new(4 << 20), Instant::now());
         answer(&mut path, &mut now, [ms(10); 10]);
         answer(&mut path, &mut now, [ms(400); 40]);
@@ -227,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_follow_the_round_trip() {
+    fn timeouts_follow_the_round_trip() {
         let (mut path, mut now) = (Path::new(1), Instant::now());
         assert_eq!((path.ask_after(0), path.ask_after(1), path.silence()), (FIRST_ASK, 2 * FIRST_ASK, None));
         assert_eq!(path.ask_after(99), MAX_ASK);

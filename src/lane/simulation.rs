@@ -1,6 +1,7 @@
-//! Lanes in a simulated network: any trouble, in any order, from a seed. `docs/assurance.md` tells what is promised.
+//! Lanes in a simulated network: any faults, in any order, from a seed. `docs/assurance.md` lists the promises.
 //!
-//! `PRESENCE_SIMULATIONS=1000000` runs more schedules, `PRESENCE_SEED=17` one of them, told in full.
+//! `PRESENCE_SIMULATIONS=1000000` sets the number of schedules; `PRESENCE_SEED=17` runs one schedule and prints its
+//! trace.
 
 mod hostile;
 mod schedule;
@@ -24,7 +25,7 @@ fn outcome(schedule: &Schedule) -> Result<Seen, Failure> {
         .unwrap_or_else(|panic| Err(Failure { promise: "nothing panics", text: text(panic) }))
 }
 
-/// Leaves out what the failure does not need.
+/// Removes and simplifies steps as long as the schedule still fails in the same way.
 fn shrink(mut schedule: Schedule, failure: &Failure) -> Schedule {
     let fails = |schedule: &Schedule| outcome(schedule).is_err_and(|other| other.promise == failure.promise);
     loop {
@@ -98,10 +99,10 @@ fn simpler_setups(setup: Setup) -> Vec<Setup> {
 }
 
 fn number_of(name: &str) -> Option<u64> {
-    env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name} is no number: {value}")))
+    env::var(name).ok().map(|value| value.parse().unwrap_or_else(|_| panic!("{name}={value} is not a number")))
 }
 
-/// Tells all about a seed that fails.
+/// Describes a seed that fails: the promise, the shrunk schedule and its trace.
 fn report(seed: u64, failure: &Failure) -> String {
     let schedule = shrink(Schedule::of(seed), failure);
     let trace = catch_unwind(AssertUnwindSafe(|| run(&schedule, true).1)).unwrap_or_default().join("\n");
@@ -149,7 +150,7 @@ fn lanes_keep_their_promises() {
         }
     }
     println!("{count} schedules: {seen:?}");
-    // All that it is about was reached.
-    let all = [seen.complete, seen.cancelled, seen.gone, seen.refused, seen.sent_again, seen.nobody_there];
+    // The schedules reached every situation that the promises are about.
+    let all = [seen.complete, seen.cancelled, seen.gone, seen.refused, seen.sent_again, seen.no_responders];
     assert!(count < 1000 || all.into_iter().all(|times| times > count / 100), "{seen:?}");
 }

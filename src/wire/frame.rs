@@ -1,27 +1,27 @@
-//! The encoding of lane messages: a header, then frames. `docs/wire.md` tells it to people, byte by byte.
+//! The encoding of lane messages: a header, then frames. `docs/wire.md` describes each byte.
 //!
-//! Reading is total: any bytes give frames or [`Malformed`], and nothing is allocated for them.
+//! Any bytes can be read: they give frames or [`Malformed`], and nothing is allocated for them.
 
 use bytes::BytesMut;
 
-/// The version of lanes that is spoken here; a message's first byte.
+/// The version of the lane protocol; a message's first byte.
 pub(crate) const VERSION: u8 = 1;
-/// Bytes in a message's header: version, flags, sequence, acknowledgement, numbers of a PING and a PONG, and the server (all
-/// little-endian).
+/// The size of a message's header: version, flags, sequence, acknowledgement, the numbers of a PING and a PONG, and the
+/// server, all little-endian.
 pub(crate) const HEADER: usize = 30;
-/// The most that a frame adds to its body.
+/// How many bytes a frame adds to its body at most.
 pub(crate) const MAX_FRAME_HEADER: usize = 11;
 const _: () = assert!(HEADER + MAX_FRAME_HEADER + crate::wire::level0::max_message(1024) <= 1024);
 
-/// Answer this at once, with the PING's number.
+/// The peer must answer at once, with the PING's number.
 pub(crate) const PING: u8 = 1;
-/// This answers the PING with this number.
+/// The message answers the PING with the number in its header.
 pub(crate) const PONG: u8 = 2;
-/// Something is missing: send again all that follows the acknowledged.
+/// Messages are missing: everything after the acknowledgement must be sent again.
 pub(crate) const GAP: u8 = 4;
-/// The lane is over, or never was.
+/// The lane is closed, or never existed.
 pub(crate) const RESET: u8 = 8;
-/// The sender has no acknowledgement yet: whoever does not know the lane begins it.
+/// The worker has no acknowledgement yet: a gateway that does not know the lane begins it.
 pub(crate) const NEW: u8 = 16;
 
 /// A frame's kind: the worker accepts the request whose key is the body.
@@ -30,40 +30,41 @@ pub(crate) const ACCEPT: u8 = 1;
 pub(crate) const DATA: u8 = 2;
 /// The stream's end.
 pub(crate) const END: u8 = 3;
-/// Its end by an error with this text.
+/// The stream's end by an error; the body is its text.
 pub(crate) const ERROR: u8 = 4;
-/// The gateway wants no more of it; the body is one byte, the reason: a status without its sign.
+/// The gateway cancels the stream; the body is one byte, the reason: a status without its sign.
 pub(crate) const CANCEL: u8 = 5;
-/// The gateway's reader has room for so many bytes more: eight bytes, little-endian.
+/// The gateway's reader has consumed so much of the window: eight bytes, little-endian.
 pub(crate) const CREDIT: u8 = 6;
 
-/// Bytes that are no lane message of our version.
+/// Bytes that are not a lane message of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Malformed;
 
-/// What stands before the frames.
+/// The part of a message before its frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) flags: u8,
-    /// With frames: the message's own number, from 1. Without: the number of the last one that had frames.
+    /// With frames: the message's own number, from 1 on. Without: the number of the last message with frames.
     pub(crate) sequence: u64,
-    /// The last number up to which all has come.
+    /// All messages up to this number have come.
     pub(crate) ack: u64,
-    /// With PING: its number, one more for each.
+    /// With PING: its number, one more for each PING.
     pub(crate) ping: u32,
     /// With PONG: the number of the PING that it answers.
     pub(crate) pong: u32,
-    /// Where the sender is connected: see [`server`]. 0: not known.
+    /// The nats-server that the sender is connected to, as [`server`] has it. 0: not known.
     pub(crate) server: u32,
 }
 
-/// A nats-server by its id, for the header: FNV-1a. The ends of a lane compare it to know whether they share a server.
+/// A nats-server's id for the header, hashed by FNV-1a. The ends of a lane compare it to know whether they share a
+/// server.
 pub(crate) fn server(id: &str) -> u32 {
     id.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
 impl Header {
-    /// A message of flags only.
+    /// The header of a message without PING and PONG.
     pub(crate) fn of(flags: u8, sequence: u64, ack: u64) -> Header {
         Header { flags, sequence, ack, ping: 0, pong: 0, server: 0 }
     }
@@ -109,12 +110,12 @@ impl Header {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Frame<'a> {
     pub(crate) kind: u8,
-    /// Which stream of the lane it is about.
+    /// The stream's id.
     pub(crate) stream: u32,
     pub(crate) body: &'a [u8],
 }
 
-/// The requests that a lane message accepts: their keys, and the numbers of their streams.
+/// The requests that a lane message accepts: their keys, and the ids of their streams.
 pub(crate) fn accepts(message: &[u8]) -> impl Iterator<Item = (u64, u32)> {
     let frames = Frames::new(message.get(HEADER..).unwrap_or_default()).map_while(Result::ok);
     frames.filter(|frame| frame.kind == ACCEPT).filter_map(|frame| {
@@ -132,7 +133,7 @@ impl<'a> Frames<'a> {
         Frames(bytes)
     }
 
-    /// How many bytes are left to be read.
+    /// How many bytes are left to read.
     pub(crate) fn left(&self) -> usize {
         self.0.len()
     }
@@ -152,7 +153,7 @@ impl<'a> Frames<'a> {
 impl<'a> Iterator for Frames<'a> {
     type Item = Result<Frame<'a>, Malformed>;
 
-    /// After a malformed frame there are no more.
+    /// Returns None after a malformed frame.
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         if self.0.is_empty() {
@@ -166,10 +167,10 @@ impl<'a> Iterator for Frames<'a> {
     }
 }
 
-/// Consecutive DATA frames of one stream.
+/// Consecutive DATA frames of one stream: messages that lie one behind the other in a buffer, and are read one by one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
-    /// Where in the message they stand.
+    /// Their place in the message.
     start: u32,
     end: u32,
     pub(crate) count: u32,
@@ -195,14 +196,14 @@ impl Run {
         (self.start, self.end) = (start as u32, copy.len() as u32);
     }
 
-    /// The frames' bodies, of the message that it is a run of.
+    /// The frames' bodies. `message` must be the message that contains the run.
     #[inline]
     pub(crate) fn bodies<'a>(&self, message: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
         let bytes = message.get(self.start as usize..self.end as usize).unwrap_or_default();
         Frames(bytes).map_while(|frame| Some(frame.ok()?.body))
     }
 
-    /// Cuts off the first `count` frames.
+    /// Splits off the first `count` frames.
     pub(crate) fn split(&mut self, message: &[u8], count: u32) -> Run {
         let mut first = Run { count, ..*self };
         first.bytes = self.bodies(message).take(count as usize).map(|body| body.len() as u64).sum();
@@ -214,7 +215,7 @@ impl Run {
     }
 }
 
-/// Reads a variable-length number: seven bits a byte, the lowest first, the eighth says that more follow.
+/// Reads a variable-length number: seven bits in each byte, the lowest first; the eighth says that more follow.
 #[inline]
 fn number(bytes: &mut &[u8]) -> Result<u64, Malformed> {
     let mut value = 0;
@@ -294,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn any_bytes_give_frames_or_an_error() {
+    fn any_bytes_give_frames_or_malformed() {
         for bytes in [
             &[2][..],
             &[2, 1],

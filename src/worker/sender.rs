@@ -4,7 +4,7 @@ use crate::connection::Connection;
 use crate::error::{Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single};
 use crate::lane::driver::{Lane, StreamObserver};
-use crate::lane::state::Credit;
+use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
@@ -33,7 +33,7 @@ pub struct Sender {
     handle_id: u64,
     reply: Subject,
     /// The lane that the requester offered, and the stream's share of it.
-    lane: OnceCell<(Arc<Lane>, Arc<Credit>)>,
+    lane: OnceCell<(Arc<Lane>, Arc<SendWindow>)>,
     client: Arc<str>,
     headers: Headers,
     service: Arc<Service>,
@@ -52,7 +52,7 @@ const ENDED: u8 = 8;
 enum Route<'a> {
     /// As plain NATS messages to the reply subject.
     Level0(&'a Outbox),
-    Lane(&'a Lane, &'a Credit),
+    Lane(&'a Lane, &'a SendWindow),
 }
 
 impl Sender {
@@ -75,18 +75,18 @@ impl Sender {
     }
 
     /// Switches to a lane. Called before the worker gets the sender.
-    pub(crate) fn use_lane(&self, lane: Arc<Lane>, credit: Arc<Credit>) {
-        let (lane, credit) = self.lane.get_or_init(|| (lane, credit));
+    pub(crate) fn use_lane(&self, lane: Arc<Lane>, window: Arc<SendWindow>) {
+        let (lane, window) = self.lane.get_or_init(|| (lane, window));
         if let Err(why) = self.word.check_after_publishing() {
             // It was stopped before it had a lane, so the lane has not sent its end.
-            lane.stop(credit, reason(why).as_bytes());
+            lane.stop(window, reason(why).as_bytes());
         }
     }
 
     #[inline]
     fn route(&self) -> Route<'_> {
         match self.lane.get() {
-            Some((lane, credit)) => Route::Lane(lane, credit),
+            Some((lane, window)) => Route::Lane(lane, window),
             None => Route::Level0(self.connection().outbox()),
         }
     }
@@ -107,8 +107,8 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, credit) => {
-                lane.send(&self.word, credit, data).inspect_err(|why| self.stop_if_peer_gone(*why))
+            Route::Lane(lane, window) => {
+                lane.send(&self.word, window, data).inspect_err(|why| self.stop_if_peer_gone(*why))
             }
             Route::Level0(outbox) => {
                 self.check(data)?;
@@ -131,8 +131,8 @@ impl Sender {
         if lengths.is_empty() {
             return Ok(0);
         }
-        if let Route::Lane(lane, credit) = self.route() {
-            return lane.send_many(&self.word, credit, data, lengths).inspect_err(|why| self.stop_if_peer_gone(*why));
+        if let Route::Lane(lane, window) = self.route() {
+            return lane.send_many(&self.word, window, data, lengths).inspect_err(|why| self.stop_if_peer_gone(*why));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -153,8 +153,8 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, credit) => {
-                lane.send_wait(&self.word, credit, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why))
+            Route::Lane(lane, window) => {
+                lane.send_wait(&self.word, window, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why))
             }
             Route::Level0(outbox) => {
                 self.check(data)?;
@@ -200,7 +200,7 @@ impl Sender {
     #[must_use]
     pub fn send_count(&self) -> u64 {
         match self.route() {
-            Route::Lane(_, credit) => credit.sent(),
+            Route::Lane(_, window) => window.sent(),
             Route::Level0(_) => self.sent.load(Ordering::Relaxed),
         }
     }
@@ -282,8 +282,8 @@ impl Sender {
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
         match self.route() {
-            Route::Lane(lane, credit) => {
-                lane.finish(&self.word, Status::Closed, credit, error)
+            Route::Lane(lane, window) => {
+                lane.finish(&self.word, Status::Closed, window, error)
                     .inspect_err(|why| self.stop_if_peer_gone(*why))?;
             }
             Route::Level0(outbox) => outbox.finish(&self.word, Status::Closed, || match error {
@@ -363,7 +363,7 @@ impl Stoppable for Sender {
         let text = reason(why).as_bytes();
         // Both also wake a thread that is blocked in `send_wait`.
         match self.route() {
-            Route::Lane(lane, credit) => lane.stop(credit, text),
+            Route::Lane(lane, window) => lane.stop(window, text),
             Route::Level0(outbox) => outbox.push(self.error_message(text).into()),
         }
         self.leave_service();
@@ -392,23 +392,23 @@ impl StreamObserver for Sender {
         self.stop(why);
     }
 
-    fn room(&self) {
+    fn writable(&self) {
         BlockedSender::writable(self);
     }
 
-    fn peer_gone(&self, knew: bool) {
-        if !knew {
-            self.unheard();
+    fn peer_gone(&self, accept_acked: bool) {
+        if !accept_acked {
+            self.accept_undelivered();
         }
         self.stop(Status::PeerGone);
     }
 
-    fn unheard(&self) {
+    fn accept_undelivered(&self) {
         // If the gateway is there after all, it waits for an answer.
         self.connection().outbox().push(self.error_message(LOST.as_bytes()).into());
     }
 
-    fn ended_here(&self, why: Status) {
+    fn closed_here(&self, why: Status) {
         self.stop(why);
     }
 }

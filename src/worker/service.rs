@@ -198,7 +198,7 @@ impl Service {
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
             let observer: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
             match lanes.open(&offer, &observer) {
-                Ok(Some((lane, credit))) => sender.use_lane(lane, credit),
+                Ok(Some((lane, window))) => sender.use_lane(lane, window),
                 Ok(None) => {}
                 // The offer is of another version, or malformed. Level 0 always works.
                 Err(error) => connection.log(error.status, || format!("a request is answered on level 0: {error}")),

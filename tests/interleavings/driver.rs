@@ -72,13 +72,13 @@ impl StreamObserver for Probe {
     fn cancelled(&self, _why: Status) {
         self.cancelled.fetch_add(1, Ordering::SeqCst);
     }
-    fn room(&self) {
+    fn writable(&self) {
         self.room.fetch_add(1, Ordering::SeqCst);
     }
-    fn peer_gone(&self, _knew: bool) {
+    fn peer_gone(&self, _accept_acked: bool) {
         self.gone.fetch_add(1, Ordering::SeqCst);
     }
-    fn ended_here(&self, _why: Status) {
+    fn closed_here(&self, _why: Status) {
         panic!("nobody ends it here");
     }
 }
@@ -86,7 +86,7 @@ impl StreamObserver for Probe {
 struct World {
     worker: Arc<Lane>,
     gateway: Arc<Lane>,
-    credit: Arc<Credit>,
+    window: Arc<SendWindow>,
     sender: Arc<Probe>,
     stream: Arc<Probe>,
     over: Arc<AtomicBool>,
@@ -98,16 +98,16 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
     let mut now = Instant::now();
     loop {
         now = now.max(Instant::now());
-        let mut tells = Vec::new();
+        let mut events = Vec::new();
         let message = {
             let mut state = from.state.lock();
-            state.poll(now, &mut tells).or_else(|| {
+            state.poll(now, &mut events).or_else(|| {
                 let soon = state.deadline().filter(|at| *at < now + Duration::from_millis(100))?;
                 now = now.max(soon);
-                state.poll(now, &mut tells)
+                state.poll(now, &mut events)
             })
         };
-        from.tell(tells, &Bytes::new(), &readers);
+        from.deliver(events, &Bytes::new(), &readers);
         match message {
             Some(message) => {
                 let accept = |_, _| Some((Arc::clone(&stream) as Arc<dyn StreamObserver>, window));
@@ -123,20 +123,19 @@ async fn carry(from: Arc<Lane>, to: Arc<Lane>, stream: Arc<Probe>, over: Arc<Ato
 impl World {
     /// A world in which no task connects the ends.
     fn apart(window: u32) -> World {
-        let patience = PeerTimeouts {
-            heartbeat: Duration::from_secs(3600),
-            grace: Duration::from_secs(3600),
+        let timeouts = PeerTimeouts {
+            heartbeat_interval: Duration::from_secs(3600),
+            local_grace: Duration::from_secs(3600),
             remote_grace: Duration::from_secs(3600),
-            reconnect: Duration::from_secs(3600),
+            peer_reconnect: Duration::from_secs(3600),
         };
-        let lane =
-            |own: &str, peer: &str, serves| Lane::new(own.into(), peer.into(), serves, 1 << 20, patience, 1 << 20);
-        let (worker, gateway) = (lane("w", "g", true), lane("g", "w", false));
-        worker.state.lock().begin(1);
-        gateway.state.lock().begin(1);
+        let lane = |own: &str, peer: &str, role| Lane::new(own.into(), peer.into(), role, 1 << 20, timeouts, 1 << 20);
+        let (worker, gateway) = (lane("w", "g", Role::Worker), lane("g", "w", Role::Gateway));
+        worker.state.lock().connected(1);
+        gateway.state.lock().connected(1);
         let (sender, stream) = (Probe::new(), Probe::new());
-        let credit = worker.open(7, window, Arc::clone(&sender) as _).unwrap();
-        World { worker, gateway, credit, sender, stream, over: Arc::default() }
+        let window = worker.open(7, window, Arc::clone(&sender) as _).unwrap();
+        World { worker, gateway, window, sender, stream, over: Arc::default() }
     }
 
     fn new(window: u32) -> World {
@@ -152,7 +151,7 @@ impl World {
         let own = World {
             worker: Arc::clone(&self.worker),
             gateway: Arc::clone(&self.gateway),
-            credit: Arc::clone(&self.credit),
+            window: Arc::clone(&self.window),
             sender: Arc::clone(&self.sender),
             stream: Arc::clone(&self.stream),
             over: Arc::clone(&self.over),
@@ -161,7 +160,7 @@ impl World {
     }
 
     fn send(&self, letters: &[&str]) -> String {
-        let send = |letter: &&&str| self.worker.send(&self.sender.word, &self.credit, letter.as_bytes()).is_ok();
+        let send = |letter: &&&str| self.worker.send(&self.sender.word, &self.window, letter.as_bytes()).is_ok();
         letters.iter().filter(send).copied().collect()
     }
 
@@ -183,11 +182,11 @@ fn nothing_follows_the_end() {
         let world = World::new(1 << 16);
         let sender = world.spawn(|world| world.send(&["a", "b"]));
         let ender =
-            world.spawn(|world| world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).is_ok());
+            world.spawn(|world| world.worker.finish(&world.sender.word, Status::Closed, &world.window, None).is_ok());
         let stopped = world.try_stop();
         let late = world.send(&["c"]);
         if stopped {
-            world.worker.stop(&world.credit, b"stopped");
+            world.worker.stop(&world.window, b"stopped");
         }
         assert_eq!(late, "", "sent after the stop was seen");
         let read = world.stream.read();
@@ -206,19 +205,19 @@ fn blocked_send_returns() {
             let world = if case == 0 { World::new(1) } else { World::apart(1) };
             assert_eq!(world.send(&["a"]), "a");
             let waiters: Vec<_> = (0..2)
-                .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.credit, b"b", None)))
+                .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.window, b"b", None)))
                 .collect();
             if case == 0 {
                 // The reader takes one event at a time.
                 let mut all = String::new();
                 while all.len() < 3 {
                     world.stream.queue.wait(1, None, |event| all += str::from_utf8(event.data).unwrap()).unwrap();
-                    world.gateway.grant(1, 65);
+                    world.gateway.return_credit(1, 65);
                 }
                 assert_eq!(all, "abb");
             } else {
                 assert!(world.try_stop());
-                world.worker.stop(&world.credit, b"stopped");
+                world.worker.stop(&world.window, b"stopped");
             }
             for waiter in waiters {
                 let sent = waiter.join().unwrap();
@@ -237,7 +236,7 @@ fn refused_sender_is_notified() {
         assert_eq!(world.send(&["a"]), "a");
         let reader = world.spawn(|world| {
             world.stream.queue.wait(1, None, |_| ()).unwrap();
-            world.gateway.grant(1, 65);
+            world.gateway.return_credit(1, 65);
         });
         let mut heard = 0;
         while world.send(&["b"]).is_empty() {
@@ -261,7 +260,7 @@ fn cancel_races_an_end() {
         let world = World::new(1 << 16);
         let ender = world.spawn(|world| {
             world.send(&["a"]);
-            world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None).unwrap();
+            world.worker.finish(&world.sender.word, Status::Closed, &world.window, None).unwrap();
         });
         // It is stream 1, the first of the lane.
         world.gateway.cancel(1, Status::Cancelled);
@@ -280,11 +279,11 @@ fn lane_end_races_a_stream_end() {
     search(|| {
         let world = World::apart(1 << 16);
         let sender = world.spawn(|world| {
-            let sent = world.worker.send(&world.sender.word, &world.credit, b"a");
-            let ended = world.worker.finish(&world.sender.word, Status::Closed, &world.credit, None);
+            let sent = world.worker.send(&world.sender.word, &world.window, b"a");
+            let ended = world.worker.finish(&world.sender.word, Status::Closed, &world.window, None);
             (sent, ended)
         });
-        world.worker.end(&Wakeups::default());
+        world.worker.close(&Wakeups::default());
         let (sent, ended) = sender.join().unwrap();
         assert!(
             matches!((sent, ended), (Ok(()), _) | (Err(Status::PeerGone), Err(Status::PeerGone))),

@@ -1,8 +1,9 @@
-//! What happens in a simulation: a setup and steps, made from a seed.
+//! A schedule: the settings and steps of a simulation, made from a seed.
 
+use crate::lane::state::Role;
 use std::fmt;
 
-/// Numbers that look random (splitmix64).
+/// Pseudo-random numbers (splitmix64).
 pub(super) struct Random(u64);
 
 impl Random {
@@ -29,7 +30,7 @@ impl Random {
     }
 }
 
-/// A number that looks random, always the same for the same.
+/// A hash of a number.
 pub(super) fn mix(number: u64) -> u64 {
     let number = (number ^ (number >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let number = (number ^ (number >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -45,20 +46,27 @@ pub(super) enum Side {
 
 impl Side {
     pub(super) const BOTH: [Side; 2] = [Side::Worker, Side::Gateway];
+
+    pub(super) fn role(self) -> Role {
+        match self {
+            Side::Worker => Role::Worker,
+            Side::Gateway => Role::Gateway,
+        }
+    }
 }
 
-/// What the network does to messages.
+/// How the network treats messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Weather {
-    /// How many of a hundred are lost.
+    /// How many percent of the messages are lost.
     pub(super) drop: u64,
-    /// How many of a hundred come twice.
+    /// How many percent arrive twice.
     pub(super) double: u64,
-    /// Whether they may overtake each other.
+    /// Whether messages may overtake each other.
     pub(super) reorder: bool,
-    /// How long they take at most, to the server and from there, in microseconds.
+    /// The longest delay to the server, and from there, in microseconds.
     pub(super) delay: u64,
-    /// How many bytes pass each of the four ways in a second; 0: any number.
+    /// Bytes per second in each of the four directions; 0: unlimited.
     pub(super) rate: u64,
 }
 
@@ -69,11 +77,11 @@ impl Weather {
 /// How a stream is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reader {
-    /// All at once.
+    /// Each message at once.
     Eager,
-    /// A message each so many milliseconds.
+    /// One message each so many milliseconds.
     Every(u64),
-    /// Not at all, for now.
+    /// Nothing, for now.
     Stopped,
 }
 
@@ -81,60 +89,60 @@ pub(super) enum Reader {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Spec {
     pub(super) window: u32,
-    /// How large its messages are, or at most.
+    /// The size of its messages, or their largest size.
     pub(super) size: usize,
     pub(super) is_varied: bool,
     pub(super) reader: Reader,
-    /// Room is given in two parts.
+    /// Credit is returned in two parts.
     pub(super) in_parts: bool,
-    /// Two workers take the request.
+    /// Two workers receive the request.
     pub(super) twice: bool,
 }
 
-/// What does not change while a simulation runs.
+/// The settings of a simulation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Setup {
-    /// Decides on the luck of each message.
+    /// The seed for the fate of each message.
     pub(super) luck: u64,
     pub(super) heartbeat_ms: u64,
     pub(super) grace_ms: u64,
     pub(super) remote_grace_ms: u64,
-    /// Both processes are on the same server; else a route connects their servers.
+    /// Both processes are on the same server; otherwise a route connects their servers.
     pub(super) is_one_server: bool,
     pub(super) reconnect_ms: u64,
-    /// How much may wait on a lane.
+    /// How many bytes of a lane may be unacknowledged.
     pub(super) limit: usize,
     pub(super) max_payload: usize,
-    /// How late, in microseconds, tasks and threads may do what they are called for.
+    /// How late tasks and threads may run after they were woken, in microseconds.
     pub(super) lag: u64,
-    /// Senders wait in `send_wait`, and not for the event of room.
+    /// Blocked senders wait in `send_wait`, and not for `Writable`.
     pub(super) waits: bool,
     /// Senders send many messages at once.
     pub(super) many: bool,
-    /// Readers that stand still do so until all other streams have ended.
+    /// Readers that are stopped stay so until all other streams have ended.
     pub(super) blocked: bool,
 }
 
 impl Setup {
-    /// Which server a process is on, as the header has it.
+    /// The server of a process, as the header has it.
     pub(super) fn server(&self, side: Side) -> u32 {
         if self.is_one_server || side == Side::Worker { 1 } else { 2 }
     }
 }
 
-/// One thing that happens. Numbers of streams are taken modulo how many there are.
+/// One step. A stream's number is taken modulo the number of streams.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Step {
     /// So many microseconds pass.
     Wait(u64),
     Weather(Weather),
     Request(Spec),
-    /// The worker has so many messages more to send.
+    /// The worker gets so many more messages to send.
     Send {
         stream: usize,
         count: u32,
     },
-    /// The worker ends the stream; `now`: without what still waits for room.
+    /// The worker ends the stream; `now`: without the messages that are blocked.
     Finish {
         stream: usize,
         error: bool,
@@ -150,24 +158,24 @@ pub(super) enum Step {
     /// The connection to nats-server is lost.
     Cut(Side),
     Link(Side),
-    /// It is lost and back before anybody notices.
+    /// It is lost and made again before any driver notices.
     Blink(Side),
     /// nats-server restarts.
     CutBoth,
     LinkBoth,
-    /// The route between the servers is there, or not.
+    /// The route between the servers is made (`true`) or breaks.
     Route(bool),
     /// The process, or its machine, stands still for so many milliseconds.
     Suspend(Side, u64),
-    /// The process is killed, and another one begins.
+    /// The process is killed, and started again.
     Restart(Side),
-    /// One of the process's lanes is ended there.
+    /// The process closes one of its lanes.
     End(Side),
-    /// All has to be acknowledged at once: a connection closes.
-    Ask(Side),
+    /// The process requests acknowledgement of everything, as before a close.
+    RequestAck(Side),
 }
 
-/// All that happens.
+/// A whole simulation.
 #[derive(Clone, Debug)]
 pub(super) struct Schedule {
     pub(super) setup: Setup,
@@ -191,13 +199,13 @@ impl Schedule {
             many: random.chance(30),
             blocked: random.chance(30),
         };
-        // Not every kind of trouble each time: two of them together are seen best without a third.
-        let troubles: Vec<u64> = (0..TROUBLES).filter(|_| random.chance(30)).collect();
+        // Only some kinds of faults each time: a combination of two shows best without a third.
+        let faults: Vec<u64> = (0..FAULTS).filter(|_| random.chance(30)).collect();
         let count = random.pick(&[6, 12, 24, 48]) + random.below(8);
         let mut steps = vec![Step::Request(spec(&mut random))];
         for _ in 0..count {
-            let trouble = if troubles.is_empty() || random.chance(60) { TROUBLES } else { random.pick(&troubles) };
-            steps.push(step(&mut random, &setup, trouble));
+            let fault = if faults.is_empty() || random.chance(60) { FAULTS } else { random.pick(&faults) };
+            steps.push(step(&mut random, &setup, fault));
             if random.chance(50) {
                 steps.push(Step::Wait(wait(&mut random, &setup)));
             }
@@ -206,13 +214,13 @@ impl Schedule {
     }
 }
 
-/// How many kinds of trouble there are.
-const TROUBLES: u64 = 10;
+/// How many kinds of faults there are.
+const FAULTS: u64 = 10;
 
-fn step(random: &mut Random, setup: &Setup, trouble: u64) -> Step {
+fn step(random: &mut Random, setup: &Setup, fault: u64) -> Step {
     let stream = random.below(16) as usize;
     let side = random.pick(&Side::BOTH);
-    match trouble {
+    match fault {
         0 => Step::Weather(weather(random)),
         1 => random.pick(&[Step::Cut(side), Step::Link(side), Step::Link(side)]),
         2 => Step::Blink(side),
@@ -228,7 +236,7 @@ fn step(random: &mut Random, setup: &Setup, trouble: u64) -> Step {
             5..=14 => Step::Send { stream, count: random.pick(&[1, 1, 2, 5, 20]) },
             15..=17 => Step::Finish { stream, error: random.chance(30), now: random.chance(30) },
             18 => Step::Read { stream, reader: Reader::Eager },
-            _ => Step::Ask(side),
+            _ => Step::RequestAck(side),
         },
     }
 }

@@ -1,6 +1,7 @@
-//! Two processes with their lanes, nats-server between them, and what must always hold.
+//! Two processes with their lanes, nats-server between them, and the promises that must always hold.
 //!
-//! It follows `driver.rs` and `lanes.rs`: when a lane is polled, what wakes its driver, how ends are found and disowned.
+//! It follows `driver.rs` and `lanes.rs`: when a lane is polled, what wakes its driver, how ends are found and
+//! rejected.
 
 mod ends;
 mod healing;
@@ -10,8 +11,10 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
-use crate::lane::state::{Credit, Grant, LaneEvent, OVERHEAD, PeerTimeouts, Refusal, State};
-use crate::lane::{lanes, path};
+use crate::lane::liveness::PeerTimeouts;
+use crate::lane::path;
+use crate::lane::state::{LaneEvent, SendError, State, unknown_lane_reply};
+use crate::lane::streams::{CreditToReturn, OVERHEAD, SendWindow};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
 use bytes::Bytes;
@@ -27,22 +30,22 @@ type Time = u64;
 
 const MILLI: Time = 1000;
 const SECOND: Time = 1_000_000;
-/// As `state.rs` has them.
+/// As `liveness.rs` and `acks.rs` have them.
 const LATE: Time = 250 * MILLI;
 const ACK_DELAY: Time = 25 * MILLI;
-/// What no honest schedule needs: more is a storm of messages.
+/// More events than any schedule needs.
 const MAX_EVENTS: u32 = 100_000;
 const ERROR_TEXT: &[u8] = b"the worker failed";
 
 /// A promise that was not kept.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    /// Which; a shrunk schedule must break the same.
+    /// Its name; a shrunk schedule must break the same promise.
     pub(super) promise: &'static str,
     pub(super) text: String,
 }
 
-/// What was seen, to know that the simulation reaches it.
+/// Counts of what happened, to know that the simulation reaches it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Seen {
     pub(super) events: u64,
@@ -55,7 +58,7 @@ pub(super) struct Seen {
     pub(super) lanes_gone: u64,
     pub(super) refused: u64,
     pub(super) sent_again: u64,
-    pub(super) nobody_there: u64,
+    pub(super) no_responders: u64,
 }
 
 impl AddAssign for Seen {
@@ -70,7 +73,7 @@ impl AddAssign for Seen {
         self.lanes_gone += other.lanes_gone;
         self.refused += other.refused;
         self.sent_again += other.sent_again;
-        self.nobody_there += other.nobody_there;
+        self.no_responders += other.no_responders;
     }
 }
 
@@ -101,13 +104,13 @@ struct Process {
     suspended_at: Time,
     suspended_until: Option<Time>,
     resumed_at: Time,
-    /// What came while it stood still.
+    /// Messages that came while it stood still.
     socket: VecDeque<Packet>,
     /// Requests that were not accepted yet: the stream of each key.
     asked: HashMap<u64, usize>,
     lanes: u32,
-    disowned: u64,
-    /// Until when what was sent before is on its way, to the server and from there; and is being sent.
+    rejected: u64,
+    /// When the last message arrives, to the server and from there; and until when the ways are busy.
     up_at: Time,
     down_at: Time,
     up_busy: Time,
@@ -127,7 +130,7 @@ impl Process {
             socket: VecDeque::new(),
             asked: HashMap::new(),
             lanes: 0,
-            disowned: 0,
+            rejected: 0,
             up_at: 0,
             down_at: 0,
             up_busy: 0,
@@ -143,68 +146,68 @@ enum Way {
     Down,
 }
 
-/// What the task of a lane does.
+/// The state of a lane's task.
 enum Driver {
-    /// It begins then.
+    /// It starts then.
     New(Time),
     /// It polls then: it was woken, or writes until then.
     Ready(Time),
     /// It sleeps until then, or until it is woken.
     Asleep(Option<Time>),
-    /// It writes to a connection that is lost.
+    /// It waits for a connection that is lost.
     Stuck,
 }
 
-/// One end of a lane. Senders and streams are told apart by their numbers in the world.
+/// One end of a lane. Its owners are the numbers of senders or streams.
 struct Lane {
     own: Address,
     peer: Address,
     state: State<usize>,
     driver: Driver,
-    /// A worker's: which of the gateway's ends it has heard.
+    /// At the worker: the gateway's end that it has heard.
     heard: Option<Address>,
-    /// The connection that the driver knows of.
+    /// The connection that the driver uses.
     seen: Option<Link>,
     /// How many streams were opened on it.
     opened: u32,
-    /// How many messages it sent, repeats included.
+    /// How many messages it sent, including repeated ones.
     published: u64,
-    /// The frames of each message that had some, as a number and a size.
+    /// A hash and the size of the frames of each message with frames.
     sent: Vec<(u64, usize)>,
     /// The number of the last message with frames.
     sent_last: u64,
-    /// The other end gave reason to send again, and asked for it: with a GAP behind this number.
+    /// The peer has shown a loss: messages may be sent again, and must be.
     may_repeat: bool,
     must_repeat: bool,
-    /// PINGs that it sent: their numbers, what their answers must acknowledge, and whether these count.
+    /// PINGs without an answer: number, the last message before it, and whether the answer can show a loss.
     asked: Vec<(u32, u64, bool)>,
-    /// Where the other end is, as it has said.
+    /// The peer's server, as its messages say.
     peer_server: u32,
-    /// One of them was answered on this connection.
+    /// A PING was answered on this connection.
     knows_trip: bool,
-    gap_heard: Option<u64>,
-    gap_told: Option<u64>,
-    gaps_told: u32,
-    /// The last number that it has taken, in order; whether it saw a gap behind, and until when it must acknowledge.
+    gap_followed: Option<u64>,
+    gap_reported: Option<u64>,
+    gap_reports: u32,
+    /// The last message that it has taken; the gap that it has seen and must report; until when it must acknowledge.
     taken: u64,
     gap_seen: Option<u64>,
-    must_tell: bool,
+    must_report_gap: bool,
     must_answer_by: Option<Time>,
-    /// It has sent a RESET, or got one.
+    /// It has sent or received a RESET.
     is_reset: bool,
     acked: u64,
-    /// The numbers of messages that came, from the first missing on.
+    /// The numbers of messages that came after the first missing one.
     came: BTreeSet<u64>,
     came_all: u64,
-    /// When the other end was heard, or the lane began.
+    /// When the last message came, or the lane began.
     heard_at: Time,
     /// How often its own process had stood still by then.
     suspensions: u32,
     linked_at: Time,
-    /// It was linked again, and has not heard of the other end since.
+    /// It has reconnected, and no message has come since.
     is_relinked: bool,
     suspect_since: Option<Time>,
-    is_held: bool,
+    is_probing: bool,
     busy_since: Option<Time>,
 }
 
@@ -213,19 +216,19 @@ struct Sender {
     stream: usize,
     lane: Address,
     number: u32,
-    credit: Arc<Credit>,
+    window: Arc<SendWindow>,
     /// How many messages are to be sent.
     pending: u32,
     sent: u32,
-    wants_room: bool,
-    /// To be finished when nothing is pending: with an error?
+    is_blocked: bool,
+    /// It is to end when nothing is pending; `true`: with an error.
     finish: Option<bool>,
     finished: Option<bool>,
     /// The gateway has its ACCEPT.
     is_known: bool,
-    /// Its lane has told that the gateway may never have heard of it.
-    is_unheard: bool,
-    /// Its lane will tell no more of it.
+    /// `AcceptUndelivered` was reported.
+    accept_undelivered: bool,
+    /// Its lane reports no more events of it.
     is_done: bool,
     /// Its owner knows that it has ended.
     is_closed: bool,
@@ -240,11 +243,11 @@ struct Stream {
     /// Where it was accepted, and by which sender.
     on: Option<(Address, u32, usize)>,
     got: u32,
-    /// What the reader has not taken: each message's weight.
+    /// The weights of the messages that were not read.
     unread: VecDeque<u64>,
     reader: Reader,
     will_read: bool,
-    grant: Grant,
+    credit: CreditToReturn,
     cancelled: Option<u8>,
     is_done: bool,
     is_closed: bool,
@@ -255,7 +258,7 @@ struct Stream {
 enum Cargo {
     Lane(Bytes),
     /// nats-server's 503.
-    Nobody,
+    NoResponders,
     Request(usize),
 }
 
@@ -267,14 +270,14 @@ struct Packet {
     luck: u64,
 }
 
-/// What an owner does after a lane told it something.
+/// What an owner does after an event.
 #[derive(Clone, Copy)]
 enum Reaction {
     Read(usize),
-    Room(usize),
+    Writable(usize),
     SenderOver(usize),
     StreamOver(usize),
-    /// Those who wait for room look again.
+    /// Threads in `send_wait` try again.
     Retry(Address),
 }
 
@@ -284,7 +287,7 @@ enum Event {
     Notice(Side),
     Resume(Side),
     React(Side, u32, Reaction),
-    /// A slow reader takes one.
+    /// A slow reader reads one message.
     TakeOne(usize),
 }
 
@@ -325,19 +328,19 @@ pub(super) struct World {
     count: u32,
     weather: Weather,
     max_delay: Time,
-    has_lost: bool,
-    /// Messages may have been lost, or come in another order.
-    has_trouble: bool,
+    has_lost_messages: bool,
+    /// Messages may have been lost or reordered.
+    has_disorder: bool,
     /// The servers of the two processes are connected.
     is_route_up: bool,
-    /// For how long a process stood still at most.
+    /// The longest time that a process stood still.
     max_pause: Time,
     has_restarted: bool,
-    /// When something last happened that may be taken for a death.
+    /// When something last happened that may look like a peer's death.
     disturbed_at: Time,
     processes: [Process; 2],
     lanes: Vec<Lane>,
-    /// Lanes that are over: by the worker's address, and where.
+    /// Lanes that are closed: at which end, by the worker's address.
     over: HashSet<(Side, u32, Address)>,
     streams: Vec<Stream>,
     senders: Vec<Sender>,
@@ -347,13 +350,13 @@ pub(super) struct World {
     trace: Option<Vec<String>>,
 }
 
-/// Runs a schedule: what was seen, or the promise that was broken; and, if `traced`, what happened.
+/// Runs a schedule. Returns what was seen, or the broken promise; and, if `traced`, the trace.
 pub(super) fn run(schedule: &Schedule, traced: bool) -> (Result<Seen, Failure>, Vec<String>) {
     let mut world = World::new(schedule.setup, traced);
     for step in &schedule.steps {
         world.note(|| format!("-- {step:?}"));
         world.step(*step);
-        world.check_patience();
+        world.check_dead_peers();
         if world.failure.is_some() {
             break;
         }
@@ -377,8 +380,8 @@ impl World {
             count: 0,
             weather: Weather::CALM,
             max_delay: Weather::CALM.delay,
-            has_lost: false,
-            has_trouble: false,
+            has_lost_messages: false,
+            has_disorder: false,
             is_route_up: true,
             max_pause: 0,
             has_restarted: false,
@@ -422,7 +425,7 @@ impl World {
         self.setup.heartbeat_ms * MILLI
     }
 
-    /// How long this end waits for a suspect: for one that is, or may be, on the same server less than for another.
+    /// The grace of this end's peer: shorter if the peer is on the same server.
     fn grace(&self, lane: &Lane) -> Time {
         let is_near = lane.peer_server == self.setup.server(lane.own.side);
         MILLI * if is_near { self.setup.grace_ms } else { self.setup.remote_grace_ms }
@@ -432,7 +435,7 @@ impl World {
         MILLI * self.setup.grace_ms.max(self.setup.remote_grace_ms)
     }
 
-    /// An end that has measured the round trip takes no silence for death that is shorter than this at most.
+    /// No end that has measured the round trip gives up a peer after less silence than this.
     fn max_silence(&self) -> Time {
         // A smoothed round trip and four deviations, twice.
         let trip = 4 * self.max_delay + 2 * self.max_pause + 4 * self.setup.lag;
@@ -454,7 +457,7 @@ impl World {
 
     // Time ------------------------------------------------------------------------------------------------------------
 
-    /// Has time pass until then, or until `done`.
+    /// Lets time pass until then, or until `done`.
     fn run_until(&mut self, until: Time, done: impl Fn(&World) -> bool) {
         while self.failure.is_none() && !done(self) {
             let event_at = self.events.peek().map(|Reverse(entry)| entry.0);
@@ -464,7 +467,7 @@ impl World {
             self.now = self.now.max(at);
             self.count += 1;
             if self.count > MAX_EVENTS {
-                return self.fail("no storms", format!("{MAX_EVENTS} events"));
+                return self.fail("the number of messages is bounded", format!("{MAX_EVENTS} events"));
             }
             match driver {
                 Some((due, index)) if event_at.is_none_or(|event_at| due < event_at) => self.drive(index),
@@ -483,7 +486,7 @@ impl World {
         self.run_until(self.now + time, |_| false);
     }
 
-    /// When the task of a lane does something next.
+    /// When the task of a lane runs next.
     fn due(&self, index: usize) -> Option<Time> {
         let lane = &self.lanes[index];
         match lane.driver {
@@ -509,7 +512,7 @@ impl World {
                 }
             }
             Event::Resume(side) => self.resume(side),
-            // The rest is done by the process: later, when it stands still.
+            // The process does the rest: later, if it stands still.
             Event::Notice(side) => match self.process(side).suspended_until {
                 Some(until) => self.at(until, event),
                 None => self.notice(side),
@@ -544,7 +547,7 @@ fn names(flags: u8) -> String {
     all.into_iter().filter(|(flag, _)| flags & flag != 0).map(|(_, name)| name).collect::<Vec<_>>().join("|")
 }
 
-/// A message, for people.
+/// A message as text.
 fn described(message: &Bytes) -> String {
     let Ok(header) = Header::read(message) else { return format!("{message:?}") };
     let frames = frame::Frames::new(&message[frame::HEADER..]).map(|frame| {

@@ -5,17 +5,17 @@ use super::*;
 impl World {
     pub(super) fn make(&mut self, side: Side, peer: Address) -> usize {
         let (now, lag) = (self.instant(), self.setup.lag);
-        let patience = PeerTimeouts {
-            heartbeat: Duration::from_millis(self.setup.heartbeat_ms),
-            grace: Duration::from_millis(self.setup.grace_ms),
+        let timeouts = PeerTimeouts {
+            heartbeat_interval: Duration::from_millis(self.setup.heartbeat_ms),
+            local_grace: Duration::from_millis(self.setup.grace_ms),
             remote_grace: Duration::from_millis(self.setup.remote_grace_ms),
-            reconnect: Duration::from_millis(self.setup.reconnect_ms),
+            peer_reconnect: Duration::from_millis(self.setup.reconnect_ms),
         };
         let process = self.process(side);
         process.lanes += 1;
         let own = Address { side, generation: process.generation, number: process.lanes };
         self.seen.lanes += 1;
-        let mut state = State::new(side == Side::Worker, self.setup.limit, patience, now);
+        let mut state = State::new(side.role(), self.setup.limit, timeouts, now);
         state.set_max_payload(self.setup.max_payload);
         self.lanes.push(Lane {
             own,
@@ -33,12 +33,12 @@ impl World {
             asked: Vec::new(),
             peer_server: 0,
             knows_trip: false,
-            gap_heard: None,
-            gap_told: None,
-            gaps_told: 0,
+            gap_followed: None,
+            gap_reported: None,
+            gap_reports: 0,
             taken: 0,
             gap_seen: None,
-            must_tell: false,
+            must_report_gap: false,
             must_answer_by: None,
             is_reset: false,
             acked: 0,
@@ -49,24 +49,24 @@ impl World {
             linked_at: self.now,
             is_relinked: false,
             suspect_since: None,
-            is_held: false,
+            is_probing: false,
             busy_since: None,
         });
         self.note(|| format!("{own} begins, with {peer}"));
         self.lanes.len() - 1
     }
 
-    /// The worker accepts a request: as `Lanes::open`.
+    /// The worker accepts a request, as `Lanes::open` does.
     pub(super) fn accept(&mut self, stream: usize) {
         let peer = Address { side: Side::Gateway, generation: self.streams[stream].generation, number: 0 };
-        let open = |lane: &Lane| lane.own.side == Side::Worker && lane.peer == peer && !lane.state.is_over();
+        let open = |lane: &Lane| lane.own.side == Side::Worker && lane.peer == peer && !lane.state.is_closed();
         let index = self.lanes.iter().position(open).unwrap_or_else(|| self.make(Side::Worker, peer));
         let (now, sender) = (self.instant(), self.senders.len());
         let Stream { key, spec, .. } = self.streams[stream];
         let lane = &mut self.lanes[index];
         lane.opened += 1;
         let (own, number) = (lane.own, lane.opened);
-        let Some(credit) = lane.state.open(key, spec.window, sender, now) else {
+        let Some(window) = lane.state.open(key, spec.window, sender, now) else {
             return self.fail("an open lane opens streams", format!("{own} does not"));
         };
         self.note(|| format!("{own} accepts stream {stream} as {number}, sender {sender}"));
@@ -74,14 +74,14 @@ impl World {
             stream,
             lane: own,
             number,
-            credit,
+            window,
             pending: 0,
             sent: 0,
-            wants_room: false,
+            is_blocked: false,
             finish: None,
             finished: None,
             is_known: false,
-            is_unheard: false,
+            accept_undelivered: false,
             is_done: false,
             is_closed: false,
             is_lost: false,
@@ -89,7 +89,7 @@ impl World {
         self.changed(index);
     }
 
-    /// After each call of a lane's state.
+    /// To be called after each call of a lane's state.
     pub(super) fn changed(&mut self, index: usize) {
         let lane = &mut self.lanes[index];
         let must_wake = lane.state.must_wake();
@@ -105,26 +105,26 @@ impl World {
 
     pub(super) fn note_over(&mut self, index: usize) {
         let lane = &self.lanes[index];
-        if lane.state.is_over() {
+        if lane.state.is_closed() {
             let worker = if lane.own.side == Side::Worker { lane.own } else { lane.peer };
             self.over.insert((lane.own.side, lane.own.generation, worker));
         }
     }
 
-    /// What the lane's task does when it runs: as `Lane::drive`.
+    /// The lane's task runs, as `Lane::run` does.
     pub(super) fn drive(&mut self, index: usize) {
         let now = self.instant();
         let lane = &mut self.lanes[index];
         if matches!(lane.driver, Driver::New(_)) {
             lane.seen = self.processes[lane.own.side as usize].link;
             if lane.seen.is_some() {
-                lane.state.begin(self.setup.server(lane.own.side));
+                lane.state.connected(self.setup.server(lane.own.side));
             }
         }
-        let mut tells = Vec::new();
-        let was_over = lane.state.is_over();
-        let message = lane.state.poll(now, &mut tells);
-        let (deadline, is_over, seen) = (lane.state.deadline(), lane.state.is_over(), lane.seen);
+        let mut events = Vec::new();
+        let was_over = lane.state.is_closed();
+        let message = lane.state.poll(now, &mut events);
+        let (deadline, is_over, seen) = (lane.state.deadline(), lane.state.is_closed(), lane.seen);
         let own = lane.own;
         if is_over && !was_over {
             self.check_gone(index);
@@ -146,8 +146,8 @@ impl World {
         if let Driver::Asleep(until) = self.lanes[index].driver {
             self.check_sleep(index, until);
         }
-        if !tells.is_empty() || is_over {
-            self.told(index, tells, &Bytes::new());
+        if !events.is_empty() || is_over {
+            self.deliver(index, events, &Bytes::new());
         }
         match (message, seen) {
             (Some(message), Some(link)) => self.publish(own, message, link),
@@ -165,7 +165,6 @@ impl World {
         let lane = &mut self.lanes[index];
         lane.published += 1;
         let (peer, count) = (lane.peer, lane.published);
-        // A gateway answers to the inbox of its worker, and its own one stands behind.
         let luck = mix(self.setup.luck ^ mix(count ^ u64::from(own.number) << 32 ^ (own.side as u64) << 62));
         self.note(|| format!("{own} -> {peer}: {}", described(&message)));
         self.seen.messages += 1;
@@ -178,17 +177,17 @@ impl World {
         let now = self.instant();
         let (own, peer) = (self.lanes[index].own, self.lanes[index].peer);
         self.note(|| format!("{own} <- {peer}: {}", described(message)));
-        let was_over = self.lanes[index].state.is_over();
+        let was_over = self.lanes[index].state.is_closed();
         if !was_over {
-            self.hear(index, message);
+            self.track_received(index, message);
         }
         let Self { lanes, streams, senders, processes, .. } = self;
         let asked = &mut processes[own.side as usize].asked;
-        let mut nobody = None;
-        let mut tells = Vec::new();
-        let received = lanes[index].state.receive(message, now, &mut tells, |key, number| {
+        let mut unknown = None;
+        let mut events = Vec::new();
+        let received = lanes[index].state.receive(message, now, &mut events, |key, number| {
             let Some(sender) = senders.iter().position(|sender| sender.lane == peer && sender.number == number) else {
-                nobody = Some(number);
+                unknown = Some(number);
                 return None;
             };
             senders[sender].is_known = true;
@@ -197,10 +196,10 @@ impl World {
             streams[stream].on = Some((own, number, sender));
             Some((stream, window))
         });
-        if let Some(number) = nobody {
-            self.fail("what is accepted was opened", format!("{peer} accepts a stream {number}"));
+        if let Some(number) = unknown {
+            self.fail("accepted streams were opened", format!("{peer} accepts a stream {number}"));
         }
-        // An honest worker answers to an earlier end at most, one that is over.
+        // Only a worker's message to an earlier end, which is closed, may be malformed.
         if received.is_err() {
             self.has_restarted = true;
             if !self.over.contains(&(Side::Gateway, own.generation, peer)) {
@@ -208,38 +207,38 @@ impl World {
             }
         }
         self.changed(index);
-        self.told(index, tells, message);
+        self.deliver(index, events, message);
         self.check_memory(index);
     }
 
     pub(super) fn end(&mut self, index: usize) {
         self.has_restarted = true;
-        let mut tells = Vec::new();
-        self.lanes[index].state.end(&mut tells);
+        let mut events = Vec::new();
+        self.lanes[index].state.close(&mut events);
         self.changed(index);
-        self.told(index, tells, &Bytes::new());
+        self.deliver(index, events, &Bytes::new());
     }
 
-    pub(super) fn nobody_there(&mut self, index: usize) {
+    pub(super) fn no_responders(&mut self, index: usize) {
         let now = self.instant();
         let lane = &mut self.lanes[index];
-        let (own, was_over) = (lane.own, lane.state.is_over());
-        self.seen.nobody_there += 1;
+        let (own, was_over) = (lane.own, lane.state.is_closed());
+        self.seen.no_responders += 1;
         if lane.seen.is_some() && !was_over && lane.suspect_since.is_none() {
             lane.suspect_since = Some(self.now);
-            if !lane.is_held {
+            if !lane.is_probing {
                 lane.asked.iter_mut().for_each(|(_, _, counts)| *counts = false);
             }
-            lane.is_held = true;
+            lane.is_probing = true;
         }
-        let mut tells = Vec::new();
-        lane.state.nobody_there(now, &mut tells);
-        let is_over = lane.state.is_over();
-        self.note(|| format!("{own}: nobody there"));
+        let mut events = Vec::new();
+        lane.state.no_responders(now, &mut events);
+        let is_over = lane.state.is_closed();
+        self.note(|| format!("{own}: no responders"));
         if is_over && !was_over {
             self.check_gone(index);
         }
         self.changed(index);
-        self.told(index, tells, &Bytes::new());
+        self.deliver(index, events, &Bytes::new());
     }
 }

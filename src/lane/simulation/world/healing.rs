@@ -1,11 +1,11 @@
-//! All is well again: then all streams end, all lanes drain, and it is quiet.
+//! All faults are repaired: then all streams must end, all lanes must drain, and only heartbeats may be sent.
 
 use super::*;
 
 impl World {
-    /// All is well again: all streams end, all lanes drain, and then it is quiet.
+    /// Repairs all faults, and checks that everything ends.
     pub(super) fn heal(&mut self) {
-        self.note(|| "-- all is well again".into());
+        self.note(|| "-- all faults are repaired".into());
         let resumes = self.processes.iter().filter_map(|process| process.suspended_until).max();
         if let Some(until) = resumes {
             self.run_until(until, |_| false);
@@ -26,23 +26,23 @@ impl World {
                 self.read(number, false);
             }
         }
-        // Requests that are still on their way come to senders that end at once.
-        let patience = self.patience();
+        // Requests that are still on their way get senders that end at once.
+        let settling_time = self.settling_time();
         self.finish_late_ones();
-        let until = self.now + patience;
+        let until = self.now + settling_time;
         self.run_until(until, |world| world.is_settled(is_blocked));
-        self.check_settled(is_blocked, "streams end, whoever else is slow");
+        self.check_settled(is_blocked, "streams end even if other readers are slow");
         for number in 0..self.streams.len() {
             self.streams[number].reader = Reader::Eager;
             self.read(number, false);
         }
-        let until = self.now + patience;
+        let until = self.now + settling_time;
         self.run_until(until, |world| world.is_settled(|_| false));
         self.check_settled(|_| false, "all streams end");
-        // Those that nobody accepts.
+        // Requests that no worker accepts.
         (0..self.streams.len()).for_each(|stream| self.cancel(stream));
-        Side::BOTH.into_iter().for_each(|side| self.ask(side));
-        let until = self.now + patience;
+        Side::BOTH.into_iter().for_each(|side| self.request_ack(side));
+        let until = self.now + settling_time;
         self.run_until(until, |world| world.lanes.iter().all(|lane| lane.state.is_drained()));
         let full = self.lanes.iter().find(|lane| !lane.state.is_drained() || lane.state.backlog() > 0);
         if let Some(lane) = full
@@ -51,7 +51,7 @@ impl World {
             let text = format!("{}: {} bytes wait", lane.own, lane.state.backlog());
             return self.fail("lanes drain", text);
         }
-        self.pass(patience);
+        self.pass(settling_time);
         let (published, lanes) = (self.seen.messages, self.lanes.len() as u64);
         self.pass(24 * self.heartbeat());
         let published = self.seen.messages - published;
@@ -60,8 +60,8 @@ impl World {
         }
     }
 
-    /// How long it may take until all is as it should be.
-    pub(super) fn patience(&self) -> Time {
+    /// How long it may take until all streams have ended.
+    pub(super) fn settling_time(&self) -> Time {
         let pending = self.senders.iter().map(|sender| u64::from(sender.pending) + 2).sum::<u64>();
         let judges = self.has_restarted || self.seen.lanes_gone > 0;
         let longest = self.max_grace().max(self.reconnect()).max(self.max_silence());

@@ -1,4 +1,4 @@
-//! nats-server and the ways there and back; and how a process finds the lane that a message is for, as in `lanes.rs`.
+//! nats-server and the ways to it and from it; and how a process finds the lane of a message, as in `lanes.rs`.
 
 use super::*;
 
@@ -23,7 +23,7 @@ impl World {
         let from = &self.processes[packet.from.side as usize];
         let is_from_there = from.generation == packet.from.generation && from.link == Some(link);
         if !is_from_there && random.chance(50) {
-            // The connection was lost before it was out.
+            // The connection was lost before the message was out.
             return;
         }
         let to = &self.processes[packet.to.side as usize];
@@ -37,7 +37,7 @@ impl World {
                 if random.chance(self.weather.drop) {
                     return self.note(|| format!("503 to {} is lost", packet.from));
                 }
-                (Packet { from: packet.to, to: packet.from, cargo: Cargo::Nobody, luck: 0 }, link)
+                (Packet { from: packet.to, to: packet.from, cargo: Cargo::NoResponders, luck: 0 }, link)
             }
             _ => return self.note(|| format!("{} is not there", packet.to)),
         };
@@ -46,7 +46,7 @@ impl World {
         self.at(at, Event::AtEnd(packet, link));
     }
 
-    /// When a message that takes this way now is at its end: it waits for those before it.
+    /// When a message that is sent now arrives: after those before it.
     fn way(&mut self, side: Side, way: Way, delay: Time, cargo: &Cargo) -> Time {
         let (now, weather) = (self.now, self.weather);
         let size = if let Cargo::Lane(message) = cargo { message.len() as u64 + 100 } else { 100 };
@@ -67,7 +67,7 @@ impl World {
         at
     }
 
-    /// A message has come to a process: as `Lanes::message`.
+    /// A message has come to a process, as in `Lanes::message`.
     pub(super) fn arrive(&mut self, packet: Packet) {
         if self.failure.is_some() {
             return;
@@ -75,9 +75,9 @@ impl World {
         let Packet { from, to, cargo, .. } = packet;
         match cargo {
             Cargo::Request(stream) => self.accept(stream),
-            Cargo::Nobody => {
+            Cargo::NoResponders => {
                 if let Some(index) = self.find(to) {
-                    self.nobody_there(index);
+                    self.no_responders(index);
                 }
             }
             Cargo::Lane(message) => {
@@ -89,7 +89,7 @@ impl World {
                     self.find(to)
                 };
                 match known {
-                    Some(index) if self.is_another(index, from) => self.end(index),
+                    Some(index) if self.is_other_end(index, from) => self.end(index),
                     Some(index) => self.receive(index, &message),
                     None => self.reject_unknown_lane(to, from, &message),
                 }
@@ -97,8 +97,8 @@ impl World {
         }
     }
 
-    /// A worker hears of an end that is not the one that it knows: that one is over.
-    pub(super) fn is_another(&mut self, index: usize, from: Address) -> bool {
+    /// Whether the message comes from another end of the gateway than those before: then the lane is closed.
+    pub(super) fn is_other_end(&mut self, index: usize, from: Address) -> bool {
         let lane = &mut self.lanes[index];
         let is_end = lane.own.side == Side::Worker && from.number > 0;
         is_end && *lane.heard.get_or_insert(from) != from
@@ -118,15 +118,15 @@ impl World {
         let is_new = header.has(frame::NEW);
         let worker = if own.side == Side::Worker { own } else { peer };
         if !is_new && !self.over.contains(&(own.side, own.generation, worker)) {
-            return self.fail("only what is over is disowned", format!("{own} does not know {peer}"));
+            return self.fail("only closed lanes are rejected", format!("{own} does not know {peer}"));
         }
-        let answer = lanes::unknown(&header, is_new);
-        self.note(|| format!("{own} disowns {peer}: {}", names(answer.flags)));
+        let answer = unknown_lane_reply(&header, is_new);
+        self.note(|| format!("{own} rejects {peer}: {}", names(answer.flags)));
         let answer = answer.bytes().to_vec().into();
         let process = self.process(own.side);
         if let Some(link) = process.link {
-            process.disowned += 1;
-            let luck = mix(self.process(own.side).disowned ^ self.setup.luck.rotate_left(7));
+            process.rejected += 1;
+            let luck = mix(self.process(own.side).rejected ^ self.setup.luck.rotate_left(7));
             self.post(Packet { from: own, to: peer, cargo: Cargo::Lane(answer), luck }, link);
         }
     }

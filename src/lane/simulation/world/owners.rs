@@ -1,26 +1,29 @@
-//! Those who own senders and streams: what they hear, and what they do then.
+//! The owners of senders and streams: the events that they get, and what they do then.
 
 use super::*;
 
 impl World {
-    /// A lane tells its owners: what it says is checked now, and they react soon.
-    pub(super) fn told(&mut self, index: usize, tells: Vec<LaneEvent<usize>>, message: &Bytes) {
+    /// A lane reports events to its owners. They are checked now, and the owners react soon.
+    pub(super) fn deliver(&mut self, index: usize, events: Vec<LaneEvent<usize>>, message: &Bytes) {
         let own = self.lanes[index].own;
         let mut reactions = Vec::new();
-        for tell in tells {
-            self.note(|| format!("{own} tells {tell:?}"));
-            let (number, is_last) = match &tell {
-                LaneEvent::Unheard(number) => {
+        for event in events {
+            self.note(|| format!("{own} reports {event:?}"));
+            let (number, is_last) = match &event {
+                LaneEvent::AcceptUndelivered(number) => {
                     let sender = &mut self.senders[*number];
-                    sender.is_unheard = true;
+                    sender.accept_undelivered = true;
                     if sender.finished.is_none() {
-                        self.fail("only what has ended is unheard of", format!("sender {number}"));
+                        self.fail("only ended streams report AcceptUndelivered", format!("sender {number}"));
                     }
                     continue;
                 }
-                LaneEvent::Data(number, _) | LaneEvent::Room(number) => (*number, false),
-                LaneEvent::End(number) | LaneEvent::Error(number, _) | LaneEvent::Overrun(number) => (*number, true),
-                LaneEvent::Cancelled(number, _) | LaneEvent::Gone(number, _) => (*number, true),
+                LaneEvent::Data(number, _) | LaneEvent::Writable(number) => (*number, false),
+                LaneEvent::Ended(number) | LaneEvent::Failed(number, _) | LaneEvent::WindowExceeded(number) => {
+                    (*number, true)
+                }
+                LaneEvent::Cancelled(number, _) => (*number, true),
+                LaneEvent::PeerGone { owner, .. } => (*owner, true),
             };
             let is_done = match own.side {
                 Side::Worker => &mut self.senders[number].is_done,
@@ -29,9 +32,9 @@ impl World {
             let was_done = *is_done;
             *is_done |= is_last;
             if was_done {
-                self.fail("nothing follows the end", format!("{own} tells {tell:?}"));
+                self.fail("no event follows a stream's end", format!("{own} reports {event:?}"));
             }
-            match tell {
+            match event {
                 LaneEvent::Data(stream, run) => {
                     let mut bytes = 0;
                     let mut count = 0;
@@ -41,34 +44,36 @@ impl World {
                         count += 1;
                     }
                     if (count, bytes) != (run.count, run.bytes) {
-                        self.fail("runs are counted", format!("{run:?} of {count} messages, {bytes} bytes"));
+                        self.fail("runs have the right counts", format!("{run:?} of {count} messages, {bytes} bytes"));
                     }
                     reactions.push(Reaction::Read(stream));
                 }
-                LaneEvent::End(stream) => {
+                LaneEvent::Ended(stream) => {
                     self.check_end(stream, false);
                     reactions.push(Reaction::StreamOver(stream));
                 }
-                LaneEvent::Error(stream, text) => {
+                LaneEvent::Failed(stream, text) => {
                     if text != ERROR_TEXT {
-                        self.fail("errors have their text", format!("{text:?}"));
+                        self.fail("errors keep their text", format!("{text:?}"));
                     }
                     self.check_end(stream, true);
                     reactions.push(Reaction::StreamOver(stream));
                 }
-                LaneEvent::Overrun(stream) => self.fail("honest workers do not overrun", format!("stream {stream}")),
+                LaneEvent::WindowExceeded(stream) => {
+                    self.fail("no honest worker exceeds a window", format!("stream {stream}"))
+                }
                 LaneEvent::Cancelled(sender, why) => {
                     self.seen.cancelled += 1;
                     self.check_cancelled(sender, why);
                     reactions.push(Reaction::SenderOver(sender));
                 }
-                LaneEvent::Unheard(_) => {}
-                LaneEvent::Room(sender) => reactions.push(Reaction::Room(sender)),
-                LaneEvent::Gone(number, knew) => {
+                LaneEvent::AcceptUndelivered(_) => {}
+                LaneEvent::Writable(sender) => reactions.push(Reaction::Writable(sender)),
+                LaneEvent::PeerGone { owner: number, accept_acked } => {
                     self.seen.gone += 1;
                     if own.side == Side::Worker {
-                        if knew && !self.senders[number].is_known {
-                            self.fail("who knew of a stream is known", format!("sender {number}"));
+                        if accept_acked && !self.senders[number].is_known {
+                            self.fail("accept_acked implies that the ACCEPT came", format!("sender {number}"));
                         }
                         reactions.push(Reaction::SenderOver(number));
                     } else {
@@ -77,12 +82,12 @@ impl World {
                 }
             }
         }
-        if own.side == Side::Worker && self.lanes[index].state.is_over() {
+        if own.side == Side::Worker && self.lanes[index].state.is_closed() {
             let is_forgotten = |sender: &Sender| {
-                sender.lane == own && sender.finished.is_some() && !sender.is_known && !sender.is_unheard
+                sender.lane == own && sender.finished.is_some() && !sender.is_known && !sender.accept_undelivered
             };
             if let Some(number) = self.senders.iter().position(is_forgotten) {
-                self.fail("who ended unheard of is told", format!("sender {number}"));
+                self.fail("undelivered ACCEPTs are reported", format!("sender {number}"));
             }
         }
         if own.side == Side::Worker && self.setup.waits {
@@ -100,8 +105,8 @@ impl World {
     pub(super) fn react(&mut self, reaction: Reaction) {
         match reaction {
             Reaction::Read(stream) => self.read(stream, false),
-            Reaction::Room(sender) => {
-                self.senders[sender].wants_room = false;
+            Reaction::Writable(sender) => {
+                self.senders[sender].is_blocked = false;
                 self.send(sender);
             }
             Reaction::SenderOver(sender) => self.senders[sender].is_closed = true,
@@ -109,7 +114,7 @@ impl World {
             Reaction::Retry(lane) => {
                 for sender in 0..self.senders.len() {
                     if self.senders[sender].lane == lane {
-                        self.senders[sender].wants_room = false;
+                        self.senders[sender].is_blocked = false;
                         self.send(sender);
                     }
                 }
@@ -117,12 +122,12 @@ impl World {
         }
     }
 
-    /// A sender's owner sends what is pending, as far as there is room, and ends the stream if it wants to.
+    /// A sender's owner sends pending messages until one is refused, and ends the stream if it wants to.
     pub(super) fn send(&mut self, number: usize) {
         if !self.is_awake(Side::Worker) || self.failure.is_some() {
             return;
         }
-        while self.senders[number].pending > 0 && !self.senders[number].is_closed && !self.senders[number].wants_room {
+        while self.senders[number].pending > 0 && !self.senders[number].is_closed && !self.senders[number].is_blocked {
             self.send_some(number);
         }
         let sender = &mut self.senders[number];
@@ -136,8 +141,8 @@ impl World {
                 sender.finished = Some(error);
             }
             if let Some(index) = self.find(self.senders[number].lane) {
-                let credit = Arc::clone(&self.senders[number].credit);
-                self.lanes[index].state.finish(&credit, error.then_some(ERROR_TEXT));
+                let window = Arc::clone(&self.senders[number].window);
+                self.lanes[index].state.finish(&window, error.then_some(ERROR_TEXT));
                 self.changed(index);
                 self.check_memory(index);
             }
@@ -146,8 +151,8 @@ impl World {
 
     pub(super) fn send_some(&mut self, number: usize) {
         let Some(index) = self.find(self.senders[number].lane) else {
-            // It is over, and the owner will hear of it.
-            self.senders[number].wants_room = true;
+            // It is closed: the event is on its way to the owner.
+            self.senders[number].is_blocked = true;
             return;
         };
         let Sender { sent, pending, .. } = self.senders[number];
@@ -155,35 +160,38 @@ impl World {
         data.clear();
         let count = if self.setup.many { pending } else { 1 };
         let lengths: Vec<usize> = (sent..sent + count).map(|index| self.message(number, index, &mut data)).collect();
-        let credit = Arc::clone(&self.senders[number].credit);
+        let window = Arc::clone(&self.senders[number].window);
         let state = &mut self.lanes[index].state;
         let (sent, result) = if self.setup.many {
-            state.send_many(&credit, &data, &lengths)
+            state.send_many(&window, &data, &lengths)
         } else {
-            let result = state.send(&credit, &data);
+            let result = state.send(&window, &data);
             (usize::from(result.is_ok()), result)
         };
         let most = sent.checked_sub(1).map(|last| self.setup.limit.max(lengths[last]) + frame::MAX_FRAME_HEADER);
         let backlog = state.backlog();
-        if result == Err(Refusal::Full) && !self.setup.waits {
-            state.want_room(&credit);
+        if result == Err(SendError::Full) && !self.setup.waits {
+            state.notify_when_writable(&window);
         }
         self.changed(index);
         self.buffer = data;
         let sender = &mut self.senders[number];
         sender.sent += sent as u32;
         sender.pending -= sent as u32;
-        sender.wants_room = result.is_err();
+        sender.is_blocked = result.is_err();
         self.seen.refused += u64::from(result.is_err());
-        if result == Err(Refusal::TooLarge) {
-            self.fail("messages that fit are taken", format!("{lengths:?}"));
+        if result == Err(SendError::TooLarge) {
+            self.fail("messages that fit are accepted", format!("{lengths:?}"));
         }
         if let Some(most) = most.filter(|most| backlog > *most) {
-            self.fail("a lane's limit holds", format!("{backlog} bytes wait after a send, {most} may"));
+            self.fail(
+                "the lane's limit holds",
+                format!("{backlog} bytes of backlog after a send; the limit is {most}"),
+            );
         }
     }
 
-    /// A reader takes what it wants of what waits.
+    /// A reader reads what it wants of the unread messages.
     pub(super) fn read(&mut self, number: usize, one: bool) {
         if !self.is_awake(Side::Gateway) {
             return;
@@ -207,18 +215,18 @@ impl World {
         let part = if stream.spec.in_parts { weight / 3 } else { 0 };
         let Some((lane, stream_number, _)) = stream.on else { return };
         for weight in [part, weight - part] {
-            if let Some(told) = self.streams[number].grant.take(weight)
+            if let Some(weight) = self.streams[number].credit.consume(weight)
                 && !self.streams[number].is_closed
                 && let Some(index) = self.find(lane)
             {
-                self.lanes[index].state.grant(stream_number, told);
+                self.lanes[index].state.return_credit(stream_number, weight);
                 self.changed(index);
                 self.check_memory(index);
             }
         }
     }
 
-    /// Appends the content of a sender's message, and returns its length.
+    /// Appends the content of a sender's message. Returns its length.
     pub(super) fn message(&self, sender: usize, index: u32, data: &mut Vec<u8>) -> usize {
         let spec = &self.streams[self.senders[sender].stream].spec;
         let content = mix((sender as u64) << 32 ^ u64::from(index));

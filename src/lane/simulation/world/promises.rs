@@ -1,4 +1,4 @@
-//! What must always hold.
+//! The promises that must always hold.
 
 use super::*;
 
@@ -9,54 +9,56 @@ impl World {
             return self.fail("messages are well-formed", described(message));
         };
         let lane = &mut self.lanes[index];
-        let (own, is_over) = (lane.own, lane.state.is_over());
+        let (own, is_over) = (lane.own, lane.state.is_closed());
         let has_frames = message.len() > frame::HEADER;
         lane.is_reset |= header.has(frame::RESET);
         lane.must_answer_by = None;
-        lane.must_tell &= !header.has(frame::GAP);
+        lane.must_report_gap &= !header.has(frame::GAP);
         if header.has(frame::PING) {
             if lane.asked.last().is_some_and(|(number, ..)| header.ping <= *number) {
-                return self.fail("each PING has its number", format!("{own}: {}", described(message)));
+                return self.fail("PING numbers rise", format!("{own}: {}", described(message)));
             }
             lane.asked.push((header.ping, header.sequence, true));
         }
         if header.has(frame::GAP) && !header.has(frame::PING) {
-            // Once; and once more if what was missing came while it was about to be told.
-            lane.gaps_told = if lane.gap_told == Some(header.ack) { lane.gaps_told + 1 } else { 1 };
-            lane.gap_told = Some(header.ack);
-            if lane.gaps_told > 2 {
-                return self.fail("a gap is told once", format!("{own}: {}", described(message)));
+            // Once; and once more if what was missing came while the report was about to be sent.
+            lane.gap_reports = if lane.gap_reported == Some(header.ack) { lane.gap_reports + 1 } else { 1 };
+            lane.gap_reported = Some(header.ack);
+            if lane.gap_reports > 2 {
+                return self.fail("a gap is reported once", format!("{own}: {}", described(message)));
             }
         }
         if message.len() > self.setup.max_payload {
-            return self.fail("messages are not too large", format!("{own}: {} bytes", message.len()));
+            return self.fail("messages fit into max_payload", format!("{own}: {} bytes", message.len()));
         }
         if header.has(frame::RESET) != is_over {
-            return self.fail("a RESET is the last word", format!("{own} sends {}", described(message)));
+            return self
+                .fail("a lane sends RESET only when it is closed", format!("{own} sends {}", described(message)));
         }
         if header.ack > lane.came_all {
             let text = format!("{own} acknowledges {}, it has all up to {}", header.ack, lane.came_all);
-            return self.fail("what is acknowledged has come", text);
+            return self.fail("only messages that came are acknowledged", text);
         }
         if !has_frames {
             return;
         }
-        if lane.is_held {
-            return self.fail("nothing but PINGs until there is an answer", format!("{own}: {}", described(message)));
+        if lane.is_probing {
+            return self.fail("only PINGs are sent while probing", format!("{own}: {}", described(message)));
         }
-        // One after the other, or again from the first that is not acknowledged.
+        // The next message, or again from the first that is not acknowledged.
         let missing = lane.acked + 1;
         let repeats = header.sequence == missing && lane.sent_last >= missing;
         let is_next = header.sequence == missing.max(lane.sent_last + 1);
         if !(header.sequence == missing || is_next && !lane.must_repeat) {
             let text = format!("{own} sends #{} after #{}, missing is #{missing}", header.sequence, lane.sent_last);
-            return self.fail("what is missing is sent in order", text);
+            return self.fail("messages are sent again in order", text);
         }
         if repeats && !lane.may_repeat {
-            return self.fail("nothing is sent again without reason", format!("{own}: {}", described(message)));
+            return self
+                .fail("messages are sent again only after a reported loss", format!("{own}: {}", described(message)));
         }
-        if header.sequence <= lane.sent.len() as u64 && !self.has_trouble {
-            return self.fail("nothing is sent twice that was not lost", format!("{own}: {}", described(message)));
+        if header.sequence <= lane.sent.len() as u64 && !self.has_disorder {
+            return self.fail("without a loss nothing is sent twice", format!("{own}: {}", described(message)));
         }
         lane.sent_last = header.sequence;
         lane.may_repeat &= !repeats;
@@ -69,40 +71,40 @@ impl World {
             let most = lane.sent[lane.acked as usize..].iter().map(|(_, size)| size).sum::<usize>();
             self.check_backlog(index, most);
         } else if header.sequence > next || lane.sent[header.sequence as usize - 1] != frames {
-            self.fail("what is sent again is the same", format!("{own}: {}", described(message)));
+            self.fail("a message that is sent again is the same", format!("{own}: {}", described(message)));
         } else {
             self.seen.sent_again += 1;
         }
     }
 
-    /// Its driver sleeps: nothing is left to be done before.
+    /// Its driver sleeps: nothing may be left to do.
     pub(super) fn check_sleep(&mut self, index: usize, until: Option<Time>) {
         let lane = &self.lanes[index];
         let own = lane.own;
         if lane.seen.is_none() {
             return;
         }
-        if lane.state.is_over() {
+        if lane.state.is_closed() {
             if !lane.is_reset {
-                self.fail("who ends a lane says so", format!("{own} does not"));
+                self.fail("closing a lane sends RESET", format!("{own} does not"));
             }
             return;
         }
-        let (must_repeat, must_tell) = (lane.must_repeat && !lane.is_held, lane.must_tell);
+        let (must_repeat, must_report_gap) = (lane.must_repeat && !lane.is_probing, lane.must_report_gap);
         let is_late = lane.must_answer_by.is_some_and(|by| until.is_none_or(|until| until > by.max(self.now) + MILLI));
         if must_repeat {
-            self.fail("what is missing is sent at once", format!("{own} sleeps"));
+            self.fail("missing messages are sent again at once", format!("{own} sleeps"));
         }
-        if must_tell {
-            self.fail("what is missing is told", format!("{own} sleeps"));
+        if must_report_gap {
+            self.fail("a gap is reported at once", format!("{own} sleeps"));
         }
         if is_late {
-            self.fail("what came is acknowledged soon", format!("{own} sleeps until {until:?}"));
+            self.fail("messages are acknowledged in time", format!("{own} sleeps until {until:?}"));
         }
     }
 
-    /// Before a message is received: who has heard what.
-    pub(super) fn hear(&mut self, index: usize, message: &Bytes) {
+    /// Before a message is received: tracks what it says.
+    pub(super) fn track_received(&mut self, index: usize, message: &Bytes) {
         let Ok(header) = Header::read(message) else { return };
         let lane = &mut self.lanes[index];
         if !header.has(frame::RESET) {
@@ -117,16 +119,16 @@ impl World {
             let answered = answered.and_then(|index| lane.asked.drain(..=index).next_back());
             lane.knows_trip |= answered.is_some();
             let answered = answered.filter(|(_, _, counts)| *counts);
-            lane.is_held &= answered.is_none();
+            lane.is_probing &= answered.is_none();
             let shows_loss = answered.is_some_and(|(_, covers, _)| header.ack < covers);
-            let asks = header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_heard != Some(header.ack));
+            let asks = header.has(frame::GAP) && (header.has(frame::PING) || lane.gap_followed != Some(header.ack));
             if asks {
-                lane.gap_heard = is_missing.then_some(header.ack);
+                lane.gap_followed = is_missing.then_some(header.ack);
             }
             let is_gap = asks && is_missing;
             lane.may_repeat |= is_gap || shows_loss;
             lane.must_repeat = is_missing && (is_gap || shows_loss || lane.must_repeat);
-            if (asks || shows_loss) && !lane.is_held {
+            if (asks || shows_loss) && !lane.is_probing {
                 lane.asked.iter_mut().for_each(|(_, _, counts)| *counts = false);
             }
         }
@@ -138,7 +140,7 @@ impl World {
         } else if has_frames && header.sequence <= lane.taken {
             lane.must_answer_by = Some(self.now);
         } else if header.sequence > lane.taken && lane.gap_seen.replace(lane.taken) != Some(lane.taken) {
-            lane.must_tell = true;
+            lane.must_report_gap = true;
         }
         if has_frames {
             lane.came.insert(header.sequence);
@@ -158,7 +160,7 @@ impl World {
         self.message(sender, stream.got, &mut expected);
         if self.streams[number].got >= self.senders[sender].sent || body != expected {
             let text = format!("stream {number}, message {}: {} bytes", self.streams[number].got, body.len());
-            self.fail("what comes is what was sent", text);
+            self.fail("received messages are the sent ones", text);
         }
         self.buffer = expected;
         let stream = &mut self.streams[number];
@@ -167,7 +169,10 @@ impl World {
         stream.got += 1;
         stream.unread.push_back(weight);
         if unread > window / 2 && unread + weight > window {
-            self.fail("a window holds", format!("stream {number}: {unread} + {weight} unread, window {window}"));
+            self.fail(
+                "unread messages fit into the window",
+                format!("stream {number}: {unread} + {weight} unread, window {window}"),
+            );
         }
     }
 
@@ -179,7 +184,7 @@ impl World {
         let sender = &self.senders[sender];
         if sender.finished != Some(error) || stream.got != sender.sent {
             let text = format!("stream {number} got {} of {}, {:?}", stream.got, sender.sent, sender.finished);
-            return self.fail("what has ended is complete", text);
+            return self.fail("an ended stream is complete", text);
         }
         self.seen.complete += 1;
     }
@@ -190,11 +195,11 @@ impl World {
         let is_its = stream.on.is_some_and(|(_, _, accepted)| accepted == number);
         let is_right = match stream.cancelled {
             Some(reason) if is_its && why == reason => true,
-            // It was never wanted, or is accepted again by a lane that knows nothing of it.
+            // The request was given up, or the stream has ended at the gateway.
             _ => why == 0 && (!is_its || stream.is_done),
         };
         if !is_right {
-            self.fail("only what was cancelled is", format!("sender {number}, reason {why}"));
+            self.fail("only cancelled streams report Cancelled", format!("sender {number}, reason {why}"));
         }
     }
 
@@ -203,7 +208,7 @@ impl World {
         self.check_backlog(index, backlog);
     }
 
-    /// What waits is limited, but for control frames, and these are limited by the streams.
+    /// The backlog is limited, except for control frames, and these are limited by the number of streams.
     pub(super) fn check_backlog(&mut self, index: usize, backlog: usize) {
         const CONTROL: usize = frame::MAX_FRAME_HEADER + 8;
         let lane = &self.lanes[index];
@@ -213,12 +218,12 @@ impl World {
         };
         let most = data + CONTROL + streams * (4 * CONTROL + ERROR_TEXT.len());
         if backlog > most {
-            let text = format!("{}: {backlog} bytes wait, {most} may", lane.own);
-            self.fail("memory is limited", text);
+            let text = format!("{}: {backlog} bytes of backlog; the limit is {most}", lane.own);
+            self.fail("the backlog is bounded", text);
         }
     }
 
-    /// A lane has just given up its other end: had it reason to?
+    /// A lane has just given up its peer: had it reason to?
     pub(super) fn check_gone(&mut self, index: usize) {
         self.seen.lanes_gone += 1;
         let now = self.now;
@@ -230,10 +235,10 @@ impl World {
         let silent = (lane.heard_at.max(lane.linked_at) + 3 * self.heartbeat()).max(until);
         let is_due = suspect.is_some_and(|at| at <= now) || silent <= now;
         if !is_due {
-            let text = format!("{own} was patient until {now}, should be until {suspect:?} or {silent}");
-            return self.fail("patience has its time", text);
+            let text = format!("{own} gave up at {now}, not after {suspect:?} or {silent}");
+            return self.fail("no peer is given up too early", text);
         }
-        // What came while the process stood still says that the other end was there. Once in a silence it must be read.
+        // Messages that came while the process stood still show that the peer was there. They must be read first, once.
         let waits = process.socket.iter().any(|packet| {
             let Cargo::Lane(message) = &packet.cargo else { return false };
             let is_to_it = packet.to == own || (own.side == Side::Gateway && packet.from == peer);
@@ -243,32 +248,32 @@ impl World {
         let due = suspect.map_or(since + self.heartbeat(), |at| at.max(since + LATE));
         let is_first = process.suspensions == lane.suspensions + 1;
         if process.resumed_at == now && waits && is_first && now > due + LATE && lane.busy_since.is_some() {
-            let text = format!("{own} stood still since {since}, and has not read what came");
-            return self.fail("who stood still reads before it judges", text);
+            let text = format!("{own} stood still since {since}, and has not read the messages that came");
+            return self.fail("a process that stood still reads before it gives up a peer", text);
         }
         let them = &self.processes[peer.side as usize];
-        let is_there = |lane: &Lane| !lane.state.is_over() && (lane.own == peer || lane.peer == own);
+        let is_there = |lane: &Lane| !lane.state.is_closed() && (lane.own == peer || lane.peer == own);
         let is_alive = them.generation == peer.generation
             && self.lanes.iter().any(is_there)
             && self.processes.iter().all(|process| process.link.is_some() && process.suspended_until.is_none())
             && self.weather.drop == 0
             && (self.setup.is_one_server || self.is_route_up)
-            // An answer takes less time than the beats that wait for it.
+            // An answer takes less time than the heartbeats that wait for it.
             && 2 * self.heartbeat() > 4 * self.max_delay + 4 * self.setup.lag + 10 * MILLI;
         let worker = if own.side == Side::Worker { own } else { peer };
         let is_known = !self.over.contains(&(peer.side, peer.generation, worker));
         let mut slack = 8 * self.max_delay + 4 * self.setup.lag + LATE + 10 * MILLI;
-        if self.has_lost {
+        if self.has_lost_messages {
             slack += 13 * self.heartbeat() + path::FIRST_ASK.as_micros() as Time;
         }
         if is_alive && is_known && now > self.disturbed_at + slack {
             let text = format!("{own} gives up {peer}; nothing has happened since {}", self.disturbed_at);
-            self.fail("who is there is not gone", text);
+            self.fail("a reachable peer is not given up", text);
         }
     }
 
-    /// Between steps: who is not there must be found out in time.
-    pub(super) fn check_patience(&mut self) {
+    /// Between steps: a dead peer must be given up in time.
+    pub(super) fn check_dead_peers(&mut self) {
         let slack = LATE + 4 * self.setup.lag + 10 * MILLI;
         for index in 0..self.lanes.len() {
             let lane = &self.lanes[index];
@@ -284,7 +289,7 @@ impl World {
             let is_running = lane.seen.is_some()
                 && lane.seen == process.link
                 && process.suspended_until.is_none()
-                && !lane.state.is_over()
+                && !lane.state.is_closed()
                 && self.now >= process.resumed_at + slack;
             let until = if lane.is_relinked { lane.linked_at + self.reconnect() } else { 0 };
             let first = path::FIRST_ANSWER.as_micros() as Time;
@@ -302,7 +307,7 @@ impl World {
             self.lanes[index].busy_since = since;
             if is_running && is_late {
                 let text = format!("{own} should have given up by {silent:?} or {suspect:?}");
-                self.fail("the dead are found in time", text);
+                self.fail("a dead peer is given up in time", text);
             }
         }
     }

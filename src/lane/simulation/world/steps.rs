@@ -10,8 +10,8 @@ impl World {
                 self.disturbed_at = self.now;
                 self.weather = weather;
                 self.max_delay = self.max_delay.max(weather.delay);
-                self.has_lost |= weather.drop > 0;
-                self.has_trouble |= weather.drop > 0 || weather.reorder;
+                self.has_lost_messages |= weather.drop > 0;
+                self.has_disorder |= weather.drop > 0 || weather.reorder;
             }
             Step::Request(spec) => self.request(spec),
             Step::Send { stream, count } => {
@@ -55,7 +55,7 @@ impl World {
             Step::Route(is_up) => {
                 if !self.setup.is_one_server {
                     self.disturbed_at = self.now;
-                    (self.has_lost, self.has_trouble) = (true, true);
+                    (self.has_lost_messages, self.has_disorder) = (true, true);
                     self.is_route_up = is_up;
                 }
             }
@@ -72,17 +72,17 @@ impl World {
             }
             Step::Restart(side) => self.restart(side),
             Step::End(side) => {
-                let open = |lane: &Lane| lane.own.side == side && !lane.state.is_over();
+                let open = |lane: &Lane| lane.own.side == side && !lane.state.is_closed();
                 if let Some(index) = self.lanes.iter().rposition(open)
                     && self.is_awake(side)
                 {
-                    self.has_trouble = true;
+                    self.has_disorder = true;
                     self.end(index);
                 }
             }
-            Step::Ask(side) => {
+            Step::RequestAck(side) => {
                 if self.is_awake(side) {
-                    self.ask(side);
+                    self.request_ack(side);
                 }
             }
         }
@@ -109,7 +109,7 @@ impl World {
             unread: VecDeque::new(),
             reader: spec.reader,
             will_read: false,
-            grant: Grant::new(spec.window.into()),
+            credit: CreditToReturn::new(spec.window.into()),
             cancelled: None,
             is_done: false,
             is_closed: false,
@@ -146,9 +146,9 @@ impl World {
         if process.link.take().is_none() {
             return;
         }
-        (self.disturbed_at, self.has_trouble) = (self.now, true);
+        (self.disturbed_at, self.has_disorder) = (self.now, true);
         process.socket.clear();
-        // On level 0 they have ended.
+        // Requests that were not accepted end with the connection.
         for (_, stream) in process.asked.drain() {
             self.streams[stream].is_closed = true;
         }
@@ -166,7 +166,7 @@ impl World {
         self.at(self.now + self.setup.lag, Event::Notice(side));
     }
 
-    /// Drivers learn of a connection that is lost, or there again.
+    /// Drivers learn that the connection was lost or made.
     pub(super) fn notice(&mut self, side: Side) {
         self.disturbed_at = self.now;
         let (link, now) = (self.process(side).link, self.instant());
@@ -175,14 +175,14 @@ impl World {
                 continue;
             }
             lane.seen = link;
-            lane.state.link_down();
+            lane.state.disconnected();
             lane.asked.clear();
             lane.knows_trip = false;
             lane.suspect_since = None;
-            (lane.must_repeat, lane.must_tell, lane.must_answer_by) = (false, false, None);
+            (lane.must_repeat, lane.must_report_gap, lane.must_answer_by) = (false, false, None);
             if link.is_some() {
-                lane.state.link_up(self.setup.server(side), now);
-                (lane.linked_at, lane.is_relinked, lane.is_held) = (self.now, true, true);
+                lane.state.reconnected(self.setup.server(side), now);
+                (lane.linked_at, lane.is_relinked, lane.is_probing) = (self.now, true, true);
             }
             lane.driver = Driver::Ready(self.now);
         }
@@ -190,7 +190,7 @@ impl World {
 
     pub(super) fn restart(&mut self, side: Side) {
         self.disturbed_at = self.now;
-        (self.has_restarted, self.has_trouble) = (true, true);
+        (self.has_restarted, self.has_disorder) = (true, true);
         self.lanes.retain(|lane| lane.own.side != side);
         let resumed_at = self.now;
         let process = self.process(side);
@@ -220,7 +220,7 @@ impl World {
         let luck = mix(self.setup.luck ^ now);
         self.note(|| format!("{side:?} resumes"));
         if luck & 1 == 0 {
-            // Its timers come first.
+            // Timers are handled before messages.
             for own in self.lanes.iter().map(|lane| lane.own).collect::<Vec<_>>() {
                 if own.side == side
                     && let Some(index) = self.find(own)
@@ -239,11 +239,11 @@ impl World {
         }
     }
 
-    pub(super) fn ask(&mut self, side: Side) {
+    pub(super) fn request_ack(&mut self, side: Side) {
         let now = self.instant();
         for index in 0..self.lanes.len() {
             if self.lanes[index].own.side == side {
-                self.lanes[index].state.ask(now);
+                self.lanes[index].state.request_ack(now);
                 self.changed(index);
             }
         }

@@ -1,0 +1,315 @@
+//! The streams of a lane's end, and how far each sender may be ahead of its reader.
+
+use crate::lane::state::{LaneEvent, Role};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::wire::frame::{self, Frame, Frames, Malformed, Run};
+use ahash::RandomState;
+use bytes::Bytes;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+/// What a message counts in its stream's window in addition to its bytes.
+pub(crate) const OVERHEAD: u64 = 64;
+
+/// A sender's part of its stream's window. Used under the lane's lock only.
+#[derive(Debug)]
+pub(crate) struct SendWindow {
+    pub(super) stream: u32,
+    size: u32,
+    outstanding: AtomicU64,
+    sent: AtomicU64,
+}
+
+impl SendWindow {
+    /// How many messages were sent.
+    pub(crate) fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn outstanding(&self) -> u64 {
+        self.outstanding.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    pub(super) fn fits(&self, weight: u64) -> bool {
+        fits_window(self.outstanding(), self.size.into(), weight)
+    }
+
+    /// Counts a message that is sent.
+    #[inline]
+    pub(super) fn take(&self, weight: u64) {
+        self.outstanding.store(self.outstanding() + weight, Ordering::Relaxed);
+        self.sent.store(self.sent() + 1, Ordering::Relaxed);
+    }
+
+    fn give_back(&self, weight: u64) {
+        self.outstanding.store(self.outstanding().saturating_sub(weight), Ordering::Relaxed);
+    }
+}
+
+/// A message may exceed the window if at most half of the window is outstanding. So a message that is larger than the
+/// window gets through, and the reader need not return credit for every message.
+#[inline]
+pub(super) fn fits_window(outstanding: u64, window: u64, weight: u64) -> bool {
+    outstanding <= window / 2 || outstanding + weight <= window
+}
+
+/// What a reader has consumed and not returned credit for yet. It returns credit for more than a quarter of the window.
+#[derive(Debug)]
+pub(crate) struct CreditToReturn {
+    window: u64,
+    consumed: AtomicU64,
+}
+
+impl CreditToReturn {
+    pub(crate) fn new(window: u64) -> CreditToReturn {
+        CreditToReturn { window, consumed: AtomicU64::new(0) }
+    }
+
+    /// Adds what was consumed, and returns the credit to return now.
+    pub(crate) fn consume(&self, weight: u64) -> Option<u64> {
+        let weight = weight.min(1 << 40);
+        let consumed = self.consumed.fetch_add(weight, Ordering::Relaxed) + weight;
+        // At most a half may be without credit: then the sender may send whatever it has. With a quarter it gets the
+        // credit before its window is used up, which is a third faster with the default window.
+        (consumed > self.window / 4).then(|| self.consumed.swap(0, Ordering::Relaxed))
+    }
+}
+
+/// A stream that is served at this end.
+struct ServedStream<S> {
+    owner: S,
+    window: Arc<SendWindow>,
+    /// The number of the message with its ACCEPT.
+    accepted_in: u64,
+}
+
+/// A stream that was requested at this end.
+struct RequestedStream<S> {
+    owner: S,
+    window: u32,
+    unconsumed: u64,
+}
+
+pub(super) struct Streams<S> {
+    pub(super) role: Role,
+    /// The id of the last stream that was opened.
+    pub(super) last_id: u32,
+    served: HashMap<u32, ServedStream<S>, RandomState>,
+    requested: HashMap<u32, RequestedStream<S>, RandomState>,
+    /// Served streams that ended before the message with their ACCEPT, whose number stands here, was acknowledged.
+    pub(super) ended_before_accept_acked: Vec<(u64, S)>,
+    /// Streams whose senders were refused, and are to be notified when they may send.
+    pub(super) blocked_senders: HashSet<u32, RandomState>,
+}
+
+/// Tests use a fixed seed, so that a simulated schedule is the same each time.
+fn hasher() -> RandomState {
+    if cfg!(test) { RandomState::with_seeds(1, 2, 3, 4) } else { RandomState::new() }
+}
+
+impl<S: Clone> Streams<S> {
+    pub(super) fn new(role: Role) -> Streams<S> {
+        Streams {
+            role,
+            last_id: 0,
+            served: HashMap::with_hasher(hasher()),
+            requested: HashMap::with_hasher(hasher()),
+            ended_before_accept_acked: Vec::new(),
+            blocked_senders: HashSet::with_hasher(hasher()),
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.served.len() + self.requested.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.served.is_empty() && self.requested.is_empty()
+    }
+
+    pub(super) fn owners(&self) -> Vec<S> {
+        let served = self.served.values().map(|stream| &stream.owner);
+        served.chain(self.requested.values().map(|stream| &stream.owner)).cloned().collect()
+    }
+
+    /// Ends all streams: the peer is gone.
+    pub(super) fn close(&mut self, acked: u64, events: &mut Vec<LaneEvent<S>>) {
+        events.extend(self.served.drain().map(|(_, ServedStream { owner, accepted_in, .. })| LaneEvent::PeerGone {
+            owner,
+            accept_acked: accepted_in <= acked,
+        }));
+        let requested = self.requested.drain();
+        events.extend(requested.map(|(_, stream)| LaneEvent::PeerGone { owner: stream.owner, accept_acked: true }));
+        events.extend(self.ended_before_accept_acked.drain(..).map(|(_, owner)| LaneEvent::AcceptUndelivered(owner)));
+        self.blocked_senders.clear();
+    }
+
+    // Served streams
+    // ---------------------------------------------------------------------------------------------------
+
+    /// Adds a stream whose ACCEPT is in the message with this number.
+    pub(super) fn serve(&mut self, stream: u32, size: u32, owner: S, accepted_in: u64) -> Arc<SendWindow> {
+        let window = Arc::new(SendWindow { stream, size, outstanding: AtomicU64::new(0), sent: AtomicU64::new(0) });
+        self.served.insert(stream, ServedStream { owner, window: Arc::clone(&window), accepted_in });
+        window
+    }
+
+    /// Removes a served stream. Returns false if it has ended before.
+    pub(super) fn finish(&mut self, stream: u32, acked: u64) -> bool {
+        self.blocked_senders.remove(&stream);
+        let Some(served) = self.served.remove(&stream) else { return false };
+        if served.accepted_in > acked {
+            self.ended_before_accept_acked.push((served.accepted_in, served.owner));
+        }
+        true
+    }
+
+    /// The peer has all messages up to `acked`. `is_lane_writable`: so senders whose windows are not full may send.
+    pub(super) fn acknowledged(&mut self, acked: u64, is_lane_writable: bool, events: &mut Vec<LaneEvent<S>>) {
+        self.ended_before_accept_acked.retain(|(accepted_in, _)| *accepted_in > acked);
+        if self.blocked_senders.is_empty() || !is_lane_writable {
+            return;
+        }
+        let served = &self.served;
+        self.blocked_senders.retain(|stream| match served.get(stream) {
+            Some(stream) if !stream.window.fits(OVERHEAD) => true,
+            Some(stream) => {
+                events.push(LaneEvent::Writable(stream.owner.clone()));
+                false
+            }
+            None => false,
+        });
+    }
+
+    // Requested streams
+    // ------------------------------------------------------------------------------------------------
+
+    /// The reader has consumed so much. Returns the credit to return.
+    pub(super) fn consumed(&mut self, stream: u32, weight: u64) -> Option<u64> {
+        let requested = self.requested.get_mut(&stream)?;
+        // Never more than came, whatever the reader says: what is on its way counts already.
+        let weight = weight.min(requested.unconsumed);
+        requested.unconsumed -= weight;
+        Some(weight).filter(|weight| *weight > 0)
+    }
+
+    /// Removes a requested stream. Returns false if it has ended before.
+    pub(super) fn cancel(&mut self, stream: u32) -> bool {
+        self.requested.remove(&stream).is_some()
+    }
+
+    // Frames from the peer
+    // ---------------------------------------------------------------------------------------------
+
+    /// Handles the frames of the next message. `reply` appends a frame for the peer.
+    pub(super) fn receive(
+        &mut self,
+        message: &Bytes,
+        is_lane_writable: bool,
+        events: &mut Vec<LaneEvent<S>>,
+        accept: &mut impl FnMut(u64, u32) -> Option<(S, u32)>,
+        mut reply: impl FnMut(u8, u32, &[u8]),
+    ) -> Result<(), Malformed> {
+        let mut frames = Frames::new(message.get(frame::HEADER..).unwrap_or_default());
+        let mut start = frame::HEADER;
+        while let Some(frame) = frames.next() {
+            let frame = frame?;
+            let Frame { kind, stream, body } = frame;
+            match (kind, self.role) {
+                (frame::DATA, Role::Gateway) => {
+                    let requested = self.requested.get_mut(&stream);
+                    let (mut unconsumed, window) =
+                        requested.as_ref().map_or((0, u64::MAX), |own| (own.unconsumed, own.window.into()));
+                    let mut exceeds_window = false;
+                    let run = read_run(body, stream, &mut frames, start, message.len(), |weight| {
+                        exceeds_window |= !fits_window(unconsumed, window, weight);
+                        unconsumed += weight;
+                    });
+                    if let Some(requested) = requested {
+                        requested.unconsumed = unconsumed;
+                        let owner = requested.owner.clone();
+                        if exceeds_window {
+                            self.requested.remove(&stream);
+                            reply(frame::CANCEL, stream, &[0]);
+                            events.push(LaneEvent::WindowExceeded(owner));
+                        } else {
+                            events.push(LaneEvent::Data(owner, run));
+                        }
+                    }
+                }
+                (frame::ACCEPT, Role::Gateway) => {
+                    if stream <= self.last_id {
+                        return Err(Malformed);
+                    }
+                    let key = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
+                    self.last_id = stream;
+                    match accept(key, stream) {
+                        Some((owner, window)) => {
+                            self.requested.insert(stream, RequestedStream { owner, window, unconsumed: 0 });
+                        }
+                        // The request was given up, or was never made.
+                        None => reply(frame::CANCEL, stream, &[0]),
+                    }
+                }
+                (frame::END, Role::Gateway) => {
+                    events.extend(self.requested.remove(&stream).map(|requested| LaneEvent::Ended(requested.owner)));
+                }
+                (frame::ERROR, Role::Gateway) => {
+                    if let Some(requested) = self.requested.remove(&stream) {
+                        events.push(LaneEvent::Failed(requested.owner, message.slice_ref(body)));
+                    }
+                }
+                (frame::CANCEL, Role::Worker) => {
+                    self.blocked_senders.remove(&stream);
+                    if let Some(served) = self.served.remove(&stream) {
+                        let reason = body.first().copied().unwrap_or_default();
+                        events.push(LaneEvent::Cancelled(served.owner, reason));
+                    }
+                }
+                (frame::CREDIT, Role::Worker) => {
+                    let weight = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
+                    if let Some(served) = self.served.get(&stream) {
+                        served.window.give_back(weight);
+                        if is_lane_writable && self.blocked_senders.remove(&stream) {
+                            events.push(LaneEvent::Writable(served.owner.clone()));
+                        }
+                    }
+                }
+                // A later version may send this, or the stream has ended.
+                _ => {}
+            }
+            start = message.len() - frames.left();
+        }
+        Ok(())
+    }
+}
+
+/// Reads the DATA frames of the same stream that follow one with this body, and gives the weight of each to `count`.
+#[inline]
+fn read_run(
+    body: &[u8],
+    stream: u32,
+    frames: &mut Frames<'_>,
+    start: usize,
+    length: usize,
+    mut count_weight: impl FnMut(u64),
+) -> Run {
+    let (mut count, mut bytes) = (0, 0);
+    let mut body = Some(body);
+    while let Some(data) = body.take() {
+        count_weight(data.len() as u64 + OVERHEAD);
+        count += 1;
+        bytes += data.len() as u64;
+        let mut ahead = frames.clone();
+        if let Some(Ok(next)) = ahead.next()
+            && next.kind == frame::DATA
+            && next.stream == stream
+        {
+            *frames = ahead;
+            body = Some(next.body);
+        }
+    }
+    Run::new(start, length - frames.left(), count, bytes)
+}
