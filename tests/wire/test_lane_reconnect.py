@@ -172,6 +172,7 @@ def test_after_a_reconnect_only_pings_are_sent_until_a_pong(worker: Shell, raw: 
     lane = gateway.lane()
     gateway.request("llm.generate", "alice", key=1)
     take_accept(lane, 1)
+    worker.wait(event="REQUEST")
     lane.ask()
     worker.do("send 1 before")
     assert lane.receive().frames == (data(1, b"before"),)  # which is dropped
