@@ -106,10 +106,16 @@ test-install: build $(VENV_STAMP) ## Test an installation, outside of the source
 	tests/install/run
 
 .PHONY: test-go
-test-go: stage $(VENV_STAMP) ## Test the Go binding with the race detector, with cgocheck2, and linked statically
-	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
-	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 ./...
-	cd bindings/go && $(RUN) go vet -tags presence_static ./... && $(RUN) go test -tags presence_static -count=1 ./...
+test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically
+	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -short -count=1 .
+	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 .
+	@# The static library links, and works where that could matter: in processes that exit or fork, and in one example
+	@# of each call.
+	cd bindings/go && $(RUN) go vet -tags presence_static ./... && \
+	  $(RUN) go test -tags presence_static -short -run '$(STATIC_TESTS)' -count=1 .
+
+# The tests of processes and of connect, streams and panics, and the examples.
+STATIC_TESTS := Process|Fork|Connect|StreamsDeliver|Panic|Example
 
 .PHONY: test-python
 test-python: stage $(VENV_STAMP) ## Test the Python binding

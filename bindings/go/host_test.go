@@ -74,13 +74,15 @@ func exitWhileSending(conn *Conn, commands *bufio.Scanner) error {
 }
 
 func TestProcessExitsWhileSending(t *testing.T) {
-	s := startServer(t)
+	t.Parallel()
 	for way, want := range map[string]string{
 		"return": "exit status 0", "exit": "exit status 7", "exit while closing": "exit status 7",
 		"panic": "exit status 2", "terminate": "signal: terminated",
 	} {
 		t.Run(way, func(t *testing.T) {
-			cmd, in, lines := startCommand(t, s, "exit while sending")
+			t.Parallel()
+			// A server of its own: a process that exits must not serve the streams of another.
+			cmd, in, lines := startCommand(t, startServer(t), "exit while sending")
 			waitFor := func(line string) {
 				for lines.Scan() {
 					if strings.HasPrefix(lines.Text(), line) {
@@ -128,6 +130,7 @@ func startAProgram(conn *Conn, _ *bufio.Scanner) error {
 }
 
 func TestStartedProgramsInheritNoDescriptors(t *testing.T) {
+	t.Parallel()
 	cmd, _, lines := startCommand(t, startServer(t), "start a program")
 	shown := 0
 	for ; lines.Scan(); shown++ {
@@ -171,6 +174,7 @@ func fork(conn *Conn, commands *bufio.Scanner) error {
 }
 
 func TestForkInCLeavesTheParentWorking(t *testing.T) {
+	t.Parallel()
 	cmd, in, lines := startCommand(t, startServer(t), "fork")
 	output := ""
 	for lines.Scan() {

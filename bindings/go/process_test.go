@@ -33,6 +33,7 @@ func TestMain(m *testing.M) {
 		if sharedServer != nil {
 			sharedServer.kill()
 		}
+		os.RemoveAll(exampleDir)
 		os.Exit(code)
 	}
 	opts := []ConnectOption{WithLog(func(e Event) { fmt.Println(e.Kind, e.Text) })}
@@ -95,7 +96,7 @@ func tickingWorker(conn *Conn, _ *bufio.Scanner) error {
 }
 
 func tickingGateway(conn *Conn, _ *bufio.Scanner) error {
-	stream, err := conn.Request(context.Background(), "tick", nil, "ticked")
+	stream, err := conn.Request(context.Background(), "tick", nil, fmt.Sprint("gateway ", os.Getpid()))
 	if err != nil {
 		return err
 	}
@@ -109,6 +110,7 @@ func tickingGateway(conn *Conn, _ *bufio.Scanner) error {
 
 // A process that was killed or stopped (SIGSTOP) is gone for its peers.
 func TestKilledOrStoppedPeerIsGone(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]struct {
 		signal syscall.Signal
 		opts   []ConnectOption
@@ -117,6 +119,7 @@ func TestKilledOrStoppedPeerIsGone(t *testing.T) {
 		"stopped": {syscall.SIGSTOP, []ConnectOption{With("heartbeat_ms", "500")}},
 	} {
 		t.Run("gateway "+name, func(t *testing.T) {
+			t.Parallel()
 			s := startServer(t)
 			worker := connect(t, s, end.opts...)
 			begun, ends := make(chan struct{}), make(chan error, 1)
@@ -129,15 +132,17 @@ func TestKilledOrStoppedPeerIsGone(t *testing.T) {
 			receive(t, begun)
 			must(t, gateway.Signal(end.signal))
 			begin := time.Now()
-			wantError(t, receive(t, ends), ErrPeerGone, `"ticked"`)
+			id := fmt.Sprint("gateway ", gateway.Pid)
+			wantError(t, receive(t, ends), ErrPeerGone, id)
 			checkFasterThanDefaults(t, begin)
-			eventually(t, "its client is offline", func() bool { return !IsClientOnline("ticked") })
+			eventually(t, "its client is offline", func() bool { return !IsClientOnline(id) })
 		})
 		t.Run("worker "+name, func(t *testing.T) {
+			t.Parallel()
 			s := startServer(t)
 			worker := startRole(t, s, "ticking worker")
 			worker.waitForLine(t, "serving")
-			stream := request(t, connect(t, s, end.opts...), "tick", "ticked")
+			stream := request(t, connect(t, s, end.opts...), "tick", t.Name())
 			_, err := stream.Next(t.Context())
 			must(t, err)
 			must(t, worker.Signal(end.signal))
@@ -145,7 +150,7 @@ func TestKilledOrStoppedPeerIsGone(t *testing.T) {
 			_, err = read(t, stream)
 			wantError(t, err, ErrPeerGone, "")
 			checkFasterThanDefaults(t, begin)
-			checkOnline(t, "ticked", false)
+			checkOnline(t, t.Name(), false)
 		})
 	}
 }
@@ -262,6 +267,7 @@ func readSteady(stream *Stream, count *atomic.Uint64) error {
 // nats-server is killed and restarted 20 times while 200 streams run between two processes. Each stream is complete and
 // in order, without duplicates.
 func TestStreamsSurviveTwentyServerRestarts(t *testing.T) {
+	t.Parallel()
 	s := startServer(t)
 	begin := time.Now()
 	options := []string{"reconnect_min_ms", "10", "reconnect_max_ms", "500"}
@@ -273,7 +279,11 @@ func TestStreamsSurviveTwentyServerRestarts(t *testing.T) {
 		gateway.waitForLine(t, "all made progress")
 	}
 	waitForProgress()
-	for range 20 {
+	restarts := 20
+	if testing.Short() {
+		restarts = 3
+	}
+	for range restarts {
 		s.kill()
 		worker.waitForLine(t, "^disconnected")
 		gateway.waitForLine(t, "^disconnected")

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 )
@@ -23,14 +24,50 @@ const module = "github.com/nats-presence/nats-presence/bindings/go"
 // run runs a command and returns its output.
 func run(t *testing.T, dir string, command ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), command[0], command[1:]...)
+	out, err := output(dir, command...)
+	must(t, err)
+	return out
+}
+
+// output runs a command and returns its output. Programs are built without cgocheck2, as the rest of `make test` builds
+// Go programs, so that the standard library is compiled once for all of them.
+func output(dir string, command ...string) (string, error) {
+	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-buildvcs=false", "GOPROXY=off")
+	cmd.Env = append(os.Environ(), "GOWORK=off", "GOFLAGS=-buildvcs=false", "GOPROXY=off", "GOEXPERIMENT=")
 	out, err := cmd.CombinedOutput()
 	if err != nil {
-		t.Fatalf("%v: %v\n%s", command, err, out)
+		return "", fmt.Errorf("%v: %w\n%s", command, err, out)
 	}
-	return string(out)
+	return string(out), nil
+}
+
+// buildsPrograms runs the test in parallel with others of its kind, because compilers are slow. Short mode skips it.
+func buildsPrograms(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("builds programs")
+	}
+	t.Parallel()
+}
+
+// exampleDir contains the programs of examples/ once examplePrograms was called. TestMain removes it.
+var exampleDir string
+
+var buildExamples = sync.OnceValue(func() (err error) {
+	if exampleDir, err = os.MkdirTemp("", "presence-examples-"); err != nil {
+		return err
+	}
+	_, err = output(".", "go", "build", "-o", exampleDir+"/", "./examples/...")
+	return err
+})
+
+// examplePrograms builds the programs of examples/, once for all tests, and returns their directory.
+func examplePrograms(t *testing.T) (dir string) {
+	t.Helper()
+	buildsPrograms(t)
+	must(t, buildExamples())
+	return exampleDir
 }
 
 // program is a program that runs until the test ends; lines receives its standard error.
@@ -191,8 +228,7 @@ func (b *browser) checkNoInjection(t *testing.T) {
 }
 
 func TestExamplePrograms(t *testing.T) {
-	dir := t.TempDir()
-	run(t, ".", "go", "build", "-o", dir+"/", "./examples/...")
+	dir := examplePrograms(t)
 	s := startServer(t)
 	env := []string{"NATS_URL=" + s.url, "SUBJECT=example", "QUEUE=q", "LISTEN=127.0.0.1:0", "PIECES=100", "DELAY=1ms"}
 	worker := start(t, dir+"/worker", env...)
@@ -245,20 +281,14 @@ func TestExamplePrograms(t *testing.T) {
 	receive(t, answered)
 }
 
-func buildGateway(t *testing.T) (path string) {
-	t.Helper()
-	path = t.TempDir() + "/gateway"
-	run(t, ".", "go", "build", "-o", path, "./examples/gateway")
-	return path
-}
-
 // The gateway logs the text of a worker's error and does not send it to the browser.
 func TestBrowserDoesNotGetErrorTexts(t *testing.T) {
+	dir := examplePrograms(t)
 	s := startServer(t)
 	serve(t, connect(t, s), "fail", func(ctx context.Context, req *Request, s *Sender) error {
 		return s.SendError(errors.New("password=hunter2"))
 	})
-	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=fail", "LISTEN=127.0.0.1:0")
+	gateway := start(t, dir+"/gateway", "NATS_URL="+s.url, "SUBJECT=fail", "LISTEN=127.0.0.1:0")
 	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
 	req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", nil)
@@ -290,9 +320,10 @@ func requestFor(t *testing.T, url, id string) {
 }
 
 func TestMessagesCannotInjectEvents(t *testing.T) {
+	dir := examplePrograms(t)
 	s := startServer(t)
 	serveInjections(t, s, "forge")
-	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=forge", "LISTEN=127.0.0.1:0")
+	gateway := start(t, dir+"/gateway", "NATS_URL="+s.url, "SUBJECT=forge", "LISTEN=127.0.0.1:0")
 	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
 	kind, id := b.event(t)
@@ -306,6 +337,7 @@ func TestMessagesCannotInjectEvents(t *testing.T) {
 
 // The browser's machine answers nothing any more, not even with a reset.
 func TestVanishedBrowserStopsItsWorker(t *testing.T) {
+	dir := examplePrograms(t)
 	s := startServer(t)
 	worker := connect(t, s)
 	left := make(chan error, 1)
@@ -314,7 +346,7 @@ func TestVanishedBrowserStopsItsWorker(t *testing.T) {
 		left <- waitForEnd(t, ctx) // without sending anything that could be acknowledged
 		return nil
 	})
-	gateway := start(t, buildGateway(t), "NATS_URL="+s.url, "SUBJECT=vanish", "LISTEN=127.0.0.1:0",
+	gateway := start(t, dir+"/gateway", "NATS_URL="+s.url, "SUBJECT=vanish", "LISTEN=127.0.0.1:0",
 		"KEEP_ALIVE=100ms", "USER_TIMEOUT=500ms")
 	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
 	b := browse(t, url+"/events")
@@ -345,6 +377,7 @@ func TestVanishedBrowserStopsItsWorker(t *testing.T) {
 
 // The README's programs work; the test changes only their addresses.
 func TestReadmePrograms(t *testing.T) {
+	buildsPrograms(t)
 	readme, err := os.ReadFile("README.md")
 	must(t, err)
 	programs := regexp.MustCompile("(?s)```go\n(package main.*?)```").FindAllSubmatch(readme, -1)
@@ -399,6 +432,7 @@ func TestReadmePrograms(t *testing.T) {
 
 // The package builds from another module's vendor folder. The static program needs no file of the library.
 func TestVendoredPackageBuildsSharedAndStatic(t *testing.T) {
+	buildsPrograms(t)
 	dir := t.TempDir()
 	here, err := filepath.Abs(".")
 	must(t, err)

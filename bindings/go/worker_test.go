@@ -942,7 +942,8 @@ func TestSendBlocksUntilTheBufferHasCapacity(t *testing.T) {
 
 func TestConcurrentSendsAndEnd(t *testing.T) {
 	s := startServer(t)
-	worker, gateway := connect(t, s), rawClient(t, s)
+	// A small buffer, because the raw client reads slowly what was sent before the end.
+	worker, gateway := connect(t, s, SendBuffer(256<<10)), rawClient(t, s)
 	jobs := make(chan *Sender)
 	serve(t, worker, "race", func(ctx context.Context, req *Request, s *Sender) error {
 		s.Detach()
