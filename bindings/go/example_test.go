@@ -87,9 +87,10 @@ func ExampleConn_Serve() {
 	// A program uses signal.NotifyContext in place of this timeout.
 	ctx, stop := context.WithTimeout(context.Background(), 100*time.Millisecond)
 	defer stop()
-	err = conn.Serve(ctx, "hello", "workers", func(ctx context.Context, req *presence.Request, s *presence.Sender) error {
+	handler := func(ctx context.Context, req *presence.Request, s *presence.Sender) error {
 		return s.Send([]byte("hello " + req.ClientID))
-	}, presence.DrainTimeout(30*time.Second), presence.StopTimeout(5*time.Second))
+	}
+	err = conn.Serve(ctx, "hello", "workers", handler, presence.DrainTimeout(30*time.Second), presence.StopTimeout(5*time.Second))
 	fmt.Println("served:", err)
 	// Output: served: <nil>
 }

@@ -95,8 +95,8 @@ func (c *Conn) Serve(ctx context.Context, subject, queue string, handler Handler
 // that is sent after that arrives here. Without a connection now it returns at once, and subscribes later. Call
 // [Service.Serve] next, to handle the requests.
 //
-// The service ends with [Service.Close], [Service.Drain], [Conn.Close] or ctx; when ctx ends, it ends as Serve
-// describes.
+// The service ends with [Service.Close], [Service.Drain], [Conn.Close] or ctx: ctx must last as long as the service.
+// When ctx ends, the service ends as Serve describes.
 //
 // Listen fails like Serve, and with ErrCancelled if ctx ends first.
 func (c *Conn) Listen(ctx context.Context, subject, queue string, opts ...ServeOption) (*Service, error) {
