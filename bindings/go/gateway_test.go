@@ -580,7 +580,7 @@ func TestSlowReaderOnLevel0EndsWithFull(t *testing.T) {
 	if len(got) != limit/(size+64) {
 		t.Errorf("%d messages were read", len(got))
 	}
-	gateway.events.wait(t, Log, "too slow")
+	gateway.events.wait(t, Log, "slow")
 	checkOnline(t, "slow", false)
 
 	// A reader that keeps up gets any number of messages.
@@ -619,7 +619,7 @@ func TestRequestRefusesInvalidInput(t *testing.T) {
 		{subject: "a.*", named: `"a.*"`},
 		{subject: "a.>", named: `"a.>"`},
 		{subject: "a", data: long + "x", status: ErrTooLarge, named: "1048576"},
-		{subject: "a", data: long, id: "x", status: ErrTooLarge, named: "headers included"},
+		{subject: "a", data: long, id: "x", status: ErrTooLarge, named: "1048576"},
 		{subject: "a", opts: []RequestOption{With("timeout", "1")}, named: `"timeout"`},
 		{subject: "a", opts: []RequestOption{With("timeout_ms", "soon")}, named: "timeout_ms"},
 		{subject: "a", opts: []RequestOption{With("timeout_ms", "1\x00")}, named: "timeout_ms"},

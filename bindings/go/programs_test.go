@@ -276,7 +276,7 @@ func TestExamplePrograms(t *testing.T) {
 	begin()
 	b.data(t)
 	b.leave()
-	worker.waitForLine(t, "end client="+id+" sent=[0-9]+ why=presence: .*client is offline")
+	worker.waitForLine(t, "end client="+id+" sent=[0-9]+ why=presence: .*offline")
 	gateway.waitForLine(t, "stream client="+id+" received=[0-9]+ why=.*offline")
 	receive(t, answered)
 }

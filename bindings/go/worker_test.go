@@ -1042,7 +1042,7 @@ func TestServeEndsWhenTheConnectionIsGivenUp(t *testing.T) {
 	c := connect(t, s, With("max_reconnects", "1"), With("reconnect_min_ms", "1"))
 	serving := serve(t, c, "given.up", func(context.Context, *Request, *Sender) error { return nil })
 	s.kill()
-	wantError(t, receive(t, serving.result), ErrDisconnected, "gave up")
+	wantError(t, receive(t, serving.result), ErrDisconnected, "given up")
 	wantError(t, closeConn(c.Conn), ErrClosed, "connection")
 	receive(t, c.drained)
 }
