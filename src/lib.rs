@@ -1,27 +1,27 @@
-//! Stop work for clients who have left: presence, and streams that know of it, over NATS.
+//! Stop work for clients that have left: presence, and streams that stop with it, over NATS.
 //!
-//! A client's browser is connected to a *gateway*; the gateway asks a *worker* for a stream of messages; the client
-//! leaves. From then on the worker's [`Sender`] refuses to send, and the worker is woken.
+//! A client's browser is connected to a *gateway*, which requests a stream of messages from a *worker*. When the client
+//! leaves, the worker's [`Sender`] refuses to send, and the worker's queue gets an event.
 //!
-//! The map of the crate; each module uses only those below it:
+//! The map of the crate. Each module uses only those below it:
 //!
-//! | module | what is in it |
+//! | module | contents |
 //! |---|---|
 //! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is generated; the only place with `unsafe` |
 //! | `worker` | the worker's side: a service takes requests, a sender answers one |
-//! | `gateway` | the gateway's side: a stream that was requested; streams that ended before their worker answered |
+//! | `gateway` | the gateway's side: a requested stream; streams that ended before their worker answered |
 //! | `connection` | keeps one connection to nats-server up: subscriptions, announcements, drain, close |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
 //! | `nats` | everything that touches async-nats: dialling, TLS, messages in, messages out |
 //! | `presence` | who is online in this process; stops senders and streams when a client leaves |
-//! | `events` | the queue of events that callers read, and the wakeups of its waiting threads |
+//! | `events` | events, the queue that callers read them from, and the wakeups of waiting threads |
 //! | `wire` | byte formats: level 0, which plain NATS peers speak, and the frames of lanes |
 //! | `process` | the tokio runtime, what a forked child may still use, randomness |
-//! | `status_word` | the promise: one word per stream says whether it may send, and why not |
-//! | `config`, `error`, `sync` | options; statuses; locks that survive a fork |
+//! | `status_word` | the promise: the word that each send reads, and why no send follows an offline mark |
+//! | `config`, `error`, `sync` | options; statuses; atomics, and locks that survive a fork |
 //!
-//! From Rust, every handle is an `Arc`; [`Connection::close`], [`Queue::close`] and the `free` of a [`Sender`] and a
-//! [`Stream`] end what C ends by its `_free` functions. Dropping them does not.
+//! In Rust every handle is an `Arc`. [`Connection::close`], [`Queue::close`], [`Sender::free`] and [`Stream::free`] do
+//! what the functions `_close` and `_free` do in C. Dropping a handle does not.
 
 #![cfg_attr(shuttle, allow(dead_code, unused_imports))]
 

@@ -1,4 +1,4 @@
-//! Calls of the ABI in any order, legal and not, against a model of who is online.
+//! Calls of the ABI in any order, valid and invalid, compared with a model of who is online.
 
 use super::*;
 use crate::error::Status;
@@ -35,7 +35,7 @@ struct World {
 }
 
 impl World {
-    fn tell(&mut self, is_online: bool, id: &'static str) {
+    fn expect_event(&mut self, is_online: bool, id: &'static str) {
         for watched in self.queues.iter_mut().filter(|watched| watched.watches) {
             watched.expected.push_back((is_online, id));
         }
@@ -45,21 +45,21 @@ impl World {
         if !self.lives.contains_key(id) {
             self.begun += 1;
             self.lives.insert(id, Life { number: self.begun, ..Life::default() });
-            self.tell(true, id);
+            self.expect_event(true, id);
         }
         self.lives.entry(id).or_default()
     }
 
     fn leave(&mut self, id: &'static str) {
         if self.lives.remove(id).is_some() {
-            self.tell(false, id);
+            self.expect_event(false, id);
         }
     }
 
     fn close(&mut self, index: usize) {
         let (session, id, life) = self.sessions.swap_remove(index);
         presence_session_close(session);
-        // Once more is nothing.
+        // A second call has no effect.
         presence_session_close(session);
         if let Some(own) = self.lives.get_mut(id).filter(|own| own.number == life) {
             own.sessions -= 1;
@@ -69,21 +69,21 @@ impl World {
         }
     }
 
-    /// Takes what waits in a queue, and compares.
+    /// Takes the events of a queue, and compares them.
     fn drain(&mut self, index: usize) {
         let Watched { queue, tag, expected, .. } = &mut self.queues[index];
         let mut events = [const { MaybeUninit::<presence_event>::uninit() }; 3];
         loop {
-            // SAFETY: there is room for three.
+            // SAFETY: there is memory for three.
             let count = unsafe { presence_queue_wait(*queue, events.as_mut_ptr().cast(), 3, 0) };
             assert!((0..=3).contains(&count));
             for event in &events[..count as usize] {
-                // SAFETY: the wait has written so many, and what they point to lives until the next.
+                // SAFETY: the wait has filled so many, and their pointers are valid until the next one.
                 let (event, client) = unsafe {
                     let event = event.assume_init_ref();
                     (event, std::slice::from_raw_parts(event.client.cast::<u8>(), event.client_len))
                 };
-                // Other tests in this process have other clients.
+                // Other tests in this process use other clients.
                 if !client.starts_with(b"fuzz") {
                     continue;
                 }
@@ -93,7 +93,7 @@ impl World {
                 assert_eq!(event.tag, *tag);
             }
             if count == 0 {
-                assert!(expected.is_empty(), "{expected:?} never came");
+                assert!(expected.is_empty(), "missing: {expected:?}");
                 return;
             }
         }
@@ -104,7 +104,7 @@ impl World {
         let (text, length) = (id.as_ptr().cast::<c_char>(), id.len());
         let name = CString::new(id).unwrap_or_default();
         let (ok, invalid) = (Status::Ok.code(), Status::Invalid.code());
-        // SAFETY: pointers are NULL where that is allowed, or to what lives here, with their lengths.
+        // SAFETY: pointers are NULL where that is allowed, or point to values that exist here, with their lengths.
         unsafe {
             match step {
                 0 => {
@@ -194,7 +194,7 @@ impl World {
                     }
                 }
                 _ => {
-                    // Any number that is no handle, as any kind of handle.
+                    // A number that is no handle, as a handle of each kind.
                     let nonsense = std::ptr::without_provenance_mut::<u8>(usize::MAX - usize::from(choices.byte()));
                     assert_eq!(presence_watch(nonsense.cast(), 0), Status::Closed.code());
                     assert_eq!(presence_close(nonsense.cast(), 0), Status::Closed.code());

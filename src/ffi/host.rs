@@ -1,17 +1,17 @@
-//! What the runtime's threads would take over from the thread that starts them, and must not: the CPUs that it is
-//! pinned to, and its real-time priority. A thread of the host's that spins there would keep them from running at all.
+//! What the runtime's threads must not inherit from the thread that starts them: the CPUs that it is pinned to, and its
+//! real-time priority. A thread of the host that spins there would keep them from running.
 
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use std::sync::OnceLock;
 
-/// The CPUs that the process had when it loaded this library: what the system's administrator gave it (taskset, a
-/// cpuset), before any of its threads pinned itself.
+/// The CPUs that the process had when it loaded this library: those that the administrator gave it (taskset, a cpuset),
+/// before any of its threads pinned itself.
 static CPUS: OnceLock<CpuSet> = OnceLock::new();
 
 const THIS_THREAD: Pid = Pid::from_raw(0);
 
-extern "C" fn note_cpus() {
+extern "C" fn save_cpus() {
     if let Ok(cpus) = sched_getaffinity(THIS_THREAD) {
         let _ = CPUS.set(cpus);
     }
@@ -20,11 +20,11 @@ extern "C" fn note_cpus() {
 /// Called when the library is loaded.
 #[used]
 #[unsafe(link_section = ".init_array")]
-static AT_LOAD: extern "C" fn() = note_cpus;
+static AT_LOAD: extern "C" fn() = save_cpus;
 
-/// Gives the calling thread, which must be one of ours, the process's CPUs and a usual priority.
+/// Gives the calling thread, which must be one of the runtime's, the process's CPUs and the normal priority.
 pub(crate) fn reset_scheduling() {
-    // Where a call fails the thread stays as it is: no reason to fail.
+    // If a call fails the thread stays as it is, and works.
     if let Some(cpus) = CPUS.get() {
         let _ = sched_setaffinity(THIS_THREAD, cpus);
     }

@@ -1,4 +1,4 @@
-//! A panic in each function of the header: a status, nothing broken, and the next call works.
+//! A panic in each function of the header becomes a status, and the next call works.
 
 use super::*;
 use crate::error::Status;
@@ -12,35 +12,35 @@ thread_local! {
     static FORCED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Panics if the test on this thread wants it, once.
+/// Panics once after `force` on this thread.
 pub(super) fn if_forced() {
     if FORCED.take() {
         panic::resume_unwind(Box::new("forced"));
     }
 }
 
-/// What a function gives when it cannot do its work.
+/// What a function returns.
 #[derive(Debug, PartialEq)]
-enum Gave {
+enum Returned {
     Status(i64),
     Nothing,
 }
 
-impl From<i32> for Gave {
-    fn from(status: i32) -> Gave {
-        Gave::Status(status.into())
+impl From<i32> for Returned {
+    fn from(status: i32) -> Returned {
+        Returned::Status(status.into())
     }
 }
 
-impl From<i64> for Gave {
-    fn from(status: i64) -> Gave {
-        Gave::Status(status)
+impl From<i64> for Returned {
+    fn from(status: i64) -> Returned {
+        Returned::Status(status)
     }
 }
 
-impl From<()> for Gave {
-    fn from((): ()) -> Gave {
-        Gave::Nothing
+impl From<()> for Returned {
+    fn from((): ()) -> Returned {
+        Returned::Nothing
     }
 }
 
@@ -51,7 +51,7 @@ macro_rules! functions {
     };
 }
 
-type Call = (&'static str, fn() -> Gave);
+type Call = (&'static str, fn() -> Returned);
 
 #[allow(unused_unsafe)]
 const STATUSES: &[Call] = functions![
@@ -91,14 +91,14 @@ const STATUSES: &[Call] = functions![
     presence_stream_free(null_mut()),
 ];
 
-/// What has neither: constants, read without any work.
+/// Functions that return constants, and cannot panic.
 const CONSTANTS: [&str; 2] = ["presence_status_text", "presence_version"];
 
 fn force<T>(call: impl FnOnce() -> T) -> T {
     FORCED.set(true);
-    let gave = call();
-    assert!(!FORCED.take(), "it never came to its guard");
-    gave
+    let returned = call();
+    assert!(!FORCED.take(), "the call did not reach its guard");
+    returned
 }
 
 fn in_header() -> BTreeSet<&'static str> {
@@ -109,20 +109,20 @@ fn in_header() -> BTreeSet<&'static str> {
 }
 
 #[test]
-fn each_function_gives_a_status_and_works_again() {
-    let internal = Gave::from(Status::Internal.code());
+fn each_function_returns_a_status_and_works_again() {
+    let internal = Returned::from(Status::Internal.code());
     let mut seen: BTreeSet<&str> = CONSTANTS.into();
     for (name, call) in STATUSES {
         let forced = force(call);
         let usual = call();
         match forced {
-            Gave::Status(_) => assert_eq!(forced, internal, "{name}"),
-            Gave::Nothing => {}
+            Returned::Status(_) => assert_eq!(forced, internal, "{name}"),
+            Returned::Nothing => {}
         }
         assert_ne!(usual, internal, "{name} does not work afterwards");
         seen.insert(name);
     }
-    // Those that can tell no status give what they give for NULL.
+    // Functions that cannot return a status return what they return for NULL.
     // SAFETY: NULL is allowed for each pointer.
     unsafe {
         assert!(force(|| presence_config_new()).is_null());
@@ -148,7 +148,7 @@ fn each_function_gives_a_status_and_works_again() {
 }
 
 #[test]
-fn the_error_says_so() {
+fn the_error_is_filled() {
     let mut error = presence_error { status: 0, message: [0x55; PRESENCE_ERROR_MESSAGE] };
     // SAFETY: NULL is allowed; the error is writable.
     unsafe { force(|| presence_connect(null(), null(), null_mut(), &raw mut error)) };

@@ -630,28 +630,28 @@ mod tests {
         }
     }
 
-    /// A connection that notes what it is told to announce.
-    pub(super) struct Ear {
+    /// A connection that records what it has to announce.
+    pub(super) struct Recorder {
         pub(super) number: u64,
-        pub(super) heard: Mutex<Vec<(String, bool)>>,
+        pub(super) announced: Mutex<Vec<(String, bool)>>,
     }
 
-    impl Ear {
-        pub(super) fn new() -> Arc<Ear> {
-            let ear = Arc::new(Ear { number: fork::next_handle_id(), heard: Mutex::default() });
-            add_announcer(Arc::clone(&ear) as _, &format!("inbox.{}.", ear.number));
-            ear
+    impl Recorder {
+        pub(super) fn new() -> Arc<Recorder> {
+            let recorder = Arc::new(Recorder { number: fork::next_handle_id(), announced: Mutex::default() });
+            add_announcer(Arc::clone(&recorder) as _, &format!("inbox.{}.", recorder.number));
+            recorder
         }
 
-        /// What it heard of a client: other tests announce theirs.
+        /// Its announcements of a client. (Other tests announce other clients.)
         fn of(&self, id: &str) -> Vec<bool> {
-            self.heard.lock().iter().filter(|(other, _)| other == id).map(|(_, requested)| *requested).collect()
+            self.announced.lock().iter().filter(|(other, _)| other == id).map(|(_, requested)| *requested).collect()
         }
     }
 
-    impl Announcer for Ear {
+    impl Announcer for Recorder {
         fn announce(&self, id: &str, requested: bool) -> bool {
-            self.heard.lock().push((id.into(), requested));
+            self.announced.lock().push((id.into(), requested));
             true
         }
 
@@ -665,7 +665,7 @@ mod tests {
     }
 
     #[test]
-    fn marks() {
+    fn a_mark_lasts_until_the_opposite_mark() {
         assert!(online("") && !online("marks") && !is_online(b"\xff"));
         mark_online(b"").unwrap();
         mark_offline(b"").unwrap();
@@ -681,7 +681,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_keeps_its_client_online_and_leaves_nothing_behind() {
+    fn a_client_is_online_while_a_stream_runs() {
         let probe = Probe::attach("streams", None, None);
         let second = Probe::attach("streams", Some(1), None);
         assert!(online("streams"));
@@ -693,35 +693,35 @@ mod tests {
     }
 
     #[test]
-    fn an_offline_mark_stops_all_and_revives_none() {
-        let ear = Ear::new();
+    fn an_offline_mark_stops_streams_and_ends_sessions_for_good() {
+        let recorder = Recorder::new();
         mark_online(b"all").unwrap();
         let session = Session::open(b"all").unwrap();
-        let (sender, stream) = (Probe::attach("all", None, None), Probe::attach("all", Some(ear.number), None));
+        let (sender, stream) = (Probe::attach("all", None, None), Probe::attach("all", Some(recorder.number), None));
         mark_offline(b"all").unwrap();
         assert!(sender.is_stopped() && stream.is_stopped() && !online("all"));
-        assert_eq!(ear.of("all"), [true]);
-        // The old session belongs to the old life.
+        assert_eq!(recorder.of("all"), [true]);
+        // The old session does not count for the client that has come back.
         let next = Session::open(b"all").unwrap();
         session.close();
         assert!(online("all"));
         next.close();
         assert!(!online("all"));
-        // The end of a session with no streams is not announced; a mark of an unknown client is, and an announcement is
+        // The end of a session without streams is not announced, a mark of an unknown client is, and an announcement is
         // not announced again.
         mark_offline(b"all").unwrap();
-        assert_eq!(ear.of("all"), [true, false]);
+        assert_eq!(recorder.of("all"), [true, false]);
         mark_online(b"all").unwrap();
         apply_offline("all");
         assert!(!online("all"));
-        assert_eq!(ear.of("all").len(), 2);
-        remove_announcer(ear.number);
+        assert_eq!(recorder.of("all").len(), 2);
+        remove_announcer(recorder.number);
         mark_offline(b"all").unwrap();
-        assert_eq!(ear.of("all").len(), 2);
+        assert_eq!(recorder.of("all").len(), 2);
     }
 
     #[test]
-    fn the_last_session_takes_the_client_offline_unless_it_is_marked() {
+    fn closing_the_last_session_takes_an_unmarked_client_offline() {
         let (first, second) = (Session::open(b"tabs").unwrap(), Session::open(b"tabs").unwrap());
         let sender = Probe::attach("tabs", None, Some(1));
         first.close();
@@ -741,15 +741,15 @@ mod tests {
     }
 
     #[test]
-    fn the_last_session_ends_only_what_this_process_requested() {
-        let ear = Ear::new();
+    fn closing_the_last_session_ends_only_streams_that_this_process_requested() {
+        let recorder = Recorder::new();
         let attach = |id: &str, requested_on, answers_to, notice| {
             let probe = Probe::new(requested_on, answers_to, notice);
             super::attach(id, probe.handle_id, Arc::clone(&probe) as _);
             probe
         };
-        let here = Some(ear.number);
-        // The client is at another gateway as well, whose stream is served here.
+        let here = Some(recorder.number);
+        // The client is also connected to another gateway, whose stream is served here.
         let session = Session::open(b"elsewhere").unwrap();
         let elsewhere = attach("elsewhere", None, None, Notice::Direct);
         let own = [
@@ -759,21 +759,21 @@ mod tests {
         ];
         session.close();
         assert!(own.iter().all(|probe| probe.is_stopped()) && !elsewhere.is_stopped() && online("elsewhere"));
-        assert!(ear.of("elsewhere").is_empty(), "announced, though each worker is notified directly");
+        assert!(recorder.of("elsewhere").is_empty(), "announced, though each worker is notified directly");
         detach("elsewhere", elsewhere.handle_id);
         assert!(!online("elsewhere"));
-        // A worker on level 0 cannot be notified otherwise.
+        // A worker on level 0 can be notified in no other way.
         let session = Session::open(b"level 0").unwrap();
         let elsewhere = attach("level 0", None, None, Notice::Direct);
         attach("level 0", here, None, Notice::Announcement);
         session.close();
         assert!(elsewhere.is_stopped() && !online("level 0"));
-        assert_eq!(ear.of("level 0"), [true]);
-        remove_announcer(ear.number);
+        assert_eq!(recorder.of("level 0"), [true]);
+        remove_announcer(recorder.number);
     }
 
     #[test]
-    fn a_stream_can_be_attached_to_an_online_client_only() {
+    fn attach_if_online_refuses_an_offline_client() {
         let probe = Probe::new(Some(1), None, Notice::Direct);
         let attach = |id: &str| attach_if_online(id, probe.handle_id, Arc::clone(&probe) as _);
         assert!(!attach("only online") && !online("only online") && attach(""));
@@ -784,79 +784,79 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_was_detached_is_announced_unless_its_client_is_online() {
-        let ear = Ear::new();
-        give_up_detached("detached", &*ear);
-        assert_eq!(ear.of("detached"), [true]);
+    fn giving_up_a_detached_stream_announces_a_client_that_is_not_online_otherwise() {
+        let recorder = Recorder::new();
+        give_up_detached("detached", &*recorder);
+        assert_eq!(recorder.of("detached"), [true]);
         mark_online(b"detached").unwrap();
-        give_up_detached("detached", &*ear);
+        give_up_detached("detached", &*recorder);
         assert!(online("detached"));
         mark_offline(b"detached").unwrap();
         let sender = Probe::attach("detached", None, None);
-        give_up_detached("detached", &*ear);
+        give_up_detached("detached", &*recorder);
         assert!(sender.is_stopped() && !online("detached"));
-        assert_eq!(ear.of("detached"), [true, false, true]);
-        remove_announcer(ear.number);
+        assert_eq!(recorder.of("detached"), [true, false, true]);
+        remove_announcer(recorder.number);
     }
 
     #[test]
-    fn who_gives_up_a_stream_announces_only_a_client_without_other_reasons() {
-        let ear = Ear::new();
-        let give_up = |id: &str, stream: &Probe| give_up(id, stream.handle_id, &*ear);
-        let stream = |id: &str| Probe::attach(id, Some(ear.number), None);
+    fn giving_up_a_stream_announces_a_client_that_is_not_online_otherwise() {
+        let recorder = Recorder::new();
+        let give_up = |id: &str, stream: &Probe| give_up(id, stream.handle_id, &*recorder);
+        let stream = |id: &str| Probe::attach(id, Some(recorder.number), None);
 
         let (first, second) = (stream("two streams"), stream("two streams"));
         let sender = Probe::attach("two streams", None, None);
         give_up("two streams", &first);
-        assert!(online("two streams") && ear.of("two streams").is_empty());
+        assert!(online("two streams") && recorder.of("two streams").is_empty());
         give_up("two streams", &second);
-        assert!(!online("two streams") && sender.is_stopped(), "what others requested does not keep it");
-        assert_eq!(ear.of("two streams"), [true]);
+        assert!(!online("two streams") && sender.is_stopped(), "a stream of another requester does not keep it online");
+        assert_eq!(recorder.of("two streams"), [true]);
 
         mark_online(b"marked").unwrap();
         give_up("marked", &stream("marked"));
         let session = Session::open(b"session").unwrap();
         give_up("session", &stream("session"));
         assert!(online("marked") && online("session"));
-        assert!(ear.of("marked").is_empty() && ear.of("session").is_empty());
+        assert!(recorder.of("marked").is_empty() && recorder.of("session").is_empty());
         session.close();
 
-        // One that an offline mark has stopped is not announced once more.
+        // A stream that an offline mark has stopped is not announced again.
         let late = stream("late");
         mark_offline(b"late").unwrap();
         mark_online(b"late").unwrap();
         give_up("late", &late);
         assert!(online("late"));
-        assert_eq!(ear.of("late"), [true]);
-        remove_announcer(ear.number);
+        assert_eq!(recorder.of("late"), [true]);
+        remove_announcer(recorder.number);
     }
 
     #[test]
-    fn an_own_announcement_stops_only_what_answers_to_its_connection() {
-        let ear = Ear::new();
-        assert_eq!(owner_of(&format!("inbox.{}.7", ear.number)), Some(ear.number));
+    fn an_own_announcement_stops_only_senders_that_answer_its_connection() {
+        let recorder = Recorder::new();
+        assert_eq!(owner_of(&format!("inbox.{}.7", recorder.number)), Some(recorder.number));
         assert_eq!(owner_of("inbox.of another"), None);
-        let own = Probe::attach("own", None, Some(ear.number));
+        let own = Probe::attach("own", None, Some(recorder.number));
         let other = Probe::attach("own", None, None);
-        apply_own_offline("own", ear.number);
+        apply_own_offline("own", recorder.number);
         assert!(own.is_stopped() && !other.is_stopped() && online("own"));
         detach("own", other.handle_id);
-        let last = Probe::attach("own", None, Some(ear.number));
-        apply_own_offline("own", ear.number);
+        let last = Probe::attach("own", None, Some(recorder.number));
+        apply_own_offline("own", recorder.number);
         assert!(last.is_stopped() && !online("own"));
         mark_online(b"own").unwrap();
-        apply_own_offline("own", ear.number);
+        apply_own_offline("own", recorder.number);
         assert!(online("own"));
-        remove_announcer(ear.number);
+        remove_announcer(recorder.number);
         assert_eq!(
-            owner_of(&format!("inbox.{}.7", ear.number)),
-            Some(ear.number),
+            owner_of(&format!("inbox.{}.7", recorder.number)),
+            Some(recorder.number),
             "late requests of a closed connection"
         );
     }
 
     #[test]
-    fn watchers_hear_each_change_once_and_in_order() {
+    fn watchers_get_each_change_once_and_in_order() {
         let queue = Queue::new();
         watch(&queue, 1);
         watch(&queue, 5);
@@ -868,20 +868,20 @@ mod tests {
         session.close();
         let sender = Probe::attach("watched", None, None);
         detach("watched", sender.handle_id);
-        let mut heard = Vec::new();
+        let mut kinds = Vec::new();
         let note = |event: Event<'_>| {
             if event.client == "watched" {
                 assert_eq!(event.tag, 5);
-                heard.push(event.kind);
+                kinds.push(event.kind);
             }
         };
         queue.wait(usize::MAX, Some(Duration::ZERO), note).unwrap();
-        assert_eq!(heard, [Kind::Online, Kind::Offline, Kind::Online, Kind::Offline]);
+        assert_eq!(kinds, [Kind::Online, Kind::Offline, Kind::Online, Kind::Offline]);
         queue.close();
     }
 
     #[test]
-    fn racing_marks_and_streams_leave_nothing() {
+    fn racing_marks_and_streams_leave_no_client_online() {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {

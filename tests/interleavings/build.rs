@@ -1,4 +1,5 @@
-//! Selects the model checker's atomics and locks in the library's source. (RUSTFLAGS would compile all dependencies again.)
+//! Selects the model checker's atomics and locks in the library's source. (RUSTFLAGS would compile all dependencies
+//! again.)
 
 fn main() {
     println!("cargo::rustc-cfg=shuttle");

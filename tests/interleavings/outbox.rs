@@ -67,7 +67,7 @@ fn ends_race_with_sends() {
 }
 
 #[test]
-fn nothing_follows_the_end() {
+fn no_message_follows_the_end() {
     search(ends_race_with_sends);
 }
 

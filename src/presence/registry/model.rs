@@ -1,13 +1,14 @@
-//! The registry against a model of it that is only maps and lists: random calls, sequential and from several threads.
+//! Compares the registry with a simple model of it, by random calls, sequential and from several threads.
 
-use super::tests::{Ear, Probe};
+use super::tests::{Probe, Recorder};
 use super::*;
 use crate::events::Event;
 use std::env;
 use std::process::Command;
 use std::thread;
 
-/// Runs a test once more in a process of its own, for what all tests of a process share; true in that process.
+/// Runs a test again in a process of its own, because all tests of a process share the registry. Returns true in that
+/// process.
 fn is_alone(test: &str) -> bool {
     if env::var_os("PRESENCE_ALONE").is_some() {
         return true;
@@ -21,17 +22,17 @@ fn is_alone(test: &str) -> bool {
 
 /// A client who is online.
 #[derive(Default)]
-struct Life {
+struct OnlineClient {
     number: u64,
     marked: bool,
     sessions: u32,
-    /// The closed session that its grace is of.
+    /// The closed session that began its grace period.
     grace: Option<u64>,
-    /// Places in `World::streams`.
+    /// Indexes in `World::streams`.
     running: Vec<usize>,
 }
 
-/// A sender or a stream, and what must have been told to it.
+/// A sender or a stream, and its expected state.
 struct Stream {
     probe: Arc<Probe>,
     client: usize,
@@ -39,9 +40,9 @@ struct Stream {
     is_stopped: bool,
 }
 
-/// An open connection, and what it must have been told to announce.
+/// An open connection, and its expected announcements.
 struct Connected {
-    ear: Arc<Ear>,
+    recorder: Arc<Recorder>,
     expected: Vec<(String, bool)>,
 }
 
@@ -49,9 +50,9 @@ struct World {
     random: u64,
     ids: [String; 3],
     has_grace: bool,
-    lives: [Option<Life>; 3],
+    online: [Option<OnlineClient>; 3],
     begun: u64,
-    /// With its client and that one's life; closed ones, too.
+    /// Sessions, also closed ones, with their client and the number of its entry.
     sessions: Vec<(Session, usize, u64)>,
     streams: Vec<Stream>,
     connected: Vec<Connected>,
@@ -65,7 +66,7 @@ impl World {
             random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
             ids: ["a", "b", "c"].map(|id| format!("{name} {id}")),
             has_grace,
-            lives: [None, None, None],
+            online: [None, None, None],
             begun: 0,
             sessions: Vec::new(),
             streams: Vec::new(),
@@ -83,31 +84,31 @@ impl World {
         (self.random >> 20) as usize % limit
     }
 
-    fn enter(&mut self, client: usize) -> &mut Life {
-        if self.lives[client].is_none() {
+    fn enter(&mut self, client: usize) -> &mut OnlineClient {
+        if self.online[client].is_none() {
             self.events.push((Kind::Online, self.ids[client].clone()));
             self.begun += 1;
         }
         let number = self.begun;
-        self.lives[client].get_or_insert_with(|| Life { number, ..Life::default() })
+        self.online[client].get_or_insert_with(|| OnlineClient { number, ..OnlineClient::default() })
     }
 
-    /// Whether nothing but what others requested keeps it online.
+    /// Whether nothing but streams that others requested keeps it online.
     fn is_left(&self, client: usize) -> bool {
         let is_own = |stream: &usize| self.streams[*stream].probe.requested_on.is_some();
-        self.lives[client].as_ref().is_some_and(|life| {
-            !life.marked && life.sessions == 0 && life.grace.is_none() && !life.running.iter().any(is_own)
+        self.online[client].as_ref().is_some_and(|entry| {
+            !entry.marked && entry.sessions == 0 && entry.grace.is_none() && !entry.running.iter().any(is_own)
         })
     }
 
     fn runs_something(&self, client: usize) -> bool {
-        self.lives[client].as_ref().is_some_and(|life| !life.running.is_empty())
+        self.online[client].as_ref().is_some_and(|entry| !entry.running.is_empty())
     }
 
     fn leave(&mut self, client: usize) {
-        let Some(life) = self.lives[client].take() else { return };
+        let Some(entry) = self.online[client].take() else { return };
         self.events.push((Kind::Offline, self.ids[client].clone()));
-        life.running.into_iter().for_each(|stream| self.stop(stream));
+        entry.running.into_iter().for_each(|stream| self.stop(stream));
     }
 
     fn stop(&mut self, stream: usize) {
@@ -117,24 +118,25 @@ impl World {
     }
 
     fn announce(&mut self, client: usize) {
-        let running = self.lives[client].iter().flat_map(|life| &life.running);
+        let running = self.online[client].iter().flat_map(|entry| &entry.running);
         let probes: Vec<_> = running.map(|stream| Arc::clone(&self.streams[*stream].probe)).collect();
-        for Connected { ear, expected } in &mut self.connected {
+        for Connected { recorder, expected } in &mut self.connected {
             let is_meant =
-                |probe: &Arc<Probe>| probe.requested_on == Some(ear.number) && probe.notice != Notice::Direct;
+                |probe: &Arc<Probe>| probe.requested_on == Some(recorder.number) && probe.notice != Notice::Direct;
             expected.push((self.ids[client].clone(), probes.iter().any(is_meant)));
         }
     }
 
-    /// The last session of a client ends what this process requested for it, and the senders that answer that.
+    /// The last session of a client ends the streams that this process requested for it, and the senders that answer
+    /// them.
     fn end_sessions(&mut self, client: usize) {
-        let Some(life) = &self.lives[client] else { return };
-        let probes = life.running.iter().map(|stream| (*stream, Arc::clone(&self.streams[*stream].probe)));
+        let Some(entry) = &self.online[client] else { return };
+        let probes = entry.running.iter().map(|stream| (*stream, Arc::clone(&self.streams[*stream].probe)));
         let running: Vec<_> = probes.collect();
         let mut is_announced = false;
-        for Connected { ear, expected } in &mut self.connected {
+        for Connected { recorder, expected } in &mut self.connected {
             let is_level_0 =
-                |probe: &Probe| probe.requested_on == Some(ear.number) && probe.notice == Notice::Announcement;
+                |probe: &Probe| probe.requested_on == Some(recorder.number) && probe.notice == Notice::Announcement;
             if running.iter().any(|(_, probe)| is_level_0(probe)) {
                 expected.push((self.ids[client].clone(), true));
                 is_announced = true;
@@ -151,12 +153,12 @@ impl World {
         }
     }
 
-    /// Takes a stream out of its client's life; false if it is not in that.
+    /// Removes a stream from its client. Returns false if the client does not have it.
     fn take_out(&mut self, stream: usize) -> bool {
-        let Some(life) = &mut self.lives[self.streams[stream].client] else { return false };
-        let before = life.running.len();
-        life.running.retain(|other| *other != stream);
-        life.running.len() < before
+        let Some(entry) = &mut self.online[self.streams[stream].client] else { return false };
+        let before = entry.running.len();
+        entry.running.retain(|other| *other != stream);
+        entry.running.len() < before
     }
 
     fn step(&mut self) {
@@ -178,12 +180,12 @@ impl World {
             }
             3 | 4 => {
                 let at = self.below(4);
-                let Some(number) = self.connected.get(at).map(|connected| connected.ear.number) else { return };
+                let Some(number) = self.connected.get(at).map(|connected| connected.recorder.number) else { return };
                 apply_own_offline(&id, number);
-                let Some(life) = &mut self.lives[client] else { return };
+                let Some(entry) = &mut self.online[client] else { return };
                 let answers = |stream: &usize| self.streams[*stream].probe.answers_to == Some(number);
-                let (late, kept) = life.running.iter().partition(|stream| answers(stream));
-                life.running = kept;
+                let (late, kept) = entry.running.iter().partition(|stream| answers(stream));
+                entry.running = kept;
                 Vec::into_iter(late).for_each(|stream| self.stop(stream));
                 if !self.runs_something(client) && self.is_left(client) {
                     self.leave(client);
@@ -191,9 +193,9 @@ impl World {
             }
             5..=7 => {
                 let session = Session::open(id.as_bytes()).unwrap();
-                let life = self.enter(client);
-                (life.sessions, life.grace) = (life.sessions + 1, None);
-                let number = life.number;
+                let entry = self.enter(client);
+                (entry.sessions, entry.grace) = (entry.sessions + 1, None);
+                let number = entry.number;
                 self.sessions.push((session, client, number));
             }
             8..=10 if !self.sessions.is_empty() => {
@@ -204,11 +206,13 @@ impl World {
                 let at = self.below(self.sessions.len());
                 let (session, client, _) = &self.sessions[at];
                 let (client, number) = (*client, session.handle_id());
-                // As its timer does, now or never, also when it has nothing to end.
+                // As the session's timer does, also if it has nothing to end.
                 end_grace(&session.client, session.entry_id, number);
-                let Some(life) = self.lives[client].as_mut().filter(|life| life.grace == Some(number)) else { return };
-                life.grace = None;
-                if !life.marked {
+                let Some(entry) = self.online[client].as_mut().filter(|entry| entry.grace == Some(number)) else {
+                    return;
+                };
+                entry.grace = None;
+                if !entry.marked {
                     self.end_sessions(client);
                 }
             }
@@ -218,7 +222,7 @@ impl World {
                 let probe = Arc::clone(&self.streams[stream].probe);
                 let client = self.streams[stream].client;
                 if self.below(2) == 0 {
-                    // It ends by itself, and is detached at once or later.
+                    // The stream ends by itself, and is detached at once or later.
                     assert_eq!(probe.word.try_stop(Status::Closed), !self.streams[stream].is_over);
                     self.streams[stream].is_over = true;
                 }
@@ -233,9 +237,9 @@ impl World {
                 let stream = self.below(self.streams.len());
                 let probe = Arc::clone(&self.streams[stream].probe);
                 let client = self.streams[stream].client;
-                let is_here = |connected: &Connected| probe.requested_on == Some(connected.ear.number);
+                let is_here = |connected: &Connected| probe.requested_on == Some(connected.recorder.number);
                 let Some(at) = self.connected.iter().position(is_here) else { return };
-                give_up(&self.ids[client], probe.handle_id, &*self.connected[at].ear);
+                give_up(&self.ids[client], probe.handle_id, &*self.connected[at].recorder);
                 if self.take_out(stream) && self.is_left(client) {
                     self.connected[at].expected.push((self.ids[client].clone(), true));
                     self.leave(client);
@@ -244,9 +248,9 @@ impl World {
             19 => {
                 let at = self.below(4);
                 if at < self.connected.len() {
-                    remove_announcer(self.connected.swap_remove(at).ear.number);
+                    remove_announcer(self.connected.swap_remove(at).recorder.number);
                 } else if self.connected.len() < 3 {
-                    self.connected.push(Connected { ear: Ear::new(), expected: Vec::new() });
+                    self.connected.push(Connected { recorder: Recorder::new(), expected: Vec::new() });
                 }
             }
             _ => {}
@@ -254,12 +258,12 @@ impl World {
     }
 
     fn close(&mut self, at: usize) {
-        let (session, client, life) = &self.sessions[at];
-        let (client, life, number) = (*client, *life, session.handle_id());
+        let (session, client, entry) = &self.sessions[at];
+        let (client, entry, number) = (*client, *entry, session.handle_id());
         let was_closed = session.is_closed.load(Ordering::Relaxed);
         session.close();
         let has_grace = self.has_grace;
-        let Some(own) = self.lives[client].as_mut().filter(|own| own.number == life && !was_closed) else { return };
+        let Some(own) = self.online[client].as_mut().filter(|own| own.number == entry && !was_closed) else { return };
         own.sessions -= 1;
         if own.sessions == 0 && !own.marked {
             if has_grace {
@@ -272,8 +276,8 @@ impl World {
 
     fn attach(&mut self, client: usize) {
         let at = self.below(6);
-        let ear = self.connected.get(at % 3).map(|connected| connected.ear.number);
-        let (requested_on, answers_to) = if at < 3 { (ear, None) } else { (None, ear) };
+        let recorder = self.connected.get(at % 3).map(|connected| connected.recorder.number);
+        let (requested_on, answers_to) = if at < 3 { (recorder, None) } else { (None, recorder) };
         let notice = [Notice::Direct, Notice::Announcement, Notice::Unknown][self.below(3)];
         let probe = Probe::new(requested_on, answers_to, notice);
         attach(&self.ids[client], probe.handle_id, Arc::clone(&probe) as _);
@@ -283,16 +287,16 @@ impl World {
     }
 
     fn check(&mut self) {
-        for (id, life) in self.ids.iter().zip(&self.lives) {
-            assert_eq!(is_online(id.as_bytes()), life.is_some(), "{id}");
+        for (id, entry) in self.ids.iter().zip(&self.online) {
+            assert_eq!(is_online(id.as_bytes()), entry.is_some(), "{id}");
         }
         for stream in &self.streams {
             let (probe, is_over) = (&stream.probe, stream.probe.word.check().is_err());
             assert_eq!([is_over, probe.stopped.load(Ordering::Relaxed)], [stream.is_over, stream.is_stopped]);
         }
-        for Connected { ear, expected } in &mut self.connected {
-            let mut heard = ear.heard.lock();
-            // Other threads have other clients.
+        for Connected { recorder, expected } in &mut self.connected {
+            let mut heard = recorder.announced.lock();
+            // Other threads use other clients.
             heard.retain(|(id, _)| self.ids.contains(id));
             assert_eq!(*heard, *expected);
             heard.clear();
@@ -314,12 +318,12 @@ impl World {
             drop(session);
         }
         self.ids.iter().for_each(|id| mark_offline(id.as_bytes()).unwrap());
-        self.connected.iter().for_each(|connected| remove_announcer(connected.ear.number));
+        self.connected.iter().for_each(|connected| remove_announcer(connected.recorder.number));
         self.queue.wait(usize::MAX, Some(Duration::ZERO), |_| {}).unwrap();
     }
 }
 
-/// Random calls; a failure says of which seed and step.
+/// Compares after each random call. A failure prints its seed and step.
 fn compare(name: &str, seeds: u64, has_grace: bool) {
     let queue = Queue::new();
     watch(&queue, 0);
@@ -330,7 +334,7 @@ fn compare(name: &str, seeds: u64, has_grace: bool) {
                 world.step();
                 world.check();
                 if name == "alone" {
-                    assert_eq!(online_count(), world.lives.iter().flatten().count() as u64);
+                    assert_eq!(online_count(), world.online.iter().flatten().count() as u64);
                 }
             }));
             if let Err(panic) = checked {
@@ -354,7 +358,7 @@ fn agrees_with_the_model() {
     }
 }
 
-/// Each thread has clients of its own; the map, the watchers and the connections are everybody's.
+/// Each thread has its own clients; all share the map, the watchers and the connections.
 #[test]
 fn agrees_with_the_model_in_four_threads() {
     if is_alone("presence::registry::model::agrees_with_the_model_in_four_threads") {
@@ -370,8 +374,9 @@ fn agrees_with_the_model_in_four_threads() {
 #[test]
 fn the_last_inboxes_are_remembered() {
     if is_alone("presence::registry::model::the_last_inboxes_are_remembered") {
-        let ears: Vec<_> = (0..=MAX_INBOXES).map(|_| Ear::new()).collect();
-        let known = |ear: &Arc<Ear>| owner_of(&format!("inbox.{}.1", ear.number)) == Some(ear.number);
-        assert!(!known(&ears[0]) && ears[1..].iter().all(known));
+        let recorders: Vec<_> = (0..=MAX_INBOXES).map(|_| Recorder::new()).collect();
+        let known =
+            |recorder: &Arc<Recorder>| owner_of(&format!("inbox.{}.1", recorder.number)) == Some(recorder.number);
+        assert!(!known(&recorders[0]) && recorders[1..].iter().all(known));
     }
 }
