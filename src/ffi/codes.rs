@@ -85,51 +85,30 @@ pub enum presence_event_kind {
     PRESENCE_EVENT_LOG = 11,
 }
 
+macro_rules! assert_same {
+    ($($c:ident = $rust:path),* $(,)?) => { $(assert!($c as i32 == $rust as i32);)* };
+}
+
+#[rustfmt::skip]
 const _: () = {
     use presence_event_kind::*;
     use presence_status::*;
-    const fn same(c: [i32; 16], rust: [Status; 16]) -> bool {
-        let mut index = 0;
-        while index < c.len() {
-            if c[index] != rust[index].code() {
-                return false;
-            }
-            index += 1;
-        }
-        true
-    }
-    assert!(same(
-        [
-            PRESENCE_OK as i32,
-            PRESENCE_INVALID as i32,
-            PRESENCE_OFFLINE as i32,
-            PRESENCE_CLOSED as i32,
-            PRESENCE_CANCELLED as i32,
-            PRESENCE_FULL as i32,
-            PRESENCE_TOO_LARGE as i32,
-            PRESENCE_RESERVED as i32,
-            PRESENCE_DISCONNECTED as i32,
-            PRESENCE_PEER_GONE as i32,
-            PRESENCE_NO_RESPONDERS as i32,
-            PRESENCE_BUSY as i32,
-            PRESENCE_TIMEOUT as i32,
-            PRESENCE_REMOTE as i32,
-            PRESENCE_FORKED as i32,
-            PRESENCE_INTERNAL as i32,
-        ],
-        Status::ALL
-    ));
-    assert!(Kind::Request as i32 == PRESENCE_EVENT_REQUEST as i32);
-    assert!(Kind::Data as i32 == PRESENCE_EVENT_DATA as i32);
-    assert!(Kind::End as i32 == PRESENCE_EVENT_END as i32);
-    assert!(Kind::Error as i32 == PRESENCE_EVENT_ERROR as i32);
-    assert!(Kind::Stopped as i32 == PRESENCE_EVENT_STOPPED as i32);
-    assert!(Kind::Writable as i32 == PRESENCE_EVENT_WRITABLE as i32);
-    assert!(Kind::Online as i32 == PRESENCE_EVENT_ONLINE as i32);
-    assert!(Kind::Offline as i32 == PRESENCE_EVENT_OFFLINE as i32);
-    assert!(Kind::Connected as i32 == PRESENCE_EVENT_CONNECTED as i32);
-    assert!(Kind::Disconnected as i32 == PRESENCE_EVENT_DISCONNECTED as i32);
-    assert!(Kind::Log as i32 == PRESENCE_EVENT_LOG as i32);
+    assert_same!(
+        PRESENCE_OK = Status::Ok, PRESENCE_INVALID = Status::Invalid, PRESENCE_OFFLINE = Status::Offline,
+        PRESENCE_CLOSED = Status::Closed, PRESENCE_CANCELLED = Status::Cancelled, PRESENCE_FULL = Status::Full,
+        PRESENCE_TOO_LARGE = Status::TooLarge, PRESENCE_RESERVED = Status::Reserved,
+        PRESENCE_DISCONNECTED = Status::Disconnected, PRESENCE_PEER_GONE = Status::PeerGone,
+        PRESENCE_NO_RESPONDERS = Status::NoResponders, PRESENCE_BUSY = Status::Busy, PRESENCE_TIMEOUT = Status::Timeout,
+        PRESENCE_REMOTE = Status::Remote, PRESENCE_FORKED = Status::Forked, PRESENCE_INTERNAL = Status::Internal,
+    );
+    assert!(PRESENCE_INTERNAL as i32 == 1 - Status::ALL.len() as i32);
+    assert_same!(
+        PRESENCE_EVENT_REQUEST = Kind::Request, PRESENCE_EVENT_DATA = Kind::Data, PRESENCE_EVENT_END = Kind::End,
+        PRESENCE_EVENT_ERROR = Kind::Error, PRESENCE_EVENT_STOPPED = Kind::Stopped,
+        PRESENCE_EVENT_WRITABLE = Kind::Writable, PRESENCE_EVENT_ONLINE = Kind::Online,
+        PRESENCE_EVENT_OFFLINE = Kind::Offline, PRESENCE_EVENT_CONNECTED = Kind::Connected,
+        PRESENCE_EVENT_DISCONNECTED = Kind::Disconnected, PRESENCE_EVENT_LOG = Kind::Log,
+    );
 };
 
 const UNKNOWN: &CStr = c"unknown status";

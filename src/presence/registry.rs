@@ -17,7 +17,7 @@ use crate::process::runtime;
 use crate::status_word::StatusWord;
 use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -92,58 +92,14 @@ struct ClientEntry {
     sessions: u32,
     /// The session whose close began the grace period that runs now.
     grace: Option<NonZeroU64>,
-    running: Streams,
-}
-
-/// The running streams and senders of a client: the first one, the only one for nearly all clients, needs no
-/// allocation.
-#[derive(Default)]
-struct Streams {
-    first: Option<(u64, Arc<dyn Stoppable>)>,
-    others: BTreeMap<u64, Arc<dyn Stoppable>>,
-}
-
-impl Streams {
-    fn insert(&mut self, handle_id: u64, stream: Arc<dyn Stoppable>) {
-        if self.first.is_none() {
-            self.first = Some((handle_id, stream));
-        } else {
-            self.others.insert(handle_id, stream);
-        }
-    }
-
-    fn remove(&mut self, handle_id: u64) -> bool {
-        self.first.take_if(|(first, _)| *first == handle_id).is_some() || self.others.remove(&handle_id).is_some()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.first.is_none() && self.others.is_empty()
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
-        self.first.iter().map(|(_, stream)| stream).chain(self.others.values())
-    }
-
-    /// Takes out the streams for which `is_meant` returns true and that have not ended, and stops them.
-    fn stop(&mut self, is_meant: impl Fn(&dyn Stoppable) -> bool) -> Vec<Arc<dyn Stoppable>> {
-        let first = self.first.take_if(|(_, stream)| is_meant(&**stream)).map(|(_, stream)| stream);
-        let mut stopped: Vec<_> = first.into_iter().collect();
-        self.others.retain(|_, stream| {
-            let is_kept = !is_meant(&**stream);
-            if !is_kept {
-                stopped.push(Arc::clone(stream));
-            }
-            is_kept
-        });
-        stopped.retain(|stream| stream.status_word().try_stop(Status::Offline));
-        stopped
-    }
+    /// Its running streams and senders by handle id: one for nearly all clients.
+    running: Vec<(u64, Arc<dyn Stoppable>)>,
 }
 
 impl Presence {
     fn new(is_marked: bool) -> Presence {
-        let (entry_id, running) = (fork::next_handle_id(), Streams::default());
-        Presence::Active(Box::new(ClientEntry { entry_id, is_marked, sessions: 0, grace: None, running }))
+        let entry_id = fork::next_handle_id();
+        Presence::Active(Box::new(ClientEntry { entry_id, is_marked, sessions: 0, grace: None, running: Vec::new() }))
     }
 
     /// The client's sessions and streams, for one more of them.
@@ -164,12 +120,11 @@ impl Presence {
         }
     }
 
-    fn running(&self) -> impl Iterator<Item = &Arc<dyn Stoppable>> {
-        let running = match self {
-            Presence::Marked => None,
-            Presence::Active(client) => Some(client.running.iter()),
-        };
-        running.into_iter().flatten()
+    fn running(&self) -> &[(u64, Arc<dyn Stoppable>)] {
+        match self {
+            Presence::Marked => &[],
+            Presence::Active(client) => &client.running,
+        }
     }
 }
 
@@ -179,7 +134,20 @@ impl ClientEntry {
         self.is_marked
             || self.sessions > 0
             || self.grace.is_some()
-            || self.running.iter().any(|stream| stream.requested_on().is_some())
+            || self.running.iter().any(|(_, stream)| stream.requested_on().is_some())
+    }
+
+    /// Removes a stream or sender. Returns false if the client does not have it.
+    fn remove(&mut self, handle_id: u64) -> bool {
+        let found = self.running.iter().position(|(other, _)| *other == handle_id);
+        found.map(|at| self.running.remove(at)).is_some()
+    }
+
+    /// Removes the streams and senders for which `is_meant` returns true, and stops and returns those that had not
+    /// ended.
+    fn stop(&mut self, is_meant: impl Fn(&dyn Stoppable) -> bool) -> Vec<Arc<dyn Stoppable>> {
+        let meant = self.running.extract_if(.., |(_, stream)| is_meant(&**stream)).map(|(_, stream)| stream);
+        meant.filter(|stream| stream.status_word().try_stop(Status::Offline)).collect()
     }
 }
 
@@ -262,7 +230,7 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
-    let stopped = client.running.stop(|stream| stream.answers_to() == Some(connection));
+    let stopped = client.stop(|stream| stream.answers_to() == Some(connection));
     let is_over = client.running.is_empty() && !client.has_own_reason();
     if is_over {
         registry.remove(entry);
@@ -307,7 +275,7 @@ pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Qu
 pub(crate) fn attach(id: &str, handle_id: u64, stream: Arc<dyn Stoppable>) {
     if !id.is_empty() {
         let registry = registry();
-        registry.enter(&mut registry.clients.lock(id)).running.insert(handle_id, stream);
+        registry.enter(&mut registry.clients.lock(id)).running.push((handle_id, stream));
     }
 }
 
@@ -318,7 +286,7 @@ pub(crate) fn attach_if_online(id: &str, handle_id: u64, stream: Arc<dyn Stoppab
     }
     let mut entry = registry().clients.lock(id);
     let Some(presence) = entry.get_mut() else { return false };
-    presence.activate().running.insert(handle_id, stream);
+    presence.activate().running.push((handle_id, stream));
     true
 }
 
@@ -330,7 +298,7 @@ pub(crate) fn detach(id: &str, handle_id: u64) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
-    client.running.remove(handle_id);
+    client.remove(handle_id);
     if client.running.is_empty() && !client.has_own_reason() {
         registry.remove(entry);
     }
@@ -345,7 +313,7 @@ pub(crate) fn give_up(id: &str, handle_id: u64, connection: &dyn Announcer) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
-    if client.running.remove(handle_id) && !client.has_own_reason() {
+    if client.remove(handle_id) && !client.has_own_reason() {
         registry.announce_left(entry, connection);
     }
 }
@@ -391,7 +359,7 @@ pub(crate) fn set_session_grace(grace: Duration) {
 
 /// Stops all that runs for a client, and returns what had not ended.
 fn stop_all(presence: Option<&Presence>) -> Vec<Arc<dyn Stoppable>> {
-    let running = presence.into_iter().flat_map(Presence::running);
+    let running = presence.map_or(&[][..], Presence::running).iter().map(|(_, stream)| stream);
     running.filter(|stream| stream.status_word().try_stop(Status::Offline)).cloned().collect()
 }
 
@@ -442,12 +410,12 @@ impl Registry {
         let mut is_announced = false;
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            let needs_announcement =
-                |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() == Notice::Announcement;
-            is_announced |= client.running.iter().any(needs_announcement) && announcer.announce(id, true);
+            let mut own = client.running.iter().filter(|(_, stream)| stream.requested_on() == here);
+            let is_needed = own.any(|(_, stream)| stream.notice() == Notice::Announcement);
+            is_announced |= is_needed && announcer.announce(id, true);
         }
         let is_own = |stream: &dyn Stoppable| stream.requested_on().is_some() || stream.answers_to().is_some();
-        let stopped = client.running.stop(|stream| is_announced || is_own(stream));
+        let stopped = client.stop(|stream| is_announced || is_own(stream));
         if client.running.is_empty() {
             self.remove(entry);
         } else {
@@ -461,13 +429,13 @@ impl Registry {
         if !self.has_announcers.load(Ordering::Acquire) {
             return;
         }
+        let running = presence.map_or(&[][..], Presence::running);
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
             // A worker that has not answered may be on level 0. An offline mark concerns all workers, so it is
             // announced.
-            let needs_announcement =
-                |stream: &Arc<dyn Stoppable>| stream.requested_on() == here && stream.notice() != Notice::Direct;
-            announcer.announce(id, presence.into_iter().flat_map(Presence::running).any(needs_announcement));
+            let mut own = running.iter().filter(|(_, stream)| stream.requested_on() == here);
+            announcer.announce(id, own.any(|(_, stream)| stream.notice() != Notice::Direct));
         }
     }
 
