@@ -107,14 +107,9 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => {
-                lane.send(&self.word, window, data).inspect_err(|why| self.stop_if_peer_gone(*why))
-            }
+            Route::Lane(lane, window) => self.on_lane(lane.send(&self.word, window, data)),
             Route::Level0(outbox) => {
-                self.check(data)?;
-                outbox.send(&self.word, &self.reply, data, || self.register_blocked())?;
-                self.sent.fetch_add(1, Ordering::Relaxed);
-                Ok(())
+                self.on_level0(data, || outbox.send(&self.word, &self.reply, data, || self.register_blocked()))
             }
         }
     }
@@ -132,7 +127,7 @@ impl Sender {
             return Ok(0);
         }
         if let Route::Lane(lane, window) = self.route() {
-            return lane.send_many(&self.word, window, data, lengths).inspect_err(|why| self.stop_if_peer_gone(*why));
+            return self.on_lane(lane.send_many(&self.word, window, data, lengths));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -153,15 +148,8 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => {
-                lane.send_wait(&self.word, window, data, timeout).inspect_err(|why| self.stop_if_peer_gone(*why))
-            }
-            Route::Level0(outbox) => {
-                self.check(data)?;
-                outbox.send_wait(&self.word, &self.reply, data, timeout)?;
-                self.sent.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            }
+            Route::Lane(lane, window) => self.on_lane(lane.send_wait(&self.word, window, data, timeout)),
+            Route::Level0(outbox) => self.on_level0(data, || outbox.send_wait(&self.word, &self.reply, data, timeout)),
         }
     }
 
@@ -247,12 +235,14 @@ impl Sender {
         self.stop(Status::Disconnected);
     }
 
-    /// A call may learn that the peer is gone before the lane reports it: the status that it returns is the stream's
-    /// end.
-    fn stop_if_peer_gone(&self, why: Status) {
-        if why == Status::PeerGone {
-            self.stop(why);
-        }
+    /// A call may learn that the peer is gone before the lane reports it: then its result is the stream's end.
+    #[inline]
+    fn on_lane<T>(&self, result: Result<T, Status>) -> Result<T, Status> {
+        result.inspect_err(|why| {
+            if *why == Status::PeerGone {
+                self.stop(*why);
+            }
+        })
     }
 
     fn stop(&self, why: Status) {
@@ -266,7 +256,8 @@ impl Sender {
         self.service.connection()
     }
 
-    fn check(&self, data: &[u8]) -> Result<(), Status> {
+    #[inline]
+    fn on_level0(&self, data: &[u8], send: impl FnOnce() -> Result<(), Status>) -> Result<(), Status> {
         self.word.check()?;
         if data.len() > self.max_message() {
             return Err(Status::TooLarge);
@@ -274,6 +265,8 @@ impl Sender {
         if level0::is_reserved(data) {
             return Err(Status::Reserved);
         }
+        send()?;
+        self.sent.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
@@ -282,10 +275,7 @@ impl Sender {
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
         match self.route() {
-            Route::Lane(lane, window) => {
-                lane.finish(&self.word, Status::Closed, window, error)
-                    .inspect_err(|why| self.stop_if_peer_gone(*why))?;
-            }
+            Route::Lane(lane, window) => self.on_lane(lane.finish(&self.word, Status::Closed, window, error))?,
             Route::Level0(outbox) => outbox.finish(&self.word, Status::Closed, || match error {
                 None => DurableMessage::End(self.reply.clone()),
                 Some(text) => self.error_message(text),
