@@ -121,7 +121,7 @@ fn blocked_send_returns() {
                     outbox.push(DurableMessage::End("to".into()).into());
                 }
                 _ => {
-                    // The pending messages are dropped with the connection: the buffer is empty.
+                    // The connection's pending messages are dropped with it: the buffer is empty.
                     outbox.connection_lost([]);
                 }
             }

@@ -37,7 +37,7 @@ fn probe() -> Arc<Probe> {
 
 /// A wait gets all events, in the order of each thread that pushes, deferred or not.
 #[test]
-fn no_event_is_lost() {
+fn all_events_arrive() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pushers: Vec<_> = (0..2)
@@ -74,7 +74,7 @@ fn no_event_is_lost() {
 
 /// Close races with push and wait: the wait returns, and each request is either delivered or discarded.
 #[test]
-fn close_ends_the_wait_and_loses_no_request() {
+fn close_ends_every_wait() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pusher = {
@@ -122,9 +122,9 @@ fn wake_is_not_lost() {
     shuttle::check_dfs(test, None);
 }
 
-/// One of several threads that push deferred events is told to flush, and its flush wakes the waiter for all of them.
+/// One of several threads that push deferred events must flush, and its flush wakes the waiter for all of them.
 #[test]
-fn a_flush_wakes_the_waiter_for_all_deferred_events() {
+fn flush_wakes_the_waiter() {
     search(|| {
         let (queue, probe) = (Queue::new(), probe());
         let pushers: Vec<_> = (0..2)
