@@ -12,7 +12,7 @@ struct Probe {
     word: StatusWord,
     ended: AtomicU32,
     cancelled: AtomicU32,
-    room: AtomicU32,
+    writable: AtomicU32,
     gone: AtomicU32,
 }
 
@@ -24,7 +24,7 @@ impl Probe {
             word: StatusWord::default(),
             ended: zero(),
             cancelled: zero(),
-            room: zero(),
+            writable: zero(),
             gone: zero(),
         })
     }
@@ -73,13 +73,13 @@ impl StreamObserver for Probe {
         self.cancelled.fetch_add(1, Ordering::SeqCst);
     }
     fn writable(&self) {
-        self.room.fetch_add(1, Ordering::SeqCst);
+        self.writable.fetch_add(1, Ordering::SeqCst);
     }
     fn peer_gone(&self, _accept_acked: bool) {
         self.gone.fetch_add(1, Ordering::SeqCst);
     }
     fn closed_here(&self, _why: Status) {
-        panic!("nobody ends it here");
+        panic!("no stream ends on this side");
     }
 }
 
@@ -238,15 +238,15 @@ fn refused_sender_is_notified() {
             world.stream.queue.wait(1, None, |_| ()).unwrap();
             world.gateway.return_credit(1, 65);
         });
-        let mut heard = 0;
+        let mut notified = 0;
         while world.send(&["b"]).is_empty() {
             let mut spins = 0;
-            while world.sender.room.load(Ordering::SeqCst) == heard {
+            while world.sender.writable.load(Ordering::SeqCst) == notified {
                 spins += 1;
-                assert!(spins < 5000, "room is never told");
+                assert!(spins < 5000, "the sender is never notified");
                 thread::yield_now();
             }
-            heard = world.sender.room.load(Ordering::SeqCst);
+            notified = world.sender.writable.load(Ordering::SeqCst);
         }
         reader.join().unwrap();
         world.close();
