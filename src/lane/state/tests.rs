@@ -373,6 +373,20 @@ fn grace_depends_on_the_peers_server() {
     assert_eq!(silence(0, false, TIMEOUTS), TIMEOUTS.remote_grace);
 }
 
+#[test]
+fn grace_is_at_least_as_long_as_an_answer_takes() {
+    let now = Instant::now();
+    let mut worker = end(Role::Worker, now);
+    worker.request_ack(now);
+    assert!(said(&mut worker, now).unwrap().has(frame::PING));
+    let now = now + Duration::from_secs(2);
+    hear(&mut worker, now, frame::PONG, 0);
+    worker.no_responders(now, &mut vec![]);
+    let silence = worker.path.silence().unwrap();
+    assert!(silence > TIMEOUTS.remote_grace);
+    assert_eq!(worker.timers.get(Timer::Grace), Some(now + silence));
+}
+
 /// On a long path, a peer is given up by the round trip and not by heartbeats alone.
 #[test]
 fn a_peer_is_not_given_up_before_an_answer_can_have_come() {
