@@ -3,8 +3,9 @@
 
 use crate::MAX_ID;
 use crate::config::Config;
+use crate::lane::event::{LaneEvent, Role};
 use crate::lane::liveness::PeerTimeouts;
-use crate::lane::state::{LaneEvent, Role, State};
+use crate::lane::state::State;
 use crate::nats::dial;
 use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;

@@ -5,8 +5,9 @@
 
 use crate::error::Status;
 use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
+use crate::lane::event::{LaneEvent, Role};
 use crate::lane::liveness::PeerTimeouts;
-use crate::lane::state::{LaneEvent, Role, SendError, State};
+use crate::lane::state::{SendError, State};
 use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::client::{Client, PublishError};

@@ -7,8 +7,9 @@
 use crate::error::{Error, Result, Status};
 use crate::events::Wakeups;
 use crate::lane::driver::{Accepted, Lane, StreamObserver};
+use crate::lane::event::Role;
 use crate::lane::liveness::PeerTimeouts;
-use crate::lane::state::{Role, unknown_lane_reply};
+use crate::lane::state::unknown_lane_reply;
 use crate::lane::streams::SendWindow;
 use crate::nats::client::Client;
 use crate::nats::inbound::MessageHandler;

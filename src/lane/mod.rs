@@ -6,6 +6,7 @@
 //! | `lanes` | all lanes of a connection: how they are offered, begun and found again |
 //! | `driver` | a lane at work: its state under a lock, and the task that sends |
 //! | `state` | one end of a lane as a state machine; the parts of it: |
+//! | `event` | what the state reports about streams |
 //! | `streams`, `batcher`, `retransmit` | streams and their windows; frames that gather; messages until acknowledged |
 //! | `acks`, `path` | what came; the round trip and the congestion window |
 //! | `liveness`, `timer` | whether the peer is there; the table of timers |
@@ -13,6 +14,7 @@
 mod acks;
 mod batcher;
 pub(crate) mod driver;
+pub(crate) mod event;
 pub(crate) mod lanes;
 pub(crate) mod liveness;
 mod path;

@@ -4,16 +4,13 @@
 //! - **messages** that came: `receive`, and `no_responders` where nats-server answered 503;
 //! - **the connection**: `connected` once, then `disconnected` and `reconnected` in turn; `set_max_payload`;
 //! - **commands**: of the worker `open`, `send`, `notify_when_writable`, `finish`; of the gateway `return_credit`,
-//!   `cancel`; of
-//!   both `request_ack`, `close`. The two ends differ only in their [`Role`].
+//!   `cancel`; of both `request_ack`, `close`. The two ends differ only in their [`Role`].
 //!
 //! What it returns:
 //! - **messages** to send: `poll`. After anything was fed, and when the deadline has passed, `poll` is called until it
-//!   returns
-//!   None. `must_wake` says after a call whether a driver that sleeps must do that now.
+//!   returns None. `must_wake` says after a call whether a driver that sleeps must do that now.
 //! - **events** for the owners of streams: each call that can cause some appends them to `events`. They are to be
-//!   delivered in
-//!   this order, before the next call's. `S` stands for a stream or sender, its owner.
+//!   delivered in this order, before the next call's. `S` stands for a stream or sender, its owner.
 //! - **the deadline**: `deadline`, when `poll` is to be called even if nothing happens.
 //!
 //! All calls with a time are made with times that do not decrease. Time passes only while there is a connection.
@@ -24,12 +21,13 @@
 
 use crate::lane::acks::{ACK_AFTER, Acks, Arrival};
 use crate::lane::batcher::{Batcher, MAX_BATCH};
+use crate::lane::event::{LaneEvent, Role};
 use crate::lane::liveness::{LATE, Liveness, PeerTimeouts};
 use crate::lane::path::Path;
 use crate::lane::retransmit::Retransmit;
 use crate::lane::streams::{OVERHEAD, SendWindow, Streams};
 use crate::lane::timer::{Timer, TimerTable};
-use crate::wire::frame::{self, Header, Malformed, Run};
+use crate::wire::frame::{self, Header, Malformed};
 use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
@@ -49,36 +47,6 @@ const MAX_CONTROL: usize = 4 << 20;
 const MAX_ENDED_BEFORE_ACCEPT_ACKED: usize = 65_536;
 /// How many PONGs in a row may show a loss while nothing is acknowledged.
 const MAX_USELESS_PONGS: u32 = 20;
-
-/// Which end of the lane this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// It serves streams.
-    Worker,
-    /// It has requested streams.
-    Gateway,
-}
-
-/// What happened to a stream or sender `S`.
-#[derive(Debug)]
-pub(crate) enum LaneEvent<S> {
-    /// Messages came, all of them in the message that was received.
-    Data(S, Run),
-    /// The worker ended the stream.
-    Ended(S),
-    /// The worker ended the stream with an error.
-    Failed(S, Bytes),
-    /// The worker sent more than the stream's window: the stream was cancelled.
-    WindowExceeded(S),
-    /// The gateway cancelled the stream for this reason.
-    Cancelled(S, u8),
-    /// A sender that was refused may send.
-    Writable(S),
-    /// The peer is gone. `accept_acked`: it had acknowledged the ACCEPT of this stream.
-    PeerGone { owner: S, accept_acked: bool },
-    /// The peer is gone, and had not acknowledged the ACCEPT of this stream, which had ended already.
-    AcceptUndelivered(S),
-}
 
 /// Why a message was not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

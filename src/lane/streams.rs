@@ -1,6 +1,6 @@
 //! The streams of a lane's end, and how far each sender may be ahead of its reader.
 
-use crate::lane::state::{LaneEvent, Role};
+use crate::lane::event::{LaneEvent, Role};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::frame::{self, Frame, Frames, Malformed, Run};
 use ahash::RandomState;

@@ -1,8 +1,9 @@
 //! A lying peer: whatever bytes come, nothing panics, little memory is used for them, and each stream still ends once.
 
 use super::schedule::Random;
+use crate::lane::event::{LaneEvent, Role};
 use crate::lane::liveness::PeerTimeouts;
-use crate::lane::state::{LaneEvent, Role, State};
+use crate::lane::state::State;
 use crate::wire::frame::{self, Frames, Header};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;

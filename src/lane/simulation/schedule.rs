@@ -1,6 +1,6 @@
 //! A schedule: the settings and steps of a simulation, made from a seed.
 
-use crate::lane::state::Role;
+use crate::lane::event::Role;
 use std::fmt;
 
 /// Pseudo-random numbers (splitmix64).

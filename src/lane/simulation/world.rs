@@ -11,9 +11,10 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
+use crate::lane::event::LaneEvent;
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::path;
-use crate::lane::state::{LaneEvent, SendError, State, unknown_lane_reply};
+use crate::lane::state::{SendError, State, unknown_lane_reply};
 use crate::lane::streams::{CreditToReturn, OVERHEAD, SendWindow};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
