@@ -283,4 +283,5 @@ pub(crate) fn is_out_of_files(error: &(dyn std::error::Error + 'static)) -> bool
 }
 
 #[cfg(test)]
+#[cfg(not(shuttle))]
 mod tests;
