@@ -42,7 +42,7 @@ func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer C.presence_config_free(config)
+	defer freeConfig(config)
 	text, err := cText("url", url)
 	if err != nil {
 		return nil, err

@@ -90,7 +90,7 @@ func (c *Conn) Request(
 	if err != nil {
 		return nil, err
 	}
-	defer C.presence_config_free(config)
+	defer freeConfig(config)
 	s := &Stream{conn: c, portion: defaultWindow / 8, ready: make(chan struct{}, 1)}
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
 		s.portion = min(limit, maxWindow) / 8

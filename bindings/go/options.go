@@ -276,12 +276,15 @@ func (o *options) config() (*C.presence_config, error) {
 	config := C.presence_config_new()
 	for _, p := range o.pairs {
 		if err := p.setIn(config); err != nil {
-			C.presence_config_free(config)
+			freeConfig(config)
 			return nil, err
 		}
 	}
 	return config, nil
 }
+
+// freeConfig is a function for the tests, which cannot call C.
+func freeConfig(config *C.presence_config) { C.presence_config_free(config) }
 
 func (p pair) setIn(config *C.presence_config) error {
 	name, err := cText("the name of option "+strconv.Quote(p.name), p.name)

@@ -161,7 +161,8 @@ func TestServeOptions(t *testing.T) {
 func TestEachOptionHasAFunction(t *testing.T) {
 	setting := func(name string) string {
 		o := options{pairs: []pair{{name, "\x01"}}}
-		_, err := o.config()
+		config, err := o.config()
+		freeConfig(config)
 		return fmt.Sprint(err)
 	}
 	known := map[string]bool{"manual_credit": true}

@@ -11,6 +11,7 @@ typedef struct proxy {
   int ends[64]; /* two for each connection */
   int count;
   bool swallows; /* all traffic is lost */
+  struct proxy *next;
 } proxy;
 
 typedef struct proxy_pipe {
@@ -72,10 +73,14 @@ static inline void *proxy_accept(void *argument) {
   return NULL;
 }
 
-/* Never freed: its threads may use it until the process ends. */
+/* Never freed: its threads may use it until the process ends. The list shows to tools that it is not lost. */
+static proxy *proxies;
+
 static inline proxy *new_proxy(int server_port) {
   proxy *self = (proxy *)calloc(1, sizeof *self);
   CHECK(self);
+  self->next = proxies;
+  proxies = self;
   self->server_port = server_port;
   self->listener = own_socket(&self->port);
   snprintf(self->url, sizeof self->url, "nats://127.0.0.1:%d", self->port);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -255,6 +256,7 @@ def test_exit_with_streams_open(url: str, code: str, lanes: bool) -> None:
         try:
             while True:
                 sender.send("more")
+                time.sleep(0.001)  # The process announces its exit within 1 s, which a flood of messages would delay.
         except PresenceError as refused:
             raised.append(refused)
 
