@@ -66,21 +66,7 @@ func TestDrainOfAServiceLetsStreamsFinish(t *testing.T) {
 	worker, gateway := connect(t, s), connect(t, s)
 	v := listen(t, worker, "drain")
 	goOn, detached := make(chan struct{}), make(chan *Sender, 1)
-	result := serveIn(v, func(ctx context.Context, req *Request, s *Sender) error {
-		if err := s.Send([]byte("first")); err != nil { // a late request
-			return err
-		}
-		if req.ClientID == "detached" {
-			s.Detach()
-			detached <- s
-			return nil
-		}
-		receive(t, goOn)
-		if req.ClientID == "handled" && ctx.Err() != nil { // a late request may have been given up meanwhile
-			t.Error(context.Cause(ctx))
-		}
-		return s.Send([]byte("last"))
-	})
+	result := serveIn(v, drainedHandler(t, goOn, detached))
 	streams := []*Stream{request(t, gateway, "drain", "handled"), request(t, gateway, "drain", "detached")}
 	for _, stream := range streams {
 		_, err := stream.Next(t.Context())

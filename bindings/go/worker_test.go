@@ -620,6 +620,26 @@ func TestPanicIsPrintedWithoutWithLog(t *testing.T) {
 	}
 }
 
+// drainedHandler returns a handler that sends a message, waits for goOn, and sends another one. The client "detached"
+// gets a detached sender in place of the second message.
+func drainedHandler(t *testing.T, goOn chan struct{}, detached chan *Sender) Handler {
+	return func(ctx context.Context, req *Request, s *Sender) error {
+		if err := s.Send([]byte("first")); err != nil { // a late request
+			return err
+		}
+		if req.ClientID == "detached" {
+			s.Detach()
+			detached <- s
+			return nil
+		}
+		receive(t, goOn)
+		if req.ClientID == "handled" && ctx.Err() != nil { // a late request may have been given up meanwhile
+			t.Error(context.Cause(ctx))
+		}
+		return s.Send([]byte("last"))
+	}
+}
+
 // With drain_ms, streams that run when Serve's context ends are completed, and no other stream begins.
 func TestDrainCompletesRunningStreams(t *testing.T) {
 	s := startServer(t)
@@ -627,21 +647,7 @@ func TestDrainCompletesRunningStreams(t *testing.T) {
 		t.Run("lanes "+lanes, func(t *testing.T) {
 			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
 			goOn, detached := make(chan struct{}), make(chan *Sender, 1)
-			serving := serve(t, worker, "drain", func(ctx context.Context, req *Request, s *Sender) error {
-				if err := s.Send([]byte("first")); err != nil { // a late request
-					return err
-				}
-				if req.ClientID == "detached" {
-					s.Detach()
-					detached <- s
-					return nil
-				}
-				receive(t, goOn)
-				if req.ClientID == "handled" && ctx.Err() != nil { // a late request may have been given up meanwhile
-					t.Error(context.Cause(ctx))
-				}
-				return s.Send([]byte("last"))
-			}, With("drain_ms", "60000"))
+			serving := serve(t, worker, "drain", drainedHandler(t, goOn, detached), With("drain_ms", "60000"))
 			streams := []*Stream{request(t, gateway, "drain", "handled"), request(t, gateway, "drain", "detached")}
 			for _, stream := range streams {
 				_, err := stream.Next(t.Context())

@@ -61,7 +61,7 @@ impl Inbox {
     }
 
     /// Returns the handler for a key. The entry is not locked when this returns, for a handler may forget itself.
-    pub(crate) fn expected(&self, key: u64) -> Option<Arc<dyn MessageHandler>> {
+    fn expected(&self, key: u64) -> Option<Arc<dyn MessageHandler>> {
         self.expected.get(&key).map(|entry| Arc::clone(entry.value()))
     }
 

@@ -21,7 +21,7 @@ use std::time::Duration;
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
     word: StatusWord,
-    /// It is registered to be told when it can send again.
+    /// It is registered to be notified when it can send again.
     is_blocked: AtomicBool,
     /// A WRITABLE event is in the queue.
     writable_queued: AtomicBool,
@@ -290,7 +290,7 @@ impl Sender {
         DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
     }
 
-    /// Itself, to be told when it can send again; None if it is registered for that already.
+    /// Itself, to be notified when it can send again; None if it is registered for that already.
     fn register_blocked(&self) -> Option<Arc<dyn BlockedSender>> {
         if self.is_blocked.swap(true, Ordering::AcqRel) {
             return None;
