@@ -36,13 +36,33 @@ fn main() -> ExitCode {
     }
 }
 
+/// The macros for the versions of the library and of its ABI.
+fn versions() -> Result<String, String> {
+    let part = |name: &str| env::var(format!("CARGO_PKG_VERSION_{name}")).map_err(|error| error.to_string());
+    let (major, minor, patch) = (part("MAJOR")?, part("MINOR")?, part("PATCH")?);
+    Ok(format!(
+        r#"
+/* The version of this header. presence_version returns that of the library. */
+#define PRESENCE_VERSION "{major}.{minor}.{patch}"
+#define PRESENCE_VERSION_MAJOR {major}
+#define PRESENCE_VERSION_MINOR {minor}
+#define PRESENCE_VERSION_PATCH {patch}
+/* The same as one number, for comparisons: 1.2.3 is 10203. */
+#define PRESENCE_VERSION_NUMBER (PRESENCE_VERSION_MAJOR * 10000 + PRESENCE_VERSION_MINOR * 100 + PRESENCE_VERSION_PATCH)
+/* The version of the ABI, which is also the version in the library's SONAME. */
+#define PRESENCE_ABI {ABI}
+"#
+    ))
+}
+
 /// Writes the header to where it is checked in, but only if it changed, so that a build of a clean checkout leaves it
 /// clean.
 fn header() -> Result<(), String> {
     let root = env::var("CARGO_MANIFEST_DIR").map_err(|error| error.to_string())?;
     let root = Path::new(&root);
     let path = root.join("include/nats_presence.h");
-    let config = cbindgen::Config::from_file(root.join("cbindgen.toml"))?;
+    let mut config = cbindgen::Config::from_file(root.join("cbindgen.toml"))?;
+    config.after_includes = Some(versions()?);
     let builder = cbindgen::Builder::new().with_config(config).with_src(root.join("src/ffi/mod.rs"));
     let mut text = Vec::new();
     builder.generate().map_err(|error| error.to_string())?.write(&mut text);

@@ -67,6 +67,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* The version of this header. presence_version returns that of the library. */
+#define PRESENCE_VERSION "0.1.0"
+#define PRESENCE_VERSION_MAJOR 0
+#define PRESENCE_VERSION_MINOR 1
+#define PRESENCE_VERSION_PATCH 0
+/* The same as one number, for comparisons: 1.2.3 is 10203. */
+#define PRESENCE_VERSION_NUMBER (PRESENCE_VERSION_MAJOR * 10000 + PRESENCE_VERSION_MINOR * 100 + PRESENCE_VERSION_PATCH)
 /* The version of the ABI, which is also the version in the library's SONAME. */
 #define PRESENCE_ABI 0
 
@@ -426,6 +433,11 @@ extern "C" {
 const char *presence_status_text(int32_t status);
 
 /**
+ * Returns the name of an event's kind, such as "REQUEST", for logs. It is never NULL and need not be freed.
+ */
+const char *presence_event_kind_text(int32_t kind);
+
+/**
  * Returns the library's version, "major.minor.patch". It need not be freed.
  */
 const char *presence_version(void);
@@ -575,6 +587,16 @@ int32_t presence_service_stop(struct presence_service *service);
 void presence_service_free(struct presence_service *service);
 
 /**
+ * Sets the tag of the sender's PRESENCE_EVENT_STOPPED and PRESENCE_EVENT_WRITABLE, such as the address of the caller's
+ * own data of this stream. Until then they have the tag of the service.
+ *
+ * If the thread that waits on the queue calls this before its next wait, no event has the earlier tag.
+ *
+ * Returns PRESENCE_OK or PRESENCE_INVALID.
+ */
+int32_t presence_sender_set_tag(struct presence_sender *sender, uint64_t tag);
+
+/**
  * Sends one message of the stream. Never blocks.
  *
  * Returns PRESENCE_OK; PRESENCE_OFFLINE once the client is offline, and for ever after; PRESENCE_FULL if the message
@@ -696,6 +718,17 @@ int32_t presence_request(struct presence_conn *conn,
                          uint64_t tag,
                          struct presence_stream **out,
                          struct presence_error *error);
+
+/**
+ * Returns the tag that was passed to presence_request. 0 for NULL and for a stream that was freed.
+ */
+uint64_t presence_stream_tag(const struct presence_stream *stream);
+
+/**
+ * Returns the client's id, and its length in `*len`. It is not NUL-terminated, and valid until the stream is freed.
+ * NULL for NULL and for a stream that was freed.
+ */
+const char *presence_stream_client(const struct presence_stream *stream, size_t *len);
 
 /**
  * Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send

@@ -5,6 +5,7 @@ use crate::wire::frame::Run;
 use bytes::{Bytes, BytesMut};
 use std::any::Any;
 use std::collections::VecDeque;
+use std::ffi::CStr;
 use std::sync::Arc;
 
 /// If less than this of a lane message is needed, it is copied. Otherwise an event that stays in the queue would keep
@@ -39,6 +40,31 @@ pub enum Kind {
     Disconnected = 10,
     /// Something that an operator should know.
     Log = 11,
+}
+
+impl Kind {
+    /// All kinds, in the order of their numbers, which begin with 1.
+    pub(crate) const ALL: [Kind; 11] = [
+        Kind::Request, Kind::Data, Kind::End, Kind::Error, Kind::Stopped, Kind::Writable, Kind::Online, Kind::Offline,
+        Kind::Connected, Kind::Disconnected, Kind::Log,
+    ];
+
+    /// Returns its name in the ABI without the prefix, NUL-terminated for C.
+    pub(crate) const fn c_text(self) -> &'static CStr {
+        match self {
+            Kind::Request => c"REQUEST",
+            Kind::Data => c"DATA",
+            Kind::End => c"END",
+            Kind::Error => c"ERROR",
+            Kind::Stopped => c"STOPPED",
+            Kind::Writable => c"WRITABLE",
+            Kind::Online => c"ONLINE",
+            Kind::Offline => c"OFFLINE",
+            Kind::Connected => c"CONNECTED",
+            Kind::Disconnected => c"DISCONNECTED",
+            Kind::Log => c"LOG",
+        }
+    }
 }
 
 /// A sender or stream that events are about.
@@ -114,7 +140,8 @@ impl Single {
         Event {
             kind: self.kind,
             status: self.status,
-            tag: self.tag,
+            // Read now, because the caller may have set another one since the event was queued.
+            tag: self.source.as_ref().map_or(self.tag, |source| source.tag()),
             client: self.client.as_deref().unwrap_or_default(),
             subject: &self.subject,
             data: &self.data,

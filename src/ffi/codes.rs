@@ -112,6 +112,7 @@ const _: () = {
 };
 
 const UNKNOWN: &CStr = c"unknown status";
+const UNKNOWN_KIND: &CStr = c"unknown kind";
 const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
     Ok(version) => version,
     Err(_) => c"",
@@ -121,6 +122,13 @@ const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_V
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_status_text(status: i32) -> *const c_char {
     Status::from_code(status).map_or(UNKNOWN, Status::c_text).as_ptr()
+}
+
+/// Returns the name of an event's kind, such as "REQUEST", for logs. It is never NULL and need not be freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_event_kind_text(kind: i32) -> *const c_char {
+    let known = Kind::ALL.into_iter().find(|known| *known as i32 == kind);
+    known.map_or(UNKNOWN_KIND, Kind::c_text).as_ptr()
 }
 
 /// Returns the library's version, "major.minor.patch". It need not be freed.

@@ -2,11 +2,12 @@
 
 use super::boundary::{guard, guard_error, guard_or};
 use super::handles::{borrow, create_registered, release};
-use super::raw::{bytes, c_text, config_ref};
+use super::raw::{bytes, c_text, config_ref, text_start, write_out};
 use super::types::{presence_config, presence_conn, presence_error, presence_queue, presence_stream};
 use crate::config::Config;
 use crate::gateway::stream::Stream;
 use std::ffi::{c_char, c_void};
+use std::ptr;
 
 /// Requests a stream for a client from a worker that serves `subject`. Does not wait for the worker.
 ///
@@ -52,6 +53,25 @@ pub unsafe extern "C" fn presence_request(
             })
         })
     }
+}
+
+/// Returns the tag that was passed to presence_request. 0 for NULL and for a stream that was freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_stream_tag(stream: *const presence_stream) -> u64 {
+    guard_or(0, || Ok(borrow(stream)?.tag()))
+}
+
+/// Returns the client's id, and its length in `*len`. It is not NUL-terminated, and valid until the stream is freed.
+/// NULL for NULL and for a stream that was freed.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_stream_client(stream: *const presence_stream, len: *mut usize) -> *const c_char {
+    guard_or(ptr::null(), || {
+        let stream = borrow(stream)?;
+        let client = stream.client();
+        // SAFETY: the caller's promise is write_out's.
+        unsafe { write_out(len, || Ok(client.len())) }?;
+        Ok(text_start(client))
+    })
 }
 
 /// Reports that `bytes` of the stream's messages, which have left the queue, were consumed, so that the worker may send

@@ -78,6 +78,7 @@ const STATUSES: &[Call] = functions![
     presence_serve(null_mut(), null_mut(), null(), null(), 0, 0, null_mut(), null_mut()),
     presence_service_stop(null_mut()),
     presence_service_free(null_mut()),
+    presence_sender_set_tag(null_mut(), 0),
     presence_sender_send(null_mut(), null(), 0),
     presence_sender_send_many(null_mut(), null(), null(), 0),
     presence_sender_send_wait(null_mut(), null(), 0, 0),
@@ -92,7 +93,7 @@ const STATUSES: &[Call] = functions![
 ];
 
 /// Functions that return constants, and cannot panic.
-const CONSTANTS: [&str; 2] = ["presence_status_text", "presence_version"];
+const CONSTANTS: [&str; 3] = ["presence_event_kind_text", "presence_status_text", "presence_version"];
 
 fn force<T>(call: impl FnOnce() -> T) -> T {
     FORCED.set(true);
@@ -133,6 +134,8 @@ fn each_function_returns_a_status_and_works_again() {
         assert_eq!(force(|| presence_sender_max_message(null())), 0);
         assert_eq!(force(|| presence_sender_send_count(null())), 0);
         assert!(force(|| presence_sender_status_word(null())).is_null());
+        assert_eq!(force(|| presence_stream_tag(null())), 0);
+        assert!(force(|| presence_stream_client(null(), null_mut())).is_null());
     }
     seen.extend([
         "presence_config_new",
@@ -143,6 +146,8 @@ fn each_function_returns_a_status_and_works_again() {
         "presence_sender_max_message",
         "presence_sender_send_count",
         "presence_sender_status_word",
+        "presence_stream_tag",
+        "presence_stream_client",
     ]);
     assert_eq!(seen, in_header());
 }

@@ -191,6 +191,11 @@ pub(super) unsafe fn slice_out<'a, T>(events: *mut T, len: usize) -> Result<&'a 
     Ok(unsafe { std::slice::from_raw_parts_mut(events.cast(), len) })
 }
 
+/// The address of a text for C. That of an empty one in Rust is no valid address.
+pub(super) fn text_start(text: &str) -> *const c_char {
+    if text.is_empty() { c"".as_ptr() } else { text.as_ptr().cast() }
+}
+
 /// Fails for a pointer through which a result cannot be written.
 pub(super) fn check_out<T>(out: *const T) -> Result<()> {
     if out.is_null() {

@@ -2,7 +2,7 @@
 
 use super::boundary::{guard, guard_error, guard_or, guard_value, limit};
 use super::handles::{borrow, create, release};
-use super::raw::{bytes, c_text, check_aligned, free_sender, lengths, sender_ref, write_out};
+use super::raw::{bytes, c_text, check_aligned, free_sender, lengths, sender_ref, text_start, write_out};
 use super::types::{presence_conn, presence_error, presence_queue, presence_sender, presence_service};
 use crate::error::{Error, Status};
 use crate::worker::service::Service;
@@ -61,6 +61,21 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
         service.close();
     };
     guard_or((), || release(service, close));
+}
+
+/// Sets the tag of the sender's PRESENCE_EVENT_STOPPED and PRESENCE_EVENT_WRITABLE, such as the address of the caller's
+/// own data of this stream. Until then they have the tag of the service.
+///
+/// If the thread that waits on the queue calls this before its next wait, no event has the earlier tag.
+///
+/// Returns PRESENCE_OK or PRESENCE_INVALID.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_set_tag(sender: *mut presence_sender, tag: u64) -> i32 {
+    // SAFETY: the caller's promise is sender_ref's.
+    guard(|| unsafe {
+        sender_ref(sender)?.set_tag(tag);
+        Ok::<_, Status>(())
+    })
 }
 
 /// Sends one message of the stream. Never blocks.
@@ -200,9 +215,7 @@ pub unsafe extern "C" fn presence_sender_header(
         check_aligned("len", len)?;
         let header = sender.header(name);
         write_out(len, || Ok(header.map_or(0, str::len)))?;
-        // An empty one has an address too.
-        let start = |header: &str| if header.is_empty() { c"".as_ptr() } else { header.as_ptr().cast() };
-        write_out(value, || Ok(header.map_or(ptr::null(), start)))
+        write_out(value, || Ok(header.map_or(ptr::null(), text_start)))
     })
 }
 

@@ -276,6 +276,18 @@ impl Stream {
         self.handle_id
     }
 
+    /// The tag that was passed to `request`.
+    #[must_use]
+    pub fn tag(&self) -> u64 {
+        self.tag
+    }
+
+    /// The client's id; empty for no client.
+    #[must_use]
+    pub fn client(&self) -> &str {
+        &self.client
+    }
+
     /// Cancels it: it ends with `Cancelled`, and its worker is notified if the wire allows it.
     ///
     /// # Errors

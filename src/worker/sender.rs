@@ -30,6 +30,7 @@ pub struct Sender {
     steps: AtomicU8,
     /// Messages sent on level 0.
     sent: AtomicU64,
+    tag: AtomicU64,
     handle_id: u64,
     reply: Subject,
     /// The lane that the requester offered, and the stream's share of it.
@@ -64,6 +65,7 @@ impl Sender {
             is_freed: AtomicBool::new(false),
             steps: AtomicU8::new(0),
             sent: AtomicU64::new(0),
+            tag: AtomicU64::new(service.tag()),
             handle_id: fork::next_handle_id(),
             reply,
             lane: OnceCell::new(),
@@ -72,6 +74,11 @@ impl Sender {
             service,
             this: this.clone(),
         })
+    }
+
+    /// Sets the tag of the sender's `Stopped` and `Writable` events. It is that of the service at first.
+    pub fn set_tag(&self, tag: u64) {
+        self.tag.store(tag, Ordering::Relaxed);
     }
 
     /// Switches to a lane. Called before the worker gets the sender.
@@ -418,7 +425,7 @@ impl EventSource for Sender {
     }
 
     fn tag(&self) -> u64 {
-        self.service.tag()
+        self.tag.load(Ordering::Relaxed)
     }
 
     fn is_running(&self) -> bool {

@@ -80,18 +80,31 @@ static void status_texts_are_distinct(void) {
   for (int i = 0; i < 4; i++) CHECK(strcmp(presence_status_text(unknown[i]), "unknown status") == 0);
 }
 
+static void event_kinds_have_their_names(void) {
+  const char *const names[] = {"REQUEST", "DATA",    "END",       "ERROR",        "STOPPED", "WRITABLE",
+                               "ONLINE",  "OFFLINE", "CONNECTED", "DISCONNECTED", "LOG"};
+  for (int32_t kind = PRESENCE_EVENT_REQUEST; kind <= PRESENCE_EVENT_LOG; kind++)
+    CHECK(strcmp(presence_event_kind_text(kind), names[kind - 1]) == 0);
+  int32_t unknown[] = {0, PRESENCE_EVENT_LOG + 1, INT32_MAX, INT32_MIN};
+  for (int i = 0; i < 4; i++) CHECK(strcmp(presence_event_kind_text(unknown[i]), "unknown kind") == 0);
+}
+
 static void version_is_that_of_cargo_toml(void) {
   int major, minor, patch, length;
   CHECK_EQ(sscanf(presence_version(), "%d.%d.%d%n", &major, &minor, &patch, &length), 3);
   CHECK_EQ(presence_version()[length], '\0');
   const char *expected = getenv("VERSION"); /* the version in Cargo.toml, set by tests/c/run */
   CHECK(expected && strcmp(presence_version(), expected) == 0);
+  CHECK(strcmp(PRESENCE_VERSION, expected) == 0);
+  CHECK(major == PRESENCE_VERSION_MAJOR && minor == PRESENCE_VERSION_MINOR && patch == PRESENCE_VERSION_PATCH);
+  CHECK_EQ(PRESENCE_VERSION_NUMBER, major * 10000 + minor * 100 + patch);
 }
 
 int main(int argc, char **argv) {
   begin(argc, argv);
   RUN(fields_keep_their_types);
   RUN(status_texts_are_distinct);
+  RUN(event_kinds_have_their_names);
   RUN(version_is_that_of_cargo_toml);
   return 0;
 }

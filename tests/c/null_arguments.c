@@ -113,10 +113,14 @@ static void requests_refuse_null(void) {
   CHECK_EQ(stats_of(self).streams, 0);
   CHECK_STATUS(presence_stream_cancel(NULL), PRESENCE_INVALID);
   CHECK_STATUS(presence_stream_consumed(NULL, 1), PRESENCE_INVALID);
+  CHECK_EQ(presence_stream_tag(NULL), 0);
+  size_t length = 9;
+  CHECK(!presence_stream_client(NULL, &length) && length == 9);
   presence_stream_free(NULL);
 
   /* Without data, client, config and error. */
   OK(presence_request(self.conn, self.queue, "null", NULL, 0, NULL, 0, NULL, 0, &stream, NULL));
+  CHECK(!presence_stream_client(stream, NULL));
   expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_NO_RESPONDERS);
   presence_stream_free(stream);
   close_peer(self);
@@ -125,6 +129,7 @@ static void requests_refuse_null(void) {
 static void senders_refuse_null(void) {
   const char *value = "untouched";
   size_t length = 9;
+  CHECK_STATUS(presence_sender_set_tag(NULL, 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send(NULL, "x", 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_wait(NULL, "x", 1, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_error(NULL, "x", 1), PRESENCE_INVALID);

@@ -74,6 +74,28 @@ static void request_event_has_all_fields(void) {
   close_peer(worker);
 }
 
+/* STOPPED and WRITABLE have the sender's own tag, also if they were queued before it was set. */
+static void sender_events_have_the_tag_of_the_sender(void) {
+  pair both = open_pair("c");
+  presence_stream *other = request(both.gateway, "pair", "c", 7);
+  presence_sender *second = accept_request(both.worker);
+  int own;
+  OK(presence_sender_set_tag(both.sender, (uint64_t)(uintptr_t)&own));
+  OK(mark_client_offline("c"));
+  OK(presence_sender_set_tag(second, 99));
+  for (int i = 0; i < 2; i++) {
+    presence_event event = expect_status(both.worker.queue, PRESENCE_EVENT_STOPPED, PRESENCE_OFFLINE);
+    CHECK_EQ(event.tag, event.sender == second ? 99 : (uint64_t)(uintptr_t)&own);
+  }
+  size_t length = 0;
+  const char *client = presence_stream_client(other, &length);
+  CHECK(presence_stream_tag(other) == 7 && length == 1 && client && *client == 'c');
+  presence_stream_free(other);
+  CHECK(presence_stream_tag(other) == 0 && !presence_stream_client(other, &length));
+  presence_sender_free(second);
+  close_pair(both);
+}
+
 static void anonymous_request_is_no_client(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "anonymous");
@@ -577,6 +599,7 @@ int main(int argc, char **argv) {
   begin(argc, argv);
   RUN_ON_BOTH(thousand_messages_arrive_in_order);
   RUN_ON_BOTH(request_event_has_all_fields);
+  RUN_ON_BOTH(sender_events_have_the_tag_of_the_sender);
   RUN_ON_BOTH(anonymous_request_is_no_client);
   RUN_ON_BOTH(error_ends_the_stream);
   RUN_ON_BOTH(stream_ends_once);

@@ -109,6 +109,7 @@ _handle, _out, _error = c_void_p, POINTER(c_void_p), POINTER(Error)
 # name: (result type, argument types)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_status_text": (c_char_p, [c_int32]),
+    "presence_event_kind_text": (c_char_p, [c_int32]),
     "presence_version": (c_char_p, []),
     "presence_config_new": (_handle, []),
     "presence_config_set": (c_int32, [_handle, c_char_p, c_char_p]),
@@ -123,6 +124,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         c_int32,
         [_handle, _handle, c_char_p, c_char_p, c_size_t, c_char_p, c_size_t, _handle, c_uint64, _out, _error],
     ),
+    "presence_stream_tag": (c_uint64, [_handle]),
+    "presence_stream_client": (c_void_p, [_handle, POINTER(c_size_t)]),
     "presence_stream_consumed": (c_int32, [_handle, c_size_t]),
     "presence_stream_cancel": (c_int32, [_handle]),
     "presence_stream_free": (None, [_handle]),
@@ -144,6 +147,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_serve": (c_int32, [_handle, _handle, c_char_p, c_char_p, c_uint32, c_uint64, _out, _error]),
     "presence_service_stop": (c_int32, [_handle]),
     "presence_service_free": (None, [_handle]),
+    "presence_sender_set_tag": (c_int32, [_handle, c_uint64]),
     "presence_sender_send": (c_int32, [_handle, c_char_p, c_size_t]),
     "presence_sender_send_many": (c_int64, [_handle, c_char_p, POINTER(c_size_t), c_size_t]),
     "presence_sender_send_wait": (c_int32, [_handle, c_char_p, c_size_t, c_int64]),
