@@ -40,9 +40,9 @@
  *     interrupted; a status word may be read there. (Handle signals with sigwait in a thread of their own, or with
  *     signalfd.) No thread may be ended within a call: no pthread_cancel, no longjmp or C++ exception out of a signal
  *     handler.
- *   - Results: a function that returns int32_t returns PRESENCE_OK (0) or a negative presence_status. A call that fails
- *     has changed nothing, but presence_close always closes the connection. Any call can also return PRESENCE_INVALID
- *     for an invalid argument, PRESENCE_CLOSED for a handle that has ended, PRESENCE_FORKED and PRESENCE_INTERNAL.
+ *   - Results: a presence_status is PRESENCE_OK (0) or negative. A call that fails has changed nothing, but
+ *     presence_close always closes the connection. Any call can also return PRESENCE_INVALID for an invalid argument,
+ *     PRESENCE_CLOSED for a handle that has ended, PRESENCE_FORKED and PRESENCE_INTERNAL.
  *   - `error` may be NULL. It is filled if the call fails, and otherwise left unchanged.
  *   - Handles are opaque. Each is ended by one call of its _free or _close function; ending NULL has no effect. A
  *     handle that has ended is recognised, with PRESENCE_CLOSED; but the use of a presence_sender or presence_config
@@ -460,10 +460,10 @@ const char *presence_version(void);
  *
  * The caller owns `*out` and must call presence_close.
  */
-int32_t presence_connect(const char *url,
-                         const struct presence_config *config,
-                         struct presence_conn **out,
-                         struct presence_error *error);
+presence_status presence_connect(const char *url,
+                                 const struct presence_config *config,
+                                 struct presence_conn **out,
+                                 struct presence_error *error);
 
 /**
  * Applies the offline announcements of other processes in this one. presence_serve does so too. A second call has no
@@ -475,7 +475,7 @@ int32_t presence_connect(const char *url,
  * Returns PRESENCE_OK; PRESENCE_TIMEOUT, PRESENCE_CLOSED; PRESENCE_DISCONNECTED (permissions) or PRESENCE_FULL
  * (max_subscriptions) if nats-server refuses the subscription, which is then tried again.
  */
-int32_t presence_listen_offline(struct presence_conn *conn);
+presence_status presence_listen_offline(struct presence_conn *conn);
 
 /**
  * Adds events with `tag` to the queue when this connection is made (PRESENCE_EVENT_CONNECTED) and lost
@@ -485,7 +485,7 @@ int32_t presence_listen_offline(struct presence_conn *conn);
  *
  * Returns PRESENCE_OK or PRESENCE_CLOSED.
  */
-int32_t presence_conn_watch(struct presence_conn *conn, struct presence_queue *queue, uint64_t tag);
+presence_status presence_conn_watch(struct presence_conn *conn, struct presence_queue *queue, uint64_t tag);
 
 /**
  * Closes a connection and frees it.
@@ -498,7 +498,7 @@ int32_t presence_conn_watch(struct presence_conn *conn, struct presence_queue *q
  * or it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was
  * closed before.
  */
-int32_t presence_close(struct presence_conn *conn, int64_t drain_ms);
+presence_status presence_close(struct presence_conn *conn, int64_t drain_ms);
 
 /* ---- Read events ----------------------------------------------------------------------------------------- */
 
@@ -507,7 +507,7 @@ int32_t presence_close(struct presence_conn *conn, int64_t drain_ms);
  *
  * Returns PRESENCE_OK. The caller owns `*out` and must call presence_queue_free.
  */
-int32_t presence_queue_new(struct presence_queue **out);
+presence_status presence_queue_new(struct presence_queue **out);
 
 /**
  * Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a
@@ -565,21 +565,21 @@ void presence_queue_free(struct presence_queue *queue);
  *
  * The caller owns `*out` and must call presence_service_free.
  */
-int32_t presence_serve(struct presence_conn *conn,
-                       struct presence_queue *queue,
-                       const char *subject,
-                       const char *group,
-                       uint32_t max_streams,
-                       uint64_t tag,
-                       struct presence_service **out,
-                       struct presence_error *error);
+presence_status presence_serve(struct presence_conn *conn,
+                               struct presence_queue *queue,
+                               const char *subject,
+                               const char *group,
+                               uint32_t max_streams,
+                               uint64_t tag,
+                               struct presence_service **out,
+                               struct presence_error *error);
 
 /**
  * Stops a service: it accepts no more requests. Running streams go on.
  *
  * Returns PRESENCE_OK, or PRESENCE_CLOSED if it was stopped before.
  */
-int32_t presence_service_stop(struct presence_service *service);
+presence_status presence_service_stop(struct presence_service *service);
 
 /**
  * Stops a service and frees it. Its senders go on, and must still be freed.
@@ -594,7 +594,7 @@ void presence_service_free(struct presence_service *service);
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
-int32_t presence_sender_set_tag(struct presence_sender *sender, uint64_t tag);
+presence_status presence_sender_set_tag(struct presence_sender *sender, uint64_t tag);
 
 /**
  * Sends one message of the stream. Never blocks.
@@ -607,7 +607,7 @@ int32_t presence_sender_set_tag(struct presence_sender *sender, uint64_t tag);
  * and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
  * PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
  */
-int32_t presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+presence_status presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
 
 /**
  * Sends several messages of the stream, up to the first that is refused. Never blocks.
@@ -625,7 +625,10 @@ int64_t presence_sender_send_many(struct presence_sender *sender, const void *da
  *
  * Returns what presence_sender_send returns, but PRESENCE_TIMEOUT in place of PRESENCE_FULL.
  */
-int32_t presence_sender_send_wait(struct presence_sender *sender, const void *data, size_t len, int64_t timeout_ms);
+presence_status presence_sender_send_wait(struct presence_sender *sender,
+                                          const void *data,
+                                          size_t len,
+                                          int64_t timeout_ms);
 
 /**
  * Ends the stream with an error. The reader gets `message`, which may be any bytes, or NULL with `len` 0 for no text.
@@ -633,14 +636,14 @@ int32_t presence_sender_send_wait(struct presence_sender *sender, const void *da
  *
  * Returns PRESENCE_OK; PRESENCE_CLOSED if the stream has ended already; why it was stopped, if it was.
  */
-int32_t presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
+presence_status presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
 
 /**
  * Ends the stream.
  *
  * Returns PRESENCE_OK, also if the caller has ended it before; why it was stopped, if it was.
  */
-int32_t presence_sender_end(struct presence_sender *sender);
+presence_status presence_sender_end(struct presence_sender *sender);
 
 /**
  * Returns true if the stream has ended, for whatever reason, so that no message can be sent. True for NULL.
@@ -675,7 +678,10 @@ const uint32_t *presence_sender_status_word(const struct presence_sender *sender
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
-int32_t presence_sender_header(const struct presence_sender *sender, const char *name, const char **value, size_t *len);
+presence_status presence_sender_header(const struct presence_sender *sender,
+                                       const char *name,
+                                       const char **value,
+                                       size_t *len);
 
 /**
  * Frees a sender. A stream that has not ended ends with an error at the reader.
@@ -707,17 +713,17 @@ void presence_sender_free(struct presence_sender *sender);
  *
  * The caller owns `*out` and must call presence_stream_free.
  */
-int32_t presence_request(struct presence_conn *conn,
-                         struct presence_queue *queue,
-                         const char *subject,
-                         const void *data,
-                         size_t len,
-                         const char *client_id,
-                         size_t id_len,
-                         const struct presence_config *config,
-                         uint64_t tag,
-                         struct presence_stream **out,
-                         struct presence_error *error);
+presence_status presence_request(struct presence_conn *conn,
+                                 struct presence_queue *queue,
+                                 const char *subject,
+                                 const void *data,
+                                 size_t len,
+                                 const char *client_id,
+                                 size_t id_len,
+                                 const struct presence_config *config,
+                                 uint64_t tag,
+                                 struct presence_stream **out,
+                                 struct presence_error *error);
 
 /**
  * Returns the tag that was passed to presence_request. 0 for NULL and for a stream that was freed.
@@ -740,7 +746,7 @@ const char *presence_stream_client(const struct presence_stream *stream, size_t 
  *
  * Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended.
  */
-int32_t presence_stream_consumed(struct presence_stream *stream, size_t bytes);
+presence_status presence_stream_consumed(struct presence_stream *stream, size_t bytes);
 
 /**
  * Cancels a running stream: it ends with a PRESENCE_EVENT_ERROR whose status is PRESENCE_CANCELLED, and the worker is
@@ -754,7 +760,7 @@ int32_t presence_stream_consumed(struct presence_stream *stream, size_t bytes);
  *
  * Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended already.
  */
-int32_t presence_stream_cancel(struct presence_stream *stream);
+presence_status presence_stream_cancel(struct presence_stream *stream);
 
 /**
  * Frees a stream. One that runs is cancelled. No wait that begins after this returns an event of it.
@@ -771,7 +777,7 @@ void presence_stream_free(struct presence_stream *stream);
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
-int32_t mark_client_online(const char *client_id);
+presence_status mark_client_online(const char *client_id);
 
 /**
  * Marks a client offline. Before this returns, the client's senders and streams in this process have stopped, and its
@@ -783,7 +789,7 @@ int32_t mark_client_online(const char *client_id);
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID.
  */
-int32_t mark_client_offline(const char *client_id);
+presence_status mark_client_offline(const char *client_id);
 
 /**
  * Returns true if a client is online in this process: it is marked online, has an open session, or has a running
@@ -796,12 +802,12 @@ bool is_client_online(const char *client_id);
 /**
  * As mark_client_online, for an id of `len` bytes without a NUL.
  */
-int32_t presence_mark_online(const char *id, size_t len);
+presence_status presence_mark_online(const char *id, size_t len);
 
 /**
  * As mark_client_offline, for an id of `len` bytes without a NUL.
  */
-int32_t presence_mark_offline(const char *id, size_t len);
+presence_status presence_mark_offline(const char *id, size_t len);
 
 /**
  * As is_client_online, for an id of `len` bytes without a NUL.
@@ -822,7 +828,7 @@ uint64_t presence_online_count(void);
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID. The caller owns `*out` and must call presence_session_close.
  */
-int32_t presence_session_open(const char *id, size_t len, struct presence_session **out);
+presence_status presence_session_open(const char *id, size_t len, struct presence_session **out);
 
 /**
  * Closes a session and frees it.
@@ -847,7 +853,7 @@ void presence_session_close(struct presence_session *session);
  *
  * Returns PRESENCE_OK or PRESENCE_CLOSED.
  */
-int32_t presence_watch(struct presence_queue *queue, uint64_t tag);
+presence_status presence_watch(struct presence_queue *queue, uint64_t tag);
 
 /* ---- Options --------------------------------------------------------------------------------------------- */
 
@@ -917,14 +923,14 @@ struct presence_config *presence_config_new(void);
  *     false.
  *   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
  */
-int32_t presence_config_set(struct presence_config *config, const char *key, const char *value);
+presence_status presence_config_set(struct presence_config *config, const char *key, const char *value);
 
 /**
  * Fills `error` with what was wrong in the last presence_config_set that failed on these options.
  *
  * Returns the status of that call, or PRESENCE_OK if none failed, which leaves `error` unchanged.
  */
-int32_t presence_config_error(const struct presence_config *config, struct presence_error *error);
+presence_status presence_config_error(const struct presence_config *config, struct presence_error *error);
 
 /**
  * Frees a set of options. Connections and streams that were made with it do not need it.
@@ -938,7 +944,7 @@ void presence_config_free(struct presence_config *config);
  *
  * Returns PRESENCE_OK or PRESENCE_CLOSED.
  */
-int32_t presence_conn_stats(const struct presence_conn *conn, struct presence_stats *out);
+presence_status presence_conn_stats(const struct presence_conn *conn, struct presence_stats *out);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -45,8 +45,17 @@ pub enum Kind {
 impl Kind {
     /// All kinds, in the order of their numbers, which begin with 1.
     pub(crate) const ALL: [Kind; 11] = [
-        Kind::Request, Kind::Data, Kind::End, Kind::Error, Kind::Stopped, Kind::Writable, Kind::Online, Kind::Offline,
-        Kind::Connected, Kind::Disconnected, Kind::Log,
+        Kind::Request,
+        Kind::Data,
+        Kind::End,
+        Kind::Error,
+        Kind::Stopped,
+        Kind::Writable,
+        Kind::Online,
+        Kind::Offline,
+        Kind::Connected,
+        Kind::Disconnected,
+        Kind::Log,
     ];
 
     /// Returns its name in the ABI without the prefix, NUL-terminated for C.

@@ -1,5 +1,6 @@
 //! Panics and errors: no panic leaves a function of the ABI, and each error becomes a status.
 
+use super::codes::presence_status;
 use super::types::{PRESENCE_ERROR_MESSAGE, presence_error};
 use crate::error::{Error, Result, Status};
 use crate::process::fork;
@@ -10,16 +11,16 @@ use std::thread;
 use std::time::Duration;
 
 /// Runs the body of a function that returns a status.
-pub(super) fn guard<E: Into<Status>>(body: impl FnOnce() -> Result<(), E>) -> i32 {
-    guard_value(body).map_or_else(|status| status, |()| Status::Ok.code())
+pub(super) fn guard<E: Into<Status>>(body: impl FnOnce() -> Result<(), E>) -> presence_status {
+    guard_value(body).map_or_else(presence_status::from, |()| presence_status::PRESENCE_OK)
 }
 
 /// Runs the body of a function that returns a value or a status.
-pub(super) fn guard_value<T, E: Into<Status>>(body: impl FnOnce() -> Result<T, E>) -> Result<T, i32> {
+pub(super) fn guard_value<T, E: Into<Status>>(body: impl FnOnce() -> Result<T, E>) -> Result<T, Status> {
     match catch(body) {
         Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => Err(error.into().code()),
-        Err(_) => Err(Status::Internal.code()),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(Status::Internal),
     }
 }
 
@@ -32,9 +33,9 @@ pub(super) fn guard_or<T>(otherwise: T, body: impl FnOnce() -> Result<T>) -> T {
 ///
 /// # Safety
 /// `error` is NULL or writable.
-pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce() -> Result<()>) -> i32 {
+pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce() -> Result<()>) -> presence_status {
     let failed = match catch(body) {
-        Ok(Ok(())) => return Status::Ok.code(),
+        Ok(Ok(())) => return presence_status::PRESENCE_OK,
         Ok(Err(failed)) => failed,
         Err(_) => Status::Internal.into(),
     };
@@ -50,7 +51,7 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
         // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
         unsafe { error.write(presence_error { status: failed.status.code(), message }) };
     }
-    failed.status.code()
+    failed.status.into()
 }
 
 fn catch<T>(body: impl FnOnce() -> T) -> thread::Result<T> {

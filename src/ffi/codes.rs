@@ -6,6 +6,7 @@ use std::ffi::{CStr, c_char};
 
 /// The result of a call, or why a stream has ended. The values never change.
 #[repr(i32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum presence_status {
     /// Success.
@@ -85,31 +86,37 @@ pub enum presence_event_kind {
     PRESENCE_EVENT_LOG = 11,
 }
 
-macro_rules! assert_same {
-    ($($c:ident = $rust:path),* $(,)?) => { $(assert!($c as i32 == $rust as i32);)* };
+/// The core's constants are those of the ABI.
+macro_rules! same {
+    ($core:ident, $abi:ident: $($rust:ident = $c:ident),* $(,)?) => {
+        const _: () = { $(assert!($core::$rust as i32 == $abi::$c as i32);)* };
+
+        impl From<$core> for $abi {
+            fn from(core: $core) -> $abi {
+                match core {
+                    $($core::$rust => $abi::$c,)*
+                }
+            }
+        }
+    };
 }
 
 #[rustfmt::skip]
-const _: () = {
-    use presence_event_kind::*;
-    use presence_status::*;
-    assert_same!(
-        PRESENCE_OK = Status::Ok, PRESENCE_INVALID = Status::Invalid, PRESENCE_OFFLINE = Status::Offline,
-        PRESENCE_CLOSED = Status::Closed, PRESENCE_CANCELLED = Status::Cancelled, PRESENCE_FULL = Status::Full,
-        PRESENCE_TOO_LARGE = Status::TooLarge, PRESENCE_RESERVED = Status::Reserved,
-        PRESENCE_DISCONNECTED = Status::Disconnected, PRESENCE_PEER_GONE = Status::PeerGone,
-        PRESENCE_NO_RESPONDERS = Status::NoResponders, PRESENCE_BUSY = Status::Busy, PRESENCE_TIMEOUT = Status::Timeout,
-        PRESENCE_REMOTE = Status::Remote, PRESENCE_FORKED = Status::Forked, PRESENCE_INTERNAL = Status::Internal,
-    );
-    assert!(PRESENCE_INTERNAL as i32 == 1 - Status::ALL.len() as i32);
-    assert_same!(
-        PRESENCE_EVENT_REQUEST = Kind::Request, PRESENCE_EVENT_DATA = Kind::Data, PRESENCE_EVENT_END = Kind::End,
-        PRESENCE_EVENT_ERROR = Kind::Error, PRESENCE_EVENT_STOPPED = Kind::Stopped,
-        PRESENCE_EVENT_WRITABLE = Kind::Writable, PRESENCE_EVENT_ONLINE = Kind::Online,
-        PRESENCE_EVENT_OFFLINE = Kind::Offline, PRESENCE_EVENT_CONNECTED = Kind::Connected,
-        PRESENCE_EVENT_DISCONNECTED = Kind::Disconnected, PRESENCE_EVENT_LOG = Kind::Log,
-    );
-};
+same!(Status, presence_status:
+    Ok = PRESENCE_OK, Invalid = PRESENCE_INVALID, Offline = PRESENCE_OFFLINE, Closed = PRESENCE_CLOSED,
+    Cancelled = PRESENCE_CANCELLED, Full = PRESENCE_FULL, TooLarge = PRESENCE_TOO_LARGE, Reserved = PRESENCE_RESERVED,
+    Disconnected = PRESENCE_DISCONNECTED, PeerGone = PRESENCE_PEER_GONE, NoResponders = PRESENCE_NO_RESPONDERS,
+    Busy = PRESENCE_BUSY, Timeout = PRESENCE_TIMEOUT, Remote = PRESENCE_REMOTE, Forked = PRESENCE_FORKED,
+    Internal = PRESENCE_INTERNAL,
+);
+
+#[rustfmt::skip]
+same!(Kind, presence_event_kind:
+    Request = PRESENCE_EVENT_REQUEST, Data = PRESENCE_EVENT_DATA, End = PRESENCE_EVENT_END,
+    Error = PRESENCE_EVENT_ERROR, Stopped = PRESENCE_EVENT_STOPPED, Writable = PRESENCE_EVENT_WRITABLE,
+    Online = PRESENCE_EVENT_ONLINE, Offline = PRESENCE_EVENT_OFFLINE, Connected = PRESENCE_EVENT_CONNECTED,
+    Disconnected = PRESENCE_EVENT_DISCONNECTED, Log = PRESENCE_EVENT_LOG,
+);
 
 const UNKNOWN: &CStr = c"unknown status";
 const UNKNOWN_KIND: &CStr = c"unknown kind";

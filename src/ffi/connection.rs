@@ -1,6 +1,7 @@
 //! The connection to nats-server.
 
 use super::boundary::{guard, guard_error, limit};
+use super::codes::presence_status;
 use super::handles::{borrow, create, take};
 use super::raw::{c_text, config_ref};
 use super::types::{presence_config, presence_conn, presence_error, presence_queue};
@@ -29,7 +30,7 @@ pub unsafe extern "C" fn presence_connect(
     config: *const presence_config,
     out: *mut *mut presence_conn,
     error: *mut presence_error,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of guard_error, config_ref, create and c_text.
     unsafe {
         guard_error(error, || {
@@ -49,7 +50,7 @@ pub unsafe extern "C" fn presence_connect(
 /// Returns PRESENCE_OK; PRESENCE_TIMEOUT, PRESENCE_CLOSED; PRESENCE_DISCONNECTED (permissions) or PRESENCE_FULL
 /// (max_subscriptions) if nats-server refuses the subscription, which is then tried again.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> i32 {
+pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> presence_status {
     guard(|| borrow(conn)?.listen_offline())
 }
 
@@ -60,7 +61,11 @@ pub extern "C" fn presence_listen_offline(conn: *mut presence_conn) -> i32 {
 ///
 /// Returns PRESENCE_OK or PRESENCE_CLOSED.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut presence_queue, tag: u64) -> i32 {
+pub extern "C" fn presence_conn_watch(
+    conn: *mut presence_conn,
+    queue: *mut presence_queue,
+    tag: u64,
+) -> presence_status {
     guard(|| borrow(conn)?.watch(&borrow(queue)?, tag))
 }
 
@@ -74,6 +79,6 @@ pub extern "C" fn presence_conn_watch(conn: *mut presence_conn, queue: *mut pres
 /// or it was lost meanwhile) it may not have been, but the connection is closed all the same. PRESENCE_CLOSED: it was
 /// closed before.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> i32 {
+pub extern "C" fn presence_close(conn: *mut presence_conn, drain_ms: i64) -> presence_status {
     guard(|| take(conn)?.close(limit(drain_ms)))
 }

@@ -103,7 +103,7 @@ impl World {
         let (step, id) = (choices.below(16), IDS[usize::from(choices.below(4))]);
         let (text, length) = (id.as_ptr().cast::<c_char>(), id.len());
         let name = CString::new(id).unwrap_or_default();
-        let (ok, invalid) = (Status::Ok.code(), Status::Invalid.code());
+        let (ok, invalid) = (presence_status::PRESENCE_OK, presence_status::PRESENCE_INVALID);
         // SAFETY: pointers are NULL where that is allowed, or point to values that exist here, with their lengths.
         unsafe {
             match step {
@@ -164,7 +164,7 @@ impl World {
                             presence_queue_wait(queue, event.as_mut_ptr(), 1, -1),
                             i64::from(Status::Closed.code())
                         );
-                        assert_eq!(presence_watch(queue, 0), Status::Closed.code());
+                        assert_eq!(presence_watch(queue, 0), presence_status::PRESENCE_CLOSED);
                         presence_queue_wake(queue);
                         presence_queue_free(queue);
                     }
@@ -183,7 +183,7 @@ impl World {
                         let set = presence_config_set(config, key.as_ptr(), value.as_ptr());
                         let mut error = MaybeUninit::<presence_error>::zeroed();
                         assert_eq!(presence_config_error(config, error.as_mut_ptr()), set);
-                        assert_eq!(error.assume_init_ref().status, set);
+                        assert_eq!(error.assume_init_ref().status, set as i32);
                     }
                     presence_config_free(config);
                 }
@@ -196,10 +196,10 @@ impl World {
                 _ => {
                     // A number that is no handle, as a handle of each kind.
                     let nonsense = std::ptr::without_provenance_mut::<u8>(usize::MAX - usize::from(choices.byte()));
-                    assert_eq!(presence_watch(nonsense.cast(), 0), Status::Closed.code());
-                    assert_eq!(presence_close(nonsense.cast(), 0), Status::Closed.code());
-                    assert_eq!(presence_stream_cancel(nonsense.cast()), Status::Closed.code());
-                    assert_eq!(presence_service_stop(nonsense.cast()), Status::Closed.code());
+                    assert_eq!(presence_watch(nonsense.cast(), 0), presence_status::PRESENCE_CLOSED);
+                    assert_eq!(presence_close(nonsense.cast(), 0), presence_status::PRESENCE_CLOSED);
+                    assert_eq!(presence_stream_cancel(nonsense.cast()), presence_status::PRESENCE_CLOSED);
+                    assert_eq!(presence_service_stop(nonsense.cast()), presence_status::PRESENCE_CLOSED);
                     presence_session_close(nonsense.cast());
                 }
             }
@@ -222,7 +222,7 @@ pub fn abi(data: &[u8]) {
     }
     for id in IDS {
         // SAFETY: a text with its length.
-        assert_eq!(unsafe { presence_mark_offline(id.as_ptr().cast(), id.len()) }, 0);
+        assert_eq!(unsafe { presence_mark_offline(id.as_ptr().cast(), id.len()) }, presence_status::PRESENCE_OK);
         world.leave(id);
     }
     for index in 0..world.queues.len() {

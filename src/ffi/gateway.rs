@@ -1,6 +1,7 @@
 //! The gateway's side: streams requested from workers.
 
 use super::boundary::{guard, guard_error, guard_or};
+use super::codes::presence_status;
 use super::handles::{borrow, create_registered, release};
 use super::raw::{bytes, c_text, config_ref, text_start, write_out};
 use super::types::{presence_config, presence_conn, presence_error, presence_queue, presence_stream};
@@ -41,7 +42,7 @@ pub unsafe extern "C" fn presence_request(
     tag: u64,
     out: *mut *mut presence_stream,
     error: *mut presence_error,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of guard_error, config_ref, c_text, bytes and create_registered.
     unsafe {
         guard_error(error, || {
@@ -83,7 +84,7 @@ pub unsafe extern "C" fn presence_stream_client(stream: *const presence_stream, 
 ///
 /// Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: usize) -> i32 {
+pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: usize) -> presence_status {
     guard(|| borrow(stream)?.consumed(bytes as u64))
 }
 
@@ -98,7 +99,7 @@ pub extern "C" fn presence_stream_consumed(stream: *mut presence_stream, bytes: 
 ///
 /// Returns PRESENCE_OK, or PRESENCE_CLOSED if the stream has ended already.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_stream_cancel(stream: *mut presence_stream) -> i32 {
+pub extern "C" fn presence_stream_cancel(stream: *mut presence_stream) -> presence_status {
     guard(|| borrow(stream)?.cancel())
 }
 

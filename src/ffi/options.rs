@@ -1,6 +1,7 @@
 //! Options, by name.
 
 use super::boundary::{guard, guard_error, guard_or};
+use super::codes::presence_status;
 use super::raw::{c_text, config_mut, config_ref, free_config, into_config_pointer};
 use super::types::{presence_config, presence_error};
 use crate::config::Config;
@@ -76,7 +77,7 @@ pub unsafe extern "C" fn presence_config_set(
     config: *mut presence_config,
     key: *const c_char,
     value: *const c_char,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of config_mut and c_text.
     guard(|| unsafe {
         let config = config_mut(config)?;
@@ -91,7 +92,10 @@ pub unsafe extern "C" fn presence_config_set(
 ///
 /// Returns the status of that call, or PRESENCE_OK if none failed, which leaves `error` unchanged.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_config_error(config: *const presence_config, error: *mut presence_error) -> i32 {
+pub unsafe extern "C" fn presence_config_error(
+    config: *const presence_config,
+    error: *mut presence_error,
+) -> presence_status {
     // SAFETY: the caller's promises are those of guard_error and config_ref.
     unsafe { guard_error(error, || config_ref(config)?.last_error().map_or(Ok(()), Err)) }
 }

@@ -32,6 +32,12 @@ impl From<i32> for Returned {
     }
 }
 
+impl From<presence_status> for Returned {
+    fn from(status: presence_status) -> Returned {
+        Returned::from(status as i32)
+    }
+}
+
 impl From<i64> for Returned {
     fn from(status: i64) -> Returned {
         Returned::Status(status)

@@ -1,6 +1,7 @@
 //! Who is online: marks and sessions.
 
 use super::boundary::{guard, guard_or};
+use super::codes::presence_status;
 use super::handles::{borrow, create, release};
 use super::raw::{bytes, c_bytes};
 use super::types::{presence_queue, presence_session};
@@ -15,7 +16,7 @@ use std::ffi::c_char;
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> i32 {
+pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> presence_status {
     // SAFETY: the caller's promise is c_bytes'.
     guard(|| registry::mark_online(unsafe { c_bytes("client_id", client_id) }?))
 }
@@ -29,7 +30,7 @@ pub unsafe extern "C" fn mark_client_online(client_id: *const c_char) -> i32 {
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mark_client_offline(client_id: *const c_char) -> i32 {
+pub unsafe extern "C" fn mark_client_offline(client_id: *const c_char) -> presence_status {
     // SAFETY: the caller's promise is c_bytes'.
     guard(|| registry::mark_offline(unsafe { c_bytes("client_id", client_id) }?))
 }
@@ -46,14 +47,14 @@ pub unsafe extern "C" fn is_client_online(client_id: *const c_char) -> bool {
 
 /// As mark_client_online, for an id of `len` bytes without a NUL.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_mark_online(id: *const c_char, len: usize) -> i32 {
+pub unsafe extern "C" fn presence_mark_online(id: *const c_char, len: usize) -> presence_status {
     // SAFETY: the caller's promise is bytes'.
     guard(|| registry::mark_online(unsafe { bytes("id", id.cast(), len) }?))
 }
 
 /// As mark_client_offline, for an id of `len` bytes without a NUL.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_mark_offline(id: *const c_char, len: usize) -> i32 {
+pub unsafe extern "C" fn presence_mark_offline(id: *const c_char, len: usize) -> presence_status {
     // SAFETY: the caller's promise is bytes'.
     guard(|| registry::mark_offline(unsafe { bytes("id", id.cast(), len) }?))
 }
@@ -79,7 +80,11 @@ pub extern "C" fn presence_online_count() -> u64 {
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID. The caller owns `*out` and must call presence_session_close.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_session_open(id: *const c_char, len: usize, out: *mut *mut presence_session) -> i32 {
+pub unsafe extern "C" fn presence_session_open(
+    id: *const c_char,
+    len: usize,
+    out: *mut *mut presence_session,
+) -> presence_status {
     // SAFETY: the caller's promises are those of create and bytes.
     guard(|| unsafe { create(out, || Session::open(bytes("id", id.cast(), len)?)) })
 }
@@ -107,7 +112,7 @@ pub extern "C" fn presence_session_close(session: *mut presence_session) {
 ///
 /// Returns PRESENCE_OK or PRESENCE_CLOSED.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> i32 {
+pub extern "C" fn presence_watch(queue: *mut presence_queue, tag: u64) -> presence_status {
     guard(|| -> Result<()> {
         registry::watch(&borrow(queue)?, tag);
         Ok(())

@@ -1,6 +1,7 @@
 //! The queue that events are read from.
 
 use super::boundary::{guard, guard_or, guard_value, limit};
+use super::codes::presence_status;
 use super::handles::{borrow, create, pointer, release};
 use super::raw::{into_sender_pointer, sender_pointer, slice_out};
 use super::types::{presence_event, presence_queue};
@@ -13,7 +14,7 @@ use std::ptr;
 ///
 /// Returns PRESENCE_OK. The caller owns `*out` and must call presence_queue_free.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> i32 {
+pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> presence_status {
     // SAFETY: the caller's promise is create's.
     guard(|| unsafe { create(out, || Ok(Queue::new())) })
 }
@@ -26,7 +27,7 @@ pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> i3
 pub extern "C" fn presence_queue_fd(queue: *const presence_queue) -> c_int {
     match guard_value(|| borrow(queue)?.fd()) {
         Ok(fd) => fd,
-        Err(status) => status,
+        Err(status) => status.code(),
     }
 }
 
@@ -55,7 +56,7 @@ pub unsafe extern "C" fn presence_queue_wait(
     });
     match taken {
         Ok(count) => i64::try_from(count).unwrap_or(i64::MAX),
-        Err(status) => status.into(),
+        Err(status) => status.code().into(),
     }
 }
 

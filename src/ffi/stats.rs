@@ -1,6 +1,7 @@
 //! What a connection counts.
 
 use super::boundary::guard;
+use super::codes::presence_status;
 use super::handles::borrow;
 use super::raw::write_out;
 use super::types::{presence_conn, presence_stats};
@@ -10,7 +11,7 @@ use crate::connection::Stats;
 ///
 /// Returns PRESENCE_OK or PRESENCE_CLOSED.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_conn_stats(conn: *const presence_conn, out: *mut presence_stats) -> i32 {
+pub unsafe extern "C" fn presence_conn_stats(conn: *const presence_conn, out: *mut presence_stats) -> presence_status {
     // SAFETY: the caller's promise is write_out's.
     guard(|| unsafe { write_out(out, || Ok(export(&borrow(conn)?.stats()))) })
 }

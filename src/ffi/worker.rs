@@ -1,6 +1,7 @@
 //! The worker's side: services, and the senders that answer their requests.
 
 use super::boundary::{guard, guard_error, guard_or, guard_value, limit};
+use super::codes::presence_status;
 use super::handles::{borrow, create, release};
 use super::raw::{bytes, c_text, check_aligned, free_sender, lengths, sender_ref, text_start, write_out};
 use super::types::{presence_conn, presence_error, presence_queue, presence_sender, presence_service};
@@ -36,7 +37,7 @@ pub unsafe extern "C" fn presence_serve(
     tag: u64,
     out: *mut *mut presence_service,
     error: *mut presence_error,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of guard_error, c_text and create.
     unsafe {
         guard_error(error, || {
@@ -50,7 +51,7 @@ pub unsafe extern "C" fn presence_serve(
 ///
 /// Returns PRESENCE_OK, or PRESENCE_CLOSED if it was stopped before.
 #[unsafe(no_mangle)]
-pub extern "C" fn presence_service_stop(service: *mut presence_service) -> i32 {
+pub extern "C" fn presence_service_stop(service: *mut presence_service) -> presence_status {
     guard(|| borrow(service)?.stop())
 }
 
@@ -70,7 +71,7 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_sender_set_tag(sender: *mut presence_sender, tag: u64) -> i32 {
+pub unsafe extern "C" fn presence_sender_set_tag(sender: *mut presence_sender, tag: u64) -> presence_status {
     // SAFETY: the caller's promise is sender_ref's.
     guard(|| unsafe {
         sender_ref(sender)?.set_tag(tag);
@@ -88,7 +89,11 @@ pub unsafe extern "C" fn presence_sender_set_tag(sender: *mut presence_sender, t
 /// and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
 /// PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_sender_send(sender: *mut presence_sender, data: *const c_void, len: usize) -> i32 {
+pub unsafe extern "C" fn presence_sender_send(
+    sender: *mut presence_sender,
+    data: *const c_void,
+    len: usize,
+) -> presence_status {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.send(bytes("data", data, len)?) })
 }
@@ -117,7 +122,7 @@ pub unsafe extern "C" fn presence_sender_send_many(
     });
     match sent {
         Ok(count) => i64::try_from(count).unwrap_or(i64::MAX),
-        Err(status) => status.into(),
+        Err(status) => status.code().into(),
     }
 }
 
@@ -131,7 +136,7 @@ pub unsafe extern "C" fn presence_sender_send_wait(
     data: *const c_void,
     len: usize,
     timeout_ms: i64,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.send_wait(bytes("data", data, len)?, limit(timeout_ms)) })
 }
@@ -145,7 +150,7 @@ pub unsafe extern "C" fn presence_sender_error(
     sender: *mut presence_sender,
     message: *const c_char,
     len: usize,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of sender_ref and bytes.
     guard(|| unsafe { sender_ref(sender)?.error(bytes("message", message.cast(), len)?) })
 }
@@ -154,7 +159,7 @@ pub unsafe extern "C" fn presence_sender_error(
 ///
 /// Returns PRESENCE_OK, also if the caller has ended it before; why it was stopped, if it was.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn presence_sender_end(sender: *mut presence_sender) -> i32 {
+pub unsafe extern "C" fn presence_sender_end(sender: *mut presence_sender) -> presence_status {
     // SAFETY: the caller's promise is sender_ref's.
     guard(|| unsafe { sender_ref(sender)?.end() })
 }
@@ -204,7 +209,7 @@ pub unsafe extern "C" fn presence_sender_header(
     name: *const c_char,
     value: *mut *const c_char,
     len: *mut usize,
-) -> i32 {
+) -> presence_status {
     // SAFETY: the caller's promises are those of sender_ref, c_text and write_out.
     guard(|| unsafe {
         let (sender, name) = (sender_ref(sender)?, c_text("name", name)?);
