@@ -75,7 +75,7 @@ func invalid(format string, args ...any) error {
 }
 
 // statusError is the error of a C call that returned only a status; what names the subject of the call.
-func statusError(rc C.int32_t, what string) error {
+func statusError(rc C.presence_status, what string) error {
 	if rc == C.PRESENCE_OK {
 		return nil
 	}
@@ -83,7 +83,7 @@ func statusError(rc C.int32_t, what string) error {
 }
 
 // callError is the error of a C call that filled report when it failed.
-func callError(rc C.int32_t, report *C.presence_error) error {
+func callError(rc C.presence_status, report *C.presence_error) error {
 	if rc == C.PRESENCE_OK {
 		return nil
 	}

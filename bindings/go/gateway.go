@@ -3,7 +3,7 @@ package presence
 // #include <nats_presence.h>
 //
 // // uint8_t in place of void, so that cgo need not search the data for pointers.
-// static inline int32_t request(presence_conn *conn, presence_queue *queue, const char *subject, const uint8_t *data,
+// static inline presence_status request(presence_conn *conn, presence_queue *queue, const char *subject, const uint8_t *data,
 //                               size_t len, const char *id, size_t id_len, const presence_config *config, uint64_t tag,
 //                               presence_stream **out, presence_error *error) {
 //   return presence_request(conn, queue, subject, data, len, id, id_len, config, tag, out, error);

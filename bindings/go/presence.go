@@ -80,7 +80,7 @@ func (s *Session) Close() error {
 	return nil
 }
 
-func idError(rc C.int32_t, id string) error {
+func idError(rc C.presence_status, id string) error {
 	if rc != C.PRESENCE_INVALID {
 		return statusError(rc, "client")
 	}

@@ -138,7 +138,7 @@ func newQueue() (*queue, error) {
 func (q *queue) wait() ([]C.presence_event, error) {
 	n := C.presence_queue_wait(q.handle, &q.events[0], maxEvents, -1)
 	if n < 0 {
-		return nil, statusError(C.int32_t(n), "queue")
+		return nil, statusError(C.presence_status(n), "queue")
 	}
 	return q.events[:n], nil
 }

@@ -183,7 +183,7 @@ func (v *Service) Close() error {
 }
 
 func (v *Service) statusError(status Status) error {
-	return statusError(C.int32_t(status), fmt.Sprintf("service %q", v.subject))
+	return statusError(C.presence_status(status), fmt.Sprintf("service %q", v.subject))
 }
 
 func (c *Conn) newService(ctx context.Context, subject, queue string, opts []ServeOption) (*Service, error) {

@@ -3,7 +3,7 @@ package presence
 // #include <nats_presence.h>
 //
 // // An integer in place of the handle and uint8_t in place of void, so that cgo need not search them for pointers.
-// static inline int32_t sender_send(uintptr_t sender, const uint8_t *data, size_t len) {
+// static inline presence_status sender_send(uintptr_t sender, const uint8_t *data, size_t len) {
 //   return presence_sender_send((presence_sender *)sender, data, len);
 // }
 // #cgo noescape sender_send
@@ -269,7 +269,7 @@ func (s *Sender) statusError(status Status) error {
 	if status == ErrClosed && s.returned.Load() {
 		return &Error{ErrClosed, what + ": its handler returned without Detach, which ended the stream"}
 	}
-	return statusError(C.int32_t(status), what)
+	return statusError(C.presence_status(status), what)
 }
 
 // runHandler runs the handler, and ends the stream according to its result.
