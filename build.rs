@@ -51,6 +51,17 @@ fn versions() -> Result<String, String> {
 #define PRESENCE_VERSION_NUMBER (PRESENCE_VERSION_MAJOR * 10000 + PRESENCE_VERSION_MINOR * 100 + PRESENCE_VERSION_PATCH)
 /* The version of the ABI, which is also the version in the library's SONAME. */
 #define PRESENCE_ABI {ABI}
+
+/* For functions whose result must not be ignored. */
+#ifndef PRESENCE_NODISCARD
+#if (defined(__cplusplus) && __cplusplus >= 201703L) || (defined(__STDC_VERSION__) && __STDC_VERSION__ >= 202311L)
+#define PRESENCE_NODISCARD [[nodiscard]]
+#elif defined(__GNUC__)
+#define PRESENCE_NODISCARD __attribute__((warn_unused_result))
+#else
+#define PRESENCE_NODISCARD
+#endif
+#endif
 "#
     ))
 }

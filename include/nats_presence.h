@@ -77,6 +77,17 @@
 /* The version of the ABI, which is also the version in the library's SONAME. */
 #define PRESENCE_ABI 0
 
+/* For functions whose result must not be ignored. */
+#ifndef PRESENCE_NODISCARD
+#if (defined(__cplusplus) && __cplusplus >= 201703L) || (defined(__STDC_VERSION__) && __STDC_VERSION__ >= 202311L)
+#define PRESENCE_NODISCARD [[nodiscard]]
+#elif defined(__GNUC__)
+#define PRESENCE_NODISCARD __attribute__((warn_unused_result))
+#else
+#define PRESENCE_NODISCARD
+#endif
+#endif
+
 
 /**
  * The size of a presence_error's message, including the NUL.
@@ -460,6 +471,7 @@ const char *presence_version(void);
  *
  * The caller owns `*out` and must call presence_close.
  */
+PRESENCE_NODISCARD
 presence_status presence_connect(const char *url,
                                  const struct presence_config *config,
                                  struct presence_conn **out,
@@ -507,7 +519,7 @@ presence_status presence_close(struct presence_conn *conn, int64_t drain_ms);
  *
  * Returns PRESENCE_OK. The caller owns `*out` and must call presence_queue_free.
  */
-presence_status presence_queue_new(struct presence_queue **out);
+PRESENCE_NODISCARD presence_status presence_queue_new(struct presence_queue **out);
 
 /**
  * Returns a file descriptor that is readable (poll, epoll, asyncio, libuv) while a wait would return at once, or a
@@ -525,6 +537,7 @@ int presence_queue_fd(const struct presence_queue *queue);
  *
  * *Thread safety*: one thread at a time may wait, and not while another one still reads the events of the last wait.
  */
+PRESENCE_NODISCARD
 int64_t presence_queue_wait(struct presence_queue *queue,
                             struct presence_event *events,
                             size_t max,
@@ -565,6 +578,7 @@ void presence_queue_free(struct presence_queue *queue);
  *
  * The caller owns `*out` and must call presence_service_free.
  */
+PRESENCE_NODISCARD
 presence_status presence_serve(struct presence_conn *conn,
                                struct presence_queue *queue,
                                const char *subject,
@@ -607,7 +621,7 @@ presence_status presence_sender_set_tag(struct presence_sender *sender, uint64_t
  * and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
  * PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
  */
-presence_status presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
+PRESENCE_NODISCARD presence_status presence_sender_send(struct presence_sender *sender, const void *data, size_t len);
 
 /**
  * Sends several messages of the stream, up to the first that is refused. Never blocks.
@@ -617,7 +631,11 @@ presence_status presence_sender_send(struct presence_sender *sender, const void 
  * Returns how many were sent. If that is fewer than `count`, the next call returns why. If the first one is refused,
  * returns what presence_sender_send would return for it.
  */
-int64_t presence_sender_send_many(struct presence_sender *sender, const void *data, const size_t *lens, size_t count);
+PRESENCE_NODISCARD
+int64_t presence_sender_send_many(struct presence_sender *sender,
+                                  const void *data,
+                                  const size_t *lens,
+                                  size_t count);
 
 /**
  * As presence_sender_send, but where that would return PRESENCE_FULL this blocks until the message is sent, for at
@@ -625,6 +643,7 @@ int64_t presence_sender_send_many(struct presence_sender *sender, const void *da
  *
  * Returns what presence_sender_send returns, but PRESENCE_TIMEOUT in place of PRESENCE_FULL.
  */
+PRESENCE_NODISCARD
 presence_status presence_sender_send_wait(struct presence_sender *sender,
                                           const void *data,
                                           size_t len,
@@ -713,6 +732,7 @@ void presence_sender_free(struct presence_sender *sender);
  *
  * The caller owns `*out` and must call presence_stream_free.
  */
+PRESENCE_NODISCARD
 presence_status presence_request(struct presence_conn *conn,
                                  struct presence_queue *queue,
                                  const char *subject,
@@ -828,7 +848,7 @@ uint64_t presence_online_count(void);
  *
  * Returns PRESENCE_OK or PRESENCE_INVALID. The caller owns `*out` and must call presence_session_close.
  */
-presence_status presence_session_open(const char *id, size_t len, struct presence_session **out);
+PRESENCE_NODISCARD presence_status presence_session_open(const char *id, size_t len, struct presence_session **out);
 
 /**
  * Closes a session and frees it.
@@ -862,7 +882,7 @@ presence_status presence_watch(struct presence_queue *queue, uint64_t tag);
  *
  * Returns NULL only after a defect of the library. The caller owns the result and must call presence_config_free.
  */
-struct presence_config *presence_config_new(void);
+PRESENCE_NODISCARD struct presence_config *presence_config_new(void);
 
 /**
  * Sets one option. Files are read when they are used.
@@ -923,7 +943,10 @@ struct presence_config *presence_config_new(void);
  *     false.
  *   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
  */
-presence_status presence_config_set(struct presence_config *config, const char *key, const char *value);
+PRESENCE_NODISCARD
+presence_status presence_config_set(struct presence_config *config,
+                                    const char *key,
+                                    const char *value);
 
 /**
  * Fills `error` with what was wrong in the last presence_config_set that failed on these options.

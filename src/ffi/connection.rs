@@ -24,6 +24,7 @@ use std::ffi::c_char;
 /// PRESENCE_TIMEOUT, PRESENCE_FULL (the system gives no thread or file descriptor), PRESENCE_FORKED.
 ///
 /// The caller owns `*out` and must call presence_close.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_connect(
     url: *const c_char,

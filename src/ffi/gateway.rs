@@ -29,6 +29,7 @@ use std::ptr;
 /// PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
 ///
 /// The caller owns `*out` and must call presence_stream_free.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_request(
     conn: *mut presence_conn,

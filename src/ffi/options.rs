@@ -10,6 +10,7 @@ use std::ffi::c_char;
 /// Creates a set of options, all of which have their defaults.
 ///
 /// Returns NULL only after a defect of the library. The caller owns the result and must call presence_config_free.
+#[must_use]
 #[unsafe(no_mangle)]
 pub extern "C" fn presence_config_new() -> *mut presence_config {
     guard_or(std::ptr::null_mut(), || Ok(into_config_pointer(Config::new())))
@@ -72,6 +73,7 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///     for clients that are marked online or have a session, so that a late request does not bring them back. Default
 ///     false.
 ///   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_config_set(
     config: *mut presence_config,

@@ -110,7 +110,8 @@ fn force<T>(call: impl FnOnce() -> T) -> T {
 
 fn in_header() -> BTreeSet<&'static str> {
     let header = include_str!("../../include/nats_presence.h");
-    let declarations = header.lines().filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
+    let lines = header.lines().map(|line| line.strip_prefix("PRESENCE_NODISCARD ").unwrap_or(line));
+    let declarations = lines.filter(|line| line.starts_with(|c: char| c.is_ascii_lowercase()));
     let heads = declarations.filter_map(|line| line.split_once('(')).map(|(head, _)| head);
     heads.filter_map(|head| head.rsplit([' ', '*']).next()).filter(|name| !name.is_empty()).collect()
 }

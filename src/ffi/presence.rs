@@ -79,6 +79,7 @@ pub extern "C" fn presence_online_count() -> u64 {
 /// has no effect.
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID. The caller owns `*out` and must call presence_session_close.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_session_open(
     id: *const c_char,

@@ -13,6 +13,7 @@ use std::ptr;
 /// Creates a queue.
 ///
 /// Returns PRESENCE_OK. The caller owns `*out` and must call presence_queue_free.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_queue_new(out: *mut *mut presence_queue) -> presence_status {
     // SAFETY: the caller's promise is create's.
@@ -37,6 +38,7 @@ pub extern "C" fn presence_queue_fd(queue: *const presence_queue) -> c_int {
 /// PRESENCE_BUSY (another thread waits), PRESENCE_CLOSED (the queue was freed), PRESENCE_FORKED.
 ///
 /// *Thread safety*: one thread at a time may wait, and not while another one still reads the events of the last wait.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_queue_wait(
     queue: *mut presence_queue,

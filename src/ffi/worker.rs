@@ -27,6 +27,7 @@ use std::ptr;
 /// PRESENCE_FULL (max_subscriptions), with the text of nats-server, if it refuses the subscription.
 ///
 /// The caller owns `*out` and must call presence_service_free.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_serve(
     conn: *mut presence_conn,
@@ -88,6 +89,7 @@ pub unsafe extern "C" fn presence_sender_set_tag(sender: *mut presence_sender, t
 /// PRESENCE_TOO_LARGE (see presence_sender_max_message) and, on level 0, PRESENCE_RESERVED concern this message only,
 /// and the stream goes on. Other statuses are why it has ended: PRESENCE_CLOSED; on a lane PRESENCE_CANCELLED and
 /// PRESENCE_PEER_GONE; on level 0 PRESENCE_DISCONNECTED.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send(
     sender: *mut presence_sender,
@@ -104,6 +106,7 @@ pub unsafe extern "C" fn presence_sender_send(
 ///
 /// Returns how many were sent. If that is fewer than `count`, the next call returns why. If the first one is refused,
 /// returns what presence_sender_send would return for it.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send_many(
     sender: *mut presence_sender,
@@ -130,6 +133,7 @@ pub unsafe extern "C" fn presence_sender_send_many(
 /// most `timeout_ms`. The end of the stream ends the wait too.
 ///
 /// Returns what presence_sender_send returns, but PRESENCE_TIMEOUT in place of PRESENCE_FULL.
+#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_sender_send_wait(
     sender: *mut presence_sender,
