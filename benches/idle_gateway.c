@@ -14,12 +14,12 @@ static presence_queue *queue;
 static presence_stream *request(size_t i)
 {
     char id[32];
-    int length = snprintf(id, sizeof id, "client-%09zu", i);
+    snprintf(id, sizeof id, "client-%09zu", i);
     presence_stream *stream;
     presence_error error = {0};
     int64_t limit = now_ns() + 30000000000;
     int32_t status;
-    while ((status = presence_request(conn, queue, "bench.idle", "", 0, id, (size_t)length, NULL, i, &stream, &error))
+    while ((status = request(conn, queue, "bench.idle", id, i, &stream, &error))
            == PRESENCE_FULL) {
         must(now_ns() < limit, "presence_request", error.message);
         usleep(1000);

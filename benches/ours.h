@@ -32,6 +32,15 @@ static inline presence_queue *new_queue(void)
     return queue;
 }
 
+/* Requests a stream without data and options. */
+static inline presence_status request(presence_conn *conn, presence_queue *queue, const char *subject, const char *client,
+                                      uint64_t tag, presence_stream **stream, presence_error *error)
+{
+    const presence_request_args args = {
+        .size = sizeof args, .subject = subject, .client = client, .client_len = strlen(client), .tag = tag};
+    return presence_request(conn, queue, &args, stream, error);
+}
+
 /* Serves a subject, up to `max_streams` streams at a time (0: the default). */
 static inline void serve(presence_conn *conn, presence_queue *queue, const char *subject, size_t max_streams)
 {

@@ -12,12 +12,12 @@ static size_t requested;
 static void request(void)
 {
     char id[32];
-    int length = snprintf(id, sizeof id, "client-%09zu", requested);
+    snprintf(id, sizeof id, "client-%09zu", requested);
     presence_stream *stream;
     presence_error error = {0};
     started[requested] = now_ns();
     int32_t status =
-        presence_request(conn, queue, "bench.stream", "", 0, id, (size_t)length, NULL, requested, &stream, &error);
+        request(conn, queue, "bench.stream", id, requested, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
     requested++;
 }

@@ -41,9 +41,17 @@ static void request(presence_conn *conn, presence_queue *queue, const char *subj
   presence_config *config = presence_config_new();
   /* If nobody serves the subject yet, ask again: 20 times, 100 ms apart. */
   check("presence_config_set", presence_config_set(config, "retries", "20"), NULL);
-  /* The tag is our own number; each event of the stream carries it. */
-  check("presence_request", presence_request(conn, queue, subject, "hello", 5, client->id, strlen(client->id), config,
-                                             number, &client->stream, &error), &error);
+  presence_request_args args = {
+    .size = sizeof args,
+    .subject = subject,
+    .data = "hello",
+    .data_len = 5,
+    .client = client->id,
+    .client_len = strlen(client->id),
+    .tag = number, /* our own number: each event of the stream carries it */
+    .config = config,
+  };
+  check("presence_request", presence_request(conn, queue, &args, &client->stream, &error), &error);
   presence_config_free(config);
   running++;
 }

@@ -17,7 +17,8 @@
  *
  * A gateway, which calls mark_client_offline when the client has left:
  *
- *   presence_request(conn, queue, "count", NULL, 0, "client-1", 8, NULL, 0, &stream, &error);
+ *   presence_request_args args = {.size = sizeof args, .subject = "count", .client = "client-1", .client_len = 8};
+ *   presence_request(conn, queue, &args, &stream, &error);
  *   while (presence_queue_wait(queue, &event, 1, -1) == 1 && event.kind == PRESENCE_EVENT_DATA)
  *     fwrite(event.data, 1, event.data_len, stdout);
  *   presence_stream_free(stream);
@@ -323,7 +324,8 @@ typedef struct presence_event {
    */
   int32_t status;
   /**
-   * The number that was passed to presence_serve, presence_request, presence_watch or presence_conn_watch.
+   * The number that was passed to presence_serve, presence_request, presence_watch, presence_conn_watch or
+   * presence_sender_set_tag.
    */
   uint64_t tag;
   /**
@@ -364,6 +366,45 @@ typedef struct presence_event {
    */
   uint64_t reserved[2];
 } presence_event;
+
+/**
+ * What presence_request needs. Set what a request has, and leave the rest 0 or NULL:
+ * `struct presence_request_args args = {.size = sizeof args, .subject = "count"};`
+ */
+typedef struct presence_request_args {
+  /**
+   * sizeof(struct presence_request_args). Later versions may add fields after the last one.
+   */
+  size_t size;
+  /**
+   * The subject that workers serve.
+   */
+  const char *subject;
+  /**
+   * The request's payload, or NULL.
+   */
+  const void *data;
+  /**
+   * The length of `data`.
+   */
+  size_t data_len;
+  /**
+   * The client's id, or NULL if the stream belongs to no client.
+   */
+  const char *client;
+  /**
+   * The length of `client`.
+   */
+  size_t client_len;
+  /**
+   * The tag of the stream's events, such as the address of the caller's own data of this stream.
+   */
+  uint64_t tag;
+  /**
+   * Options, or NULL for the defaults.
+   */
+  const struct presence_config *config;
+} presence_request_args;
 
 /**
  * What a connection has done since presence_connect, and its present state.
@@ -712,15 +753,14 @@ void presence_sender_free(struct presence_sender *sender);
 /* ---- Request: the gateway's side ------------------------------------------------------------------------- */
 
 /**
- * Requests a stream for a client from a worker that serves `subject`. Does not wait for the worker.
+ * Requests a stream for a client from a worker that serves `args->subject`. Does not wait for the worker.
  *
- * Each message of the stream is a PRESENCE_EVENT_DATA with `tag` in `queue`. Exactly one PRESENCE_EVENT_END or
- * PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does
- * not keep it.
+ * Each message of the stream is a PRESENCE_EVENT_DATA with `args->tag` in `queue`. Exactly one PRESENCE_EVENT_END or
+ * PRESENCE_EVENT_ERROR follows. The library keeps nothing of `args`.
  *
  * The request tells the worker the client's id. The client is online in this process while the stream runs, and
- * mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no
- * mark stops its worker.
+ * mark_client_offline ends the stream with PRESENCE_OFFLINE. Without a client (`args->client_len` is 0), no mark stops
+ * the stream's worker.
  *
  * Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (the send buffer is full),
  * PRESENCE_DISCONNECTED, PRESENCE_CLOSED; with the option only_online PRESENCE_OFFLINE.
@@ -735,13 +775,7 @@ void presence_sender_free(struct presence_sender *sender);
 PRESENCE_NODISCARD
 presence_status presence_request(struct presence_conn *conn,
                                  struct presence_queue *queue,
-                                 const char *subject,
-                                 const void *data,
-                                 size_t len,
-                                 const char *client_id,
-                                 size_t id_len,
-                                 const struct presence_config *config,
-                                 uint64_t tag,
+                                 const struct presence_request_args *args,
                                  struct presence_stream **out,
                                  struct presence_error *error);
 
@@ -943,10 +977,7 @@ PRESENCE_NODISCARD struct presence_config *presence_config_new(void);
  *     false.
  *   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
  */
-PRESENCE_NODISCARD
-presence_status presence_config_set(struct presence_config *config,
-                                    const char *key,
-                                    const char *value);
+presence_status presence_config_set(struct presence_config *config, const char *key, const char *value);
 
 /**
  * Fills `error` with what was wrong in the last presence_config_set that failed on these options.

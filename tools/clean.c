@@ -71,7 +71,8 @@ int main(int argc, char **argv) {
   CHECK(presence_serve(conn, requests, "clean", NULL, 0, 0, &service, &error) == PRESENCE_OK);
   for (int i = 0; i < 10; i++) { /* several: a pointer to the last sender may remain on the stack */
     presence_stream *stream;
-    CHECK(presence_request(conn, queue, "clean", NULL, 0, "client", 6, NULL, 0, &stream, &error) == PRESENCE_OK);
+    const presence_request_args args = {.size = sizeof args, .subject = "clean", .client = "client", .client_len = 6};
+    CHECK(presence_request(conn, queue, &args, &stream, &error) == PRESENCE_OK);
     answer(requests);
     read_to_the_end(queue);
     presence_stream_free(stream);

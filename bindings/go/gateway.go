@@ -6,7 +6,8 @@ package presence
 // static inline presence_status request(presence_conn *conn, presence_queue *queue, const char *subject, const uint8_t *data,
 //                               size_t len, const char *id, size_t id_len, const presence_config *config, uint64_t tag,
 //                               presence_stream **out, presence_error *error) {
-//   return presence_request(conn, queue, subject, data, len, id, id_len, config, tag, out, error);
+//   const presence_request_args args = {sizeof args, subject, data, len, id, id_len, tag, config};
+//   return presence_request(conn, queue, &args, out, error);
 // }
 // #cgo noescape request
 // #cgo nocallback request

@@ -3,22 +3,21 @@
 use super::boundary::{guard, guard_error, guard_or};
 use super::codes::presence_status;
 use super::handles::{borrow, create_registered, release};
-use super::raw::{bytes, c_text, config_ref, text_start, write_out};
-use super::types::{presence_config, presence_conn, presence_error, presence_queue, presence_stream};
+use super::raw::{bytes, c_text, config_ref, request_args, text_start, write_out};
+use super::types::{presence_conn, presence_error, presence_queue, presence_request_args, presence_stream};
 use crate::config::Config;
 use crate::gateway::stream::Stream;
-use std::ffi::{c_char, c_void};
+use std::ffi::c_char;
 use std::ptr;
 
-/// Requests a stream for a client from a worker that serves `subject`. Does not wait for the worker.
+/// Requests a stream for a client from a worker that serves `args->subject`. Does not wait for the worker.
 ///
-/// Each message of the stream is a PRESENCE_EVENT_DATA with `tag` in `queue`. Exactly one PRESENCE_EVENT_END or
-/// PRESENCE_EVENT_ERROR follows. `data` is the request's payload. `config` is NULL for the defaults; the library does
-/// not keep it.
+/// Each message of the stream is a PRESENCE_EVENT_DATA with `args->tag` in `queue`. Exactly one PRESENCE_EVENT_END or
+/// PRESENCE_EVENT_ERROR follows. The library keeps nothing of `args`.
 ///
 /// The request tells the worker the client's id. The client is online in this process while the stream runs, and
-/// mark_client_offline ends the stream with PRESENCE_OFFLINE. With `id_len` 0 the stream belongs to no client, and no
-/// mark stops its worker.
+/// mark_client_offline ends the stream with PRESENCE_OFFLINE. Without a client (`args->client_len` is 0), no mark stops
+/// the stream's worker.
 ///
 /// Returns PRESENCE_OK; PRESENCE_INVALID, PRESENCE_TOO_LARGE, PRESENCE_FULL (the send buffer is full),
 /// PRESENCE_DISCONNECTED, PRESENCE_CLOSED; with the option only_online PRESENCE_OFFLINE.
@@ -34,24 +33,21 @@ use std::ptr;
 pub unsafe extern "C" fn presence_request(
     conn: *mut presence_conn,
     queue: *mut presence_queue,
-    subject: *const c_char,
-    data: *const c_void,
-    len: usize,
-    client_id: *const c_char,
-    id_len: usize,
-    config: *const presence_config,
-    tag: u64,
+    args: *const presence_request_args,
     out: *mut *mut presence_stream,
     error: *mut presence_error,
 ) -> presence_status {
-    // SAFETY: the caller's promises are those of guard_error, config_ref, c_text, bytes and create_registered.
+    // SAFETY: the caller's promises are those of guard_error, request_args, config_ref, c_text, bytes and
+    // create_registered.
     unsafe {
         guard_error(error, || {
-            let config = if config.is_null() { &Config::new() } else { config_ref(config)? };
-            let (subject, data, client) =
-                (c_text("subject", subject)?, bytes("data", data, len)?, bytes("client_id", client_id.cast(), id_len)?);
+            let args = request_args(args)?;
+            let config = if args.config.is_null() { &Config::new() } else { config_ref(args.config)? };
+            let subject = c_text("subject", args.subject)?;
+            let data = bytes("data", args.data, args.data_len)?;
+            let client = bytes("client", args.client.cast(), args.client_len)?;
             create_registered(out, |register| {
-                borrow(conn)?.request_registered(&borrow(queue)?, subject, data, client, config, tag, register)
+                borrow(conn)?.request_registered(&borrow(queue)?, subject, data, client, config, args.tag, register)
             })
         })
     }

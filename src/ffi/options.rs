@@ -73,7 +73,6 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///     for clients that are marked online or have a session, so that a late request does not bring them back. Default
 ///     false.
 ///   - header.NAME: a header of the request, such as header.X-Model. Connect-ID, Nats-* and Presence-* are reserved.
-#[must_use]
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn presence_config_set(
     config: *mut presence_config,

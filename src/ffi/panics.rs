@@ -92,7 +92,7 @@ const STATUSES: &[Call] = functions![
     presence_sender_end(null_mut()),
     presence_sender_header(null(), null(), null_mut(), null_mut()),
     presence_sender_free(null_mut()),
-    presence_request(null_mut(), null_mut(), null(), null(), 0, null(), 0, null(), 0, null_mut(), null_mut()),
+    presence_request(null_mut(), null_mut(), null(), null_mut(), null_mut()),
     presence_stream_consumed(null_mut(), 0),
     presence_stream_cancel(null_mut()),
     presence_stream_free(null_mut()),

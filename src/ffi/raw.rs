@@ -1,6 +1,6 @@
 //! Pointers that are followed: senders, options, and the caller's data.
 
-use super::types::{presence_config, presence_sender};
+use super::types::{presence_config, presence_request_args, presence_sender};
 use crate::config::Config;
 use crate::error::{Error, Result, Status};
 use crate::events::EventSource;
@@ -127,6 +127,36 @@ pub(super) fn check_aligned<T>(name: &str, pointer: *const T) -> Result<()> {
         return Err(Error::invalid(text));
     }
     Ok(())
+}
+
+/// The largest structure that a later version of the header is expected to have.
+const MAX_ARGS: usize = 4096;
+
+/// Reads the arguments of a request. A caller that was compiled for a later version may pass a larger structure, whose
+/// further fields must be 0: this version does not know them.
+///
+/// # Safety
+/// `args` is NULL or readable for as many bytes as its first field says.
+pub(super) unsafe fn request_args(args: *const presence_request_args) -> Result<presence_request_args> {
+    const KNOWN: usize = size_of::<presence_request_args>();
+    if args.is_null() {
+        return Err(Error::invalid("args is NULL"));
+    }
+    check_aligned("args", args)?;
+    // SAFETY: not NULL and aligned; the size is readable, by the caller's promise.
+    let size = unsafe { args.cast::<usize>().read() };
+    if !(KNOWN..=MAX_ARGS).contains(&size) {
+        let text = format!("args->size is {size}: it must be sizeof(struct presence_request_args), here {KNOWN}");
+        return Err(Error::invalid(text));
+    }
+    // SAFETY: readable for so many bytes, by the caller's promise.
+    let all = unsafe { std::slice::from_raw_parts(args.cast::<u8>(), size) };
+    if all[KNOWN..].iter().any(|byte| *byte != 0) {
+        let text = format!("args has a field after its first {KNOWN} bytes, which this version does not know");
+        return Err(Error::invalid(text));
+    }
+    // SAFETY: not NULL and aligned, and all of it is readable, by the caller's promise.
+    Ok(unsafe { args.read() })
 }
 
 /// # Safety

@@ -1,6 +1,6 @@
 //! The types of the ABI: handles, and the structures that functions fill.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 
 /// A connection to nats-server. It reconnects whenever it is lost, until presence_close.
 pub struct presence_conn {
@@ -42,6 +42,29 @@ pub struct presence_config {
     _opaque: [u8; 0],
 }
 
+/// What presence_request needs. Set what a request has, and leave the rest 0 or NULL:
+/// `struct presence_request_args args = {.size = sizeof args, .subject = "count"};`
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct presence_request_args {
+    /// sizeof(struct presence_request_args). Later versions may add fields after the last one.
+    pub size: usize,
+    /// The subject that workers serve.
+    pub subject: *const c_char,
+    /// The request's payload, or NULL.
+    pub data: *const c_void,
+    /// The length of `data`.
+    pub data_len: usize,
+    /// The client's id, or NULL if the stream belongs to no client.
+    pub client: *const c_char,
+    /// The length of `client`.
+    pub client_len: usize,
+    /// The tag of the stream's events, such as the address of the caller's own data of this stream.
+    pub tag: u64,
+    /// Options, or NULL for the defaults.
+    pub config: *const presence_config,
+}
+
 /// The size of a presence_error's message, including the NUL.
 pub const PRESENCE_ERROR_MESSAGE: usize = 508;
 
@@ -67,7 +90,8 @@ pub struct presence_event {
     pub kind: i32,
     /// A presence_status.
     pub status: i32,
-    /// The number that was passed to presence_serve, presence_request, presence_watch or presence_conn_watch.
+    /// The number that was passed to presence_serve, presence_request, presence_watch, presence_conn_watch or
+    /// presence_sender_set_tag.
     pub tag: u64,
     /// REQUEST: a new sender, which the caller owns. STOPPED, WRITABLE: the sender that the event is about.
     pub sender: *mut presence_sender,

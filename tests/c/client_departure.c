@@ -51,7 +51,7 @@ static void leave_at_every_moment(void) {
   for (uint64_t round = 0; round <= ROUNDS; round++) {
     char moment = (char)(round == ROUNDS ? (int)ALL_IS_OVER : (int)(round % MOMENTS));
     if (moment == BEFORE_THE_REQUEST) OK(mark_client_offline("c"));
-    OK(presence_request(self.conn, self.queue, "leaving", &moment, 1, "c", 1, NULL, round, &streams[round], NULL));
+    OK(start_request(self.conn, self.queue, "leaving", &moment, 1, "c", 1, NULL, round, &streams[round], NULL));
     switch (moment) {
       case DURING_ACCEPT:
         OK(mark_client_offline("c"));

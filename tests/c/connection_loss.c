@@ -69,7 +69,7 @@ static void sends_while_disconnected_arrive_later(void) {
   CHECK(stats_of(both.worker).bytes_waiting >= (sent - 10) * 36);
   CHECK_EQ(stats_of(both.worker).connected, 0);
   presence_stream *stream = NULL;
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", NULL, 0, "e", 1, NULL, 0, &stream, NULL),
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", NULL, 0, "e", 1, NULL, 0, &stream, NULL),
                PRESENCE_DISCONNECTED);
   CHECK(!stream && !is_client_online("e"));
 

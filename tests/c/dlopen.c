@@ -14,8 +14,8 @@ static struct {
   int32_t (*serve)(presence_conn *, presence_queue *, const char *, const char *, uint32_t, uint64_t,
                    presence_service **, presence_error *);
   void (*service_free)(presence_service *);
-  int32_t (*request)(presence_conn *, presence_queue *, const char *, const void *, size_t, const char *, size_t,
-                     const presence_config *, uint64_t, presence_stream **, presence_error *);
+  int32_t (*request)(presence_conn *, presence_queue *, const presence_request_args *, presence_stream **,
+                     presence_error *);
   void (*stream_free)(presence_stream *);
   int32_t (*send)(presence_sender *, const void *, size_t);
   int32_t (*end)(presence_sender *);
@@ -131,7 +131,8 @@ int main(int argc, char **argv) {
   CHECK_EQ(use.connect(url, NULL, &conn, NULL), PRESENCE_OK);
   CHECK_EQ(use.queue_new(&queue), PRESENCE_OK);
   CHECK_EQ(use.serve(conn, queue, "unload", NULL, 0, 0, &service, NULL), PRESENCE_OK);
-  CHECK_EQ(use.request(conn, queue, "unload", NULL, 0, "c", 1, NULL, 0, &stream, NULL), PRESENCE_OK);
+  const presence_request_args args = {sizeof args, "unload", NULL, 0, "c", 1, 0, NULL};
+  CHECK_EQ(use.request(conn, queue, &args, &stream, NULL), PRESENCE_OK);
   presence_sender *sender = next(queue, PRESENCE_EVENT_REQUEST).sender;
   CHECK_EQ(pthread_barrier_init(&may_end, NULL, 2), 0);
   CHECK_EQ(pthread_create(&thread, NULL, mark, &may_end), 0);

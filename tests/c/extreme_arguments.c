@@ -68,9 +68,9 @@ static void lengths_beyond_memory_are_refused(void) {
     CHECK_STATUS(presence_mark_offline("x", length), PRESENCE_INVALID);
     CHECK(!presence_is_online("x", length));
     CHECK_STATUS(presence_session_open("x", length, &session), PRESENCE_INVALID);
-    CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", length, "c", 1, NULL, 2, &stream, &error),
+    CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", length, "c", 1, NULL, 2, &stream, &error),
                  PRESENCE_INVALID);
-    CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "x", length, NULL, 2, &stream, &error),
+    CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "x", length, NULL, 2, &stream, &error),
                  PRESENCE_INVALID);
     presence_event event;
     CHECK_STATUS(presence_queue_wait(both.worker.queue, &event, length, 0), PRESENCE_INVALID);
@@ -102,9 +102,9 @@ static void role_four_gib_are_refused_without_a_copy(void) {
   CHECK_STATUS(presence_mark_offline(much, length), PRESENCE_INVALID);
   CHECK(!presence_is_online(much, length));
   CHECK_STATUS(presence_session_open(much, length, &session), PRESENCE_INVALID);
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", much, length, "d", 1, NULL, 2, &stream, &error),
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", much, length, "d", 1, NULL, 2, &stream, &error),
                PRESENCE_TOO_LARGE);
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, much, length, NULL, 2, &stream, &error),
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, much, length, NULL, 2, &stream, &error),
                PRESENCE_INVALID);
   CHECK(!session && !stream);
   OK(presence_sender_error(both.sender, much, length)); /* the text is cut */
@@ -156,7 +156,7 @@ static void misaligned_pointers_are_refused(void) {
     CHECK_STATUS(presence_session_open("d", 1, (presence_session **)odd), PRESENCE_INVALID);
     CHECK_STATUS(presence_conn_stats(both.worker.conn, (presence_stats *)odd), PRESENCE_INVALID);
     CHECK_STATUS(presence_serve(both.worker.conn, both.worker.queue, "s", "", 0, 0, (presence_service **)odd, NULL), PRESENCE_INVALID);
-    CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "d", 1, NULL, 2,
+    CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "d", 1, NULL, 2,
                                   (presence_stream **)odd, NULL), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", (const char **)odd, &length), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &name, (size_t *)odd), PRESENCE_INVALID);
@@ -171,6 +171,31 @@ static void misaligned_pointers_are_refused(void) {
   close_pair(both);
 }
 
+/* A program that was compiled for a later version passes a larger structure. */
+static void request_arguments_of_later_versions_are_accepted_if_they_are_zero(void) {
+  struct {
+    presence_request_args known;
+    uint64_t unknown;
+  } later = {{sizeof later, "later", NULL, 0, NULL, 0, 1, NULL}, 0};
+  peer self = open_peer();
+  presence_stream *stream = NULL;
+  presence_error error;
+  OK(presence_request(self.conn, self.queue, &later.known, &stream, &error));
+  expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_NO_RESPONDERS);
+  presence_stream_free(stream);
+
+  later.unknown = 1;
+  CHECK_STATUS(presence_request(self.conn, self.queue, &later.known, &stream, &error), PRESENCE_INVALID);
+  CHECK(strstr(error.message, "args has a field after its first"));
+  const size_t wrong[] = {0, sizeof later.known - 1, 4097, SIZE_MAX};
+  for (int i = 0; i < 4; i++) {
+    later.known.size = wrong[i];
+    CHECK_STATUS(presence_request(self.conn, self.queue, &later.known, &stream, &error), PRESENCE_INVALID);
+    CHECK(strstr(error.message, "it must be sizeof(struct presence_request_args)"));
+  }
+  close_peer(self);
+}
+
 int main(int argc, char **argv) {
   begin(argc, argv);
   ROLE(role_four_gib_are_refused_without_a_copy);
@@ -179,5 +204,6 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(four_gib_are_refused_without_a_copy);
   RUN_ON_BOTH(byte_pointers_need_no_alignment);
   RUN(misaligned_pointers_are_refused);
+  RUN(request_arguments_of_later_versions_are_accepted_if_they_are_zero);
   return 0;
 }

@@ -28,6 +28,18 @@ static_assert(offsetof(presence_error, status) == 0, "status");
 static_assert(offsetof(presence_error, message) == 4, "message");
 static_assert(sizeof(((presence_error *)0)->message) == PRESENCE_ERROR_MESSAGE, "message");
 
+#if UINTPTR_MAX == UINT64_MAX
+static_assert(sizeof(presence_request_args) == 64, "presence_request_args");
+static_assert(offsetof(presence_request_args, size) == 0, "size");
+static_assert(offsetof(presence_request_args, subject) == 8, "subject");
+static_assert(offsetof(presence_request_args, data) == 16, "data");
+static_assert(offsetof(presence_request_args, data_len) == 24, "data_len");
+static_assert(offsetof(presence_request_args, client) == 32, "client");
+static_assert(offsetof(presence_request_args, client_len) == 40, "client_len");
+static_assert(offsetof(presence_request_args, tag) == 48, "tag");
+static_assert(offsetof(presence_request_args, config) == 56, "config");
+#endif
+
 static_assert(sizeof(presence_stats) == 160, "presence_stats");
 static_assert(offsetof(presence_stats, connected) == 0, "connected");
 static_assert(offsetof(presence_stats, connects) == 8, "connects");

@@ -22,7 +22,7 @@ struct bad {
 
 static int32_t try_request(peer self, const char *subject, const char *client, size_t length, presence_config *config) {
   presence_stream *stream = NULL;
-  int32_t status = presence_request(self.conn, self.queue, subject, "x", 1, client, length, config, 0, &stream, &error);
+  int32_t status = start_request(self.conn, self.queue, subject, "x", 1, client, length, config, 0, &stream, &error);
   CHECK(status == PRESENCE_OK || !stream);
   presence_stream_free(stream);
   return status;

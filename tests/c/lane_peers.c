@@ -68,7 +68,7 @@ static void manual_credit_on_level_0_limits_unread_bytes(void) {
     presence_config *config = presence_config_new();
     OK(presence_config_set(config, "manual_credit", "true"));
     OK(presence_config_set(config, "stream_buffer_bytes", "1000"));
-    OK(presence_request(gateway.conn, gateway.queue, "manual", NULL, 0, "c", 1, config, 1, &stream, NULL));
+    OK(start_request(gateway.conn, gateway.queue, "manual", NULL, 0, "c", 1, config, 1, &stream, NULL));
     presence_config_free(config);
     presence_sender *sender = accept_request(worker);
     static const char data[100] = {0};
@@ -338,7 +338,7 @@ static void ten_thousand_streams_share_a_lane(void) {
   for (uint64_t i = 0; i < COUNT; i++) {
     char client[20];
     snprintf(client, sizeof client, "%d", (int)(i % 3 == 2 ? i : i % 100));
-    OK(presence_request(gateway.conn, gateway.queue, "many", &i, sizeof i, client, strlen(client), NULL, i, &streams[i], NULL));
+    OK(start_request(gateway.conn, gateway.queue, "many", &i, sizeof i, client, strlen(client), NULL, i, &streams[i], NULL));
   }
   for (int accepted = 0; accepted < COUNT;) {
     int64_t count = presence_queue_wait(worker.queue, events, 1000, TIMEOUT_MS);

@@ -412,7 +412,7 @@ static presence_stream *request_manually(peer gateway, const char *subject, cons
   presence_config *config = presence_config_new();
   OK(presence_config_set(config, "manual_credit", "true"));
   OK(presence_config_set(config, "stream_buffer_bytes", bytes));
-  OK(presence_request(gateway.conn, gateway.queue, subject, NULL, 0, "c", 1, config, 1, &stream, NULL));
+  OK(start_request(gateway.conn, gateway.queue, subject, NULL, 0, "c", 1, config, 1, &stream, NULL));
   presence_config_free(config);
   return stream;
 }

@@ -26,7 +26,7 @@ static void long_subjects_of_the_caller_are_refused(void) {
   presence_stream *stream = NULL;
   presence_service *service = NULL;
   for (int i = 0; i < 6; i++) {
-    CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, text_of(lengths[i]), "x", 1, "d", 1, NULL, 2,
+    CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, text_of(lengths[i]), "x", 1, "d", 1, NULL, 2,
                                   &stream, &error), PRESENCE_INVALID);
     CHECK_CONTAINS(error.message, "subject");
     CHECK_STATUS(presence_serve(both.worker.conn, both.worker.queue, text, "g", 0, 0, &service, &error), PRESENCE_INVALID);
@@ -55,7 +55,7 @@ static void large_headers_are_refused(void) {
   presence_config *config = presence_config_new();
   presence_stream *stream = NULL;
   OK(presence_config_set(config, "header.X", text_of(LONGEST)));
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "d", 1, config, 2, &stream, NULL),
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", 1, "d", 1, config, 2, &stream, NULL),
                PRESENCE_TOO_LARGE);
   CHECK(!stream && !is_client_online("d"));
   check_unharmed(both);
@@ -97,7 +97,8 @@ static void long_reply_subjects_of_a_peer_are_ignored(void) {
     CHECK_EQ(presence_queue_wait(both.worker.queue, &event, 1, TIMEOUT_MS), 1);
     if (event.kind != PRESENCE_EVENT_REQUEST) continue;
     is_last = is_text(event.data, event.data_len, "last");
-    (void)presence_sender_send(event.sender, data, sizeof data);
+    int32_t sent = presence_sender_send(event.sender, data, sizeof data);
+    CHECK(sent == PRESENCE_OK || sent == PRESENCE_FULL);
     presence_sender_free(event.sender);
   }
   check_unharmed(both);

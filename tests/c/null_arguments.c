@@ -102,13 +102,15 @@ static void services_refuse_null(void) {
 static void requests_refuse_null(void) {
   peer self = open_peer();
   presence_stream *stream = NULL;
-  check_error(presence_request(NULL, self.queue, "null", "x", 1, "c", 1, NULL, 0, &stream, &error), "presence_conn is NULL");
-  check_error(presence_request(self.conn, NULL, "null", "x", 1, "c", 1, NULL, 0, &stream, &error), "presence_queue is NULL");
-  check_error(presence_request(self.conn, self.queue, NULL, "x", 1, "c", 1, NULL, 0, &stream, &error), "subject is NULL");
-  check_error(presence_request(self.conn, self.queue, "null", NULL, 1, "c", 1, NULL, 0, &stream, &error), "NULL");
-  check_error(presence_request(self.conn, self.queue, "null", "x", 1, NULL, 1, NULL, 0, &stream, &error), "NULL");
-  check_error(presence_request(self.conn, self.queue, "null", "x", 1, "c", 1, NULL, 0, NULL, &error), "out is NULL");
-  CHECK_STATUS(presence_request(self.conn, self.queue, NULL, "x", 1, "c", 1, NULL, 0, &stream, NULL), PRESENCE_INVALID);
+  const presence_request_args args = {sizeof args, "null", "x", 1, "c", 1, 0, NULL};
+  check_error(presence_request(NULL, self.queue, &args, &stream, &error), "presence_conn is NULL");
+  check_error(presence_request(self.conn, NULL, &args, &stream, &error), "presence_queue is NULL");
+  check_error(start_request(self.conn, self.queue, NULL, "x", 1, "c", 1, NULL, 0, &stream, &error), "subject is NULL");
+  check_error(start_request(self.conn, self.queue, "null", NULL, 1, "c", 1, NULL, 0, &stream, &error), "NULL");
+  check_error(start_request(self.conn, self.queue, "null", "x", 1, NULL, 1, NULL, 0, &stream, &error), "NULL");
+  check_error(presence_request(self.conn, self.queue, &args, NULL, &error), "out is NULL");
+  CHECK_STATUS(presence_request(self.conn, self.queue, NULL, &stream, NULL), PRESENCE_INVALID);
+  check_error(presence_request(self.conn, self.queue, NULL, &stream, &error), "args is NULL");
   CHECK(!stream && !is_client_online("c"));
   CHECK_EQ(stats_of(self).streams, 0);
   CHECK_STATUS(presence_stream_cancel(NULL), PRESENCE_INVALID);
@@ -119,7 +121,7 @@ static void requests_refuse_null(void) {
   presence_stream_free(NULL);
 
   /* Without data, client, config and error. */
-  OK(presence_request(self.conn, self.queue, "null", NULL, 0, NULL, 0, NULL, 0, &stream, NULL));
+  OK(start_request(self.conn, self.queue, "null", NULL, 0, NULL, 0, NULL, 0, &stream, NULL));
   CHECK(!presence_stream_client(stream, NULL));
   expect_status(self.queue, PRESENCE_EVENT_ERROR, PRESENCE_NO_RESPONDERS);
   presence_stream_free(stream);

@@ -105,7 +105,7 @@ static void options_of_another_kind_are_refused(void) {
     presence_stream *stream = NULL;
     config = presence_config_new();
     OK(presence_config_set(config, of_connections[i][0], of_connections[i][1]));
-    CHECK_STATUS(presence_request(self.conn, self.queue, "s", NULL, 0, "c", 1, config, 0, &stream, &error), PRESENCE_INVALID);
+    CHECK_STATUS(start_request(self.conn, self.queue, "s", NULL, 0, "c", 1, config, 0, &stream, &error), PRESENCE_INVALID);
     CHECK_CONTAINS(error.message, of_connections[i][0]);
     CHECK(!stream && !is_client_online("c"));
     presence_config_free(config);

@@ -54,7 +54,7 @@ static void flood(peer worker, peer gateway, peer running, presence_sender **sen
   static presence_event events[AT_ONCE];
   for (int done = 0; done < count; done += AT_ONCE) {
     for (uint64_t i = 0; i < AT_ONCE; i++) {
-      OK(presence_request(gateway.conn, gateway.queue, "flood", "x", 1, "flood", 5, NULL, i, &streams[i], NULL));
+      OK(start_request(gateway.conn, gateway.queue, "flood", "x", 1, "flood", 5, NULL, i, &streams[i], NULL));
     }
     for (int i = 0; i < RUNNING; i++) {
       unsigned char message[100];

@@ -20,6 +20,15 @@ static inline bool on_lanes(void) {
   return !lanes || strcmp(lanes, "true") == 0;
 }
 
+/* presence_request, with its arguments in one line. */
+static inline presence_status start_request(presence_conn *conn, presence_queue *queue, const char *subject,
+                                            const void *data, size_t data_len, const char *client, size_t client_len,
+                                            const presence_config *config, uint64_t tag, presence_stream **stream,
+                                            presence_error *error) {
+  const presence_request_args args = {sizeof args, subject, data, data_len, client, client_len, tag, config};
+  return presence_request(conn, queue, &args, stream, error);
+}
+
 /* The status of a sender whose stream was cancelled: level 0 can only announce that the client left. */
 #define CANCELLED (on_lanes() ? PRESENCE_CANCELLED : PRESENCE_OFFLINE)
 
@@ -150,7 +159,7 @@ static inline presence_stream *request_with(peer gateway, const char *subject, c
   presence_stream *stream;
   presence_config *config = presence_config_new();
   set_options(config, options);
-  OK(presence_request(gateway.conn, gateway.queue, subject, NULL, 0, client, strlen(client), config, tag, &stream, NULL));
+  OK(start_request(gateway.conn, gateway.queue, subject, NULL, 0, client, strlen(client), config, tag, &stream, NULL));
   presence_config_free(config);
   return stream;
 }

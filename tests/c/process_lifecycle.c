@@ -120,7 +120,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
   CHECK_STATUS(presence_conn_watch(conn, own, 0), PRESENCE_FORKED);
   CHECK_STATUS(presence_serve(conn, own, "pair", NULL, 0, 0, &service, &error), PRESENCE_FORKED);
   CHECK_EQ(error.status, PRESENCE_FORKED);
-  CHECK_STATUS(presence_request(conn, own, "pair", NULL, 0, "c", 1, NULL, 0, &stream, &error), PRESENCE_FORKED);
+  CHECK_STATUS(start_request(conn, own, "pair", NULL, 0, "c", 1, NULL, 0, &stream, &error), PRESENCE_FORKED);
   CHECK(!service && !stream && *error.message);
   CHECK_STATUS(presence_queue_wait(queue, &event, 1, -1), PRESENCE_FORKED);
   CHECK_STATUS(presence_queue_fd(queue), PRESENCE_FORKED);
@@ -275,9 +275,7 @@ static void role_close_reaches_the_server_despite_a_child(void) {
 static pair left; /* running when the process ends */
 
 static void *send_for_ever(void *sender) {
-  while (!presence_sender_is_closed((presence_sender *)sender)) {
-    (void)presence_sender_send_wait((presence_sender *)sender, "x", 1, -1);
-  }
+  while (presence_sender_send_wait((presence_sender *)sender, "x", 1, -1) == PRESENCE_OK);
   return NULL;
 }
 
@@ -488,7 +486,7 @@ static void role_server_death_leaves_the_host_alive(void) {
   CHECK_STATUS(last.status, PRESENCE_DISCONNECTED);
 
   presence_stream *stream = NULL;
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", NULL, 0, "c", 1, NULL, 0, &stream, NULL),
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", NULL, 0, "c", 1, NULL, 0, &stream, NULL),
                PRESENCE_DISCONNECTED);
   CHECK(!stream && !is_client_online("c"));
   CHECK_EQ(sigaction(SIGPIPE, NULL, &now), 0);

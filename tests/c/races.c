@@ -140,7 +140,7 @@ static void *request_all(void *client) {
     for (int i = 0; i < BATCH; i++) {
       uint64_t tag = __atomic_fetch_add(&begun, 1, __ATOMIC_SEQ_CST);
       CHECK(tag < MAX_STREAMS);
-      int32_t status = presence_request(gateway.conn, gateway.queue, "race", &tag, sizeof tag, (const char *)client,
+      int32_t status = start_request(gateway.conn, gateway.queue, "race", &tag, sizeof tag, (const char *)client,
                                         strlen((const char *)client), config, tag, &table[tag].stream, NULL);
       if (status != PRESENCE_OK) {
         if (status == PRESENCE_OFFLINE) continue; /* marked offline at this very moment */

@@ -175,7 +175,7 @@ static void run_under(void (*strike)(peer), bool worker_loses, bool gateway_lose
     OK(presence_config_set(config, "stream_buffer_bytes", i % 2 ? "4000" : "40000"));
     struct read begun = {NULL, 0, NO_HASH, 0, false};
     reads[i] = begun;
-    OK(presence_request(gateway.conn, gateway.queue, "work.stream", &i, sizeof i, i % 3 ? "c" : "", i % 3 ? 1 : 0, config, i,
+    OK(start_request(gateway.conn, gateway.queue, "work.stream", &i, sizeof i, i % 3 ? "c" : "", i % 3 ? 1 : 0, config, i,
                         &reads[i].stream, NULL));
     presence_config_free(config);
   }

@@ -141,7 +141,7 @@ static void race(uint64_t sends, bool is_announced) {
     for (uint64_t i = 0; i < BATCH; i++) {
       char id[24];
       snprintf(id, sizeof id, "%d", (int)i);
-      OK(presence_request(gateway.conn, gateway.queue, "mark", &i, sizeof i, id, strlen(id), config, i, &streams[i], NULL));
+      OK(start_request(gateway.conn, gateway.queue, "mark", &i, sizeof i, id, strlen(id), config, i, &streams[i], NULL));
     }
     for (int requests = 0; requests < BATCH; requests += take(worker)) usleep(100);
     for (int i = 0; i < BATCH; i++) {

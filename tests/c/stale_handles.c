@@ -12,7 +12,7 @@ static void check_closed_conn(presence_conn *conn, presence_queue *queue) {
   CHECK_STATUS(presence_conn_stats(conn, &stats), PRESENCE_CLOSED);
   CHECK_STATUS(presence_serve(conn, queue, "s", "", 0, 0, &service, &error), PRESENCE_CLOSED);
   CHECK_EQ(error.status, PRESENCE_CLOSED);
-  CHECK_STATUS(presence_request(conn, queue, "s", "", 0, "c", 1, NULL, 0, &stream, &error), PRESENCE_CLOSED);
+  CHECK_STATUS(start_request(conn, queue, "s", "", 0, "c", 1, NULL, 0, &stream, &error), PRESENCE_CLOSED);
   CHECK_CONTAINS(error.message, "presence_conn");
   CHECK_STATUS(presence_close(conn, -1), PRESENCE_CLOSED);
   CHECK(!service && !stream && !is_client_online("c"));
@@ -27,7 +27,7 @@ static void check_closed_queue(presence_conn *conn, presence_queue *queue) {
   CHECK_STATUS(presence_watch(queue, 0), PRESENCE_CLOSED);
   CHECK_STATUS(presence_conn_watch(conn, queue, 0), PRESENCE_CLOSED);
   CHECK_STATUS(presence_serve(conn, queue, "s", "", 0, 0, &service, NULL), PRESENCE_CLOSED);
-  CHECK_STATUS(presence_request(conn, queue, "s", "", 0, "c", 1, NULL, 0, &stream, NULL), PRESENCE_CLOSED);
+  CHECK_STATUS(start_request(conn, queue, "s", "", 0, "c", 1, NULL, 0, &stream, NULL), PRESENCE_CLOSED);
   presence_queue_wake(queue);
   presence_queue_free(queue);
   CHECK(!service && !stream && !is_client_online("c"));
@@ -298,7 +298,7 @@ static void *use_conn(void *unused) {
     int32_t status = presence_serve(used.conn, used.queue, "used", "", 0, 0, &service, NULL);
     if (status == PRESENCE_OK) presence_service_free(service);
     CHECK(status == PRESENCE_OK || status == PRESENCE_CLOSED);
-    status = presence_request(used.conn, used.queue, "used", "x", 1, "c", 1, NULL, 0, &stream, NULL);
+    status = start_request(used.conn, used.queue, "used", "x", 1, "c", 1, NULL, 0, &stream, NULL);
     if (status == PRESENCE_OK) presence_stream_free(stream);
     CHECK(status == PRESENCE_OK || status == PRESENCE_CLOSED || status == PRESENCE_DISCONNECTED);
     if (presence_conn_stats(used.conn, &stats) == PRESENCE_CLOSED) return unused;

@@ -41,7 +41,7 @@ static void request_event_has_all_fields(void) {
   OK(presence_config_set(config, "header.X-Model", "small"));
   OK(presence_config_set(config, "header.X-Model", "large"));
   OK(presence_serve(worker.conn, worker.queue, "fields.*", "group", 0, 42, &service, NULL));
-  OK(presence_request(gateway.conn, gateway.queue, "fields.all", "a\0b", 3, "client \xc3\xbc", 9, config, 1, &stream, NULL));
+  OK(start_request(gateway.conn, gateway.queue, "fields.all", "a\0b", 3, "client \xc3\xbc", 9, config, 1, &stream, NULL));
   presence_config_free(config);
 
   presence_event event = expect_status(worker.queue, PRESENCE_EVENT_REQUEST, PRESENCE_OK);
@@ -234,7 +234,7 @@ static void unsendable_messages_are_refused(void) {
 
   presence_stream *stream = NULL;
   presence_error error;
-  CHECK_STATUS(presence_request(both.gateway.conn, both.gateway.queue, "pair", large, MAX_PAYLOAD + 1, "c", 1, NULL, 0,
+  CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", large, MAX_PAYLOAD + 1, "c", 1, NULL, 0,
                                 &stream, &error), PRESENCE_TOO_LARGE);
   CHECK_CONTAINS(error.message, "1048576");
   CHECK(!stream && !is_client_online("c"));
@@ -321,7 +321,7 @@ static void request_is_retried_until_served(void) {
   presence_stream *stream;
   OK(presence_config_set(config, "retries", "100000"));
   OK(presence_config_set(config, "retry_delay_ms", "5"));
-  OK(presence_request(gateway.conn, gateway.queue, "later", "x", 1, "c", 1, config, 1, &stream, NULL));
+  OK(start_request(gateway.conn, gateway.queue, "later", "x", 1, "c", 1, config, 1, &stream, NULL));
   presence_config_free(config);
   while (stats_of(gateway).messages_in < 3) usleep(1000); /* it received three "no responders" */
   presence_service *service = serve(worker, "later");
@@ -342,7 +342,7 @@ static void request_is_retried_as_often_as_configured(void) {
   presence_stream *stream;
   OK(presence_config_set(config, "retries", "3"));
   OK(presence_config_set(config, "retry_delay_ms", "0"));
-  OK(presence_request(gateway.conn, gateway.queue, "nobody", "", 0, "", 0, config, 1, &stream, NULL));
+  OK(start_request(gateway.conn, gateway.queue, "nobody", "", 0, "", 0, config, 1, &stream, NULL));
   presence_config_free(config);
   expect_status(gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_NO_RESPONDERS);
   CHECK_EQ(stats_of(gateway).messages_in, 4); /* one "no responders" for each of the four attempts */

@@ -184,11 +184,11 @@ static void refused_inbox_fails_requests(void) {
   reload(server, "\"client.offline\", \"work\"");
   CHECK_EQ(skip_logs(gateway.queue).kind, PRESENCE_EVENT_ERROR);
   presence_error error = {0, ""};
-  CHECK_STATUS(presence_request(gateway.conn, gateway.queue, "work", NULL, 0, "bob", 3, NULL, 2, &refused, &error),
+  CHECK_STATUS(start_request(gateway.conn, gateway.queue, "work", NULL, 0, "bob", 3, NULL, 2, &refused, &error),
                PRESENCE_DISCONNECTED);
   CHECK_CONTAINS(error.message, "Permissions Violation");
   reload(server, ALL);
-  while (presence_request(gateway.conn, gateway.queue, "work", NULL, 0, "bob", 3, NULL, 2, &refused, &error) != PRESENCE_OK)
+  while (start_request(gateway.conn, gateway.queue, "work", NULL, 0, "bob", 3, NULL, 2, &refused, &error) != PRESENCE_OK)
     usleep(10000);
   presence_stream_free(refused);
   presence_stream_free(stream);

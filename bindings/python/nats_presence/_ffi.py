@@ -67,6 +67,19 @@ class Error(Structure):
     _fields_ = [("status", c_int32), ("message", c_char * ERROR_MESSAGE)]
 
 
+class RequestArgs(Structure):
+    _fields_ = [
+        ("size", c_size_t),
+        ("subject", c_char_p),
+        ("data", c_char_p),
+        ("data_len", c_size_t),
+        ("client", c_char_p),
+        ("client_len", c_size_t),
+        ("tag", c_uint64),
+        ("config", c_void_p),
+    ]
+
+
 class Stats(Structure):
     _fields_ = [
         ("connected", c_uint64),
@@ -120,10 +133,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_conn_watch": (c_int32, [_handle, _handle, c_uint64]),
     "presence_close": (c_int32, [_handle, c_int64]),
     "presence_conn_stats": (c_int32, [_handle, POINTER(Stats)]),
-    "presence_request": (
-        c_int32,
-        [_handle, _handle, c_char_p, c_char_p, c_size_t, c_char_p, c_size_t, _handle, c_uint64, _out, _error],
-    ),
+    "presence_request": (c_int32, [_handle, _handle, POINTER(RequestArgs), _out, _error]),
     "presence_stream_tag": (c_uint64, [_handle]),
     "presence_stream_client": (c_void_p, [_handle, POINTER(c_size_t)]),
     "presence_stream_consumed": (c_int32, [_handle, c_size_t]),

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from ctypes import byref, c_size_t, c_uint32, c_void_p
+from ctypes import byref, c_size_t, c_uint32, c_void_p, sizeof
 from typing import Callable, NamedTuple, NoReturn
 
 from . import _ffi
@@ -311,10 +311,17 @@ class BaseConnection:
         details = _ffi.Error()
         raw, client = encode_payload(data), encode_id(client_id)
         with new_config(options) as settings:
-            status = lib.presence_request(
-                self._handle, queue, encode_text("subject", subject), raw, len(raw), client, len(client), settings, tag,
-                byref(stream), byref(details),
-            )  # fmt: skip
+            args = _ffi.RequestArgs(
+                size=sizeof(_ffi.RequestArgs),
+                subject=encode_text("subject", subject),
+                data=raw,
+                data_len=len(raw),
+                client=client,
+                client_len=len(client),
+                tag=tag,
+                config=settings,
+            )
+            status = lib.presence_request(self._handle, queue, byref(args), byref(stream), byref(details))
         check_error(status, details)
 
     def _stop_services(self) -> None:

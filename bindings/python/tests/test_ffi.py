@@ -19,7 +19,14 @@ import nats_presence
 from nats_presence import _events, _ffi, errors
 
 HEADER = ROOT / "include/nats_presence.h"
-STRUCTS = {"presence_error": _ffi.Error, "presence_stats": _ffi.Stats, "presence_event": _ffi.Event}
+STRUCTS = {
+    "presence_error": _ffi.Error,
+    "presence_stats": _ffi.Stats,
+    "presence_event": _ffi.Event,
+    "presence_request_args": _ffi.RequestArgs,
+}
+# Structs that the caller fills: their texts are Python's.
+ARGUMENTS = {"presence_request_args"}
 SCALARS = {
     "void": None,
     "bool": ctypes.c_bool,
@@ -77,12 +84,14 @@ def test_functions_match_the_header() -> None:
     assert found == _ffi.FUNCTIONS
 
 
-def fields(body: str) -> list[tuple[str, Any]]:
+def fields(struct: str, body: str) -> list[tuple[str, Any]]:
     found = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
         plain, _, count = declaration.partition("[")
         kind, name = split(plain)
         what: Any = c_void_p if kind.endswith("*") else SCALARS[kind]
+        if struct in ARGUMENTS:
+            what = parameter(kind)
         if count:
             number = count.rstrip("]")
             what = what * (_ffi.ERROR_MESSAGE if number == "PRESENCE_ERROR_MESSAGE" else int(number))
@@ -92,7 +101,7 @@ def fields(body: str) -> list[tuple[str, Any]]:
 
 def test_structs_match_the_header() -> None:
     found = dict(re.findall(r"typedef struct (\w+) \{(.*?)\}", header(), flags=re.DOTALL))
-    assert {name: fields(body) for name, body in found.items()} == {n: s._fields_ for n, s in STRUCTS.items()}
+    assert {name: fields(name, body) for name, body in found.items()} == {n: s._fields_ for n, s in STRUCTS.items()}
 
 
 def test_constants_match_the_header() -> None:

@@ -27,8 +27,14 @@ static void request(presence_conn *conn, presence_queue *queue, const char *subj
   int tag = 0;
   while (streams[tag].stream) tag++;
   snprintf(streams[tag].client, sizeof streams[tag].client, "%s", client);
-  if (presence_request(conn, queue, subject, text, strlen(text), client, strlen(client), NULL, (uint64_t)tag,
-                       &streams[tag].stream, &error)) {
+  const presence_request_args args = {.size = sizeof args,
+                                      .subject = subject,
+                                      .data = text,
+                                      .data_len = strlen(text),
+                                      .client = client,
+                                      .client_len = strlen(client),
+                                      .tag = (uint64_t)tag};
+  if (presence_request(conn, queue, &args, &streams[tag].stream, &error)) {
     printf("{\"event\": \"error\", \"client\": \"%s\", \"status\": %d, \"text\": \"%s\"}\n", client, error.status, error.message);
   }
 }

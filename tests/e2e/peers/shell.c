@@ -129,8 +129,15 @@ static void do_request(char *line) {
   presence_error error = {0};
   int tag = number(&line);
   const char *subject = word(&line), *client = unless_dash(word(&line)), *data = rest(&line);
-  int32_t status = presence_request(conn, queue, subject, data, strlen(data), client, strlen(client), options,
-                                    (uint64_t)tag, &streams[tag], &error);
+  const presence_request_args args = {.size = sizeof args,
+                                      .subject = subject,
+                                      .data = data,
+                                      .data_len = strlen(data),
+                                      .client = client,
+                                      .client_len = strlen(client),
+                                      .tag = (uint64_t)tag,
+                                      .config = options};
+  int32_t status = presence_request(conn, queue, &args, &streams[tag], &error);
   reply(status, error.message);
 }
 

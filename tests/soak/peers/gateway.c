@@ -100,8 +100,17 @@ static void begin(client *c, enum kind kind, const char *worker, bool lanes_here
   const char *id = c ? c->id : "";
   running++;
   if (c) c->running++;
-  int32_t status = presence_request(conns[!lanes_here], queue, subject, text, (size_t)length, id, strlen(id),
-                                    kind == SLOW ? narrow : plain, s->tag, &s->handle, NULL);
+  const presence_request_args args = {
+      .size = sizeof args,
+      .subject = subject,
+      .data = text,
+      .data_len = (size_t)length,
+      .client = id,
+      .client_len = strlen(id),
+      .tag = s->tag,
+      .config = kind == SLOW ? narrow : plain,
+  };
+  int32_t status = presence_request(conns[!lanes_here], queue, &args, &s->handle, NULL);
   if (status == PRESENCE_OK) return;
   snprintf(outcome, sizeof outcome, "REFUSED_%s", status_names[-status]);
   is_over(s, outcome);
