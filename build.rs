@@ -1,5 +1,9 @@
 //! Generates `include/nats_presence.h`, and sets the name and the permanence of the shared library.
 
+#[path = "src/config/keys.rs"]
+mod keys;
+
+use std::fmt::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::{env, fs};
@@ -20,6 +24,7 @@ const GROUPS: [(&str, &str); 8] = [
 
 fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=src/ffi");
+    println!("cargo:rerun-if-changed=src/config/keys.rs");
     println!("cargo:rerun-if-changed=cbindgen.toml");
     let os = env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if os == "linux" {
@@ -66,6 +71,17 @@ fn versions() -> Result<String, String> {
     ))
 }
 
+/// The macros for the names of options.
+fn options() -> String {
+    let mut text = String::from("/* The names of options, which presence_config_set describes. */\n");
+    for key in keys::CONNECT.iter().chain(&keys::REQUEST) {
+        let _ = writeln!(text, "#define PRESENCE_OPTION_{} \"{key}\"", key.to_uppercase());
+    }
+    let _ = writeln!(text, "/* Before the name of a header: PRESENCE_OPTION_HEADER \"X-Model\" */");
+    let _ = writeln!(text, "#define PRESENCE_OPTION_HEADER \"{}\"\n", keys::HEADER);
+    text
+}
+
 /// Writes the header to where it is checked in, but only if it changed, so that a build of a clean checkout leaves it
 /// clean.
 fn header() -> Result<(), String> {
@@ -81,7 +97,8 @@ fn header() -> Result<(), String> {
     for (function, title) in GROUPS {
         let declaration = text.rfind(&format!("{function}(")).ok_or_else(|| format!("{function} is missing"))?;
         let comment = text[..declaration].rfind("/**\n").ok_or_else(|| format!("{function} has no comment"))?;
-        text.insert_str(comment, &format!("/* ---- {title} {} */\n\n", "-".repeat(100 - title.len())));
+        let macros = if title == "Options" { options() } else { String::new() };
+        text.insert_str(comment, &format!("/* ---- {title} {} */\n\n{macros}", "-".repeat(100 - title.len())));
     }
     // Read-only sources (a registry's copy) are built with the header that they contain.
     if fs::read_to_string(&path).ok().as_deref() != Some(&text[..]) && fs::write(&path, &text).is_err() {

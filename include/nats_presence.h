@@ -911,6 +911,43 @@ presence_status presence_watch(struct presence_queue *queue, uint64_t tag);
 
 /* ---- Options --------------------------------------------------------------------------------------------- */
 
+/* The names of options, which presence_config_set describes. */
+#define PRESENCE_OPTION_NAME "name"
+#define PRESENCE_OPTION_USER "user"
+#define PRESENCE_OPTION_PASSWORD "password"
+#define PRESENCE_OPTION_TOKEN "token"
+#define PRESENCE_OPTION_NKEY_SEED "nkey_seed"
+#define PRESENCE_OPTION_CREDS_FILE "creds_file"
+#define PRESENCE_OPTION_TLS_REQUIRED "tls_required"
+#define PRESENCE_OPTION_TLS_FIRST "tls_first"
+#define PRESENCE_OPTION_TLS_CA_FILE "tls_ca_file"
+#define PRESENCE_OPTION_TLS_CERT_FILE "tls_cert_file"
+#define PRESENCE_OPTION_TLS_KEY_FILE "tls_key_file"
+#define PRESENCE_OPTION_CONNECT_TIMEOUT_MS "connect_timeout_ms"
+#define PRESENCE_OPTION_RETRY_ON_INITIAL_CONNECT "retry_on_initial_connect"
+#define PRESENCE_OPTION_RECONNECT_MIN_MS "reconnect_min_ms"
+#define PRESENCE_OPTION_RECONNECT_MAX_MS "reconnect_max_ms"
+#define PRESENCE_OPTION_MAX_RECONNECTS "max_reconnects"
+#define PRESENCE_OPTION_PING_INTERVAL_MS "ping_interval_ms"
+#define PRESENCE_OPTION_INBOX_PREFIX "inbox_prefix"
+#define PRESENCE_OPTION_OFFLINE_SUBJECT "offline_subject"
+#define PRESENCE_OPTION_ANNOUNCE "announce"
+#define PRESENCE_OPTION_LANES "lanes"
+#define PRESENCE_OPTION_HEARTBEAT_MS "heartbeat_ms"
+#define PRESENCE_OPTION_PEER_GRACE_MS "peer_grace_ms"
+#define PRESENCE_OPTION_SEND_BUFFER_BYTES "send_buffer_bytes"
+#define PRESENCE_OPTION_RECEIVE_BUFFER_BYTES "receive_buffer_bytes"
+#define PRESENCE_OPTION_SESSION_GRACE_MS "session_grace_ms"
+#define PRESENCE_OPTION_WORKER_THREADS "worker_threads"
+#define PRESENCE_OPTION_TIMEOUT_MS "timeout_ms"
+#define PRESENCE_OPTION_RETRIES "retries"
+#define PRESENCE_OPTION_RETRY_DELAY_MS "retry_delay_ms"
+#define PRESENCE_OPTION_STREAM_BUFFER_BYTES "stream_buffer_bytes"
+#define PRESENCE_OPTION_MANUAL_CREDIT "manual_credit"
+#define PRESENCE_OPTION_ONLY_ONLINE "only_online"
+/* Before the name of a header: PRESENCE_OPTION_HEADER "X-Model" */
+#define PRESENCE_OPTION_HEADER "header."
+
 /**
  * Creates a set of options, all of which have their defaults.
  *

@@ -1,5 +1,7 @@
 //! Options, by key and value. `presence_config_set` documents them.
 
+mod keys;
+
 use crate::error::{Error, Result, Status};
 use crate::wire::level0::{self, Use};
 use std::fmt;
@@ -100,12 +102,6 @@ pub struct Config {
     request_key: Option<String>,
     last_error: Option<Error>,
 }
-
-const KEYS: &str = "name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, \
-     tls_cert_file, tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, \
-     max_reconnects, ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, \
-     send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads, timeout_ms, retries, retry_delay_ms, \
-     stream_buffer_bytes, manual_credit, only_online, header.NAME";
 
 impl Default for Config {
     fn default() -> Config {
@@ -259,15 +255,17 @@ impl Config {
                     "manual_credit" => request.manual_credit = boolean(key, value)?,
                     "only_online" => request.only_online = boolean(key, value)?,
                     "stream_buffer_bytes" => request.stream_buffer = Some(number(key, value, 1, 1 << 40)?),
-                    _ => match key.strip_prefix("header.") {
+                    _ => match key.strip_prefix(keys::HEADER) {
                         Some(name) => {
                             level0::check_header(name, value)?;
                             request.headers.push((name.into(), value.into()));
                         }
                         None => {
                             return Err(Error::invalid(format!(
-                                "option {key:?} is unknown; the options are {}",
-                                KEYS.replace(',', "")
+                                "option {key:?} is unknown; the options are {} {} {}NAME",
+                                keys::CONNECT.join(" "),
+                                keys::REQUEST.join(" "),
+                                keys::HEADER
                             )));
                         }
                     },
@@ -352,10 +350,17 @@ mod tests {
 
     #[test]
     fn every_option_in_the_list_can_be_set() {
-        for key in KEYS.split(", ").map(str::trim) {
-            let key = key.replace("NAME", "X");
-            let values = ["x", "1", "20", "true", "always"];
-            assert!(values.iter().any(|value| Config::new().set(&key, value).is_ok()), "{key}");
+        let header = format!("{}X", keys::HEADER);
+        let is_set = |config: &mut Config, key| {
+            ["x", "1", "20", "true", "always"].iter().any(|value| config.set(key, value).is_ok())
+        };
+        for key in keys::CONNECT {
+            let mut config = Config::new();
+            assert!(is_set(&mut config, key) && config.for_request().is_err(), "{key}");
+        }
+        for key in keys::REQUEST.into_iter().chain([&header[..]]) {
+            let mut config = Config::new();
+            assert!(is_set(&mut config, key) && config.for_connect().is_err(), "{key}");
         }
     }
 

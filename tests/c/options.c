@@ -85,12 +85,14 @@ static void wrong_option_changes_nothing(void) {
 
 static void options_of_another_kind_are_refused(void) {
   static const char *const of_requests[][2] = {
-      {"timeout_ms", "1"},          {"retries", "1"},  {"retry_delay_ms", "1"}, {"stream_buffer_bytes", "1"},
-      {"manual_credit", "false"}, {"header.X", "y"},
+      {PRESENCE_OPTION_TIMEOUT_MS, "1"},          {PRESENCE_OPTION_RETRIES, "1"},
+      {PRESENCE_OPTION_RETRY_DELAY_MS, "1"},      {PRESENCE_OPTION_STREAM_BUFFER_BYTES, "1"},
+      {PRESENCE_OPTION_MANUAL_CREDIT, "false"},   {PRESENCE_OPTION_HEADER "X", "y"},
   };
   static const char *const of_connections[][2] = {
-      {"name", "x"},             {"user", "x"},       {"announce", "never"},
-      {"send_buffer_bytes", "1"}, {"lanes", "false"}, {"heartbeat_ms", "1000"},
+      {PRESENCE_OPTION_NAME, "x"},                {PRESENCE_OPTION_USER, "x"},
+      {PRESENCE_OPTION_ANNOUNCE, "never"},        {PRESENCE_OPTION_SEND_BUFFER_BYTES, "1"},
+      {PRESENCE_OPTION_LANES, "false"},           {PRESENCE_OPTION_HEARTBEAT_MS, "1000"},
   };
   peer self = open_peer();
   for (int i = 0; i < 6; i++) {
