@@ -21,7 +21,7 @@ enum { MAX_STREAMS = 1000, MAX_EVENTS = 64, NO_PIECE = -1 };
 
 /* A stream that is being answered. A real worker would keep its results so far here. */
 struct job {
-  presence_sender *sender;
+  presence_sender *sender; /* NULL: this place is free */
   char client[1025]; /* An id has at most 1024 bytes. */
   uint64_t sent;
   int64_t due; /* When the next piece is due, by now_ms; NO_PIECE while the sender is blocked. */
@@ -56,12 +56,6 @@ static int64_t number(const char *text, const char *what) {
   return value;
 }
 
-static struct job *find(const presence_sender *sender) {
-  for (size_t i = 0; i < job_count; i++)
-    if (jobs[i].sender == sender) return &jobs[i];
-  return NULL;
-}
-
 static void begin(const presence_event *request) {
   /* We own the sender now: it lives until we free it, and may be used at any time until then. */
   if (job_count == MAX_STREAMS) {
@@ -69,32 +63,36 @@ static void begin(const presence_event *request) {
     presence_sender_free(request->sender);
     return;
   }
-  struct job *job = &jobs[job_count++];
+  struct job *job = jobs;
+  while (job->sender) job++;
+  job_count++;
   job->sender = request->sender;
+  /* The sender's events have this tag from now on, so that handle() finds the job. */
+  check("presence_sender_set_tag", presence_sender_set_tag(job->sender, (uint64_t)(job - jobs)), NULL);
   job->sent = 0;
   job->due = now_ms();
   /* The event's text is valid only until the next wait, and is not NUL-terminated. */
   snprintf(job->client, sizeof job->client, "%.*s", (int)request->client_len, request->client);
 }
 
-/* Ends a job; the last one takes its place in the table. */
+/* Ends a job, and frees its place in the table. */
 static void finish(struct job *job, const char *why) {
   printf("%s: sent %" PRIu64 ", %s\n", job->client[0] ? job->client : "(anonymous)", job->sent, why);
   presence_sender_free(job->sender);
-  *job = jobs[--job_count];
+  job->sender = NULL;
+  job_count--;
 }
 
 static void handle(const presence_event *event) {
-  struct job *job;
   switch (event->kind) {
     case PRESENCE_EVENT_REQUEST:
       begin(event);
       break;
     case PRESENCE_EVENT_STOPPED: /* Mostly PRESENCE_OFFLINE: the client left. */
-      if ((job = find(event->sender))) finish(job, presence_status_text(event->status));
+      finish(&jobs[event->tag], presence_status_text(event->status));
       break;
     case PRESENCE_EVENT_WRITABLE: /* The sender is writable again after PRESENCE_FULL. */
-      if ((job = find(event->sender))) job->due = now_ms();
+      jobs[event->tag].due = now_ms();
       break;
     case PRESENCE_EVENT_DISCONNECTED:
     case PRESENCE_EVENT_LOG:
@@ -115,7 +113,7 @@ static void advance(struct job *job) {
       job->due = NO_PIECE;
       return;
     }
-    if (status != PRESENCE_OK) { /* A freed sender has no more events: this is the only place where it ends. */
+    if (status != PRESENCE_OK) { /* A freed sender has no more events, so STOPPED does not follow. */
       finish(job, presence_status_text(status));
       return;
     }
@@ -131,12 +129,10 @@ static void advance(struct job *job) {
 /* Sends all pieces that are due. Returns the milliseconds until the next one is, or -1 if there is none. */
 static int64_t advance_all(void) {
   int64_t now = now_ms(), next = -1;
-  for (size_t i = job_count; i-- > 0;) { /* Backwards, because finish() moves the last job. */
-    if (jobs[i].due != NO_PIECE && jobs[i].due <= now) advance(&jobs[i]);
-  }
-  for (size_t i = 0; i < job_count; i++) {
-    if (jobs[i].due == NO_PIECE) continue;
-    int64_t wait = jobs[i].due > now ? jobs[i].due - now : 0;
+  for (struct job *job = jobs; job < jobs + MAX_STREAMS; job++) {
+    if (job->sender && job->due != NO_PIECE && job->due <= now) advance(job);
+    if (!job->sender || job->due == NO_PIECE) continue;
+    int64_t wait = job->due > now ? job->due - now : 0;
     if (next < 0 || wait < next) next = wait;
   }
   return next;
@@ -191,8 +187,8 @@ int main(int argc, char **argv) {
 
   /* Take no more requests, end the running streams, and wait (a second at most) until the server has everything. */
   presence_service_free(service);
-  while (job_count > 0) {
-    struct job *job = &jobs[job_count - 1];
+  for (struct job *job = jobs; job < jobs + MAX_STREAMS; job++) {
+    if (!job->sender) continue;
     presence_sender_error(job->sender, "the worker is stopping", strlen("the worker is stopping"));
     finish(job, "the worker is stopping");
   }

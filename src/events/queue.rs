@@ -144,6 +144,22 @@ impl Inner {
         self.has_waiter || self.fd.as_ref().is_some_and(|fd| !fd.readable)
     }
 
+    /// Puts back what follows a request and is about a sender: until the next wait, the caller may give the request's
+    /// sender a tag of its own, which its further events must have.
+    fn put_back_events_of_senders(&mut self, taken: &mut VecDeque<Entry>) {
+        let is_request = |entry: &Entry| matches!(entry, Entry::Single(Single { kind: Kind::Request, .. }));
+        let is_later =
+            |entry: &Entry| matches!(entry, Entry::Single(Single { kind: Kind::Stopped | Kind::Writable, .. }));
+        let Some(request) = taken.iter().position(is_request) else { return };
+        let Some(later) = taken.iter().skip(request).position(is_later) else { return };
+        for entry in taken.drain(request + later..).rev() {
+            self.count += entry.count();
+            self.presence_events += usize::from(entry.is_presence_event());
+            self.connection_events += usize::from(entry.is_connection_event());
+            self.entries.push_front(entry);
+        }
+    }
+
     /// Makes the file descriptor readable exactly while a wait would return at once.
     fn update_fd(&mut self) {
         let ready = self.woken || self.closed || !self.entries.is_empty();
@@ -290,6 +306,7 @@ impl Queue {
             inner.presence_events = inner.presence_events.saturating_sub(presence_events);
             inner.connection_events = inner.connection_events.saturating_sub(connection_events);
         }
+        inner.put_back_events_of_senders(taken);
         inner.update_fd();
         Ok(true)
     }
@@ -621,7 +638,8 @@ pub(crate) mod tests {
         for kind in [Kind::Request, Kind::Writable, Kind::Stopped] {
             queue.push(probe.event(kind, ""));
         }
-        taken(&queue, 2);
+        assert_eq!(taken(&queue, 2).len(), 1, "a wait that returns a request returns no later event of a sender");
+        taken(&queue, 1);
         assert_eq!(*probe.delivered.lock(), [Kind::Request, Kind::Writable]);
         queue.push(probe.event(Kind::Data, "12345"));
         queue.close();

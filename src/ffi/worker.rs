@@ -68,7 +68,8 @@ pub extern "C" fn presence_service_free(service: *mut presence_service) {
 /// Sets the tag of the sender's PRESENCE_EVENT_STOPPED and PRESENCE_EVENT_WRITABLE, such as the address of the caller's
 /// own data of this stream. Until then they have the tag of the service.
 ///
-/// If the thread that waits on the queue calls this before its next wait, no event has the earlier tag.
+/// A wait that returns a PRESENCE_EVENT_REQUEST returns no later event of its sender. So if the tag is set before the
+/// next wait, no event has the tag of the service.
 ///
 /// Returns PRESENCE_OK or PRESENCE_INVALID.
 #[unsafe(no_mangle)]

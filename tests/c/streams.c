@@ -96,6 +96,35 @@ static void sender_events_have_the_tag_of_the_sender(void) {
   close_pair(both);
 }
 
+/* The same for a wait that could return REQUEST and STOPPED at once. */
+static void sender_is_stopped_in_a_wait_after_its_request(void) {
+  peer worker = open_peer(), gateway = open_peer();
+  presence_service *service = serve(worker, "tagged");
+  presence_stream *streams[2] = {request(gateway, "tagged", "c", 1), NULL};
+  presence_event events[8];
+  presence_sender *first = accept_request(worker);
+  streams[1] = request(gateway, "tagged", "c", 2);
+  struct pollfd readable = {presence_queue_fd(worker.queue), POLLIN, 0};
+  CHECK_EQ(poll(&readable, 1, TIMEOUT_MS), 1); /* the second request is in the queue, and both senders' STOPPED come */
+  OK(mark_client_offline("c"));
+  CHECK_EQ(presence_queue_wait(worker.queue, events, 8, TIMEOUT_MS), 1);
+  CHECK_EQ(events[0].kind, PRESENCE_EVENT_REQUEST);
+  presence_sender *second = events[0].sender;
+  OK(presence_sender_set_tag(second, 22));
+  CHECK_EQ(poll(&readable, 1, TIMEOUT_MS), 1);
+  CHECK_EQ(presence_queue_wait(worker.queue, events, 8, TIMEOUT_MS), 2);
+  for (int i = 0; i < 2; i++) {
+    CHECK_EQ(events[i].kind, PRESENCE_EVENT_STOPPED);
+    CHECK_EQ(events[i].tag, events[i].sender == second ? 22 : 0);
+  }
+  for (int i = 0; i < 2; i++) presence_stream_free(streams[i]);
+  presence_sender_free(first);
+  presence_sender_free(second);
+  presence_service_free(service);
+  close_peer(gateway);
+  close_peer(worker);
+}
+
 static void anonymous_request_is_no_client(void) {
   peer worker = open_peer(), gateway = open_peer();
   presence_service *service = serve(worker, "anonymous");
@@ -600,6 +629,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(thousand_messages_arrive_in_order);
   RUN_ON_BOTH(request_event_has_all_fields);
   RUN_ON_BOTH(sender_events_have_the_tag_of_the_sender);
+  RUN_ON_BOTH(sender_is_stopped_in_a_wait_after_its_request);
   RUN_ON_BOTH(anonymous_request_is_no_client);
   RUN_ON_BOTH(error_ends_the_stream);
   RUN_ON_BOTH(stream_ends_once);
