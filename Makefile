@@ -83,6 +83,7 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
 	CARGO=$(CARGO) tools/targets aarch64-unknown-linux-musl # another CPU and another libc; assurance checks all
+	tools/mutations --check
 	git diff --exit-code --stat include
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(VENV)/bin/ruff check
