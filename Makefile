@@ -92,7 +92,7 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 
 .PHONY: test-rust
 test-rust: $(VENV_STAMP) ## Test the core
-	$(RUN) $(CARGO) test --release --locked
+	$(RUN) $(CARGO) test --release --locked -- --include-ignored # also those that start a nats-server
 
 .PHONY: test-interleavings
 test-interleavings: ## Search thread interleavings with a model checker

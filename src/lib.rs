@@ -45,11 +45,12 @@ pub mod fuzz;
 mod gateway;
 mod lane;
 mod nats;
-#[cfg(test)]
-#[cfg(not(shuttle))]
-mod panics;
 mod presence;
 mod process;
+#[cfg(test)]
+#[cfg(not(shuttle))]
+#[path = "../tests/core/mod.rs"]
+mod server_tests;
 mod status_word;
 mod sync;
 mod wire;

@@ -110,7 +110,7 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
 /// Runs a part of a task, and turns a panic into an error: the caller ends what depends on this part, and goes on.
 pub(crate) async fn catch_panic<T>(what: &'static str, work: impl Future<Output = T>) -> Result<T> {
     #[cfg(all(test, not(shuttle)))]
-    let work = crate::panics::forcible(what, work);
+    let work = crate::server_tests::panics::forcible(what, work);
     // Unwind safe as in `ffi::boundary`.
     let done = AssertUnwindSafe(work).catch_unwind().await;
     done.map_err(|panic| {

