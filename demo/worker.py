@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from nats_presence import PresenceError, Request, StreamStopped, aio, online_count
+from nats_presence import PresenceError, Request, StreamStoppedError, aio, online_count
 from report import report
 
 RETRY_DELAY = 0.3
@@ -26,7 +26,7 @@ async def main(url: str, subject: str, group: str, pieces: int, pause: float) ->
                     await sender.send(piece)
                     await asyncio.sleep(pause)
                 sender.end()
-            except (asyncio.CancelledError, StreamStopped):
+            except (asyncio.CancelledError, StreamStoppedError):
                 report("done", stream=stream, made=made, sent=sender.send_count, status=sender.status)
                 await asyncio.sleep(RETRY_DELAY)
                 report("late", stream=stream, status=await status_of_sending(sender))

@@ -69,13 +69,13 @@ def nats_server(
 
 
 def works(url: str, **options: Any) -> None:
-    with nats_presence.connect(url, **options) as conn, pytest.raises(nats_presence.NoResponders):
+    with nats_presence.connect(url, **options) as conn, pytest.raises(nats_presence.NoRespondersError):
         next(conn.stream("nobody"))
 
 
 def refused(url: str, **options: Any) -> str:
     """Checks that connecting fails at once, not by a timeout; returns the message."""
-    with pytest.raises((nats_presence.Disconnected, nats_presence.Invalid)) as error:
+    with pytest.raises((nats_presence.DisconnectedError, nats_presence.InvalidError)) as error:
         nats_presence.connect(url, **options)
     return str(error.value)
 

@@ -114,7 +114,7 @@ def test_credentials_file(tmp_path: Path) -> None:
         file, _ = operator.credentials("poor", pub={"deny": ["nobody"]})
         events: list[Any] = []
         with (
-            contextlib.suppress(nats_presence.Disconnected),
+            contextlib.suppress(nats_presence.DisconnectedError),
             nats_presence.connect(url, creds_file=file, on_event=events.append) as conn,
         ):
             next(conn.stream("nobody", timeout_ms=200))

@@ -64,10 +64,10 @@ def test_expired_allow_responses_stops_the_sender(tmp_path: Path) -> None:
             allow_responses: { max: -1, expires: "200ms" } } }
     ] }"""
     with processes(config, tmp_path) as (gateway, worker):
-        with pytest.raises(nats_presence.Timeout):
+        with pytest.raises(nats_presence.PresenceTimeoutError):
             list(gateway.stream("llm.slow", b"long", timeout_ms=2500))
         assert worker.ended.acquire(timeout=TIMEOUT)
-        assert worker.ends == ["Disconnected"]
+        assert worker.ends == ["DisconnectedError"]
 
 
 def test_expired_response_threshold_times_out(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_expired_response_threshold_times_out(tmp_path: Path) -> None:
             if comes:
                 assert list(stream) == [b"late"]
             else:
-                with pytest.raises(nats_presence.Timeout):
+                with pytest.raises(nats_presence.PresenceTimeoutError):
                     list(stream)
             assert worker.ended.acquire(timeout=TIMEOUT)
             assert worker.ends == ["went on"]

@@ -117,7 +117,7 @@ def test_documented_permissions_are_enough(lanes: bool) -> None:
         stream.cancel()
         for _ in range(2):
             assert both.ended.acquire(timeout=TIMEOUT)
-        assert both.ends == ["", "Cancelled" if lanes else "Offline"]
+        assert both.ends == ["", "StreamCancelledError" if lanes else "OfflineError"]
         assert both.worker.stats()["lanes"] + both.gateway.stats()["lanes"] == (2 if lanes else 0)
         assert "iolation" not in both.events.text
 
@@ -132,11 +132,11 @@ def test_only_gateways_may_announce() -> None:
             next(stream)
         assert nats_presence.is_client_online("victim")
         assert gateway.publish("client.offline", b"victim") == ""
-        with pytest.raises(nats_presence.Offline):
+        with pytest.raises(nats_presence.OfflineError):
             for _ in stream:
                 pass
         assert both.ended.acquire(timeout=TIMEOUT)
-        assert both.ends == ["Offline"]
+        assert both.ends == ["OfflineError"]
 
 
 def test_refused_announcement_is_logged(tmp_path: Path) -> None:
@@ -160,10 +160,12 @@ def test_gateway_may_not_serve() -> None:
         def more(request: Any, sender: Any) -> None:
             raise AssertionError("a request arrived")
 
-        with pytest.raises(nats_presence.Disconnected, match=r'Permissions Violation for Subscription to "llm\.more"'):
+        with pytest.raises(
+            nats_presence.DisconnectedError, match=r'Permissions Violation for Subscription to "llm\.more"'
+        ):
             both.gateway.service("llm.more", queue="workers")(more)
         both.events.wait("Permissions Violation for Subscription", "llm.more")
-        with pytest.raises(nats_presence.NoResponders):
+        with pytest.raises(nats_presence.NoRespondersError):
             next(both.gateway.stream("llm.more"))
 
 
@@ -206,7 +208,7 @@ def test_reply_subjects_that_a_gateway_can_make_a_worker_publish_to(tmp_path: Pa
                 both.events.wait("Permissions Violation for Publish", target)
                 assert gateway.publish("llm.endless", b"", reply=target) == ""
                 assert both.ended.acquire(timeout=TIMEOUT)
-                assert both.ends.pop() == "Disconnected"
+                assert both.ends.pop() == "DisconnectedError"
         # Honest gateways have their streams, also streams that run longer than `expires` allows.
         assert both.count(10_000) == 10_000
         assert spy.publish("some.subject") == ""
@@ -378,9 +380,9 @@ def test_lanes_stop_senders_without_announcements(tmp_path: Path, missing: str, 
             next(stream)
             stream.cancel()
             if lanes:
-                events.wait("it ended with Cancelled")
+                events.wait("it ended with StreamCancelledError")
             elif missing == "nothing":
-                events.wait("it ended with Offline")
+                events.wait("it ended with OfflineError")
             else:
                 refused = "Publish" if missing == "gateway announces" else "Subscription"
                 events.wait(f"Permissions Violation for {refused}", "client.offline")
@@ -395,7 +397,7 @@ def test_refused_answers_stop_the_worker(tmp_path: Path, responses: str) -> None
     """On level 0 nobody would receive its results. The gateway is not informed, and reaches its timeout."""
     rights = config("worker publishes", "_INBOX.gateway", "_INBOX.worker", responses)
     with processes(rights, tmp_path, lanes=False) as (_, both):
-        with pytest.raises(nats_presence.Timeout):
+        with pytest.raises(nats_presence.PresenceTimeoutError):
             list(both.gateway.stream("llm.endless", timeout_ms=700))
         both.events.wait("Permissions Violation for Publish", "_INBOX.gateway.", "allow_responses")
         # It was anonymous: the gateway could not stop it.
@@ -406,7 +408,7 @@ def test_refused_answers_stop_the_worker(tmp_path: Path, responses: str) -> None
 def test_refused_request_ends_with_an_error() -> None:
     with processes(CONFIGS / "one-account.conf") as (_, both):
         since = time.monotonic()
-        with pytest.raises(nats_presence.Disconnected, match=r"mlm\.count"):
+        with pytest.raises(nats_presence.DisconnectedError, match=r"mlm\.count"):
             list(both.gateway.stream("mlm.count", timeout_ms=10_000))
         assert time.monotonic() - since < 5
 
@@ -419,7 +421,7 @@ def test_refused_echo_is_reported() -> None:
         # A prefix that no permission allows.
         conn = nats_presence.connect(url, on_event=events, inbox_prefix="_INBOX.x", connect_timeout_ms=300)
         events.wait("Permissions Violation", "_INBOX.x.")
-        with pytest.raises(nats_presence.Timeout):
+        with pytest.raises(nats_presence.PresenceTimeoutError):
             conn.listen_offline()
-        with pytest.raises(nats_presence.Timeout):
+        with pytest.raises(nats_presence.PresenceTimeoutError):
             conn.close(0.1)

@@ -27,7 +27,7 @@ try:
     with nats_presence.connect(url, **options) as conn:
         try:
             next(conn.stream("nobody"))
-        except nats_presence.NoResponders:
+        except nats_presence.NoRespondersError:
             print("connected")
 except nats_presence.PresenceError as error:
     print(error)
@@ -159,5 +159,5 @@ def test_advertised_address_may_show_the_known_name(tmp_path: Path, authority: t
         with nats_presence.connect(f"tls://localhost:{port}", **options) as conn:
             first.close()
             assert connected.acquire(timeout=TIMEOUT), texts
-            with pytest.raises(nats_presence.NoResponders):
+            with pytest.raises(nats_presence.NoRespondersError):
                 next(conn.stream("nobody", retries=50, retry_delay_ms=20))

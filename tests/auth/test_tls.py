@@ -237,7 +237,7 @@ def test_tls_first(tmp_path: Path, issue: Issue, server: Files, ca: dict[str, An
         other = str(tmp_path / "another.pem")
         assert "UnknownIssuer" in refused(f"tls://localhost:{port}", tls_first=True, tls_ca_file=other)
         # Such a server waits for our first bytes, as we wait for its first line.
-        with pytest.raises(nats_presence.Timeout):
+        with pytest.raises(nats_presence.PresenceTimeoutError):
             nats_presence.connect(f"tls://localhost:{port}", connect_timeout_ms=300, **ca)
     with nats_server(f"tls {{ {server.server} }}", tmp_path) as port:
         assert "TLS" in refused(f"tls://localhost:{port}", tls_first=True, **ca)
@@ -281,7 +281,7 @@ def test_tls_stripping_reveals_no_secret(ca: dict[str, Any], name: str) -> None:
         thread = threading.Thread(target=listen)
         thread.start()
         url = f"{scheme}://localhost:{listener.getsockname()[1]}"
-        with pytest.raises((nats_presence.Disconnected, nats_presence.Timeout)):
+        with pytest.raises((nats_presence.DisconnectedError, nats_presence.PresenceTimeoutError)):
             nats_presence.connect(url, user="me", password="s3cret", connect_timeout_ms=300, **options)
         thread.join()
     # A TLS handshake at most.

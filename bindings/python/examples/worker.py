@@ -7,7 +7,7 @@ import asyncio
 import os
 import signal
 
-from nats_presence import Request, StreamStopped, aio
+from nats_presence import Request, StreamStoppedError, aio
 
 URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 SUBJECT = os.environ.get("SUBJECT", "answers")
@@ -26,7 +26,7 @@ async def main() -> None:
                     await sender.send(f"piece {number} of {request.data.decode()}")
                     await asyncio.sleep(DELAY)
                 print(f"{request.client_id}: sent all {sender.send_count}", flush=True)
-            except (StreamStopped, asyncio.CancelledError) as why:
+            except (StreamStoppedError, asyncio.CancelledError) as why:
                 print(f"{request.client_id}: stopped after {sender.send_count}: {why}", flush=True)
                 raise
 

@@ -1,13 +1,13 @@
 """Stops work for clients that have left: presence and streams over NATS.
 
 A *worker* serves requests for streams. A *gateway* requests streams on behalf of its *clients*. Once a client has left
-its gateway, the worker's *sender* refuses to send: it raises `StreamStopped`.
+its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedError`.
 
 - Presence in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
 - With threads: connect() returns a Connection. A worker uses its service(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
 - Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
-  derive from StreamStopped.
+  derive from StreamStoppedError.
 
 Durations are in seconds, except in options whose names end with _ms.
 """
@@ -16,23 +16,23 @@ from . import aio
 from ._shared import ConnectionEvent, PresenceEvent, Request
 from .connection import Connection, Sender, Stream, connect
 from .errors import (
-    Busy,
-    Cancelled,
-    Closed,
-    Disconnected,
-    Forked,
-    Full,
-    Internal,
-    Invalid,
-    NoResponders,
-    Offline,
-    PeerGone,
+    BusyError,
+    ClosedError,
+    DisconnectedError,
+    ForkedError,
+    FullError,
+    InternalError,
+    InvalidError,
+    NoRespondersError,
+    OfflineError,
+    PeerGoneError,
     PresenceError,
-    Remote,
-    Reserved,
-    StreamStopped,
-    Timeout,
-    TooLarge,
+    PresenceTimeoutError,
+    RemoteError,
+    ReservedError,
+    StreamCancelledError,
+    StreamStoppedError,
+    TooLargeError,
 )
 from .presence import Session, is_client_online, mark_client_offline, mark_client_online, online_count, session
 from .watch import Watch, watch
@@ -40,30 +40,30 @@ from .watch import Watch, watch
 __version__ = "0.1.0"
 
 __all__ = [
-    "Busy",
-    "Cancelled",
-    "Closed",
+    "BusyError",
+    "ClosedError",
     "Connection",
     "ConnectionEvent",
-    "Disconnected",
-    "Forked",
-    "Full",
-    "Internal",
-    "Invalid",
-    "NoResponders",
-    "Offline",
-    "PeerGone",
+    "DisconnectedError",
+    "ForkedError",
+    "FullError",
+    "InternalError",
+    "InvalidError",
+    "NoRespondersError",
+    "OfflineError",
+    "PeerGoneError",
     "PresenceError",
     "PresenceEvent",
-    "Remote",
+    "PresenceTimeoutError",
+    "RemoteError",
     "Request",
-    "Reserved",
+    "ReservedError",
     "Sender",
     "Session",
     "Stream",
-    "StreamStopped",
-    "Timeout",
-    "TooLarge",
+    "StreamCancelledError",
+    "StreamStoppedError",
+    "TooLargeError",
     "Watch",
     "aio",
     "connect",

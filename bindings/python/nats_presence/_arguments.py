@@ -1,6 +1,6 @@
 """Converts the arguments of callers to what the C library takes.
 
-A wrong argument raises Invalid, with the name of the argument and, unless it may be a secret, its value.
+A wrong argument raises InvalidError, with the name of the argument and, unless it may be a secret, its value.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Union
 
 from ._ffi import Error, lib
-from .errors import Invalid, check_error
+from .errors import InvalidError, check_error
 
 MAX_SECONDS = 316_224_000
 """Ten years."""
@@ -24,13 +24,13 @@ Option = Union[str, int, float, bool, "os.PathLike[str]", None]
 def encode_text(name: str, value: object) -> bytes:
     """Encodes a NUL-terminated string. No message shows the value, because it may be a secret."""
     if not isinstance(value, str):
-        raise Invalid(f"{name}: must be a str, not {type(value).__name__}")
+        raise InvalidError(f"{name}: must be a str, not {type(value).__name__}")
     try:
         raw = value.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"{name}: cannot be encoded as UTF-8") from None
+        raise InvalidError(f"{name}: cannot be encoded as UTF-8") from None
     if b"\0" in raw:
-        raise Invalid(f"{name}: contains a NUL character")
+        raise InvalidError(f"{name}: contains a NUL character")
     return raw
 
 
@@ -50,24 +50,24 @@ def encode_payload(data: Payload) -> bytes:
     if isinstance(data, (bytearray, memoryview)):
         return bytes(data)
     if not isinstance(data, str):
-        raise Invalid(f"payload {data!r:.80}: must be bytes, bytearray, memoryview or str")
+        raise InvalidError(f"payload {data!r:.80}: must be bytes, bytearray, memoryview or str")
     try:
         return data.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"payload {data!r:.80}: cannot be encoded as UTF-8") from None
+        raise InvalidError(f"payload {data!r:.80}: cannot be encoded as UTF-8") from None
 
 
 def check_integer(name: str, value: int, least: int, most: int) -> int:
     """Returns `value` if it is an int from `least` to `most`."""
     if not isinstance(value, int) or not least <= value <= most:
-        raise Invalid(f"{name} {value!r:.80}: must be an int from {least} to {most}")
+        raise InvalidError(f"{name} {value!r:.80}: must be an int from {least} to {most}")
     return value
 
 
 def check_seconds(name: str, value: float) -> float:
     """Returns a duration in seconds, at most MAX_SECONDS."""
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise Invalid(f"{name} {value!r:.80}: must be a number of seconds, 0 or more")
+        raise InvalidError(f"{name} {value!r:.80}: must be a number of seconds, 0 or more")
     return min(value, MAX_SECONDS)
 
 

@@ -19,7 +19,7 @@ class MessageBatches:
     """A sequence of messages, sent in batches. It is true while messages are left."""
 
     def __init__(self, messages: Sequence[Payload]) -> None:
-        """Raises Invalid if one of them is not a message."""
+        """Raises InvalidError if one of them is not a message."""
         copied: list[Any] = list(messages)  # The caller may change its list while messages are being sent.
         all_bytes = set(map(type, copied)) <= {bytes}
         self._messages: list[bytes] = copied if all_bytes else list(map(encode_payload, copied))

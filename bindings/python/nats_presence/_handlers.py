@@ -11,35 +11,35 @@ from collections.abc import AsyncIterable, Awaitable, Iterable
 from typing import Callable
 
 from ._arguments import encode_text
-from .errors import Invalid
+from .errors import InvalidError
 
 
-class InvalidHandler(Invalid, TypeError):
+class InvalidHandlerError(InvalidError, TypeError):
     """The connection cannot call a handler of this kind."""
 
 
 def check_subject(subject: object) -> None:
-    """Raises Invalid unless `subject` is text: a decorator without parentheses passes the function."""
+    """Raises InvalidError unless `subject` is text: a decorator without parentheses passes the function."""
     if callable(subject):
-        raise InvalidHandler('service() needs a subject: write @conn.service("subject")')
+        raise InvalidHandlerError('service() needs a subject: write @conn.service("subject")')
     encode_text("subject", subject)
 
 
 def check_sync_handler(subject: str, handler: object) -> None:
-    """Raises InvalidHandler if a service with threads cannot call the handler."""
+    """Raises InvalidHandlerError if a service with threads cannot call the handler."""
     _check_callable(subject, handler)
     if _matches(inspect.iscoroutinefunction, handler) or _matches(inspect.isasyncgenfunction, handler):
-        raise InvalidHandler(
+        raise InvalidHandlerError(
             f"the handler of subject {subject!r} is async, but nats_presence.connect() calls handlers in threads:"
             " use nats_presence.aio.connect(), or define the handler without async"
         )
 
 
 def check_async_handler(subject: str, handler: object) -> None:
-    """Raises InvalidHandler if a service with asyncio cannot call the handler."""
+    """Raises InvalidHandlerError if a service with asyncio cannot call the handler."""
     _check_callable(subject, handler)
     if _matches(inspect.isgeneratorfunction, handler):
-        raise InvalidHandler(
+        raise InvalidHandlerError(
             f"the handler of subject {subject!r} is a generator without async, and would block the event loop:"
             " define it with async def, or use nats_presence.connect()"
         )
@@ -59,7 +59,7 @@ def check_handler_result(result: object) -> None:
 
 def _check_callable(subject: str, handler: object) -> None:
     if not callable(handler):
-        raise InvalidHandler(f"the handler of subject {subject!r} must be callable, not {type(handler).__name__}")
+        raise InvalidHandlerError(f"the handler of subject {subject!r} must be callable, not {type(handler).__name__}")
 
 
 def _matches(is_kind: Callable[[object], bool], handler: object) -> bool:

@@ -13,7 +13,7 @@ from typing import Generic, NoReturn, TypeVar
 from . import _ffi
 from ._events import EventBatch, new_queue
 from ._ffi import lib
-from .errors import Busy, Timeout, check
+from .errors import BusyError, PresenceTimeoutError, check
 
 T = TypeVar("T")
 
@@ -81,7 +81,9 @@ class QueueReader(Generic[T]):
             del self
 
     def _wait(self, until: float | None = None) -> T:
-        """Returns the next item, or raises StopIteration. Raises Timeout at `until`, a time of time.monotonic()."""
+        """Returns the next item, or raises StopIteration. `until`, a time of time.monotonic(), ends the wait with
+        PresenceTimeoutError.
+        """
         try:
             if not self._wait_lock.acquire(blocking=False):
                 self._raise_busy()
@@ -95,7 +97,7 @@ class QueueReader(Generic[T]):
                     self._ready, self._has_pending_events = self._take_items(self._events), False
                     if not self._ready and until is not None and time.monotonic() >= until:
                         self._before_wait()  # The last events may have been the end.
-                        raise Timeout("no message arrived within the timeout; the stream goes on")
+                        raise PresenceTimeoutError("no message arrived within the timeout; the stream goes on")
                 return self._ready.popleft()
             finally:
                 self._wait_lock.release()
@@ -109,7 +111,7 @@ class QueueReader(Generic[T]):
         # With no space for events, the wait only checks whether this process is a forked child.
         if lib.presence_queue_wait(self._queue, None, 0, 0) == _ffi.FORKED:
             check(_ffi.FORKED, type(self).__name__.lower())
-        raise Busy("another thread is waiting for the next item of this iterator")
+        raise BusyError("another thread is waiting for the next item of this iterator")
 
     def _before_wait(self) -> None:
         """Called when all items have been read. Raises StopIteration or the failure if the iterator has ended."""

@@ -15,7 +15,7 @@ from . import _ffi
 from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
 from ._events import Event, EventBatch, decode_text
 from ._ffi import lib
-from .errors import Closed, Invalid, PresenceError, TooLarge, check, check_error, error
+from .errors import ClosedError, InvalidError, PresenceError, TooLargeError, check, check_error, error
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
@@ -32,7 +32,7 @@ class ConnectionEvent(NamedTuple):
     kind: str
     """"connected", "disconnected" or "log"."""
     status: int
-    """0, or the `status` of the corresponding exception; `Closed.status` if it will not reconnect."""
+    """0, or the `status` of the corresponding exception; `ClosedError.status` if it will not reconnect."""
     text: str
     """A description."""
     subject: str = ""
@@ -130,12 +130,13 @@ class BaseSender:
     def end(self) -> None:
         """Ends the stream. A second call has no effect.
 
-        If the stream was stopped before, raises the reason: Offline, Cancelled, PeerGone, Disconnected or Closed.
+        If the stream was stopped before, raises the reason: OfflineError, StreamCancelledError, PeerGoneError,
+        DisconnectedError or ClosedError.
         """
         self._check_end(lib.presence_sender_end(self._handle))
 
     def error(self, message: str) -> None:
-        """Ends the stream with an error. The reader gets `message`. Raises as end(), and Closed after an end."""
+        """Ends the stream with an error. The reader gets `message`. Raises as end(), and ClosedError after an end."""
         raw = encode_payload(message)
         self._check_end(lib.presence_sender_error(self._handle, raw, len(raw)))
 
@@ -148,7 +149,7 @@ class BaseSender:
 
     def _check_sent(self, status: int, size: int) -> None:
         if status == _ffi.TOO_LARGE:
-            raise TooLarge(f"message is {size} bytes; the limit is {self.max_message}")
+            raise TooLargeError(f"message is {size} bytes; the limit is {self.max_message}")
         if status:
             check(status, f"sending {size} bytes to client {self.client_id!r}")
 
@@ -186,7 +187,7 @@ class Request:
         """The payload of the request."""
 
     def header(self, name: str) -> str | None:
-        """Returns a header of the request, or None if there is none of exactly this name. Raises Invalid."""
+        """Returns a header of the request, or None if there is none of exactly this name. Raises InvalidError."""
         value, size = c_void_p(), c_size_t()
         handle = self._sender._handle
         status = lib.presence_sender_header(handle, encode_text("header", name), byref(value), byref(size))
@@ -205,9 +206,9 @@ class BaseStream:
     """Whether the failure was raised."""
 
     def cancel(self) -> None:
-        """Cancels the stream: its reader gets Cancelled. For its worker, see "Leaving a stream" in the README.
+        """Cancels the stream: its reader gets StreamCancelledError.
 
-        It has no effect on a stream that has ended.
+        The README says under "Leaving a stream" what its worker gets. It has no effect on a stream that has ended.
         """
         lib.presence_stream_cancel(self._handle)
 
@@ -218,7 +219,7 @@ class BaseStream:
         raise failure or stop
 
     def _check_not_failed(self) -> None:
-        """Raises Closed if the stream's failure was raised before: what ended with an error must not look complete."""
+        """Raises ClosedError if the failure was raised before: what ended with an error must not look complete."""
         if self._has_raised:
             raise error(_ffi.CLOSED, "the stream has already failed")
 
@@ -245,16 +246,16 @@ class BaseConnection:
             self._close_now(0)
 
     def stats(self) -> dict[str, int]:
-        """Returns the counters of the connection: the fields of presence_stats in the C header. Raises Closed."""
+        """Returns the counters of the connection: the fields of presence_stats in the C header. Raises ClosedError."""
         stats = _ffi.Stats()
         check(lib.presence_conn_stats(self._handle, byref(stats)), "connection")
         return {name: getattr(stats, name) for name, *_ in _ffi.Stats._fields_ if name != "reserved"}
 
     def _is_closed(self) -> bool:
-        """Returns whether the connection is closed. Raises Forked."""
+        """Returns whether the connection is closed. Raises ForkedError."""
         try:
             self.stats()
-        except Closed:
+        except ClosedError:
             return True
         return False
 
@@ -325,7 +326,7 @@ class BaseConnection:
         check_error(status, details)
 
     def _stop_services(self) -> None:
-        self._is_closed()  # Raises Forked.
+        self._is_closed()  # Raises ForkedError.
         for service in list(self._services):
             lib.presence_service_stop(service)
 
@@ -345,7 +346,7 @@ def request_options(
 ) -> dict[str, Option]:
     """Returns the options of presence_request. The binding returns credit as the stream is read (manual_credit)."""
     if "manual_credit" in options:
-        raise Invalid("option manual_credit: cannot be set here, because reading a stream returns its credit")
+        raise InvalidError("option manual_credit: cannot be set here, because reading a stream returns its credit")
     named: dict[str, Option] = {f"header.{name}": value for name, value in (headers or {}).items()}
     if timeout is not None:
         named["timeout_ms"] = max(1, to_milliseconds("timeout", timeout))

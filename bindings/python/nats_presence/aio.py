@@ -39,7 +39,7 @@ from ._shared import (
     to_connection_event,
     to_presence_events,
 )
-from .errors import Busy, PresenceError, Timeout, check, error, status_text
+from .errors import BusyError, PresenceError, PresenceTimeoutError, check, error, status_text
 
 BATCH = 1024
 SENDS_PER_YIELD = 256
@@ -63,9 +63,10 @@ class Sender(BaseSender):
         """Sends one message; a str as UTF-8. Waits while its reader or nats-server is too slow to take more.
 
         Also yields to the event loop from time to time.
-        Raises Offline once the client has left; Cancelled (the reader cancelled the stream), PeerGone, Closed or
-        Disconnected if the stream has ended otherwise. After TooLarge, Reserved and Invalid the stream goes on.
-        If the task is cancelled while it waits here, the message was not sent.
+        Raises OfflineError once the client has left; StreamCancelledError (the reader cancelled the stream),
+        PeerGoneError, ClosedError or DisconnectedError if the stream has ended otherwise. After TooLargeError,
+        ReservedError and InvalidError the stream goes on. If the task is cancelled while it waits here, the message was
+        not sent.
         """
         self._sends_since_yield += 1
         if self._sends_since_yield == SENDS_PER_YIELD:
@@ -81,8 +82,8 @@ class Sender(BaseSender):
     async def send_many(self, messages: Iterable[Payload]) -> None:
         """Sends messages in order, up to the first that fails. `send_count` has the number of those that were sent.
 
-        A list or tuple is checked first (Invalid), and costs a fraction of the same number of calls of send(). From any
-        other iterable, each message is sent as soon as the iterable yields it.
+        A list or tuple is checked first (InvalidError), and costs a fraction of the same number of calls of send().
+        From any other iterable, each message is sent as soon as the iterable yields it.
         """
         if not isinstance(messages, (list, tuple)):
             for data in messages:
@@ -131,13 +132,13 @@ Sink = Callable[[bytes], None]
 class Stream(BaseStream):
     """The messages of one stream, as an asynchronous iterator of bytes.
 
-    The iterator ends when the worker ends the stream. Otherwise it raises Remote (the worker sent an error),
-    NoResponders, Busy (the worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow),
-    Disconnected, Closed or Cancelled.
-    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with Full.
+    The iterator ends when the worker ends the stream. Otherwise it raises RemoteError (the worker sent an error),
+    NoRespondersError, BusyError (the worker takes no more streams), PresenceTimeoutError, OfflineError, PeerGoneError,
+    FullError (the reader was too slow), DisconnectedError, ClosedError or StreamCancelledError.
+    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with FullError.
     Leaving the `async with` block, aclose(), and dropping the last reference cancel the stream. So does cancelling the
     task that waits for a message: to go on after a timeout use next(), not asyncio.wait_for(). One task at a time may
-    wait for a message; another one gets Busy.
+    wait for a message; another one gets BusyError.
     """
 
     def __init__(self, conn: Connection, tag: int) -> None:
@@ -168,7 +169,7 @@ class Stream(BaseStream):
             self._set_reader()
         while not self._messages:
             if self._is_waiting:
-                raise Busy("another task is waiting for the next message of this stream")
+                raise BusyError("another task is waiting for the next message of this stream")
             if self._ended:
                 self._raise_end(StopAsyncIteration)
             await self._wait()
@@ -181,8 +182,8 @@ class Stream(BaseStream):
     async def next(self, timeout: float | None = None) -> bytes | None:
         """Returns the next message, or None if the stream has ended.
 
-        Raises Timeout if no message arrives within `timeout` seconds; the stream goes on. If the stream has ended with
-        an error, raises that error, and Closed if it was raised before.
+        Raises PresenceTimeoutError if no message arrives within `timeout` seconds; the stream goes on. If the stream
+        has ended with an error, raises that error, and ClosedError if it was raised before.
         """
         if timeout is not None and not self._messages:
             await self._wait_for(check_seconds("timeout", timeout))
@@ -205,7 +206,7 @@ class Stream(BaseStream):
         try:
             while not (self._messages or self._ended or self._is_waiting):
                 if expired:
-                    raise Timeout(f"no message arrived within {timeout} s; the stream goes on")
+                    raise PresenceTimeoutError(f"no message arrived within {timeout} s; the stream goes on")
                 await self._wait()
         finally:
             timer.cancel()
@@ -314,7 +315,10 @@ class Connection(BaseConnection):
         self._owner.loop.add_reader(self._fd, self._dispatch_events)
 
     async def listen_offline(self) -> None:
-        """Applies offline announcements of other processes in this process, as serving also does. Raises Closed."""
+        """Applies offline announcements of other processes in this process, as serving also does.
+
+        Raises ClosedError.
+        """
         self.stats()
         self._check_loop()
         await run_in_thread(self._listen_offline)
@@ -333,12 +337,12 @@ class Connection(BaseConnection):
         exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
         `nats_presence` logs the exception.
         When the client leaves, or the stream ends otherwise, the handler's task is cancelled. The message of the
-        CancelledError is the reason. Further sends raise StreamStopped.
+        CancelledError is the reason. Further sends raise StreamStoppedError.
         The decorator blocks the event loop for up to 0.1 s, until nats-server has the subscription; run() raises an
         error that occurs later. `await serve(...)` does not block the loop.
-        Raises Invalid (also a TypeError, if the handler is a generator without async), Closed and Timeout; Disconnected
-        or Full if nats-server refuses the subscription. If nats-server refuses it later, on_event gets an event with
-        the subject, and the connection tries to subscribe again.
+        Raises InvalidError (also a TypeError, if the handler is a generator without async), ClosedError and
+        PresenceTimeoutError; DisconnectedError or FullError if nats-server refuses the subscription. If nats-server
+        refuses it later, on_event gets an event with the subject, and the connection tries to subscribe again.
         """
         check_subject(subject)
 
@@ -425,10 +429,11 @@ class Connection(BaseConnection):
     ) -> Stream:
         """Requests a stream for a client. The client is online while the stream runs. Does not wait for the worker.
 
-        `timeout`: seconds within which the stream has to end; otherwise its reader gets Timeout.
+        `timeout`: seconds within which the stream has to end; otherwise its reader gets PresenceTimeoutError.
         `options`: retries, retry_delay_ms, stream_buffer_bytes (the amount of unread data that is buffered),
-        only_online (raise Offline if the client is not online here already); see presence_config_set in the C header.
-        Raises Invalid, TooLarge, Full, Disconnected, Closed.
+        only_online (raise OfflineError if the client is not online here already); see presence_config_set in the C
+        header.
+        Raises InvalidError, TooLargeError, FullError, DisconnectedError, ClosedError.
         """
         queue, settings = self._open_queue(), request_options(timeout, headers, options)
         tag = next(self._tags)
@@ -452,7 +457,7 @@ class Connection(BaseConnection):
 
         If the subscription of a decorated handler has failed, raises the reason.
         """
-        self._is_closed()  # Raises Forked.
+        self._is_closed()  # Raises ForkedError.
         self._check_loop()
         await self._stopped.wait()
         if self._failure is not None:
@@ -463,13 +468,14 @@ class Connection(BaseConnection):
             await asyncio.wait(self._tasks)
 
     async def close(self, drain: float | None = 5.0) -> None:
-        """Closes the connection. Its senders and streams end with Closed, and the peers are notified.
+        """Closes the connection. Its senders and streams end with ClosedError, and the peers are notified.
 
         Then waits up to `drain` seconds (None: no limit) until nats-server has everything that was sent and the
-        handlers, whose tasks are cancelled, have returned. Raises Timeout, or Disconnected at once if there is no
-        connection, when nats-server may not have everything; the connection is closed all the same. At the end of
-        connect()'s `async with` block this is logged instead. Closing goes on if the task is cancelled meanwhile. A
-        second call waits for the first, and has no other effect. A call in a forked child process has no effect.
+        handlers, whose tasks are cancelled, have returned. Raises PresenceTimeoutError, or DisconnectedError at once if
+        there is no connection, when nats-server may not have everything; the connection is closed all the same. At the
+        end of connect()'s `async with` block this is logged instead. Closing goes on if the task is cancelled
+        meanwhile. A second call waits for the first, and has no other effect. A call in a forked child process has no
+        effect.
         """
         limit = drain_ms(drain)
         if self._is_forked():
@@ -501,7 +507,7 @@ class Connection(BaseConnection):
         try:
             self._owner.check("connection")
         except RuntimeError:
-            self.stats()  # Raises Forked, Closed.
+            self.stats()  # Raises ForkedError, ClosedError.
             raise
 
     def _open_queue(self) -> int:
@@ -601,8 +607,8 @@ async def connect(url: str, *, on_event: OnEvent | None = None, **options: Optio
     `on_event`: called with each ConnectionEvent, in the event loop.
     `options`: those of presence_config_set in the C header, for example name, token, tls_ca_file, connect_timeout_ms,
     session_grace_ms. None leaves an option at its default.
-    Raises Invalid (URL, options), Disconnected (nats-server cannot be reached or refuses the connection), Timeout,
-    Forked.
+    Raises InvalidError (URL, options), DisconnectedError (nats-server cannot be reached or refuses the connection),
+    PresenceTimeoutError, ForkedError.
     """
     # If the task is cancelled meanwhile, the connection is dropped, which closes it.
     conn = await run_in_thread(Connection, url, options)
@@ -620,7 +626,7 @@ class Watch:
     """An asynchronous iterator of PresenceEvent: the clients that come online and go offline in this process.
 
     It ends with its `async with` block. Up to 65,536 unread events are kept and further ones are dropped: the iterator
-    raises Full once, after the kept events, and then goes on.
+    raises FullError once, after the kept events, and then goes on.
     """
 
     _queue: int | None = None

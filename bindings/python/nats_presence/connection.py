@@ -42,8 +42,9 @@ class Sender(BaseSender):
     def send(self, data: Payload) -> None:
         """Sends one message; a str as UTF-8. Blocks while its reader or nats-server is too slow to take more.
 
-        Raises Offline once the client has left; Cancelled (the reader cancelled the stream), PeerGone, Closed or
-        Disconnected if the stream has ended otherwise. After TooLarge, Reserved and Invalid the stream goes on.
+        Raises OfflineError once the client has left; StreamCancelledError (the reader cancelled the stream),
+        PeerGoneError, ClosedError or DisconnectedError if the stream has ended otherwise. After TooLargeError,
+        ReservedError and InvalidError the stream goes on.
         """
         # Not presence_sender_send: when that returns FULL a WRITABLE event follows, for which no thread waits here.
         if (
@@ -61,8 +62,8 @@ class Sender(BaseSender):
     def send_many(self, messages: Iterable[Payload]) -> None:
         """Sends messages in order, up to the first that fails. `send_count` has the number of those that were sent.
 
-        A list or tuple is checked first (Invalid), and costs a fraction of the same number of calls of send(). From any
-        other iterable, each message is sent as soon as the iterable yields it.
+        A list or tuple is checked first (InvalidError), and costs a fraction of the same number of calls of send().
+        From any other iterable, each message is sent as soon as the iterable yields it.
         """
         if not isinstance(messages, (list, tuple)):
             for data in messages:
@@ -89,13 +90,13 @@ Handler = Callable[[Request, Sender], object]
 class Stream(BaseStream, QueueReader[bytes]):
     """The messages of one stream, as an iterator of bytes.
 
-    The iterator ends when the worker ends the stream. Otherwise it raises Remote (the worker sent an error),
-    NoResponders, Busy (the worker takes no more streams), Timeout, Offline, PeerGone, Full (the reader was too slow),
-    Disconnected, Closed or Cancelled.
-    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with Full.
+    The iterator ends when the worker ends the stream. Otherwise it raises RemoteError (the worker sent an error),
+    NoRespondersError, BusyError (the worker takes no more streams), PresenceTimeoutError, OfflineError, PeerGoneError,
+    FullError (the reader was too slow), DisconnectedError, ClosedError or StreamCancelledError.
+    A slow reader slows its worker down. On level 0, where that is not possible, its stream ends with FullError.
     Leaving the `with` block, close(), and dropping the last reference cancel the stream. An exception keeps the local
     variables of the frames it passed: use `with`, so that the stream ends with the block.
-    One thread at a time may wait for a message; another one gets Busy. cancel() and close() may be called from any
+    One thread at a time may wait for a message; another one gets BusyError. cancel() and close() may be called from any
     thread. If a signal handler raises (KeyboardInterrupt), the item that is just being returned can be lost: one
     message, or the stream's error. You can continue to read the stream afterwards.
     """
@@ -135,8 +136,8 @@ class Stream(BaseStream, QueueReader[bytes]):
     def next(self, timeout: float | None = None) -> bytes | None:
         """Returns the next message, or None if the stream has ended.
 
-        Raises Timeout if no message arrives within `timeout` seconds; the stream goes on. If the stream has ended with
-        an error, raises that error, and Closed if it was raised before.
+        Raises PresenceTimeoutError if no message arrives within `timeout` seconds; the stream goes on. If the stream
+        has ended with an error, raises that error, and ClosedError if it was raised before.
         """
         try:
             try:
@@ -219,7 +220,7 @@ class _ThreadPool:
 class Connection(BaseConnection):
     """A connection to nats-server, made by connect(). Every method may be called from any thread.
 
-    In a forked child process every method except close() raises Forked.
+    In a forked child process every method except close() raises ForkedError.
     """
 
     _event_pool: _ThreadPool | None = None
@@ -246,7 +247,10 @@ class Connection(BaseConnection):
                 call_on_event(self._on_event, event)
 
     def listen_offline(self) -> None:
-        """Applies offline announcements of other processes in this process, as serving also does. Raises Closed."""
+        """Applies offline announcements of other processes in this process, as serving also does.
+
+        Raises ClosedError.
+        """
         self._listen_offline()
 
     def service(
@@ -269,9 +273,9 @@ class Connection(BaseConnection):
         exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
         `nats_presence` logs the exception. A handler learns that its client has left from `sender.closed`, or when it
         sends.
-        Raises Invalid (also a TypeError, if the handler is async), Closed and Timeout; Disconnected or Full if
-        nats-server refuses the subscription. If nats-server refuses it later, on_event gets an event with the subject,
-        and the connection tries to subscribe again.
+        Raises InvalidError (also a TypeError, if the handler is async), ClosedError and PresenceTimeoutError;
+        DisconnectedError or FullError if nats-server refuses the subscription. If nats-server refuses it later,
+        on_event gets an event with the subject, and the connection tries to subscribe again.
         """
         check_subject(subject)
 
@@ -329,10 +333,11 @@ class Connection(BaseConnection):
     ) -> Stream:
         """Requests a stream for a client. The client is online while the stream runs. Does not wait for the worker.
 
-        `timeout`: seconds within which the stream has to end; otherwise its reader gets Timeout.
+        `timeout`: seconds within which the stream has to end; otherwise its reader gets PresenceTimeoutError.
         `options`: retries, retry_delay_ms, stream_buffer_bytes (the amount of unread data that is buffered),
-        only_online (raise Offline if the client is not online here already); see presence_config_set in the C header.
-        Raises Invalid, TooLarge, Full, Disconnected, Closed.
+        only_online (raise OfflineError if the client is not online here already); see presence_config_set in the C
+        header.
+        Raises InvalidError, TooLargeError, FullError, DisconnectedError, ClosedError.
         """
         return Stream(self, subject, data, client_id, request_options(timeout, headers, options))
 
@@ -345,7 +350,7 @@ class Connection(BaseConnection):
 
     def run(self) -> None:
         """Blocks until close() is called, or until stop() was called and all handlers have returned."""
-        self._is_closed()  # Raises Forked.
+        self._is_closed()  # Raises ForkedError.
         # Event.wait() can miss a KeyboardInterrupt that arrives as it begins to block, or stay locked after it.
         while not self._stopped:
             time.sleep(SLICE_MS / 1000)
@@ -355,12 +360,12 @@ class Connection(BaseConnection):
                     thread.join(SLICE_MS / 1000)
 
     def close(self, drain: float | None = 5.0) -> None:
-        """Closes the connection. Its senders and streams end with Closed, and the peers are notified.
+        """Closes the connection. Its senders and streams end with ClosedError, and the peers are notified.
 
         Then waits up to `drain` seconds (None: no limit) until nats-server has everything that was sent and the
-        handlers have returned. Raises Timeout, or Disconnected at once if there is no connection, when nats-server may
-        not have everything; the connection is closed all the same. At the end of a `with` block this is logged instead.
-        A second call has no effect, nor has a call in a forked child process.
+        handlers have returned. Raises PresenceTimeoutError, or DisconnectedError at once if there is no connection,
+        when nats-server may not have everything; the connection is closed all the same. At the end of a `with` block
+        this is logged instead. A second call has no effect, nor has a call in a forked child process.
         """
         status = self._close_now(drain_ms(drain))
         if status not in (_ffi.CLOSED, _ffi.FORKED):
@@ -401,7 +406,7 @@ def connect(url: str, *, on_event: OnEvent | None = None, **options: Option) -> 
     `on_event`: called with each ConnectionEvent, one at a time, in threads of the connection.
     `options`: those of presence_config_set in the C header, for example name, token, tls_ca_file, connect_timeout_ms,
     session_grace_ms. None leaves an option at its default.
-    Raises Invalid (URL, options), Disconnected (nats-server cannot be reached or refuses the connection), Timeout,
-    Forked.
+    Raises InvalidError (URL, options), DisconnectedError (nats-server cannot be reached or refuses the connection),
+    PresenceTimeoutError, ForkedError.
     """
     return Connection(url, on_event, options)

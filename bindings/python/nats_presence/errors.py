@@ -15,98 +15,98 @@ class PresenceError(Exception):
         self.message = message
 
 
-class Invalid(PresenceError, ValueError):
+class InvalidError(PresenceError, ValueError):
     """An argument is invalid: of a wrong type, not UTF-8, empty, too long, or with a character that is not allowed."""
 
     status = _ffi.INVALID
 
 
-class StreamStopped(PresenceError):
+class StreamStoppedError(PresenceError):
     """The stream was stopped before its end. A worker that catches it should stop its work: no one reads the stream.
 
-    This is the base class of Offline, Cancelled, PeerGone, Disconnected and Closed.
+    This is the base class of OfflineError, StreamCancelledError, PeerGoneError, DisconnectedError and ClosedError.
     """
 
 
-class Offline(StreamStopped):
+class OfflineError(StreamStoppedError):
     """The client is offline: it was marked offline in this process, or another process announced it."""
 
     status = _ffi.OFFLINE
 
 
-class Closed(StreamStopped):
+class ClosedError(StreamStoppedError):
     """The sender or stream has already ended, or the connection is closed."""
 
     status = _ffi.CLOSED
 
 
-class Cancelled(StreamStopped):
+class StreamCancelledError(StreamStoppedError):
     """The reader cancelled the stream. A worker also gets this if the client left before the stream had begun."""
 
     status = _ffi.CANCELLED
 
 
-class Disconnected(StreamStopped):
+class DisconnectedError(StreamStoppedError, ConnectionError):
     """There is no connection to nats-server at present, or it was lost while the stream ran."""
 
     status = _ffi.DISCONNECTED
 
 
-class PeerGone(StreamStopped):
+class PeerGoneError(StreamStoppedError, ConnectionError):
     """The process at the other end of the stream is gone: it was killed, hangs, or is cut off."""
 
     status = _ffi.PEER_GONE
 
 
-class Full(PresenceError):
+class FullError(PresenceError):
     """A buffer or a limit is full. A stream also ends with this if its reader was too slow."""
 
     status = _ffi.FULL
 
 
-class TooLarge(PresenceError):
+class TooLargeError(PresenceError, ValueError):
     """The message is larger than nats-server's max_payload allows."""
 
     status = _ffi.TOO_LARGE
 
 
-class Reserved(PresenceError):
+class ReservedError(PresenceError, ValueError):
     """The message begins with `__STREAM_END__` or `__STREAM_ERROR__`, which would end the stream for its reader."""
 
     status = _ffi.RESERVED
 
 
-class NoResponders(PresenceError):
+class NoRespondersError(PresenceError):
     """No worker serves the subject."""
 
     status = _ffi.NO_RESPONDERS
 
 
-class Busy(PresenceError):
+class BusyError(PresenceError):
     """Another thread or task is reading this stream, or the worker's service already has `max_streams` streams."""
 
     status = _ffi.BUSY
 
 
-class Timeout(PresenceError, TimeoutError):
+class PresenceTimeoutError(PresenceError, TimeoutError):
     """The operation did not finish within its timeout."""
 
     status = _ffi.TIMEOUT
 
 
-class Remote(PresenceError):
+class RemoteError(PresenceError):
     """The worker ended the stream with an error; `message` is its text."""
 
     status = _ffi.REMOTE
 
 
-class Forked(PresenceError):
+class ForkedError(PresenceError):
     """The object belongs to the parent of this forked process, or the parent connected before the fork."""
 
     status = _ffi.FORKED
 
 
-class Internal(PresenceError):
+class InternalError(PresenceError):
     """An internal error, which is a bug in the library. The library remains usable."""
 
     status = _ffi.INTERNAL
@@ -114,8 +114,8 @@ class Internal(PresenceError):
 
 _BY_STATUS = {
     kind.status: kind
-    for kind in [*PresenceError.__subclasses__(), *StreamStopped.__subclasses__()]
-    if kind is not StreamStopped
+    for kind in [*PresenceError.__subclasses__(), *StreamStoppedError.__subclasses__()]
+    if kind is not StreamStoppedError
 }
 
 
@@ -127,7 +127,7 @@ def status_text(status: int) -> str:
 
 def error(status: int, message: str) -> PresenceError:
     """Makes the exception for a status."""
-    return _BY_STATUS.get(status, Internal)(message or status_text(status))
+    return _BY_STATUS.get(status, InternalError)(message or status_text(status))
 
 
 def check(status: int, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctypes import byref, c_void_p
 
 from ._ffi import INVALID, lib
-from .errors import Invalid, check
+from .errors import InvalidError, check
 
 _RULE = "a client id must be a str of 1 to 1024 bytes of UTF-8 without control characters"
 
@@ -13,23 +13,23 @@ _RULE = "a client id must be a str of 1 to 1024 bytes of UTF-8 without control c
 def encode_id(client_id: str) -> bytes:
     """Encodes a client id. The library checks its length and characters."""
     if not isinstance(client_id, str):
-        raise Invalid(f"client id {client_id!r:.80}: {_RULE}")
+        raise InvalidError(f"client id {client_id!r:.80}: {_RULE}")
     try:
         return client_id.encode()
     except UnicodeEncodeError:
-        raise Invalid(f"client id {client_id!r:.80}: {_RULE}") from None
+        raise InvalidError(f"client id {client_id!r:.80}: {_RULE}") from None
 
 
 def _check(status: int, client_id: str) -> None:
     if status == INVALID:
-        raise Invalid(f"client id {client_id!r:.80}: {_RULE}")
+        raise InvalidError(f"client id {client_id!r:.80}: {_RULE}")
     check(status, f"client {client_id!r}")
 
 
 def mark_client_online(client_id: str) -> None:
     """Marks a client online in this process, until mark_client_offline is called here or another process announces it.
 
-    A second call has no effect, nor has the empty id. Raises Invalid.
+    A second call has no effect, nor has the empty id. Raises InvalidError.
     """
     raw = encode_id(client_id)
     _check(lib.presence_mark_online(raw, len(raw)), client_id)
@@ -39,7 +39,7 @@ def mark_client_offline(client_id: str) -> None:
     """Marks a client offline, and announces it to other processes on every open connection.
 
     When this returns, the client's senders and streams in this process are stopped and its sessions have ended. The
-    empty id has no effect. Raises Invalid.
+    empty id has no effect. Raises InvalidError.
     """
     raw = encode_id(client_id)
     _check(lib.presence_mark_offline(raw, len(raw)), client_id)
@@ -52,7 +52,7 @@ def is_client_online(client_id: str) -> bool:
     """
     try:
         raw = encode_id(client_id)
-    except Invalid:
+    except InvalidError:
         return False
     return bool(lib.presence_is_online(raw, len(raw)))
 
@@ -66,10 +66,10 @@ class Session:
     """A connection of a client to this process, such as a browser tab. The client is online while a session is open.
 
     When the client's last session in this process is closed, the streams that this process requested for the client end
-    with Offline, unless the client is also marked online. That happens at once, or after the option `session_grace_ms`
-    of connect(). Streams that other processes requested continue; mark_client_offline ends those as well. However, a
-    worker on level 0 can be stopped only by announcing the client offline to all processes: if one of the streams that
-    end here is on level 0, the client's streams at all other gateways end, too.
+    with OfflineError, unless the client is also marked online. That happens at once, or after the option
+    `session_grace_ms` of connect(). Streams that other processes requested continue; mark_client_offline ends those as
+    well. However, a worker on level 0 can be stopped only by announcing the client offline to all processes: if one of
+    the streams that end here is on level 0, the client's streams at all other gateways end, too.
     Dropping the last reference to a session closes it.
     """
 
@@ -105,7 +105,7 @@ class Session:
 
 
 def session(client_id: str) -> Session:
-    """Opens a session of a client. Close it with `with`, `async with` or close(). Raises Invalid.
+    """Opens a session of a client. Close it with `with`, `async with` or close(). Raises InvalidError.
 
     A session of the empty id has no effect.
     """

@@ -15,8 +15,8 @@ class Watch(QueueReader[PresenceEvent]):
     """An iterator of PresenceEvent: the clients that come online and go offline in this process from now on.
 
     It ends with close(), which may be called from any thread. Only one thread at a time may wait for an event; another
-    one gets Busy. Up to 65,536 unread events are kept and further ones are dropped: the iterator raises Full once,
-    after the kept events, and then goes on.
+    one gets BusyError. Up to 65,536 unread events are kept and further ones are dropped: the iterator raises FullError
+    once, after the kept events, and then goes on.
     """
 
     def __init__(self) -> None:

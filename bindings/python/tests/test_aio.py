@@ -21,18 +21,18 @@ from test_sync import AS_SENT, MIXED
 
 import nats_presence
 from nats_presence import (
-    Busy,
-    Cancelled,
-    Closed,
+    BusyError,
+    ClosedError,
     ConnectionEvent,
-    Disconnected,
-    Full,
-    NoResponders,
-    Offline,
+    DisconnectedError,
+    FullError,
+    NoRespondersError,
+    OfflineError,
     PresenceError,
-    Remote,
+    PresenceTimeoutError,
+    RemoteError,
     Request,
-    Timeout,
+    StreamCancelledError,
     aio,
     is_client_online,
     mark_client_offline,
@@ -108,7 +108,7 @@ def test_messages_arrive_in_order_and_complete(run: Callable[[Test], None]) -> N
         assert request.header("X-Model") == "small"
         assert sender.send_count == 1002
         assert sender.closed
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             await sender.send("late")
         assert await received(conn.stream("answers.two")) != []
         assert seen[1][0].client_id == ""
@@ -210,10 +210,10 @@ def test_a_client_that_leaves_cancels_its_handler(run: Callable[[Test], None]) -
         stream = conn.stream("answers", client_id="tab")
         assert await stream.__anext__() == b"begun"
         mark_client_offline("tab")
-        assert isinstance(await failure(stream), Offline)
+        assert isinstance(await failure(stream), OfflineError)
         assert await outcome.get() == "client is offline"
         refused = await outcome.get()
-        assert isinstance(refused, Offline)
+        assert isinstance(refused, OfflineError)
         assert "'tab'" in refused.message
 
     run(test)
@@ -228,7 +228,7 @@ async def leave_the_loop(conn: Connection) -> None:
 async def leave_the_block(conn: Connection) -> None:
     async with conn.stream("answers", client_id="tab") as stream:
         await stream.__anext__()
-    assert isinstance(await failure(stream), Cancelled)
+    assert isinstance(await failure(stream), StreamCancelledError)
     stream.cancel()
 
 
@@ -250,7 +250,7 @@ def test_leaving_a_stream_stops_its_sender(run: Callable[[Test], None], lanes: b
             try:
                 await send_for_ever(request, sender)
             finally:
-                assert sender.status == (Cancelled if lanes else Offline).status
+                assert sender.status == (StreamCancelledError if lanes else OfflineError).status
                 stopped.set()
 
         await leave(conn)
@@ -273,7 +273,7 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
         stream = conn.stream("answers")
         assert await stream.__anext__() == b"part"
         error = await failure(stream)
-        assert isinstance(error, Remote)
+        assert isinstance(error, RemoteError)
         assert error.message == ("no such model: ü, password=hunter2" if send_errors else "the handler failed")
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert "hunter2" in caplog.text
@@ -287,7 +287,7 @@ def test_a_handler_that_cancels_itself_ends_its_stream(run: Callable[[Test], Non
         async def handler(request: Request, sender: Sender) -> None:
             raise asyncio.CancelledError
 
-        assert isinstance(await failure(conn.stream("answers")), Remote)
+        assert isinstance(await failure(conn.stream("answers")), RemoteError)
 
     run(test)
 
@@ -313,7 +313,7 @@ def test_a_detached_sender_answers_later_from_another_task(run: Callable[[Test],
 
         stream = conn.stream("answers")
         error = await failure(conn.stream("forgotten"))
-        assert isinstance(error, Remote)
+        assert isinstance(error, RemoteError)
         assert "unfinished" in error.message
         returned.set()
         assert await received(stream) == [b"late"]
@@ -324,7 +324,7 @@ def test_a_detached_sender_answers_later_from_another_task(run: Callable[[Test],
 
 def test_no_responders_busy_and_timeout(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
-        assert isinstance(await failure(conn.stream("nobody")), NoResponders)
+        assert isinstance(await failure(conn.stream("nobody")), NoRespondersError)
         stopped = asyncio.Event()
 
         @conn.service("answers", max_streams=1)
@@ -338,9 +338,9 @@ def test_no_responders_busy_and_timeout(run: Callable[[Test], None]) -> None:
         stream = conn.stream("answers", client_id="tab", timeout=0.2)
         assert await stream.__anext__() == b"begun"
         busy = await failure(conn.stream("answers"))
-        assert isinstance(busy, (Busy, Remote))
+        assert isinstance(busy, (BusyError, RemoteError))
         assert "busy" in busy.message
-        assert isinstance(await failure(stream), Timeout)
+        assert isinstance(await failure(stream), PresenceTimeoutError)
         await asyncio.wait_for(stopped.wait(), LIMIT)
 
     run(test)
@@ -364,7 +364,7 @@ def test_on_level_0_only_the_slow_readers_stream_ends(run: Callable[[Test], None
         assert [await fast.__anext__() for _ in range(10)] == [b"x" * 1000] * 10
         await asyncio.wait_for(stopped.wait(), LIMIT)
         assert [await slow.__anext__() for _ in range(5)] == [b"x" * 1000] * 5
-        assert isinstance(await failure(slow), Full)
+        assert isinstance(await failure(slow), FullError)
         assert not fast._ended
         fast.cancel()
 
@@ -429,11 +429,13 @@ def test_send_waits_until_writable_without_blocking_the_loop(server: Server, lan
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
+@pytest.mark.parametrize(("closes", "reads"), [("gateway", ClosedError), ("worker", RemoteError)])
 def test_close_ends_every_stream_and_handler_once(
     url: str, lanes: bool, closes: str, reads: type[PresenceError]
 ) -> None:
-    worker_gets: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
+    worker_gets: type[PresenceError] = (
+        ClosedError if closes == "worker" else StreamCancelledError if lanes else OfflineError
+    )
 
     async def main() -> None:
         ended: list[int] = []
@@ -507,8 +509,11 @@ def test_a_cancelled_close_continues(server: Server) -> None:
             finally:
                 server.process.send_signal(signal.SIGCONT)
             await conn.close()
-            assert ended in ([Closed.status], [Cancelled.status])  # The reader's end is on the same connection.
-            assert isinstance(await failure(stream), Closed)
+            assert ended in (
+                [ClosedError.status],
+                [StreamCancelledError.status],
+            )  # The reader's end is on the same connection.
+            assert isinstance(await failure(stream), ClosedError)
 
     asyncio.run(asyncio.wait_for(main(), LIMIT))
 
@@ -550,15 +555,15 @@ def test_use_after_close(url: str) -> None:
         await conn.close()
         await conn.run()
         stream.cancel()
-        assert isinstance(await failure(stream), Closed)
+        assert isinstance(await failure(stream), ClosedError)
         conn.stop()
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             conn.stats()
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             conn.stream("answers")
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             conn.service("answers")(handler)
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             await conn.listen_offline()
 
     asyncio.run(main())
@@ -572,7 +577,7 @@ def test_a_handler_can_close_the_connection(url: str) -> None:
             async def handler(request: Request, sender: Sender) -> None:
                 await conn.close()
 
-            assert isinstance(await failure(conn.stream("answers")), Closed)
+            assert isinstance(await failure(conn.stream("answers")), ClosedError)
             await conn.run()
 
     asyncio.run(asyncio.wait_for(main(), LIMIT))
@@ -592,7 +597,7 @@ def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
         assert await stream.__anext__() == b"begun"
         running = asyncio.create_task(conn.run())
         conn.stop()
-        assert isinstance(await failure(conn.stream("answers")), (NoResponders, Remote))
+        assert isinstance(await failure(conn.stream("answers")), (NoRespondersError, RemoteError))
         assert not running.done()
         go.set()
         assert await received(stream) == [b"done"]
@@ -605,7 +610,7 @@ def test_a_service_started_after_stop_takes_no_requests(run: Callable[[Test], No
     async def test(conn: Connection) -> None:
         conn.stop()
         conn.service("answers")(send_for_ever)
-        assert isinstance(await failure(conn.stream("answers")), NoResponders)
+        assert isinstance(await failure(conn.stream("answers")), NoRespondersError)
         await conn.run()
 
     run(test)
@@ -624,7 +629,7 @@ def test_connection_events(server: Server) -> None:
             stream = conn.stream("nobody.answers.yet", retries=100000)
             server.stop()
             assert await next_except_log() == "disconnected"
-            assert isinstance(await failure(stream), Disconnected)
+            assert isinstance(await failure(stream), DisconnectedError)
             server.start()
             assert await next_except_log() == "connected"
 
@@ -729,7 +734,7 @@ def test_serving_does_not_block_the_loop(server: Server) -> None:
                 async with conn.stream(subject, retries=1000, retry_delay_ms=10) as stream:
                     assert await stream.next() == b"more"
             await until(lambda: len(conn._services) == 2 and len(conn._handlers) == 2)
-            assert isinstance(await failure(conn.stream("given.up")), NoResponders)
+            assert isinstance(await failure(conn.stream("given.up")), NoRespondersError)
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
@@ -765,7 +770,7 @@ def test_no_call_blocks_the_loop(server: Server) -> None:
                 outcomes = [type(outcome) for outcome in await waiting]
             finally:
                 server.process.send_signal(signal.SIGCONT)
-        assert outcomes == [Timeout, Timeout, Timeout, Timeout]
+        assert outcomes == [PresenceTimeoutError, PresenceTimeoutError, PresenceTimeoutError, PresenceTimeoutError]
         assert pauses.longest < 0.5
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
@@ -782,7 +787,7 @@ def test_run_raises_the_error_of_a_decorated_service(server: Server, caplog: pyt
             server.process.send_signal(signal.SIGSTOP)
             conn.service("decorated.too")(send_for_ever)
             try:
-                with pytest.raises(Timeout):
+                with pytest.raises(PresenceTimeoutError):
                     await conn.run()
             finally:
                 server.process.send_signal(signal.SIGCONT)
@@ -873,5 +878,5 @@ def test_a_failed_close_at_the_end_of_the_block_is_logged(server: Server, caplog
     conn = nats_presence.connect(server.url)
     server.stop()
     sync_until(lambda: not conn.stats()["connected"])
-    with pytest.raises(Disconnected):
+    with pytest.raises(DisconnectedError):
         conn.close()

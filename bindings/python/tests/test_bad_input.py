@@ -13,7 +13,16 @@ from conftest import LIMIT, Server, until
 from test_presence import BAD_IDS
 
 import nats_presence
-from nats_presence import Connection, Disconnected, Invalid, PresenceError, Reserved, TooLarge, aio, online_count
+from nats_presence import (
+    Connection,
+    DisconnectedError,
+    InvalidError,
+    PresenceError,
+    ReservedError,
+    TooLargeError,
+    aio,
+    online_count,
+)
 from nats_presence._arguments import Option
 
 
@@ -42,7 +51,7 @@ def check(caught: pytest.ExceptionInfo[PresenceError], *expected: str) -> None:
 
 @pytest.mark.parametrize("client", [*BAD_IDS, " white space around "])
 def test_invalid_client_ids(conn: Connection, client: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.stream("answers", client_id=client)
     check(caught, "client id")
 
@@ -57,48 +66,48 @@ SUBJECTS = [None, 3, b"x", "", "a b", "a\r\nb", "a\tb", "\0", "a\0b", "a\ud800",
 
 @pytest.mark.parametrize("subject", [*SUBJECTS, "a.*", "a.>"])
 def test_invalid_subjects_of_requests(conn: Connection, subject: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.stream(subject)
     check(caught, "subject")
 
 
 @pytest.mark.parametrize("subject", [*SUBJECTS, "a.>.b"])
 def test_invalid_subjects_of_services(conn: Connection, subject: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.service(subject)(lambda request, sender: None)
     check(caught, "subject")
 
 
 @pytest.mark.parametrize("queue", [None, "a b", "a\nb", "\0"])
 def test_invalid_queue_groups(conn: Connection, queue: Any) -> None:
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidError):
         conn.service("answers", queue=queue)(lambda request, sender: None)
 
 
 @pytest.mark.parametrize("numbers", [{"max_streams": -1}, {"max_streams": 2**32}, {"max_streams": "2"}, {"threads": 0}])
 def test_invalid_numbers_of_a_service(conn: Connection, numbers: dict[str, Any]) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.service("answers", **numbers)(lambda request, sender: None)
     check(caught, *numbers, *map(repr, numbers.values()))
 
 
 @pytest.mark.parametrize("data", [None, 7, ["a"], "a\ud800"])
 def test_payloads_of_a_wrong_type(conn: Connection, data: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.stream("answers", data)
     check(caught, f"payload {data!r}")
 
 
 Refusals = list[tuple[Any, type[PresenceError], str]]
 INVALID_PAYLOADS: Refusals = [
-    (None, Invalid, "payload None"),
-    (7, Invalid, "payload 7"),
-    ("\ud800", Invalid, "cannot be encoded as UTF-8"),
+    (None, InvalidError, "payload None"),
+    (7, InvalidError, "payload 7"),
+    ("\ud800", InvalidError, "cannot be encoded as UTF-8"),
 ]
 MARKERS: Refusals = [
-    ("__STREAM_END__", Reserved, "marker"),
-    (b"__STREAM_END__ and more", Reserved, "marker"),
-    ("__STREAM_ERROR__:why", Reserved, "marker"),
+    ("__STREAM_END__", ReservedError, "marker"),
+    (b"__STREAM_END__ and more", ReservedError, "marker"),
+    ("__STREAM_ERROR__:why", ReservedError, "marker"),
 ]
 MAX_PAYLOAD = 1 << 20
 RESERVE = 64
@@ -109,7 +118,7 @@ def refuse(conn: Connection, max_size: int, refused: Refusals) -> None:
 
     @conn.service("answers")
     def handler(request: nats_presence.Request, sender: nats_presence.Sender) -> None:
-        too_large: Refusals = [(b"x" * (max_size + 1), TooLarge, f"{max_size + 1} bytes")]
+        too_large: Refusals = [(b"x" * (max_size + 1), TooLargeError, f"{max_size + 1} bytes")]
         for data, kind, expected in refused + too_large:
             for send in (
                 sender.send,
@@ -119,10 +128,10 @@ def refuse(conn: Connection, max_size: int, refused: Refusals) -> None:
                 with pytest.raises(kind) as caught:
                     send(data)
                 check(caught, expected)
-        with pytest.raises(Invalid):
+        with pytest.raises(InvalidError):
             sender.send_many([b"x", None])  # type: ignore[list-item]
         for name in (None, "a\0b"):
-            with pytest.raises(Invalid, match="header"):
+            with pytest.raises(InvalidError, match="header"):
                 request.header(name)  # type: ignore[arg-type]
         assert sender.send_count == 0
         assert not sender.closed
@@ -145,10 +154,10 @@ def test_a_lane_carries_markers(conn: Connection) -> None:
 
 
 def test_a_request_over_max_payload(conn: Connection, conn_without_lanes: Connection) -> None:
-    with pytest.raises(TooLarge) as caught:
+    with pytest.raises(TooLargeError) as caught:
         conn_without_lanes.stream("answers", b"x" * (MAX_PAYLOAD + 1))
     check(caught, str(MAX_PAYLOAD + 1), str(MAX_PAYLOAD))
-    with pytest.raises(TooLarge) as caught:
+    with pytest.raises(TooLargeError) as caught:
         conn.stream("answers", b"x" * MAX_PAYLOAD)  # The header that offers a lane counts, too.
     check(caught, "headers", str(MAX_PAYLOAD))
 
@@ -176,7 +185,7 @@ REQUEST_OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "expected"), REQUEST_OPTIONS)
 def test_invalid_options_of_a_request(conn: Connection, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.stream("answers", **options)
     check(caught, expected)
 
@@ -199,7 +208,7 @@ CONNECT_OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "expected"), CONNECT_OPTIONS)
 def test_invalid_options_of_a_connection(url: str, options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         nats_presence.connect(url, **options)
     check(caught, expected)
 
@@ -213,7 +222,7 @@ def test_valid_options_of_a_connection(url: str) -> None:
 
 @pytest.mark.parametrize("url", [None, 4222, "", "nats://", "http://a", "nats://a:99999", "nats://a b", "nats://a\0"])
 def test_malformed_urls(url: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         nats_presence.connect(url)
     check(caught, "URL" if isinstance(url, str) and "\0" not in url else "url")
 
@@ -221,7 +230,7 @@ def test_malformed_urls(url: Any) -> None:
 def test_connecting_to_an_unreachable_server(server: Server) -> None:
     server.stop()
     for _ in range(2):
-        with pytest.raises(Disconnected) as caught:
+        with pytest.raises(DisconnectedError) as caught:
             nats_presence.connect(server.url, connect_timeout_ms=int(LIMIT * 1000))
         check(caught, str(server.port))
 
@@ -229,7 +238,7 @@ def test_connecting_to_an_unreachable_server(server: Server) -> None:
         async with aio.connect(server.url):
             pass
 
-    with pytest.raises(Disconnected):
+    with pytest.raises(DisconnectedError):
         asyncio.run(main())
 
 
@@ -246,7 +255,7 @@ def test_wrong_credentials_are_refused_and_not_shown(tmp_path: Path) -> None:
             (at, {}),
         ]
         for url, options in attempts:
-            with pytest.raises(Disconnected) as caught:
+            with pytest.raises(DisconnectedError) as caught:
                 nats_presence.connect(url, **options)  # type: ignore[arg-type]
             assert "secret" not in caught.value.message
     finally:
@@ -265,7 +274,7 @@ def test_no_message_shows_a_secret(conn: Connection, url: str, value: Any) -> No
         attempts.append((f"option {option}", partial(nats_presence.connect, url, **{option: value})))
     attempts.append(("option header.X", lambda: conn.stream("answers", headers={"X": value})))
     for expected, attempt in attempts:
-        with pytest.raises(Invalid) as caught:
+        with pytest.raises(InvalidError) as caught:
             attempt()
         check(caught, expected)
         assert SECRET not in caught.value.message
@@ -281,13 +290,13 @@ def test_options_and_headers_take_text_numbers_and_paths(conn: Connection, tmp_p
 
     got = [message.decode() for message in conn.stream("answers", headers=sent)]
     assert got == ["ü", "3", "0.5", "true", str(tmp_path), "None"]
-    with pytest.raises(Invalid, match="tls_ca_file"):
+    with pytest.raises(InvalidError, match="tls_ca_file"):
         nats_presence.connect("tls://127.0.0.1", tls_ca_file=tmp_path / "none.pem")
 
 
 @pytest.mark.parametrize("drain", [-1, float("nan"), "5"])
 def test_invalid_drain_times(conn: Connection, drain: Any) -> None:
-    with pytest.raises(Invalid) as caught:
+    with pytest.raises(InvalidError) as caught:
         conn.close(drain)
     check(caught, f"drain {drain!r}")
     assert conn.stats()["connected"] == 1
@@ -315,24 +324,24 @@ def test_asyncio_refuses_the_same_input(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
             for subject in (None, "", "a b", "a\0b"):
-                with pytest.raises(Invalid, match="subject"):
+                with pytest.raises(InvalidError, match="subject"):
                     conn.stream(subject)  # type: ignore[arg-type]
-                with pytest.raises(Invalid, match="subject"):
+                with pytest.raises(InvalidError, match="subject"):
                     conn.service(subject)(None)  # type: ignore[arg-type]
             for client in BAD_IDS:
-                with pytest.raises(Invalid, match="client id"):
+                with pytest.raises(InvalidError, match="client id"):
                     conn.stream("answers", client_id=client)  # type: ignore[arg-type]
             for options, expected in REQUEST_OPTIONS:
-                with pytest.raises(Invalid, match=expected):
+                with pytest.raises(InvalidError, match=expected):
                     conn.stream("answers", **options)
-            with pytest.raises(Invalid, match="drain"):
+            with pytest.raises(InvalidError, match="drain"):
                 await conn.close(-1)
 
             @conn.service("answers")
             async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
-                with pytest.raises(TooLarge):
+                with pytest.raises(TooLargeError):
                     await sender.send(b"x" * MAX_PAYLOAD)
-                with pytest.raises(TooLarge):
+                with pytest.raises(TooLargeError):
                     await sender.send_many([b"x" * MAX_PAYLOAD, b"x"])
                 for data, kind, expected in INVALID_PAYLOADS:
                     with pytest.raises(kind, match=expected):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import os
 import re
@@ -190,10 +191,22 @@ def test_each_status_has_an_exception() -> None:
     statuses = {v: n for n, v in vars(_ffi).items() if n.isupper() and isinstance(v, int) and v < 0}
     for status, name in statuses.items():
         failure = errors.error(status, "why")
-        assert type(failure).__name__.lower() == name.replace("_", "").lower()
+        words = {"CANCELLED": "STREAM_CANCELLED", "TIMEOUT": "PRESENCE_TIMEOUT"}.get(name, name)
+        assert type(failure).__name__.lower() == words.replace("_", "").lower() + "error"
         assert (failure.status, failure.message, str(failure)) == (status, "why", "why")
         assert type(failure).__name__ in nats_presence.__all__
-    assert isinstance(errors.error(-99, "?"), nats_presence.Internal)
+    assert isinstance(errors.error(-99, "?"), nats_presence.InternalError)
+
+
+def test_exceptions_are_the_builtins_that_programs_catch() -> None:
+    expected = {
+        TimeoutError: {_ffi.TIMEOUT},
+        ConnectionError: {_ffi.DISCONNECTED, _ffi.PEER_GONE},
+        ValueError: {_ffi.INVALID, _ffi.TOO_LARGE, _ffi.RESERVED},
+    }
+    for builtin, statuses in expected.items():
+        assert {status for status in range(-15, 0) if isinstance(errors.error(status, "why"), builtin)} == statuses
+    assert set(nats_presence.__all__).isdisjoint(dir(builtins))
 
 
 def test_version_matches_the_library() -> None:

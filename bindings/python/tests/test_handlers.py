@@ -12,7 +12,7 @@ import pytest
 from conftest import LIMIT
 
 import nats_presence
-from nats_presence import Connection, Invalid, Remote, aio
+from nats_presence import Connection, InvalidError, RemoteError, aio
 from nats_presence._arguments import Payload
 
 
@@ -57,8 +57,8 @@ def variants(handler: Callable[..., Any]) -> list[Any]:
 def test_threads_refuse_async_handlers(conn: Connection, handler: Any) -> None:
     with pytest.raises(TypeError, match=r"aio\.connect") as caught:
         conn.service("answers")(handler)
-    assert isinstance(caught.value, Invalid)
-    assert isinstance(failure(conn, "answers"), nats_presence.NoResponders)
+    assert isinstance(caught.value, InvalidError)
+    assert isinstance(failure(conn, "answers"), nats_presence.NoRespondersError)
 
 
 @pytest.mark.parametrize("handler", variants(generator))
@@ -102,7 +102,7 @@ def test_a_decorator_without_parentheses_is_refused(conn: Connection, url: str) 
 
 @pytest.mark.parametrize("subject", [None, 7, b"bytes", "a\0b"])
 def test_an_invalid_subject_is_refused_before_decorating(conn: Connection, subject: Any) -> None:
-    with pytest.raises(Invalid, match="subject"):
+    with pytest.raises(InvalidError, match="subject"):
         conn.service(subject)
 
 
@@ -127,7 +127,7 @@ def test_a_result_of_a_threaded_handler_is_not_dropped_silently(
     conn: Connection, handler: Callable[[Any, Any], object], caplog: pytest.LogCaptureFixture
 ) -> None:
     conn.service("answers")(handler)
-    assert isinstance(failure(conn, "answers"), Remote)
+    assert isinstance(failure(conn, "answers"), RemoteError)
     conn.close()
     assert "the handler returned a" in caplog.text
 
@@ -147,7 +147,7 @@ def test_a_result_of_an_asyncio_handler_is_not_dropped_silently(
         elif handler is RETURNED["async generator"]:
             assert [message async for message in conn.stream("answers")] == [b"never"]
         else:
-            with pytest.raises(Remote):
+            with pytest.raises(RemoteError):
                 await conn.stream("answers").next()
             assert "the handler returned a" in caplog.text
 
@@ -173,7 +173,7 @@ def test_a_generator_as_a_handler(conn: Connection) -> None:
         assert list(conn.stream(subject, "0")) == []
     stream = conn.stream("answers", "1", client_id="tab")
     assert next(stream) == b"0"
-    with pytest.raises(Remote, match="the handler failed"):
+    with pytest.raises(RemoteError, match="the handler failed"):
         next(stream)
     assert ended == ["", "", "", "", "tab"]
 

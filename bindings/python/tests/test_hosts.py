@@ -33,7 +33,7 @@ def app(environ, start_response):
         if conn is None:
             conn = nats_presence.connect(os.environ["URL"])
         body = b"".join(conn.stream("answers", client_id="tab"))
-    except nats_presence.Forked as forked:
+    except nats_presence.ForkedError as forked:
         start_response("500 Forked", [])
         return [str(forked).encode()]
     start_response("200 OK", [])
@@ -243,7 +243,7 @@ with nats_presence.connect(url) as conn:
     try:
         nats_presence.connect(url)
     except nats_presence.PresenceError as refused:
-        assert isinstance(refused, (nats_presence.Full, nats_presence.Disconnected)), refused
+        assert isinstance(refused, (nats_presence.FullError, nats_presence.DisconnectedError)), refused
     else:
         raise AssertionError("connected without a descriptor")
     assert list(conn.stream("answers")) == [b"from ", b"afar"]

@@ -19,15 +19,15 @@ from conftest import LIMIT, Server, environment, until, waits
 
 import nats_presence
 from nats_presence import (
-    Cancelled,
-    Closed,
+    ClosedError,
     Connection,
     ConnectionEvent,
-    PeerGone,
+    PeerGoneError,
     PresenceError,
     Request,
     Sender,
     Stream,
+    StreamCancelledError,
     aio,
     is_client_online,
     online_count,
@@ -218,7 +218,7 @@ def test_a_waiting_send_can_be_cancelled_or_ended(url: str) -> None:
         await until_aio(lambda: waits(two))
         sent = sender.send_count
         sender.end()
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             await asyncio.wait_for(two, LIMIT)
         rest = await received(stream)
         assert len(rest) < sent == sender.send_count
@@ -255,7 +255,7 @@ def test_waiting_sends_and_reads_release_the_gil(conn: Connection) -> None:
     assert time.monotonic() - began < 1, "a waiting call keeps the GIL"
     silent.cancel()
     slow.cancel()
-    assert isinstance(outcome.get(timeout=LIMIT), Cancelled)
+    assert isinstance(outcome.get(timeout=LIMIT), StreamCancelledError)
     reader.join()
 
 
@@ -293,7 +293,7 @@ def test_cancelling_a_stream_stops_only_its_sender(conn: Connection, end: Callab
     del streams[b"two"]
     data, refused = stopped.get(timeout=LIMIT)
     assert data == b"two"
-    assert isinstance(refused, Cancelled)
+    assert isinstance(refused, StreamCancelledError)
     assert is_client_online("tab")
     go.set()
     for stream in streams.values():
@@ -315,11 +315,11 @@ def test_a_timeout_stops_only_its_sender(conn: Connection) -> None:
             stopped.put((request.data, refused))
 
     stays = conn.stream("answers", b"stays", client_id="tab")
-    with pytest.raises(nats_presence.Timeout):
+    with pytest.raises(nats_presence.PresenceTimeoutError):
         list(conn.stream("answers", b"is late", client_id="tab", timeout=0.1))
     data, refused = stopped.get(timeout=LIMIT)
     assert data == b"is late"
-    assert isinstance(refused, Cancelled)
+    assert isinstance(refused, StreamCancelledError)
     assert [next(stays) for _ in range(3)] == [b"more"] * 3
     assert stopped.empty()
 
@@ -341,7 +341,7 @@ def test_a_reader_that_leaves_cancels_only_its_handler(url: str) -> None:
         async for _ in conn.stream("answers", b"leaves", client_id="tab"):
             break
         await until_aio(lambda: stopped)
-        assert stopped == [(b"leaves", Cancelled.status)]
+        assert stopped == [(b"leaves", StreamCancelledError.status)]
         for _ in range(3):
             assert await stays.__anext__() == b"more"
         assert len(stopped) == 1
@@ -489,7 +489,7 @@ def die(peer: Peer, death: str, wait_until_detected: Callable[[], object]) -> No
     assert at_least <= time.monotonic() - began < LIMIT
     if sent == signal.SIGSTOP:
         peer.process.send_signal(signal.SIGCONT)
-        assert peer.read() == "PeerGone"
+        assert peer.read() == "PeerGoneError"
 
 
 def in_a_loop(url: str, test: Callable[[aio.Connection], Awaitable[None]]) -> None:
@@ -507,7 +507,7 @@ def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) ->
         assert worker.read() == "ready"
 
         def read(stream: Stream) -> None:
-            with pytest.raises(PeerGone):
+            with pytest.raises(PeerGoneError):
                 list(stream)
 
         async def read_in_a_loop(conn: aio.Connection) -> None:
@@ -516,7 +516,7 @@ def test_a_worker_that_dies_ends_its_streams(url: str, side: str, death: str) ->
             reader = asyncio.create_task(received(stream))
             dying = asyncio.to_thread(die, worker, death, lambda: until(reader.done))
             await dying
-            with pytest.raises(PeerGone):
+            with pytest.raises(PeerGoneError):
                 await reader
 
         if side == "asyncio":
@@ -539,7 +539,7 @@ def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) 
             while True:
                 sender.send("more")
                 time.sleep(0.01)
-        except PeerGone:
+        except PeerGoneError:
             stopped.put(sender.status)
 
     async def answer_in_a_loop(request: Request, sender: aio.Sender) -> None:
@@ -555,7 +555,7 @@ def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) 
             assert gateway.read() == "ready"
             assert is_client_online("tab")
             die(gateway, death, lambda: until(lambda: not stopped.empty()))
-        assert stopped.get() == PeerGone.status
+        assert stopped.get() == PeerGoneError.status
         assert stopped.empty()
         until(lambda: online_count() == 0)
 

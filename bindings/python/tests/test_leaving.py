@@ -19,7 +19,7 @@ from test_aio import failure
 from test_process import SETUP, finish, ready
 
 import nats_presence
-from nats_presence import Busy, Cancelled, Closed, Remote, Timeout, aio
+from nats_presence import BusyError, ClosedError, PresenceTimeoutError, RemoteError, StreamCancelledError, aio
 
 Reader = Callable[[aio.Connection], Coroutine[Any, Any, object]]
 
@@ -239,8 +239,8 @@ def test_leaving_the_block_stops_the_worker(
                 assert message == b"first"
                 break
         await worker.wait(worker.stopped)
-        assert isinstance(await failure(stream), Cancelled)
-        with pytest.raises(Closed):
+        assert isinstance(await failure(stream), StreamCancelledError)
+        with pytest.raises(ClosedError):
             await stream.next()
 
     run(url, lanes, main)
@@ -257,7 +257,7 @@ def test_cancelling_a_former_reader_does_not_cancel_the_stream(worker: Worker, u
             await asyncio.sleep(3600)
 
         async def wait_a_little() -> None:
-            with pytest.raises(Timeout):
+            with pytest.raises(PresenceTimeoutError):
                 await stream.next(timeout=0.01)
 
         beginner = asyncio.create_task(begin())
@@ -292,9 +292,9 @@ def test_next_raises_closed_after_the_stream_failed(worker: Worker, url: str, la
     async def main(conn: aio.Connection) -> None:
         stream = conn.stream("answers", client_id="tab", timeout=0.2)
         assert await stream.next() == b"first"
-        with pytest.raises(Timeout):  # The timeout of the stream, not of next().
+        with pytest.raises(PresenceTimeoutError):  # The timeout of the stream, not of next().
             await stream.next(LIMIT)
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             await stream.next(LIMIT)
 
     run(url, lanes, main)
@@ -307,7 +307,7 @@ def test_a_second_reading_task_gets_busy(worker: Worker, url: str, lanes: bool) 
         reader = asyncio.create_task(stream.next())
         await asyncio.sleep(0)
         for reading in (stream.next(), stream.__anext__(), stream.next(0.01)):
-            with pytest.raises(Busy):
+            with pytest.raises(BusyError):
                 await reading
         worker.go.set()
         assert await reader == b"second"
@@ -329,9 +329,9 @@ def test_the_waiting_task_gets_the_end(url: str) -> None:
         while not stream._ended:  # noqa: ASYNC110
             await asyncio.sleep(0)
         if not reader.done():
-            with pytest.raises(Busy):
+            with pytest.raises(BusyError):
                 await stream.__anext__()
-        with pytest.raises(Remote, match="why"):
+        with pytest.raises(RemoteError, match="why"):
             await reader
 
     run(url, True, main)
@@ -408,9 +408,9 @@ def test_next_in_a_thread_can_be_called_again_after_its_timeout(worker: Worker, 
         assert stream.next(LIMIT) is None
         assert stream.next() is None
         failed = conn.stream("nobody")
-        with pytest.raises(nats_presence.NoResponders):
+        with pytest.raises(nats_presence.NoRespondersError):
             failed.next()
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             failed.next()
 
 

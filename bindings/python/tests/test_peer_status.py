@@ -10,7 +10,7 @@ from conftest import LIMIT, run_python
 from test_process import SETUP, ready
 
 import nats_presence
-from nats_presence import Busy, Offline, PresenceError, aio
+from nats_presence import BusyError, OfflineError, PresenceError, aio
 
 WORKER = """
 with nats_presence.connect(url, announce="never", lanes={lanes}) as conn:
@@ -37,23 +37,23 @@ def worker(url: str, lanes: bool) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("worker")
-@pytest.mark.parametrize(("subject", "kind"), [("offline", Offline), ("busy", Busy)])
+@pytest.mark.parametrize(("subject", "kind"), [("offline", OfflineError), ("busy", BusyError)])
 def test_the_peers_status_is_raised_in_threads(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
     with nats_presence.connect(url, lanes=lanes) as conn:
         first = conn.stream(subject, client_id="tab", timeout=LIMIT)
-        if kind is Busy:
+        if kind is BusyError:
             assert next(first) == b"begun"
         with pytest.raises(kind):
             list(conn.stream(subject, client_id="other tab", timeout=LIMIT))
 
 
 @pytest.mark.usefixtures("worker")
-@pytest.mark.parametrize(("subject", "kind"), [("offline", Offline), ("busy", Busy)])
+@pytest.mark.parametrize(("subject", "kind"), [("offline", OfflineError), ("busy", BusyError)])
 def test_the_peers_status_is_raised_in_asyncio(url: str, lanes: bool, subject: str, kind: type[PresenceError]) -> None:
     async def main() -> None:
         async with aio.connect(url, lanes=lanes) as conn:
             first = conn.stream(subject, client_id="tab", timeout=LIMIT)
-            if kind is Busy:
+            if kind is BusyError:
                 assert await first.next() == b"begun"
             with pytest.raises(kind):
                 await conn.stream(subject, client_id="other tab", timeout=LIMIT).next()

@@ -12,7 +12,7 @@ import pytest
 from conftest import LIMIT, Server
 
 import nats_presence
-from nats_presence import ConnectionEvent, Disconnected, aio
+from nats_presence import ConnectionEvent, DisconnectedError, aio
 
 USER = 'authorization {{ users: [{{ user: u, password: p, permissions: {{ publish: ">", subscribe: [{}] }} }}] }}'
 ALWAYS = '"_INBOX.>", "client.offline"'
@@ -40,7 +40,7 @@ def test_a_refused_service_is_accepted_again(restricted: Server) -> None:
     with nats_presence.connect(
         restricted.url, user="u", password="p", reconnect_max_ms=100, on_event=events.put
     ) as conn:
-        with pytest.raises(Disconnected, match="Permissions Violation"):
+        with pytest.raises(DisconnectedError, match="Permissions Violation"):
             conn.service("other")(lambda request, sender: None)
         conn.service("work")(lambda request, sender: sender.send("done"))
         for subjects, kind in [(ALWAYS, "disconnected"), (MORE, "connected")]:
@@ -59,7 +59,7 @@ def test_a_refused_asyncio_service_is_accepted_again(restricted: Server) -> None
             async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
                 await sender.send("done")
 
-            with pytest.raises(Disconnected, match="Permissions Violation"):
+            with pytest.raises(DisconnectedError, match="Permissions Violation"):
                 await conn.serve("other", handler)
             await conn.serve("work", handler)
             for subjects, kind in [(ALWAYS, "disconnected"), (MORE, "connected")]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 import nats_presence
-from nats_presence import Invalid, is_client_online, mark_client_offline, mark_client_online, online_count, session
+from nats_presence import InvalidError, is_client_online, mark_client_offline, mark_client_online, online_count, session
 
 BAD_IDS = [None, 7, b"id", "x" * 1025, "é" * 513, "a\ud800", "a\nb", "a\x85", "\0", "a\0b"]
 
@@ -44,7 +44,7 @@ def test_the_empty_id_is_always_online() -> None:
 @pytest.mark.parametrize("client", BAD_IDS)
 def test_invalid_client_ids_are_refused(client: str) -> None:
     for function in (mark_client_online, mark_client_offline, session):
-        with pytest.raises(Invalid) as caught:
+        with pytest.raises(InvalidError) as caught:
             function(client)
         assert f"client id {client!r:.80}" in caught.value.message
         assert "1 to 1024 bytes of UTF-8 without control characters" in caught.value.message

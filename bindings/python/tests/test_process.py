@@ -11,7 +11,7 @@ import pytest
 from conftest import LIMIT, run_python
 
 import nats_presence
-from nats_presence import Cancelled, Connection, Disconnected, Offline, PresenceError, Remote
+from nats_presence import Connection, DisconnectedError, OfflineError, PresenceError, RemoteError, StreamCancelledError
 
 # If the tests run in the background, SIGINT may be ignored, which child processes inherit.
 SETUP = """
@@ -215,7 +215,7 @@ next(stream)
 def read():
     try:
         list(stream)
-    except nats_presence.Closed:
+    except nats_presence.ClosedError:
         pass
 threading.Thread(target=read, daemon=True).start()
 print("ready", flush=True)
@@ -265,7 +265,7 @@ def test_exit_with_streams_open(url: str, code: str, lanes: bool) -> None:
     conn.stop()
     conn.run()
     conn.close()
-    assert [type(refused) for refused in raised] == [Cancelled if lanes else Offline]
+    assert [type(refused) for refused in raised] == [StreamCancelledError if lanes else OfflineError]
 
 
 def test_a_worker_that_exits_ends_its_streams(conn: Connection, url: str) -> None:
@@ -288,7 +288,7 @@ go.wait()
     )
     stream = conn.stream("answers", client_id="tab")
     assert next(stream) == b"begun"
-    with pytest.raises((Remote, Disconnected)):
+    with pytest.raises((RemoteError, DisconnectedError)):
         next(stream)
     assert finish(process) == (0, "", "")
 
@@ -340,7 +340,7 @@ def child():
     for number, call in enumerate(calls):
         try:
             call()
-        except nats_presence.Forked as forked:
+        except nats_presence.ForkedError as forked:
             assert forked.message
         else:
             raise AssertionError(f"call {number} raised nothing")
@@ -369,7 +369,7 @@ async def use():
     for call in (conn.run, conn.listen_offline, lambda: conn.serve("answers", print)):
         try:
             await call()
-        except nats_presence.Forked:
+        except nats_presence.ForkedError:
             continue
         raise AssertionError("nothing was raised")
 def child():

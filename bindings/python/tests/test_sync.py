@@ -22,21 +22,21 @@ from conftest import LIMIT, Server, Stalled, until, waits
 
 import nats_presence
 from nats_presence import (
-    Busy,
-    Cancelled,
-    Closed,
+    BusyError,
+    ClosedError,
     Connection,
     ConnectionEvent,
-    Disconnected,
-    Full,
-    NoResponders,
-    Offline,
+    DisconnectedError,
+    FullError,
+    NoRespondersError,
+    OfflineError,
     PresenceError,
-    Remote,
+    PresenceTimeoutError,
+    RemoteError,
     Request,
     Sender,
     Stream,
-    Timeout,
+    StreamCancelledError,
     is_client_online,
     mark_client_offline,
     online_count,
@@ -100,11 +100,11 @@ def test_messages_arrive_in_order_and_complete(conn: Connection) -> None:
     assert (request.header("X-Model"), request.header("Connect-ID"), request.header("X-None")) == ("small", "Ünï", None)
     assert sender.client_id == "Ünï"
     assert sender.closed
-    assert sender.status == Closed.status
+    assert sender.status == ClosedError.status
     sender.end()
-    with pytest.raises(Closed):
+    with pytest.raises(ClosedError):
         sender.send("late")
-    with pytest.raises(Closed):
+    with pytest.raises(ClosedError):
         sender.error("late")
     assert not is_client_online("Ünï")
 
@@ -167,7 +167,7 @@ def test_send_many_stops_when_the_client_leaves(conn: Connection) -> None:
     next(stream)
     mark_client_offline("tab")
     refused, sent = outcome.get(timeout=LIMIT)
-    assert isinstance(refused, Offline)
+    assert isinstance(refused, OfflineError)
     assert 0 < sent < 1_000_000
 
 
@@ -190,17 +190,17 @@ def test_a_client_that_leaves_stops_its_sender(conn: Connection) -> None:
     stream = conn.stream("answers", client_id="tab")
     assert next(stream) == b"more"
     mark_client_offline("tab")
-    assert isinstance(failure(stream), Offline)
+    assert isinstance(failure(stream), OfflineError)
     refused, sender = outcome.get(timeout=LIMIT)
-    assert isinstance(refused, Offline)
+    assert isinstance(refused, OfflineError)
     assert "'tab'" in refused.message
     assert sender.closed
-    assert sender.status == Offline.status
+    assert sender.status == OfflineError.status
     # A new session with the same id does not make the old sender usable again.
-    with nats_presence.session("tab"), pytest.raises(Offline):
+    with nats_presence.session("tab"), pytest.raises(OfflineError):
         sender.send("more")
     for call in (sender.end, lambda: sender.error("why")):
-        with pytest.raises(Offline):
+        with pytest.raises(OfflineError):
             call()
 
 
@@ -213,7 +213,7 @@ def leave_the_loop(conn: Connection) -> None:
 def leave_the_block(conn: Connection) -> None:
     with conn.stream("answers", client_id="tab") as stream:
         next(stream)
-    assert isinstance(failure(stream), Cancelled)
+    assert isinstance(failure(stream), StreamCancelledError)
     stream.cancel()
 
 
@@ -222,7 +222,7 @@ def cancel_from_another_thread(conn: Connection) -> None:
     next(stream)
     canceller = threading.Timer(0.05, stream.cancel)
     canceller.start()
-    assert isinstance(failure(stream), Cancelled)
+    assert isinstance(failure(stream), StreamCancelledError)
     canceller.join()
 
 
@@ -236,7 +236,7 @@ def test_leaving_a_stream_stops_its_sender(conn: Connection, lanes: bool, leave:
 
     leave(conn)
     refused, _ = outcome.get(timeout=LIMIT)
-    assert isinstance(refused, Cancelled if lanes else Offline)
+    assert isinstance(refused, StreamCancelledError if lanes else OfflineError)
     until(lambda: conn.stats()["senders"] == 0 == conn.stats()["streams"])
 
 
@@ -267,7 +267,7 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
         stream = conn.stream("answers", client_id="tab")
         assert next(stream) == b"part"
         error = failure(stream)
-        assert isinstance(error, Remote)
+        assert isinstance(error, RemoteError)
         assert error.message == (text if send_errors else "the handler failed")
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[0].name == "nats_presence"
@@ -280,14 +280,14 @@ def test_only_the_streams_own_end_is_not_logged(conn: Connection, caplog: pytest
         sender.send("begun")
         until(lambda: sender.closed)
         if request.data:
-            raise Remote(request.data.decode())
+            raise RemoteError(request.data.decode())
         sender.send("late")
 
     for question in ("", "of another stream", ""):
         stream = conn.stream("answers", question, client_id="tab")
         assert next(stream) == b"begun"
         mark_client_offline("tab")
-        assert isinstance(failure(stream), Offline)
+        assert isinstance(failure(stream), OfflineError)
     until(lambda: conn.stats()["senders"] == 0)
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["of another stream"]
 
@@ -306,7 +306,7 @@ def test_a_client_that_leaves_while_it_waits_for_a_thread_is_not_served(conn: Co
     mark_client_offline("leaves")
     go.set()
     assert [list(streams[0]), list(streams[2])] == [[], []]
-    assert isinstance(failure(streams[1]), Offline)
+    assert isinstance(failure(streams[1]), OfflineError)
     assert [served.get_nowait(), served.get_nowait(), served.empty()] == ["first", "last", True]
 
 
@@ -314,7 +314,7 @@ def test_an_error_ends_the_stream_once(conn: Connection) -> None:
     @conn.service("answers")
     def handler(request: Request, sender: Sender) -> None:
         sender.error("first")
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             sender.error("second")
         sender.end()
 
@@ -343,13 +343,13 @@ def test_a_detached_sender_answers_later_from_another_thread(conn: Connection) -
     returned.set()
     assert [list(stream) for stream in streams] == [[b"late"]] * 3
     error = failure(conn.stream("forgotten"))
-    assert isinstance(error, Remote)
+    assert isinstance(error, RemoteError)
     assert "unfinished" in error.message
 
 
 def test_no_responders(conn: Connection) -> None:
     error = failure(conn.stream("nobody.here", client_id="tab"))
-    assert isinstance(error, NoResponders)
+    assert isinstance(error, NoRespondersError)
     assert "nobody.here" in error.message
 
 
@@ -363,7 +363,7 @@ def test_a_service_takes_as_many_streams_as_it_has_threads(conn: Connection) -> 
 
     streams = [conn.stream("answers") for _ in range(2)]
     assert [next(stream) for stream in streams] == [b"begun"] * 2
-    assert isinstance(failure(conn.stream("answers")), (Busy, Remote))
+    assert isinstance(failure(conn.stream("answers")), (BusyError, RemoteError))
     go.set()
     assert [list(stream) for stream in streams] == [[], []]
 
@@ -379,7 +379,7 @@ def test_a_request_is_retried_until_the_service_is_free(conn: Connection) -> Non
     first = conn.stream("answers")
     assert next(first) == b"begun"
     error = failure(conn.stream("answers"))
-    assert isinstance(error, (Busy, Remote))
+    assert isinstance(error, (BusyError, RemoteError))
     assert "busy" in error.message
     retrying = conn.stream("answers", retries=1000, retry_delay_ms=10)
     until(lambda: conn.stats()["requests_busy"] >= 3)
@@ -398,7 +398,7 @@ def test_a_timeout_ends_the_stream_and_stops_the_worker(conn: Connection) -> Non
 
     began = time.monotonic()
     error = failure(conn.stream("answers", client_id="tab", timeout=0.2))
-    assert isinstance(error, Timeout)
+    assert isinstance(error, PresenceTimeoutError)
     assert isinstance(error, TimeoutError)
     assert 0.2 <= time.monotonic() - began < LIMIT
     assert stopped.wait(LIMIT)
@@ -409,10 +409,10 @@ def test_eight_threads_send_while_another_ends(conn: Connection) -> None:
 
     def send(sender: Sender) -> None:
         count = 0
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             while True:
                 sender.send(b"x")
-                assert sender.status in (0, Closed.status)
+                assert sender.status in (0, ClosedError.status)
                 count += 1
         sent.put(count)
 
@@ -447,7 +447,7 @@ def test_a_second_reading_thread_gets_busy(conn: Connection) -> None:
     reader = threading.Thread(target=lambda: got.put(list(stream)))
     reader.start()
     until(lambda: waits(stream))
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         next(stream)
     go.set()
     assert got.get(timeout=LIMIT) == [b"one"]
@@ -468,7 +468,7 @@ def test_on_level_0_only_the_slow_readers_stream_ends(conn: Connection) -> None:
     assert [next(fast) for _ in range(10)] == [b"x" * 1000] * 10
     until(lambda: conn.stats()["streams"] == 1)
     assert [next(slow) for _ in range(5)] == [b"x" * 1000] * 5
-    assert isinstance(failure(slow), Full)
+    assert isinstance(failure(slow), FullError)
     done.set()
     assert list(fast) == []
 
@@ -500,18 +500,20 @@ def test_send_blocks_until_writable_or_offline(server: Server, lanes: bool) -> N
             assert outcomes["leaves"].empty()
             begins["stays"][0].set()
             mark_client_offline("leaves")
-            assert isinstance(outcomes["leaves"].get(timeout=LIMIT), Offline)
+            assert isinstance(outcomes["leaves"].get(timeout=LIMIT), OfflineError)
             assert outcomes["stays"].empty()
             server.process.send_signal(signal.SIGCONT)
             assert sum(map(len, stream)) == 100 * 50_000
             assert outcomes["stays"].get(timeout=LIMIT) is None
 
 
-@pytest.mark.parametrize(("closes", "reads"), [("gateway", Closed), ("worker", Remote)])
+@pytest.mark.parametrize(("closes", "reads"), [("gateway", ClosedError), ("worker", RemoteError)])
 def test_close_ends_every_stream_and_handler_once(
     url: str, lanes: bool, closes: str, reads: type[PresenceError]
 ) -> None:
-    worker_gets: type[PresenceError] = Closed if closes == "worker" else Cancelled if lanes else Offline
+    worker_gets: type[PresenceError] = (
+        ClosedError if closes == "worker" else StreamCancelledError if lanes else OfflineError
+    )
     outcome: Queue[Any] = Queue()
     with nats_presence.connect(url, lanes=lanes) as worker, nats_presence.connect(url, lanes=lanes) as gateway:
 
@@ -551,7 +553,7 @@ def test_use_after_close(url: str) -> None:
         lambda: conn.service("answers")(lambda request, sender: None),
     ]
     for call in calls:
-        with pytest.raises(Closed):
+        with pytest.raises(ClosedError):
             call()
     conn.stop()
 
@@ -565,7 +567,7 @@ def test_a_handler_can_close_the_connection(url: str) -> None:
         conn.close()
         closed.set()
 
-    assert isinstance(failure(conn.stream("answers")), Closed)
+    assert isinstance(failure(conn.stream("answers")), ClosedError)
     assert closed.wait(LIMIT)
 
 
@@ -583,7 +585,7 @@ def test_stop_lets_streams_finish(conn: Connection) -> None:
     running = threading.Thread(target=conn.run)
     running.start()
     conn.stop()
-    assert isinstance(failure(conn.stream("answers")), (NoResponders, Remote))
+    assert isinstance(failure(conn.stream("answers")), (NoRespondersError, RemoteError))
     assert running.is_alive()
     go.set()
     assert list(stream) == [b"done"]
@@ -630,8 +632,8 @@ def test_connection_events(server: Server) -> None:
         stream = conn.stream("nobody.answers.yet", retries=100000)
         server.stop()
         assert next_except_log() == "disconnected"
-        assert isinstance(failure(stream), Disconnected)
-        with pytest.raises(Disconnected):
+        assert isinstance(failure(stream), DisconnectedError)
+        with pytest.raises(DisconnectedError):
             conn.stream("answers")
         server.start()
         assert next_except_log() == "connected"
@@ -696,7 +698,7 @@ def test_a_service_whose_threads_cannot_start_is_not_served(
     with pytest.raises(RuntimeError):
         conn.service("answers")(lambda request, sender: None)
     until(lambda: not service_threads())
-    assert isinstance(failure(conn.stream("answers")), NoResponders)
+    assert isinstance(failure(conn.stream("answers")), NoRespondersError)
     conn.service("answers", threads=2)(lambda request, sender: sender.send("served"))
     assert list(conn.stream("answers")) == [b"served"]
     sockets = open_sockets()
@@ -708,7 +710,7 @@ def test_a_service_whose_threads_cannot_start_is_not_served(
 def test_a_service_started_after_stop_takes_no_requests(conn: Connection) -> None:
     conn.stop()
     conn.service("answers")(lambda request, sender: None)
-    assert isinstance(failure(conn.stream("answers")), NoResponders)
+    assert isinstance(failure(conn.stream("answers")), NoRespondersError)
     conn.run()
 
 
@@ -754,7 +756,7 @@ def interrupted(server: Server) -> Iterator[Interrupted]:
 
 def test_an_interrupted_serve_leaves_no_service(conn: Connection, interrupted: Interrupted) -> None:
     interrupted(lambda: conn.service("answers")(lambda request, sender: None))
-    assert isinstance(failure(conn.stream("answers", timeout=LIMIT)), NoResponders)
+    assert isinstance(failure(conn.stream("answers", timeout=LIMIT)), NoRespondersError)
     until(lambda: not service_threads())
 
 
@@ -765,7 +767,7 @@ def test_an_interrupted_close_leaves_nothing_open(url: str, interrupted: Interru
     interrupted(conn.close)
     until(lambda: not service_threads())
     conn.close()
-    with pytest.raises(Closed):
+    with pytest.raises(ClosedError):
         conn.stats()
 
 

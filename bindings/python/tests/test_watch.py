@@ -11,8 +11,8 @@ from conftest import LIMIT, run_python, until, waits
 
 import nats_presence
 from nats_presence import (
-    Busy,
-    Full,
+    BusyError,
+    FullError,
     PresenceEvent,
     aio,
     is_client_online,
@@ -67,7 +67,7 @@ def test_close_ends_the_wait_of_another_thread() -> None:
     reader = threading.Thread(target=lambda: got.put(list(events)))
     reader.start()
     until(lambda: waits(events))
-    with pytest.raises(Busy):
+    with pytest.raises(BusyError):
         next(events)
     events.close()
     events.close()
@@ -79,7 +79,7 @@ def test_a_watch_that_falls_behind_raises_full() -> None:
     with watch() as events:
         overflow()
         seen = []
-        with pytest.raises(Full, match="dropped"):
+        with pytest.raises(FullError, match="dropped"):
             while True:
                 seen.append(next(events))
         assert len(seen) == MOST
@@ -105,7 +105,7 @@ with nats_presence.connect(sys.argv[1]) as conn:
 """
         process = run_python(code, url)
         assert next(events) == PresenceEvent("tab", False)
-        with pytest.raises(nats_presence.Offline):
+        with pytest.raises(nats_presence.OfflineError):
             next(stream)
         go.set()
         process.communicate(timeout=LIMIT)
@@ -132,7 +132,7 @@ def test_an_asyncio_watch() -> None:
                 done, two = await asyncio.wait(two, timeout=LIMIT, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[assignment]
                 assert [task.result() for task in done] == [PresenceEvent("one", online)]
             overflow()
-            with pytest.raises(Full, match="dropped"):
+            with pytest.raises(FullError, match="dropped"):
                 while True:
                     await events.__anext__()
             mark_client_online("after")
@@ -161,7 +161,7 @@ pid = os.fork()
 if pid == 0:
     try:
         next(events)
-    except nats_presence.Forked:
+    except nats_presence.ForkedError:
         with nats_presence.watch() as own:
             nats_presence.mark_client_online("child's")
             sys.exit(7 if next(own) == ("child's", True) else 8)

@@ -17,17 +17,17 @@ SILENCE = 10.0
 WORKERS = ["c", "c", "c", "go", "go", "go", "python", "victim"]
 KINDS = {"reads": 50, "leaves": 15, "cancels": 10, "slow": 5, "marked": 5, "fails": 5, "races": 10}  # of 100 clients
 STATUSES = {
-    presence.Invalid: "INVALID",
-    presence.Offline: "OFFLINE",
-    presence.Closed: "CLOSED",
-    presence.Cancelled: "CANCELLED",
-    presence.Full: "FULL",
-    presence.Disconnected: "DISCONNECTED",
-    presence.PeerGone: "PEER_GONE",
-    presence.NoResponders: "NO_RESPONDERS",
-    presence.Busy: "BUSY",
-    presence.Timeout: "TIMEOUT",
-    presence.Remote: "REMOTE",
+    presence.InvalidError: "INVALID",
+    presence.OfflineError: "OFFLINE",
+    presence.ClosedError: "CLOSED",
+    presence.StreamCancelledError: "CANCELLED",
+    presence.FullError: "FULL",
+    presence.DisconnectedError: "DISCONNECTED",
+    presence.PeerGoneError: "PEER_GONE",
+    presence.NoRespondersError: "NO_RESPONDERS",
+    presence.BusyError: "BUSY",
+    presence.PresenceTimeoutError: "TIMEOUT",
+    presence.RemoteError: "REMOTE",
 }
 
 
@@ -88,9 +88,9 @@ class Reader:
         return "END" if self.received == self.count else "SHORT"
 
     def outcome(self, error: presence.PresenceError) -> str:
-        if isinstance(error, presence.Cancelled) and self.is_silent:
+        if isinstance(error, presence.StreamCancelledError) and self.is_silent:
             return "SILENT"
-        if not isinstance(error, presence.Remote):
+        if not isinstance(error, presence.RemoteError):
             return STATUSES[type(error)]
         if error.message == "asked for":
             if self.what != "fail":
