@@ -72,7 +72,6 @@ async def aio_worker(url: str, lists: bool, messages: int, size: int) -> float:
     start = 0.0
     async with aio.connect(url) as conn:
 
-        @conn.service(SUBJECT)
         async def answer(request: nats_presence.Request, sender: aio.Sender) -> None:
             nonlocal start
             start = time.process_time()
@@ -84,6 +83,7 @@ async def aio_worker(url: str, lists: bool, messages: int, size: int) -> float:
                         await sender.send(message)
             conn.stop()
 
+        await conn.serve(SUBJECT, answer)
         print("READY", flush=True)
         await conn.run()
     return time.process_time() - start

@@ -13,7 +13,6 @@ RETRY_DELAY = 0.3
 async def main(url: str, subject: str, group: str, pieces: int, pause: float) -> None:
     async with aio.connect(url) as conn:
 
-        @conn.service(subject, queue=group)
         async def answer(request: Request, sender: aio.Sender) -> None:
             """Serves one request, in a task that is cancelled when the client leaves."""
             stream = request.data.decode()
@@ -33,6 +32,7 @@ async def main(url: str, subject: str, group: str, pieces: int, pause: float) ->
             else:
                 report("done", stream=stream, made=made, sent=sender.send_count, status=0)
 
+        await conn.serve(subject, answer, queue=group)
         report("ready")
         await asyncio.to_thread(sys.stdin.read)  # returns when the demo ends
         conn.stop()

@@ -4,7 +4,7 @@ A *worker* serves requests for streams. A *gateway* requests streams on behalf o
 its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedError`.
 
 - Presence in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
-- With threads: connect() returns a Connection. A worker uses its service(), a gateway its stream().
+- With threads: connect() returns a Connection. A worker uses its serve(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
 - Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
   derive from StreamStoppedError.

@@ -19,7 +19,7 @@ class InvalidHandlerError(InvalidError, TypeError):
 
 
 def check_subject(subject: object) -> None:
-    """Raises InvalidError unless `subject` is text: a decorator without parentheses passes the function."""
+    """Raises InvalidError unless `subject` is text. A decorator without parentheses passes the function."""
     if callable(subject):
         raise InvalidHandlerError('service() needs a subject: write @conn.service("subject")')
     encode_text("subject", subject)

@@ -2,6 +2,16 @@
 
 An object belongs to the event loop in which it was made, and may be used in that loop only. Only marks, sessions, and
 the properties of a sender (status, closed, send_count) may be used from other threads.
+
+No call blocks the loop. These functions of the library wait for nats-server, and run in a thread of their own:
+presence_connect, presence_listen_offline, presence_serve, and presence_close with a drain timeout. The others return
+after at most the time for which one of the library's threads holds a lock:
+- presence_service_stop and presence_service_free wait until the library has handled the message that it is handling.
+- presence_queue_free waits for threads that wait on the queue. There are none: the loop only polls it.
+- presence_close without a drain timeout, for a connection that was dropped, waits for nothing.
+- presence_sender_send never waits. When it returns PRESENCE_FULL, send() waits for the WRITABLE event.
+- All others only change memory and queue what is to be sent, among them presence_request and those that end, cancel or
+  free a sender, a stream or a session. presence_mark_offline takes time in proportion to the streams of the client.
 """
 
 from __future__ import annotations
@@ -11,9 +21,9 @@ import itertools
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, wait
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from ctypes import c_void_p
 from functools import partial
 from typing import Callable, Union
@@ -23,7 +33,7 @@ from ._arguments import Option, Payload, check_seconds, encode_payload
 from ._batches import MessageBatches
 from ._events import MEMORY, Event, EventBatch, new_queue, queue_fd
 from ._ffi import FAST_MAX_BYTES, SIZE_ARGUMENTS, fast_send, fast_stream_consumed, lib
-from ._handlers import check_async_handler, check_handler_result, check_subject
+from ._handlers import check_async_handler, check_handler_result
 from ._loop import OwnerLoop, run_in_thread, start_in_thread, wrap_future
 from ._shared import (
     BaseConnection,
@@ -34,7 +44,6 @@ from ._shared import (
     Request,
     call_on_event,
     drain_ms,
-    log,
     request_options,
     to_connection_event,
     to_presence_events,
@@ -45,8 +54,6 @@ BATCH = 1024
 SENDS_PER_YIELD = 256
 MAX_WINDOW = 4 << 20
 DEFAULT_WINDOW = 256 << 10
-DECORATOR_WAIT = 0.1
-"""Seconds for which the decorator service() may block the loop. nats-server usually answers within milliseconds."""
 
 
 class Sender(BaseSender):
@@ -298,10 +305,6 @@ class Connection(BaseConnection):
         self._tags = itertools.count(1)
         self._handlers: dict[int, tuple[Handler, bool]] = {}
         """Handlers by the tags of their services, each with its `send_errors`."""
-        self._pending_services: set[asyncio.Task[None]] = set()
-        """Tasks that wait for services that were not subscribed yet when their decorators returned."""
-        self._failure: PresenceError | None = None
-        """Why one of these services could not be subscribed."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
         self._streams: dict[int, weakref.ref[Stream]] = {}
@@ -323,11 +326,12 @@ class Connection(BaseConnection):
         self._check_loop()
         await run_in_thread(self._listen_offline)
 
-    def service(
-        self, subject: str, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
-    ) -> Callable[[Handler], Handler]:
-        """Decorator for `async def handler(request, sender)`, which then serves the subject, one task per request.
+    async def serve(
+        self, subject: str, handler: Handler, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
+    ) -> None:
+        """Serves a subject with `async def handler(request, sender)`, one task per request.
 
+        When it returns, nats-server has the subscription. run() then waits while handlers run.
         NATS distributes the requests among all processes that serve the subject in the same `queue` group; "" is no
         group. The service takes up to `max_streams` streams at a time (0: 10,000), and answers further requests with
         "server busy".
@@ -338,84 +342,29 @@ class Connection(BaseConnection):
         `nats_presence` logs the exception.
         When the client leaves, or the stream ends otherwise, the handler's task is cancelled. The message of the
         CancelledError is the reason. Further sends raise StreamStoppedError.
-        The decorator blocks the event loop for up to 0.1 s, until nats-server has the subscription; run() raises an
-        error that occurs later. `await serve(...)` does not block the loop.
         Raises InvalidError (also a TypeError, if the handler is a generator without async), ClosedError and
         PresenceTimeoutError; DisconnectedError or FullError if nats-server refuses the subscription. If nats-server
         refuses it later, on_event gets an event with the subject, and the connection tries to subscribe again.
         """
-        check_subject(subject)
-
-        def decorate(handler: Handler) -> Handler:
-            tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
-            wait([serving], DECORATOR_WAIT)
-            if serving.done():
-                with self._remove_handler_on_error(tag):
-                    serving.result()
-                self._stop_if_requested()
-            else:
-                task = self._owner.loop.create_task(self._finish_serving(subject, tag, serving))
-                self._pending_services.add(task)
-                task.add_done_callback(self._pending_services.discard)
-            return handler
-
-        return decorate
-
-    async def serve(
-        self, subject: str, handler: Handler, *, queue: str = "", max_streams: int = 0, send_errors: bool = False
-    ) -> None:
-        """Serves a subject as the decorator service() does, without blocking the event loop.
-
-        When it returns, nats-server has the subscription.
-        """
-        check_subject(subject)
-        tag, serving = self._start_serving(subject, handler, queue, max_streams, send_errors)
-        with self._remove_handler_on_error(tag):
+        check_async_handler(subject, handler)
+        event_queue, tag = self._open_queue(), next(self._tags)
+        self._handlers[tag] = handler, send_errors
+        try:
+            serving = start_in_thread(self._serve, event_queue, subject, queue, max_streams, tag)
             try:
                 await wrap_future(serving)
             except asyncio.CancelledError:
                 serving.add_done_callback(self._end_abandoned_service)
                 raise
-        self._stop_if_requested()
-
-    def _start_serving(
-        self, subject: str, handler: Handler, queue: str, max_streams: int, send_errors: bool
-    ) -> tuple[int, Future[c_void_p]]:
-        check_async_handler(subject, handler)
-        event_queue, tag = self._open_queue(), next(self._tags)
-        self._handlers[tag] = handler, send_errors
-        with self._remove_handler_on_error(tag):  # The system may refuse to start a thread.
-            serving = start_in_thread(self._serve, event_queue, subject, queue, max_streams, tag)
-        return tag, serving
-
-    @contextmanager
-    def _remove_handler_on_error(self, tag: int) -> Iterator[None]:
-        """Removes a service's handler if the block raises."""
-        try:
-            yield
         except BaseException:
             del self._handlers[tag]
             raise
-
-    async def _finish_serving(self, subject: str, tag: int, serving: Future[c_void_p]) -> None:
-        try:
-            with self._remove_handler_on_error(tag):
-                await wrap_future(serving)
-        except PresenceError as failure:
-            if not self._closing:
-                log.error("subject %r is not served: %s", subject, failure)
-                self._failure = failure
-                self._stopped.set()
-        else:
-            self._stop_if_requested()
+        if self._stopped.is_set():
+            self.stop()
 
     def _end_abandoned_service(self, serving: Future[c_void_p]) -> None:
         if serving.exception() is None:
             self._end_service(serving.result())
-
-    def _stop_if_requested(self) -> None:
-        if self._stopped.is_set():
-            self.stop()
 
     def stream(
         self,
@@ -453,15 +402,10 @@ class Connection(BaseConnection):
         self._stopped.set()
 
     async def run(self) -> None:
-        """Waits until close() is called, or until stop() was called and all handlers have returned.
-
-        If the subscription of a decorated handler has failed, raises the reason.
-        """
+        """Waits until close() is called, or until stop() was called and all handlers have returned."""
         self._is_closed()  # Raises ForkedError.
         self._check_loop()
         await self._stopped.wait()
-        if self._failure is not None:
-            raise self._failure
         while self._dispatch_events():
             pass
         while self._tasks:

@@ -253,17 +253,19 @@ class Connection(BaseConnection):
         """
         self._listen_offline()
 
-    def service(
+    def serve(
         self,
         subject: str,
+        handler: Handler,
         *,
         queue: str = "",
         max_streams: int = 0,
         threads: int = 16,
         send_errors: bool = False,
-    ) -> Callable[[Handler], Handler]:
-        """Decorator for `handler(request, sender)`, which then serves the subject in up to `threads` threads.
+    ) -> None:
+        """Serves a subject with `handler(request, sender)`, in up to `threads` threads.
 
+        When it returns, nats-server has the subscription. run() then waits while handlers run.
         NATS distributes the requests among all processes that serve the subject in the same `queue` group; "" is no
         group. The service takes up to `max_streams` streams at a time (0: `threads`), and answers further requests with
         "server busy". Set `max_streams` if handlers detach their senders, whose streams then outlast the handlers.
@@ -277,7 +279,7 @@ class Connection(BaseConnection):
         DisconnectedError or FullError if nats-server refuses the subscription. If nats-server refuses it later,
         on_event gets an event with the subject, and the connection tries to subscribe again.
         """
-        check_subject(subject)
+        check_sync_handler(subject, handler)
 
         def read_request(event: Event) -> tuple[Request, Sender] | None:
             if event.kind != _ffi.EVENT_REQUEST:
@@ -287,36 +289,48 @@ class Connection(BaseConnection):
             sender = Sender(event.sender, event.client)
             return Request(sender, event), sender
 
-        def decorate(handler: Handler) -> Handler:
-            check_sync_handler(subject, handler)
-
-            def answer(item: tuple[Request, Sender]) -> None:
-                request, sender = item
-                if sender.closed:  # The client left before a thread was free.
-                    return
-                try:
-                    result = handler(request, sender)
-                    if isinstance(result, Iterator):
-                        sender._send_each(result)
-                    else:
-                        check_handler_result(result)
-                    sender._on_handler_returned()
-                except BaseException as failure:
-                    sender._on_handler_failed(failure, send_errors)
-
-            count = check_integer("threads", threads, 1, 10_000)
-            pool = _ThreadPool(read_request, answer, count, f"nats_presence {subject}")
+        def answer(item: tuple[Request, Sender]) -> None:
+            request, sender = item
+            if sender.closed:  # The client left before a thread was free.
+                return
             try:
-                pool.start()  # Before the service takes requests, because the system may refuse to start threads.
-                self._serve(pool.queue, subject, queue, max_streams or threads, 0)
-                self._pools.append(pool)
-            except BaseException:
-                pool.stop_now()
-                raise
-            if self._closing:
-                pool.stop_now()
-            elif self._stopped:
-                self.stop()
+                result = handler(request, sender)
+                if isinstance(result, Iterator):
+                    sender._send_each(result)
+                else:
+                    check_handler_result(result)
+                sender._on_handler_returned()
+            except BaseException as failure:
+                sender._on_handler_failed(failure, send_errors)
+
+        count = check_integer("threads", threads, 1, 10_000)
+        pool = _ThreadPool(read_request, answer, count, f"nats_presence {subject}")
+        try:
+            pool.start()  # Before the service takes requests, because the system may refuse to start threads.
+            self._serve(pool.queue, subject, queue, max_streams or threads, 0)
+            self._pools.append(pool)
+        except BaseException:
+            pool.stop_now()
+            raise
+        if self._closing:
+            pool.stop_now()
+        elif self._stopped:
+            self.stop()
+
+    def service(
+        self,
+        subject: str,
+        *,
+        queue: str = "",
+        max_streams: int = 0,
+        threads: int = 16,
+        send_errors: bool = False,
+    ) -> Callable[[Handler], Handler]:
+        """Decorator for a handler: calls serve() with it."""
+        check_subject(subject)
+
+        def decorate(handler: Handler) -> Handler:
+            self.serve(subject, handler, queue=queue, max_streams=max_streams, threads=threads, send_errors=send_errors)
             return handler
 
         return decorate

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Queue
 from typing import Any, Callable
 
@@ -92,12 +93,13 @@ def test_messages_arrive_in_order_and_complete(run: Callable[[Test], None]) -> N
     async def test(conn: Connection) -> None:
         seen: list[tuple[Request, Sender]] = []
 
-        @conn.service("answers.*", queue="workers")
         async def handler(request: Request, sender: Sender) -> None:
             seen.append((request, sender))
             await sender.send("text Ü")
             await sender.send(memoryview(b"_view_")[1:-1])
             await sender.send_many([b"%d" % n for n in range(1000)])
+
+        await conn.serve("answers.*", handler, queue="workers")
 
         stream = conn.stream("answers.one", "question", client_id="Ünï", headers={"X-Model": "small"})
         assert is_client_online("Ünï")
@@ -121,11 +123,12 @@ def test_send_many_sends_the_same_messages_as_send(
     run: Callable[[Test], None], kind: Callable[[list[Payload]], Any]
 ) -> None:
     async def test(conn: Connection) -> None:
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             for messages in (MIXED, [], AS_SENT):
                 await sender.send_many(kind(messages))
             assert sender.send_count == 2 * len(MIXED)
+
+        await conn.serve("answers", handler)
 
         assert await received(conn.stream("answers")) == AS_SENT * 2
 
@@ -134,7 +137,6 @@ def test_send_many_sends_the_same_messages_as_send(
 
 def test_send_many_ignores_later_changes_of_the_list(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             messages = [b"x" * 1000] * 3000
             sending = asyncio.ensure_future(sender.send_many(messages))
@@ -143,6 +145,8 @@ def test_send_many_ignores_later_changes_of_the_list(run: Callable[[Test], None]
             messages.append(b"late")
             await sending
 
+        await conn.serve("answers", handler)
+
         assert await received(conn.stream("answers")) == [b"x" * 1000] * 3000
 
     run(test)
@@ -150,7 +154,6 @@ def test_send_many_ignores_later_changes_of_the_list(run: Callable[[Test], None]
 
 def test_a_cancelled_send_has_not_sent(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             for number in range(1000):
                 task = asyncio.ensure_future(sender.send(b"%d" % number))
@@ -159,6 +162,8 @@ def test_a_cancelled_send_has_not_sent(run: Callable[[Test], None]) -> None:
                     with pytest.raises(asyncio.CancelledError):
                         await task
                     await sender.send(b"%d" % number)
+
+        await conn.serve("answers", handler)
 
         assert await received(conn.stream("answers")) == [b"%d" % number for number in range(1000)]
 
@@ -169,7 +174,6 @@ def test_many_sends_yield_to_the_loop(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         turns = 0
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             nonlocal turns
             before = turns
@@ -177,6 +181,8 @@ def test_many_sends_yield_to_the_loop(run: Callable[[Test], None]) -> None:
             for _ in range(5000):
                 await sender.send(b"x")
             assert turns - before > 50
+
+        await conn.serve("answers", handler)
 
         async def turn() -> None:
             nonlocal turns
@@ -195,7 +201,6 @@ def test_a_client_that_leaves_cancels_its_handler(run: Callable[[Test], None]) -
     async def test(conn: Connection) -> None:
         outcome: asyncio.Queue[Any] = asyncio.Queue()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             await sender.send("begun")
             try:
@@ -206,6 +211,8 @@ def test_a_client_that_leaves_cancels_its_handler(run: Callable[[Test], None]) -
                 await sender.send("more")
             except PresenceError as refused:
                 outcome.put_nowait(refused)
+
+        await conn.serve("answers", handler)
 
         stream = conn.stream("answers", client_id="tab")
         assert await stream.__anext__() == b"begun"
@@ -245,13 +252,14 @@ def test_leaving_a_stream_stops_its_sender(run: Callable[[Test], None], lanes: b
     async def test(conn: Connection) -> None:
         stopped = asyncio.Event()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             try:
                 await send_for_ever(request, sender)
             finally:
                 assert sender.status == (StreamCancelledError if lanes else OfflineError).status
                 stopped.set()
+
+        await conn.serve("answers", handler)
 
         await leave(conn)
         await asyncio.wait_for(stopped.wait(), LIMIT)
@@ -265,10 +273,11 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
     run: Callable[[Test], None], caplog: pytest.LogCaptureFixture, send_errors: bool
 ) -> None:
     async def test(conn: Connection) -> None:
-        @conn.service("answers", send_errors=send_errors)
         async def handler(request: Request, sender: Sender) -> None:
             await sender.send("part")
             raise ValueError("no such model: ü, password=hunter2")
+
+        await conn.serve("answers", handler, send_errors=send_errors)
 
         stream = conn.stream("answers")
         assert await stream.__anext__() == b"part"
@@ -283,9 +292,10 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
 
 def test_a_handler_that_cancels_itself_ends_its_stream(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             raise asyncio.CancelledError
+
+        await conn.serve("answers", handler)
 
         assert isinstance(await failure(conn.stream("answers")), RemoteError)
 
@@ -302,14 +312,16 @@ def test_a_detached_sender_answers_later_from_another_task(run: Callable[[Test],
             await sender.send("late")
             sender.end()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             sender.detach()
             tasks.append(asyncio.create_task(answer_later(sender)))
 
-        @conn.service("forgotten")
+        await conn.serve("answers", handler)
+
         async def forget(request: Request, sender: Sender) -> None:
             sender.detach()
+
+        await conn.serve("forgotten", forget)
 
         stream = conn.stream("answers")
         error = await failure(conn.stream("forgotten"))
@@ -327,13 +339,14 @@ def test_no_responders_busy_and_timeout(run: Callable[[Test], None]) -> None:
         assert isinstance(await failure(conn.stream("nobody")), NoRespondersError)
         stopped = asyncio.Event()
 
-        @conn.service("answers", max_streams=1)
         async def handler(request: Request, sender: Sender) -> None:
             await sender.send("begun")
             try:
                 await asyncio.sleep(3600)
             finally:
                 stopped.set()
+
+        await conn.serve("answers", handler, max_streams=1)
 
         stream = conn.stream("answers", client_id="tab", timeout=0.2)
         assert await stream.__anext__() == b"begun"
@@ -351,13 +364,14 @@ def test_on_level_0_only_the_slow_readers_stream_ends(run: Callable[[Test], None
     async def test(conn: Connection) -> None:
         stopped = asyncio.Event()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             try:
                 await sender.send_many([b"x" * 1000] * 10)
                 await asyncio.sleep(3600)
             finally:
                 stopped.set()
+
+        await conn.serve("answers", handler)
 
         slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=5 * 1064)
         fast = conn.stream("answers", client_id="fast")
@@ -375,11 +389,12 @@ def test_reading_returns_credit(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         read = asyncio.Semaphore(5)
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             for _ in range(50):
                 await read.acquire()
                 await sender.send(b"x" * 1000)
+
+        await conn.serve("answers", handler)
 
         count = 0
         async for _ in conn.stream("answers", stream_buffer_bytes=5 * 1064):
@@ -399,7 +414,6 @@ def test_send_waits_until_writable_without_blocking_the_loop(server: Server, lan
         connecting = aio.connect(server.url, send_buffer_bytes=1 << 16, lanes=lanes)
         async with connecting as conn, aio.connect(server.url) as gateway:
 
-            @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 await sender.send("begun")
                 begin, numbers = begins[request.client_id]
@@ -411,6 +425,8 @@ def test_send_waits_until_writable_without_blocking_the_loop(server: Server, lan
                     outcomes[request.client_id].put_nowait(str(cancelled))
                     raise
                 outcomes[request.client_id].put_nowait("done")
+
+            await conn.serve("answers", handler)
 
             stream, leaver = (gateway.stream("answers", client_id=client) for client in begins)
             await stream.__anext__(), await leaver.__anext__()
@@ -441,12 +457,13 @@ def test_close_ends_every_stream_and_handler_once(
         ended: list[int] = []
         async with aio.connect(url, lanes=lanes) as worker, aio.connect(url, lanes=lanes) as gateway:
 
-            @worker.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 try:
                     await send_for_ever(request, sender)
                 finally:
                     ended.append(sender.status)
+
+            await worker.serve("answers", handler)
 
             streams = [gateway.stream("answers", client_id=f"client {n}") for n in range(5)]
             assert [await stream.__anext__() for stream in streams] == [b"more"] * 5
@@ -491,7 +508,6 @@ def test_a_cancelled_close_continues(server: Server) -> None:
         ended = []
         async with aio.connect(server.url) as conn:
 
-            @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 try:
                     await sender.send("begun")
@@ -499,6 +515,8 @@ def test_a_cancelled_close_continues(server: Server) -> None:
                 finally:
                     await asyncio.sleep(0.5)
                     ended.append(sender.status)
+
+            await conn.serve("answers", handler)
 
             stream = conn.stream("answers")
             assert await stream.__anext__() == b"begun"
@@ -544,10 +562,11 @@ def test_use_after_close(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
 
-            @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 await sender.send("one")
                 await asyncio.sleep(3600)
+
+            await conn.serve("answers", handler)
 
             stream = conn.stream("answers")
             assert await stream.__anext__() == b"one"
@@ -562,7 +581,7 @@ def test_use_after_close(url: str) -> None:
         with pytest.raises(ClosedError):
             conn.stream("answers")
         with pytest.raises(ClosedError):
-            conn.service("answers")(handler)
+            await conn.serve("answers", handler)
         with pytest.raises(ClosedError):
             await conn.listen_offline()
 
@@ -573,9 +592,10 @@ def test_a_handler_can_close_the_connection(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
 
-            @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 await conn.close()
+
+            await conn.serve("answers", handler)
 
             assert isinstance(await failure(conn.stream("answers")), ClosedError)
             await conn.run()
@@ -587,11 +607,12 @@ def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         go = asyncio.Event()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: Sender) -> None:
             await sender.send("begun")
             await go.wait()
             await sender.send("done")
+
+        await conn.serve("answers", handler)
 
         stream = conn.stream("answers")
         assert await stream.__anext__() == b"begun"
@@ -609,7 +630,7 @@ def test_stop_lets_streams_finish(run: Callable[[Test], None]) -> None:
 def test_a_service_started_after_stop_takes_no_requests(run: Callable[[Test], None]) -> None:
     async def test(conn: Connection) -> None:
         conn.stop()
-        conn.service("answers")(send_for_ever)
+        await conn.serve("answers", send_for_ever)
         assert isinstance(await failure(conn.stream("answers")), NoRespondersError)
         await conn.run()
 
@@ -676,10 +697,11 @@ def test_sync_and_asyncio_in_one_process(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
 
-            @conn.service("asynchronous")
             async def handler(request: Request, sender: Sender) -> None:
                 async for message in conn.stream("synchronous", request.data, client_id=request.client_id):
                     await sender.send(message.upper())
+
+            await conn.serve("asynchronous", handler)
 
             await asyncio.to_thread(lambda: outcome.put(list(worker.stream("asynchronous", "abc", client_id="tab"))))
 
@@ -691,107 +713,103 @@ def test_sync_and_asyncio_in_one_process(url: str) -> None:
         thread.join()
 
 
-class LoopPauses:
-    """Measures for how long the loop was blocked at most, in an `async with` block."""
+async def heartbeats() -> None:
+    """Returns after some turns of the loop. While a call blocks the loop, there are none."""
+    for _ in range(50):
+        await asyncio.sleep(0.001)
 
-    longest = 0.0
 
-    async def __aenter__(self) -> LoopPauses:
-        self.ticking = asyncio.create_task(self.tick())
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await asyncio.sleep(0.02)
-        self.ticking.cancel()
-
-    async def tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        before = loop.time()
-        while True:
-            await asyncio.sleep(0.005)
-            now = loop.time()
-            self.longest, before = max(self.longest, now - before), now
+@contextmanager
+def suspended(server: Server) -> Iterator[None]:
+    """Suspends nats-server during the block: what waits for its answer, waits for the timeout."""
+    server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)  # Its threads run until then.
+    try:
+        yield
+    finally:
+        server.process.send_signal(signal.SIGCONT)
 
 
 def test_serving_does_not_block_the_loop(server: Server) -> None:
-    """nats-server is stopped: serving waits for its answer while the loop runs."""
-
     async def main() -> None:
-        async with aio.connect(server.url, ping_interval_ms=60_000) as conn, LoopPauses() as pauses:
-            server.process.send_signal(signal.SIGSTOP)
-            try:
+        async with aio.connect(server.url, ping_interval_ms=60_000) as conn:
+            with suspended(server):
                 serving = asyncio.create_task(conn.serve("served", send_for_ever))
                 given_up = asyncio.create_task(conn.serve("given.up", send_for_ever))
-                conn.service("decorated")(send_for_ever)
-                await asyncio.sleep(0.5)
-                given_up.cancel()
+                await heartbeats()
                 assert not serving.done()
-            finally:
-                server.process.send_signal(signal.SIGCONT)
+                given_up.cancel()
             await serving
-            assert pauses.longest < 1
-            for subject in ("served", "decorated"):
-                async with conn.stream(subject, retries=1000, retry_delay_ms=10) as stream:
-                    assert await stream.next() == b"more"
-            await until(lambda: len(conn._services) == 2 and len(conn._handlers) == 2)
+            async with conn.stream("served") as stream:
+                assert await stream.next() == b"more"
+            await until(lambda: len(conn._services) == 1 and len(conn._handlers) == 1)
             assert isinstance(await failure(conn.stream("given.up")), NoRespondersError)
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
 
 def test_no_call_blocks_the_loop(server: Server) -> None:
-    """nats-server is stopped: the calls that wait for it take 1 s, but the loop runs."""
+    """While nats-server is suspended, calls that wait for it take 2 s. The loop runs meanwhile."""
 
     async def connect() -> None:
-        async with aio.connect(server.url, connect_timeout_ms=1000):
+        async with aio.connect(server.url, connect_timeout_ms=2000):
             pass
 
     async def main() -> None:
-        connecting = [aio.connect(server.url, ping_interval_ms=60_000, connect_timeout_ms=1000) for _ in range(2)]
-        async with connecting[0] as conn, connecting[1] as closing, LoopPauses() as pauses:
+        connecting = [aio.connect(server.url, ping_interval_ms=60_000, connect_timeout_ms=2000) for _ in range(2)]
+        async with connecting[0] as conn, connecting[1] as closing, aio.watch() as watch:
             dropped = await run_in_thread(Connection, server.url, {})
+            senders: list[Sender] = []
+
+            async def detaches(request: Request, sender: Sender) -> None:
+                sender.detach()
+                await sender.send("more")
+                senders.append(sender)
+
             await conn.serve("answers", send_for_ever)
-            streams = [conn.stream("answers") for _ in range(3)]
+            await conn.serve("detached", detaches)
+            streams = [conn.stream(subject) for subject in ("answers", "answers", "answers", "detached", "detached")]
             for stream in streams:
                 assert await stream.next() == b"more"
-            server.process.send_signal(signal.SIGSTOP)
-            try:
-                calls = [connect(), conn.serve("others", send_for_ever), conn.listen_offline(), closing.close(1)]
-                waiting = asyncio.gather(*calls, return_exceptions=True)
-                await asyncio.sleep(0)
+            await until(lambda: len(senders) == 2)
+            with suspended(server):
+                calls = [connect(), conn.serve("others", send_for_ever), conn.listen_offline(), closing.close(2)]
+                waiting = [asyncio.create_task(call) for call in calls]
+                await heartbeats()
                 conn.stream("answers").cancel()
+                full = asyncio.create_task(senders[0].send_many([b"x" * 1000] * 10_000))
+                senders.pop().end()
+                nats_presence.mark_client_online("tab")
                 mark_client_offline("tab")
+                async with nats_presence.session("tab"):
+                    pass
+                assert await watch.__anext__() == nats_presence.PresenceEvent("tab", True)
                 with pytest.warns(ResourceWarning, match="not closed"):
                     del dropped
                 streams.pop().cancel()
                 await streams.pop().aclose()
                 streams.clear()
                 conn.stop()
-                outcomes = [type(outcome) for outcome in await waiting]
-            finally:
-                server.process.send_signal(signal.SIGCONT)
+                await heartbeats()
+                assert not any(task.done() for task in waiting)
+                full.cancel()
+                outcomes = [type(outcome) for outcome in await asyncio.gather(*waiting, return_exceptions=True)]
+                senders.clear()
         assert outcomes == [PresenceTimeoutError, PresenceTimeoutError, PresenceTimeoutError, PresenceTimeoutError]
-        assert pauses.longest < 0.5
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
 
-def test_run_raises_the_error_of_a_decorated_service(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_service_that_the_server_does_not_confirm_is_not_kept(server: Server) -> None:
     async def main() -> None:
         async with aio.connect(server.url, ping_interval_ms=60_000, connect_timeout_ms=1000) as conn:
-            server.process.send_signal(signal.SIGSTOP)
-            conn.service("decorated")(send_for_ever)
-            server.process.send_signal(signal.SIGCONT)
-            await until(lambda: not conn._pending_services)
-            assert list(conn._handlers)
-            server.process.send_signal(signal.SIGSTOP)
-            conn.service("decorated.too")(send_for_ever)
-            try:
-                with pytest.raises(PresenceTimeoutError):
-                    await conn.run()
-            finally:
-                server.process.send_signal(signal.SIGCONT)
-            assert "'decorated.too' is not served" in caplog.text
+            await conn.serve("answers", send_for_ever)
+            with suspended(server), pytest.raises(PresenceTimeoutError):
+                await conn.serve("others", send_for_ever)
+            assert len(conn._services) == len(conn._handlers) == 1
+            async with conn.stream("answers") as stream:
+                assert await stream.next() == b"more"
+            assert isinstance(await failure(conn.stream("others")), NoRespondersError)
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
 
@@ -809,10 +827,11 @@ def test_use_in_another_loop_is_refused(url: str) -> None:
         async with aio.connect(url) as conn, aio.watch() as watch:
             senders: asyncio.Queue[Sender] = asyncio.Queue()
 
-            @conn.service("answers")
             async def handler(request: Request, sender: Sender) -> None:
                 sender.detach()
                 senders.put_nowait(sender)
+
+            await conn.serve("answers", handler)
 
             stream = conn.stream("answers", stream_buffer_bytes=1000)
             sender = await senders.get()
@@ -820,7 +839,6 @@ def test_use_in_another_loop_is_refused(url: str) -> None:
             async def elsewhere() -> None:
                 for call in (
                     lambda: conn.stream("answers", timeout=0.1),
-                    lambda: conn.service("answers")(handler),
                     lambda: conn.serve("answers", handler),
                     stream.__anext__,
                     stream.next,
@@ -853,7 +871,7 @@ def test_a_connection_can_be_used_between_two_runs_of_its_loop(url: str) -> None
     async def handler(request: Request, sender: Sender) -> None:
         await sender.send("one")
 
-    conn.service("answers")(handler)
+    loop.run_until_complete(conn.serve("answers", handler))
     stream = conn.stream("answers")
     assert loop.run_until_complete(received(stream)) == [b"one"]
     loop.run_until_complete(connecting.__aexit__(None, None, None))

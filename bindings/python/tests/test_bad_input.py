@@ -320,6 +320,10 @@ async def all_of(stream: aio.Stream) -> list[bytes]:
     return [message async for message in stream]
 
 
+async def returns_nothing(request: object, sender: object) -> None:
+    pass
+
+
 def test_asyncio_refuses_the_same_input(url: str) -> None:
     async def main() -> None:
         async with aio.connect(url) as conn:
@@ -327,7 +331,7 @@ def test_asyncio_refuses_the_same_input(url: str) -> None:
                 with pytest.raises(InvalidError, match="subject"):
                     conn.stream(subject)  # type: ignore[arg-type]
                 with pytest.raises(InvalidError, match="subject"):
-                    conn.service(subject)(None)  # type: ignore[arg-type]
+                    await conn.serve(subject, returns_nothing)  # type: ignore[arg-type]
             for client in BAD_IDS:
                 with pytest.raises(InvalidError, match="client id"):
                     conn.stream("answers", client_id=client)  # type: ignore[arg-type]
@@ -337,7 +341,6 @@ def test_asyncio_refuses_the_same_input(url: str) -> None:
             with pytest.raises(InvalidError, match="drain"):
                 await conn.close(-1)
 
-            @conn.service("answers")
             async def handler(request: nats_presence.Request, sender: aio.Sender) -> None:
                 with pytest.raises(TooLargeError):
                     await sender.send(b"x" * MAX_PAYLOAD)
@@ -349,6 +352,8 @@ def test_asyncio_refuses_the_same_input(url: str) -> None:
                     with pytest.raises(kind, match=expected):
                         await sender.send_many([b"x", data])
                 await sender.send("fine")
+
+            await conn.serve("answers", handler)
 
             assert await asyncio.wait_for(all_of(conn.stream("answers")), LIMIT) == [b"fine"]
             assert conn.stats()["streams"] == 0

@@ -65,8 +65,6 @@ def test_threads_refuse_async_handlers(conn: Connection, handler: Any) -> None:
 def test_asyncio_refuses_generators_without_async(url: str, handler: Any) -> None:
     async def main(conn: aio.Connection) -> None:
         with pytest.raises(TypeError, match="async def"):
-            conn.service("answers")(handler)
-        with pytest.raises(TypeError, match="async def"):
             await conn.serve("answers", handler)
 
     run(url, main)
@@ -76,34 +74,36 @@ def test_asyncio_refuses_generators_without_async(url: str, handler: Any) -> Non
 def test_handlers_must_be_callable(conn: Connection, url: str, handler: Any) -> None:
     with pytest.raises(TypeError, match="must be callable"):
         conn.service("answers")(handler)
+    with pytest.raises(TypeError, match="must be callable"):
+        conn.serve("answers", handler)
 
     async def main(conn: aio.Connection) -> None:
-        with pytest.raises(TypeError, match="must be callable"):
-            conn.service("answers")(handler)
         with pytest.raises(TypeError, match="must be callable"):
             await conn.serve("answers", handler)
 
     run(url, main)
 
 
-def test_a_decorator_without_parentheses_is_refused(conn: Connection, url: str) -> None:
+def test_a_decorator_without_parentheses_is_refused(conn: Connection) -> None:
     with pytest.raises(TypeError, match=r'@conn\.service\("subject"\)'):
 
         @conn.service  # type: ignore[arg-type]
         def handler(request: object, sender: object) -> None:
             pass
 
+
+@pytest.mark.parametrize("subject", [None, 7, b"bytes", "a\0b", len])
+def test_an_invalid_subject_is_refused(conn: Connection, url: str, subject: Any) -> None:
+    with pytest.raises(InvalidError, match="subject"):
+        conn.service(subject)  # Before it decorates.
+    with pytest.raises(InvalidError, match="subject"):
+        conn.serve(subject, lambda request, sender: None)
+
     async def main(conn: aio.Connection) -> None:
-        with pytest.raises(TypeError, match=r'@conn\.service\("subject"\)'):
-            conn.service(coroutine)  # type: ignore[arg-type]
+        with pytest.raises(InvalidError, match="subject"):
+            await conn.serve(subject, coroutine)
 
     run(url, main)
-
-
-@pytest.mark.parametrize("subject", [None, 7, b"bytes", "a\0b"])
-def test_an_invalid_subject_is_refused_before_decorating(conn: Connection, subject: Any) -> None:
-    with pytest.raises(InvalidError, match="subject"):
-        conn.service(subject)
 
 
 def failure(conn: Connection, subject: str) -> nats_presence.PresenceError:
@@ -141,7 +141,7 @@ def test_a_result_of_an_asyncio_handler_is_not_dropped_silently(
     url: str, handler: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def main(conn: aio.Connection) -> None:
-        conn.service("answers")(handler)
+        await conn.serve("answers", handler)
         if handler is RETURNED["coroutine"]:
             assert [message async for message in conn.stream("answers")] == []
         elif handler is RETURNED["async generator"]:
@@ -212,7 +212,7 @@ def test_an_async_generator_as_a_handler(url: str, caplog: pytest.LogCaptureFixt
                 ended.put_nowait(request.client_id)
 
         await conn.serve("answers", count)
-        conn.service("forwards")(lambda request, sender: conn.stream("answers", request.data))
+        await conn.serve("forwards", lambda request, sender: conn.stream("answers", request.data))
         for subject in ("answers", "forwards"):
             for many in (1000, 0):
                 stream = conn.stream(subject, str(many))

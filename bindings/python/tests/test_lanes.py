@@ -139,7 +139,6 @@ def test_a_slow_reader_slows_only_its_own_worker_in_asyncio(url: str, size: int,
     messages = numbered(size)
 
     async def test(conn: aio.Connection) -> None:
-        @conn.service("answers")
         async def handler(request: Request, sender: aio.Sender) -> None:
             senders[request.client_id] = sender
             if how == "send_many":
@@ -147,6 +146,8 @@ def test_a_slow_reader_slows_only_its_own_worker_in_asyncio(url: str, size: int,
             else:
                 for message in messages:
                     await sender.send(message)
+
+        await conn.serve("answers", handler)
 
         slow = conn.stream("answers", client_id="slow", stream_buffer_bytes=WINDOW)
         await until_aio(Stalled(senders, "slow"))
@@ -167,9 +168,10 @@ def test_a_reader_that_never_catches_up_gets_all_messages(url: str) -> None:
     async def test(conn: aio.Connection) -> None:
         messages = [b"%d" % number for number in range(20_000)]
 
-        @conn.service("answers")
         async def handler(request: Request, sender: aio.Sender) -> None:
             await sender.send_many(messages)
+
+        await conn.serve("answers", handler)
 
         stream = conn.stream("answers", stream_buffer_bytes=WINDOW)
         got = []
@@ -189,10 +191,11 @@ def test_a_waiting_send_can_be_cancelled_or_ended(url: str) -> None:
     async def test(conn: aio.Connection) -> None:
         senders: asyncio.Queue[aio.Sender] = asyncio.Queue()
 
-        @conn.service("answers")
         async def handler(request: Request, sender: aio.Sender) -> None:
             sender.detach()
             senders.put_nowait(sender)
+
+        await conn.serve("answers", handler)
 
         stream = conn.stream("answers", stream_buffer_bytes=WINDOW)
         sender = await senders.get()
@@ -328,7 +331,6 @@ def test_a_reader_that_leaves_cancels_only_its_handler(url: str) -> None:
     async def test(conn: aio.Connection) -> None:
         stopped: list[tuple[bytes, int]] = []
 
-        @conn.service("answers")
         async def handler(request: Request, sender: aio.Sender) -> None:
             try:
                 while True:
@@ -336,6 +338,8 @@ def test_a_reader_that_leaves_cancels_only_its_handler(url: str) -> None:
                     await asyncio.sleep(0.001)
             finally:
                 stopped.append((request.data, sender.status))
+
+        await conn.serve("answers", handler)
 
         stays = conn.stream("answers", b"stays", client_id="tab")
         async for _ in conn.stream("answers", b"leaves", client_id="tab"):
@@ -392,12 +396,13 @@ def test_a_full_send_buffer_waits_for_the_connection_in_asyncio(server: Server) 
         messages = [b"%d" % number for number in range(20_000)]
         async with connecting as conn:
 
-            @conn.service("answers")
             async def handler(request: Request, sender: aio.Sender) -> None:
                 senders[request.client_id] = sender
                 await sender.send("begun")
                 await go.wait()
                 await sender.send_many(messages)
+
+            await conn.serve("answers", handler)
 
             stream = conn.stream("answers", client_id="tab")
             assert await stream.__anext__() == b"begun"
@@ -560,7 +565,7 @@ def test_a_gateway_that_dies_stops_its_senders(url: str, side: str, death: str) 
         until(lambda: online_count() == 0)
 
     async def serve(conn: aio.Connection) -> None:
-        conn.service("answers")(answer_in_a_loop)
+        await conn.serve("answers", answer_in_a_loop)
         await asyncio.to_thread(dies)
 
     if side == "asyncio":
@@ -634,13 +639,13 @@ conn.close()
 async def main():
     async with aio.connect(url, **FAST) as conn:
         enough = asyncio.Event()
-        @conn.service("answers")
         async def handler(request, sender):
             check = Check()
             while not enough.is_set():
                 await sender.send_many([check.sent() for _ in range(10)])
                 await asyncio.sleep(0.05)
             await sender.send(check.end())
+        await conn.serve("answers", handler)
         def follow_rounds():
             for connects in rounds():
                 reconnected(conn, connects)

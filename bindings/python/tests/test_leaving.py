@@ -320,9 +320,10 @@ def test_the_waiting_task_gets_the_end(url: str) -> None:
     """The end wakes the waiting task. Another task that reads before the first one runs does not take the end."""
 
     async def main(conn: aio.Connection) -> None:
-        @conn.service("fails")
         async def fail(request: nats_presence.Request, sender: aio.Sender) -> None:
             sender.error("why")
+
+        await conn.serve("fails", fail)
 
         stream = conn.stream("fails")
         reader = asyncio.create_task(stream.__anext__())

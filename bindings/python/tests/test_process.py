@@ -75,9 +75,9 @@ with nats_presence.connect(url) as conn:
     "asyncio": """
 async def main():
     async with aio.connect(url) as conn:
-        @conn.service("silent")
         async def handler(request, sender):
             await asyncio.sleep(3600)
+        await conn.serve("silent", handler)
         stream = conn.stream("silent")
         print("ready", flush=True)
         await stream.__anext__()
@@ -355,10 +355,10 @@ async def main():
     global conn, stream, block
     block = aio.connect(url)
     conn = await block.__aenter__()
-    @conn.service("answers")
     async def handler(request, sender):
         await sender.send("begun")
         await sender.send("end")
+    await conn.serve("answers", handler)
     stream = conn.stream("answers")
     assert await stream.__anext__() == b"begun"
 loop = asyncio.new_event_loop()

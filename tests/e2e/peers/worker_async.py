@@ -21,7 +21,6 @@ async def main(url: str, subject: str, lanes: str, *options: str) -> None:
     finishing = asyncio.Event()
     async with aio.connect(url, lanes=lanes, **dict(option.split("=", 1) for option in options)) as conn:
 
-        @conn.service(subject, queue="workers")
         async def answer(request: Request, sender: aio.Sender) -> None:
             what, _, argument = request.data.decode().partition(" ")
             count = {"fail": 1, "endless": sys.maxsize}.get(what) or int(argument)
@@ -45,6 +44,7 @@ async def main(url: str, subject: str, lanes: str, *options: str) -> None:
                     await sender.send("more")
             emit(event="done", client=request.client_id, sent=sent, why=why, accepted=sender.send_count - sent)
 
+        await conn.serve(subject, answer, queue="workers")
         emit(event="ready")
         while await asyncio.to_thread(sys.stdin.readline):  # "finish" is the only command
             finishing.set()

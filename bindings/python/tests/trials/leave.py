@@ -93,7 +93,7 @@ async def leave(conn: aio.Connection, port: int, form: str, subject: str, client
             stopped[request.client_id] = time.monotonic()
 
     name = f"{subject}-{port}-{form}"
-    conn.service(name, max_streams=100_000)(answer)
+    await conn.serve(name, answer, max_streams=100_000)
     left: dict[str, float] = {}
 
     async def come(number: int) -> asyncio.StreamWriter:
