@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import gc
 import re
 import socket
 import struct
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import LIMIT, ROOT, Server, environment, until
@@ -147,6 +150,43 @@ def test_a_browser_that_leaves_stops_its_worker(worker: Worker, start: WebServer
     worker.waits = False
     with get(address, f"/{route}/last") as browser:  # The server still answers.
         read(browser, b"begun")
+
+
+@pytest.mark.parametrize("route", ["events", "threads"])
+def test_a_browser_that_leaves_during_a_send_stops_its_worker(
+    worker: Worker, shared_server: Server, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """The request is cancelled while the generator of its body is suspended, and Starlette's exceptions refer to it."""
+    monkeypatch.setenv("NATS_URL", shared_server.url)
+    program: dict[str, Any] = {}
+    exec(PROGRAMS["app"], program)
+    app = program["app"]
+
+    async def main() -> None:
+        sending = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await sending.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                sending.set()
+                await asyncio.Event().wait()
+
+        path = f"/{route}/tab"
+        request = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "query_string": b""}
+        async with program["lifespan"](app):
+            await app({**request, "headers": [], "asgi": {"version": "3.0"}}, receive, send)
+            await asyncio.to_thread(until, lambda: worker.stopped == {"tab"})
+
+    gc.disable()  # It would close the generator at some time.
+    try:
+        asyncio.run(asyncio.wait_for(main(), 2 * LIMIT))
+    finally:
+        gc.enable()
+        if route == "threads":
+            app.state.threads_conn.close()
 
 
 @pytest.mark.parametrize("kind", SERVERS)
