@@ -1,6 +1,9 @@
 //! Events: what the caller sees, what a queue stores, and the senders and streams that they come from.
 
 use crate::error::Status;
+use crate::process::fork;
+use crate::status_word::StatusWord;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::wire::frame::Run;
 use bytes::{Bytes, BytesMut};
 use std::any::Any;
@@ -76,19 +79,47 @@ impl Kind {
     }
 }
 
+/// What senders and streams have in common.
+pub(crate) struct Source {
+    pub(crate) handle_id: u64,
+    /// The caller's number for its events.
+    pub(crate) tag: AtomicU64,
+    /// 0 while it runs. No event follows its last one.
+    pub(crate) word: StatusWord,
+    is_freed: AtomicBool,
+}
+
+impl Source {
+    pub(crate) fn new(tag: u64) -> Source {
+        let handle_id = fork::next_handle_id();
+        Source { handle_id, tag: AtomicU64::new(tag), word: StatusWord::default(), is_freed: AtomicBool::new(false) }
+    }
+
+    #[inline]
+    pub(crate) fn tag(&self) -> u64 {
+        self.tag.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.word.check().is_ok()
+    }
+
+    /// The caller has freed it: its events are dropped from now on.
+    pub(crate) fn set_freed(&self) {
+        self.is_freed.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_freed(&self) -> bool {
+        self.is_freed.load(Ordering::Acquire)
+    }
+}
+
 /// A sender or stream that events are about.
 pub(crate) trait EventSource: Any + Send + Sync {
-    fn handle_id(&self) -> u64;
-    /// The caller's number for its events.
-    fn tag(&self) -> u64;
-    /// Whether the caller has freed it, so that its events are dropped.
-    fn is_freed(&self) -> bool;
-    /// Whether it has not ended. No event follows its last one.
-    fn is_running(&self) -> bool;
-    /// A wait has taken so many of its events, with so many bytes of payload, out of the queue.
-    fn delivered(&self, _kind: Kind, _count: u64, _bytes: u64) {}
-    /// So many of its events, with so many bytes of payload, were dropped with the queue, or because it was closed.
-    fn discarded(&self, _kind: Kind, _count: u64, _bytes: u64) {}
+    fn source(&self) -> &Source;
+    /// So many of its events, with so many bytes of payload, have left the queue: delivered by a wait, or else
+    /// discarded with the queue.
+    fn left_queue(&self, _kind: Kind, _count: u64, _bytes: u64, _is_delivered: bool) {}
 }
 
 /// Something that happened, as a wait shows it.
@@ -141,7 +172,7 @@ impl Single {
     }
 
     pub(crate) fn of(kind: Kind, status: Status, source: Arc<dyn EventSource>, data: Bytes) -> Single {
-        let tag = source.tag();
+        let tag = source.source().tag();
         Single { source: Some(source), ..Single::new(kind, status, tag, data) }
     }
 
@@ -150,11 +181,11 @@ impl Single {
             kind: self.kind,
             status: self.status,
             // Read now, because the caller may have set another one since the event was queued.
-            tag: self.source.as_ref().map_or(self.tag, |source| source.tag()),
+            tag: self.source.as_ref().map_or(self.tag, |source| source.source().tag()),
             client: self.client.as_deref().unwrap_or_default(),
             subject: &self.subject,
             data: &self.data,
-            handle_id: self.source.as_ref().map_or(0, |source| source.handle_id()),
+            handle_id: self.source.as_ref().map_or(0, |source| source.source().handle_id),
             source: self.source.as_ref(),
         }
     }
@@ -237,7 +268,7 @@ impl LaneBatch {
     #[inline]
     pub(super) fn show(&self, show: &mut impl FnMut(Event<'_>)) {
         for (source, run) in &self.parts {
-            let (tag, handle_id) = (source.tag(), source.handle_id());
+            let (tag, handle_id) = (source.source().tag(), source.source().handle_id);
             for data in run.bodies(&self.message) {
                 let (kind, status, source) = (Kind::Data, Status::Ok, Some(source));
                 show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, source });

@@ -5,6 +5,6 @@ mod queue;
 mod wakeups;
 
 pub use event::{Event, Kind};
-pub(crate) use event::{EventSource, LaneBatch, Single, unpin};
+pub(crate) use event::{EventSource, LaneBatch, Single, Source, unpin};
 pub use queue::Queue;
 pub(crate) use wakeups::Wakeups;

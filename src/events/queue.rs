@@ -1,6 +1,6 @@
 //! The queue: services, streams and watches push events, one thread takes them out.
 
-use super::event::{Event, EventSource, Kind, LaneBatch, Single};
+use super::event::{Event, Kind, LaneBatch, Single};
 use crate::error::{Error, Result, Status};
 use crate::process::fork;
 use crate::sync::{Condvar, Mutex};
@@ -36,33 +36,27 @@ impl Entry {
         }
     }
 
-    /// Calls `report` for each sender or stream, with the kind of its events, their number and their bytes.
-    fn report(&self, report: impl Fn(&dyn EventSource, Kind, u64, u64)) {
+    /// Tells each sender or stream that its events have left the queue.
+    fn left_queue(&self, is_delivered: bool) {
         match self {
             Entry::Single(Single { source: None, .. }) => {}
             Entry::Single(Single { kind, source: Some(source), data, .. }) => {
-                report(&**source, *kind, 1, data.len() as u64);
+                source.left_queue(*kind, 1, data.len() as u64, is_delivered);
             }
             Entry::LaneBatch(batch) => {
-                batch.parts().for_each(|(source, count, bytes)| report(&**source, Kind::Data, count, bytes));
+                batch.parts().for_each(|(source, count, bytes)| {
+                    source.left_queue(Kind::Data, count, bytes, is_delivered);
+                });
             }
         }
-    }
-
-    fn delivered(&self) {
-        self.report(|source, kind, count, bytes| source.delivered(kind, count, bytes));
-    }
-
-    fn discarded(&self) {
-        self.report(|source, kind, count, bytes| source.discarded(kind, count, bytes));
     }
 
     /// Drops the events of freed senders and streams; returns false if no event is left.
     fn retain_unfreed(&mut self) -> bool {
         match self {
-            Entry::Single(event) => event.source.as_ref().is_none_or(|source| !source.is_freed()),
+            Entry::Single(event) => event.source.as_ref().is_none_or(|source| !source.source().is_freed()),
             Entry::LaneBatch(batch) => {
-                batch.retain(|source| !source.is_freed());
+                batch.retain(|source| !source.source().is_freed());
                 !batch.is_empty()
             }
         }
@@ -230,7 +224,7 @@ impl Queue {
             if !self.take(max, deadline, &mut shown)? {
                 return Ok(0);
             }
-            shown.iter().for_each(Entry::delivered);
+            shown.iter().for_each(|entry| entry.left_queue(true));
             shown.retain_mut(Entry::retain_unfreed);
             if !shown.is_empty() {
                 let mut count = 0;
@@ -327,7 +321,7 @@ impl Queue {
             inner.count = 0;
             mem::take(&mut inner.entries)
         };
-        entries.iter().for_each(Entry::discarded);
+        entries.iter().for_each(|entry| entry.left_queue(false));
         drop(entries);
         self.shown.lock().clear();
     }
@@ -361,11 +355,11 @@ impl Queue {
         let mut inner = self.inner.lock();
         if inner.closed {
             drop(inner);
-            Entry::LaneBatch(batch).discarded();
+            Entry::LaneBatch(batch).left_queue(false);
             return None;
         }
         // With the queue locked, so that no event follows a stream's last one.
-        batch.retain(|source| source.is_running());
+        batch.retain(|source| source.source().is_running());
         if batch.is_empty() {
             return Some(false);
         }
@@ -440,11 +434,12 @@ mod interleavings;
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    use crate::events::{EventSource, Source};
+    use crate::sync::atomic::{AtomicUsize, Ordering};
     use std::thread;
 
     struct Probe {
-        is_freed: AtomicBool,
+        source: Source,
         delivered_bytes: AtomicUsize,
         discarded_bytes: AtomicUsize,
         delivered: Mutex<Vec<Kind>>,
@@ -454,7 +449,7 @@ pub(crate) mod tests {
     impl Probe {
         fn new() -> Arc<Probe> {
             Arc::new(Probe {
-                is_freed: AtomicBool::new(false),
+                source: Source::new(7),
                 delivered_bytes: AtomicUsize::new(0),
                 discarded_bytes: AtomicUsize::new(0),
                 delivered: Mutex::default(),
@@ -468,32 +463,19 @@ pub(crate) mod tests {
     }
 
     impl EventSource for Probe {
-        fn handle_id(&self) -> u64 {
-            1
+        fn source(&self) -> &Source {
+            &self.source
         }
 
-        fn tag(&self) -> u64 {
-            7
-        }
-
-        fn is_freed(&self) -> bool {
-            self.is_freed.load(Ordering::Relaxed)
-        }
-
-        fn is_running(&self) -> bool {
-            true
-        }
-
-        fn delivered(&self, kind: Kind, count: u64, bytes: u64) {
+        fn left_queue(&self, kind: Kind, count: u64, bytes: u64, is_delivered: bool) {
             assert_eq!(count, 1);
-            self.delivered_bytes.fetch_add(bytes as usize, Ordering::Relaxed);
-            self.delivered.lock().push(kind);
-        }
-
-        fn discarded(&self, kind: Kind, count: u64, bytes: u64) {
-            assert_eq!(count, 1);
-            self.discarded_bytes.fetch_add(bytes as usize, Ordering::Relaxed);
-            self.discarded.lock().push(kind);
+            let (kinds, sum) = if is_delivered {
+                (&self.delivered, &self.delivered_bytes)
+            } else {
+                (&self.discarded, &self.discarded_bytes)
+            };
+            sum.fetch_add(bytes as usize, Ordering::Relaxed);
+            kinds.lock().push(kind);
         }
     }
 
@@ -524,7 +506,7 @@ pub(crate) mod tests {
     fn events_of_a_freed_source_are_dropped_but_reported_as_delivered() {
         let (queue, probe) = (Queue::new(), Probe::new());
         queue.push(probe.event(Kind::Data, "12345"));
-        probe.is_freed.store(true, Ordering::Relaxed);
+        probe.source.set_freed();
         assert_eq!(taken(&queue, 8), [""; 0]);
         assert_eq!(probe.delivered_bytes.load(Ordering::Relaxed), 5);
     }

@@ -62,7 +62,7 @@ pub(super) unsafe fn sender_ref<'a>(sender: *const presence_sender) -> Result<&'
     check_live(sender)?;
     // SAFETY: the pointer is that of an Arc that `into_sender_pointer` leaked and nobody freed, so the sender exists.
     let sender = unsafe { sender.cast::<Sender>().as_ref() }.ok_or(Status::Invalid)?;
-    fork::check(sender.handle_id())?;
+    fork::check(sender.source().handle_id)?;
     Ok(sender)
 }
 

@@ -3,7 +3,7 @@
 use crate::config::{Config, RequestOptions};
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
-use crate::events::{Event, EventSource, Kind, Queue, Single, unpin};
+use crate::events::{Event, EventSource, Kind, Queue, Single, Source, unpin};
 use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::streams::{CreditToReturn, OVERHEAD};
@@ -12,9 +12,7 @@ use crate::nats::outbox::Request;
 use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
-use crate::process::fork;
 use crate::process::random;
-use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Answer, Use};
@@ -37,14 +35,11 @@ const LARGE_PART: u64 = 64;
 
 /// A stream that this process requested.
 pub struct Stream {
-    handle_id: u64,
-    tag: u64,
+    source: Source,
     this: Weak<Stream>,
     connection: Arc<Connection>,
     queue: Arc<Queue>,
     client: Box<str>,
-    word: StatusWord,
-    is_freed: AtomicBool,
     /// What its worker has answered so far: the constants below.
     answer: AtomicU8,
     /// Whether the request offered a lane.
@@ -168,14 +163,11 @@ impl Connection {
         // `drop` subtracts it.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
-            handle_id: fork::next_handle_id(),
-            tag,
+            source: Source::new(tag),
             this: this.clone(),
             connection,
             queue: Arc::clone(queue),
             client: client.into(),
-            word: StatusWord::default(),
-            is_freed: AtomicBool::new(false),
             answer: AtomicU8::new(SENT),
             offers_lane,
             was_stored: AtomicBool::new(false),
@@ -201,19 +193,19 @@ impl Connection {
         *stream.pending.lock() = Some(Box::new(Pending { subject: subject.into(), retry }));
         // Before the request is sent, so that an offline mark from now on stops the stream.
         if options.only_online {
-            if !registry::attach_if_online(client, stream.handle_id, Arc::clone(&stream) as _) && stream.withdraw() {
+            if !registry::attach_if_online(client, Arc::clone(&stream) as _) && stream.withdraw() {
                 let text = format!("client {client:?} is offline in this process, and only_online is set");
                 return Err(Error::new(Status::Offline, text));
             }
         } else {
-            registry::attach(client, stream.handle_id, Arc::clone(&stream) as _);
+            registry::attach(client, Arc::clone(&stream) as _);
         }
-        if stream.word.check().is_err() {
+        if !stream.source.is_running() {
             // It may have ended before it was attached.
-            registry::detach(client, stream.handle_id);
+            registry::detach(client, stream.source.handle_id);
         }
         // After `expect`, as a connection that was lost before it has not ended this stream.
-        let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.word, request)?));
+        let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.source.word, request)?));
         if let Err(error) = sent
             && stream.withdraw()
         {
@@ -273,13 +265,13 @@ fn wire_len(headers: &HeaderMap) -> usize {
 
 impl Stream {
     pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
+        self.source.handle_id
     }
 
     /// The tag that was passed to `request`.
     #[must_use]
     pub fn tag(&self) -> u64 {
-        self.tag
+        self.source.tag()
     }
 
     /// The client's id; empty for no client.
@@ -305,7 +297,7 @@ impl Stream {
     /// # Errors
     /// `Closed` if it has ended.
     pub fn consumed(&self, bytes: u64) -> Result<()> {
-        if self.word.check().is_err() {
+        if !self.source.is_running() {
             return Err(Error::new(Status::Closed, "the stream has ended already"));
         }
         if let Some(unconsumed) = &self.unconsumed {
@@ -334,17 +326,17 @@ impl Stream {
 
     /// Drops the events that are still queued for it. A stream that has not ended is cancelled.
     pub fn free(&self) {
-        self.is_freed.store(true, Ordering::Release);
+        self.source.set_freed();
         self.end_here(Status::Cancelled, "");
     }
 
     /// Undoes the request before it was sent. Returns false if the stream was ended meanwhile, which has queued its
     /// last event.
     fn withdraw(&self) -> bool {
-        let is_first = self.word.try_stop(Status::Cancelled);
+        let is_first = self.source.word.try_stop(Status::Cancelled);
         if is_first {
-            self.is_freed.store(true, Ordering::Release);
-            registry::detach(&self.client, self.handle_id);
+            self.source.set_freed();
+            registry::detach(&self.client, self.source.handle_id);
             self.cancel_on_lane(Status::Cancelled);
             self.connection.forget_request(self.key);
             self.conclude(Kind::Error, Status::Cancelled, "");
@@ -361,7 +353,7 @@ impl Stream {
             }
         });
         *self.timer.lock() = Some(task.abort_handle());
-        if self.word.check().is_err() {
+        if !self.source.is_running() {
             self.stop_timer();
         }
     }
@@ -374,11 +366,11 @@ impl Stream {
 
     /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
     fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
-        if !self.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
+        if !self.source.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
         self.connection.forget_request(self.key);
-        registry::detach(&self.client, self.handle_id);
+        registry::detach(&self.client, self.source.handle_id);
         self.conclude(kind, status, text);
         true
     }
@@ -386,15 +378,15 @@ impl Stream {
     /// Ends it on this side, if it runs: notifies the worker, and puts the last event into the queue. False if it had
     /// ended.
     fn end_here(&self, why: Status, text: impl Into<Bytes>) -> bool {
-        if !self.word.try_stop(why) {
+        if !self.source.word.try_stop(why) {
             return false;
         }
         self.cancel_on_lane(why);
         if self.notice() == Notice::Announcement {
-            registry::give_up(&self.client, self.handle_id, &*self.connection);
+            registry::give_up(&self.client, self.source.handle_id, &*self.connection);
             self.connection.forget_request(self.key);
         } else {
-            registry::detach(&self.client, self.handle_id);
+            registry::detach(&self.client, self.source.handle_id);
             self.leave_inbox();
         }
         self.conclude(Kind::Error, why, text);
@@ -436,7 +428,7 @@ impl Stream {
         *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.wakeups().push(&self.queue, || (!self.is_freed()).then_some(event));
+            self.connection.wakeups().push(&self.queue, || (!self.source.is_freed()).then_some(event));
         }
     }
 
@@ -467,7 +459,7 @@ impl Stream {
         let Some(this) = self.this.upgrade() else { return };
         self.connection.wakeups().push(&self.queue, || {
             // With the queue locked, so that no event follows the last one.
-            self.word.check().ok()?;
+            self.source.word.check().ok()?;
             self.unread.fetch_add(weight, Ordering::Relaxed);
             self.connection.counters.unread.fetch_add(weight, Ordering::Relaxed);
             Some(Single::of(Kind::Data, Status::Ok, this, unpin(payload)))
@@ -500,7 +492,7 @@ impl Stream {
             tokio::time::sleep(delay).await;
             if let Some(this) = this.upgrade() {
                 let _ = this.answer.compare_exchange(NOT_SENT, SENT, Ordering::Relaxed, Ordering::Relaxed);
-                if this.connection.outbox().request(&this.word, request) == Err(Status::Full) {
+                if this.connection.outbox().request(&this.source.word, request) == Err(Status::Full) {
                     let _ = this.answer.compare_exchange(SENT, NOT_SENT, Ordering::Relaxed, Ordering::Relaxed);
                     this.end_here(Status::Full, "cannot send the request again: the send buffer is full");
                 }
@@ -568,10 +560,6 @@ impl MessageHandler for Stream {
 }
 
 impl Stoppable for Stream {
-    fn status_word(&self) -> &StatusWord {
-        &self.word
-    }
-
     fn stopped(&self, why: Status, is_announced: bool) {
         self.cancel_on_lane(why);
         if is_announced {
@@ -608,7 +596,7 @@ impl StreamObserver for Stream {
         // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it.
         self.answer.store(ON_LANE, Ordering::Relaxed);
         let _ = self.lane.set((Arc::clone(lane), stream));
-        let is_running = self.word.check_after_publishing().is_ok();
+        let is_running = self.source.word.check_after_publishing().is_ok();
         if is_running {
             *self.pending.lock() = None;
         }
@@ -637,32 +625,15 @@ impl StreamObserver for Stream {
 }
 
 impl EventSource for Stream {
-    fn handle_id(&self) -> u64 {
-        self.handle_id
+    fn source(&self) -> &Source {
+        &self.source
     }
 
-    fn is_freed(&self) -> bool {
-        self.is_freed.load(Ordering::Acquire)
-    }
-
-    fn tag(&self) -> u64 {
-        self.tag
-    }
-
-    fn is_running(&self) -> bool {
-        self.word.check().is_ok()
-    }
-
-    fn delivered(&self, kind: Kind, count: u64, bytes: u64) {
+    fn left_queue(&self, kind: Kind, count: u64, bytes: u64, is_delivered: bool) {
         match &self.unconsumed {
-            Some(unconsumed) if kind == Kind::Data => unconsumed.lock().add(count, bytes),
-            _ => self.discarded(kind, count, bytes),
-        }
-    }
-
-    fn discarded(&self, kind: Kind, count: u64, bytes: u64) {
-        if kind == Kind::Data {
-            self.return_credit(count * OVERHEAD + bytes);
+            _ if kind != Kind::Data => {}
+            Some(unconsumed) if is_delivered => unconsumed.lock().add(count, bytes),
+            _ => self.return_credit(count * OVERHEAD + bytes),
         }
     }
 }

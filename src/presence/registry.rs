@@ -9,12 +9,11 @@
 //! events. What takes longer is done after the lock is released.
 
 use crate::error::{Result, Status};
-use crate::events::{Kind, Queue};
+use crate::events::{EventSource, Kind, Queue};
 use crate::presence::client_id;
 use crate::presence::id_map::{Entry, IdMap};
 use crate::process::fork::{self, PerProcess};
 use crate::process::runtime;
-use crate::status_word::StatusWord;
 use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::collections::VecDeque;
@@ -23,9 +22,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// A sender or a stream of a client.
-pub(crate) trait Stoppable: Send + Sync {
-    /// The word that ends it. The registry stops it with the client's entry locked.
-    fn status_word(&self) -> &StatusWord;
+pub(crate) trait Stoppable: EventSource {
     /// Notifies the other end and the queue after the registry stopped it, without a lock. `is_announced`: the client
     /// is announced offline as well.
     fn stopped(&self, why: Status, is_announced: bool);
@@ -147,7 +144,7 @@ impl ClientEntry {
     /// ended.
     fn stop(&mut self, is_meant: impl Fn(&dyn Stoppable) -> bool) -> Vec<Arc<dyn Stoppable>> {
         let meant = self.running.extract_if(.., |(_, stream)| is_meant(&**stream)).map(|(_, stream)| stream);
-        meant.filter(|stream| stream.status_word().try_stop(Status::Offline)).collect()
+        meant.filter(|stream| stream.source().word.try_stop(Status::Offline)).collect()
     }
 }
 
@@ -272,21 +269,21 @@ pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Qu
 }
 
 /// Makes a client online as long as `stream` runs here.
-pub(crate) fn attach(id: &str, handle_id: u64, stream: Arc<dyn Stoppable>) {
+pub(crate) fn attach(id: &str, stream: Arc<dyn Stoppable>) {
     if !id.is_empty() {
         let registry = registry();
-        registry.enter(&mut registry.clients.lock(id)).running.push((handle_id, stream));
+        registry.enter(&mut registry.clients.lock(id)).running.push((stream.source().handle_id, stream));
     }
 }
 
 /// As `attach`, but only for a client that is online already: otherwise returns false, and nothing has changed.
-pub(crate) fn attach_if_online(id: &str, handle_id: u64, stream: Arc<dyn Stoppable>) -> bool {
+pub(crate) fn attach_if_online(id: &str, stream: Arc<dyn Stoppable>) -> bool {
     if id.is_empty() {
         return true;
     }
     let mut entry = registry().clients.lock(id);
     let Some(presence) = entry.get_mut() else { return false };
-    presence.activate().running.push((handle_id, stream));
+    presence.activate().running.push((stream.source().handle_id, stream));
     true
 }
 
@@ -360,7 +357,7 @@ pub(crate) fn set_session_grace(grace: Duration) {
 /// Stops all that runs for a client, and returns what had not ended.
 fn stop_all(presence: Option<&Presence>) -> Vec<Arc<dyn Stoppable>> {
     let running = presence.map_or(&[][..], Presence::running).iter().map(|(_, stream)| stream);
-    running.filter(|stream| stream.status_word().try_stop(Status::Offline)).cloned().collect()
+    running.filter(|stream| stream.source().word.try_stop(Status::Offline)).cloned().collect()
 }
 
 fn notify_stopped(stopped: &[Arc<dyn Stoppable>], is_announced: bool) {
@@ -542,44 +539,44 @@ mod model;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::Event;
+    use crate::events::{Event, Source};
     use crate::sync::Mutex;
 
     /// A stream, or a sender if nobody requested it here.
     pub(super) struct Probe {
-        pub(super) handle_id: u64,
+        pub(super) source: Source,
         pub(super) requested_on: Option<u64>,
         pub(super) answers_to: Option<u64>,
         pub(super) notice: Notice,
-        pub(super) word: StatusWord,
         pub(super) stopped: AtomicBool,
     }
 
     impl Probe {
         pub(super) fn new(requested_on: Option<u64>, answers_to: Option<u64>, notice: Notice) -> Arc<Probe> {
-            let (word, stopped) = (StatusWord::default(), AtomicBool::new(false));
-            let handle_id = fork::next_handle_id();
-            Arc::new(Probe { handle_id, requested_on, answers_to, notice, word, stopped })
+            let (source, stopped) = (Source::new(0), AtomicBool::new(false));
+            Arc::new(Probe { source, requested_on, answers_to, notice, stopped })
         }
 
         fn attach(id: &str, requested_on: Option<u64>, answers_to: Option<u64>) -> Arc<Probe> {
             let probe = Probe::new(requested_on, answers_to, Notice::Announcement);
-            attach(id, probe.handle_id, Arc::clone(&probe) as _);
+            attach(id, Arc::clone(&probe) as _);
             probe
         }
 
         fn is_stopped(&self) -> bool {
             let stopped = self.stopped.load(Ordering::Relaxed);
-            assert_eq!(self.word.check().is_err(), stopped);
+            assert_eq!(self.source.word.check().is_err(), stopped);
             stopped
         }
     }
 
-    impl Stoppable for Probe {
-        fn status_word(&self) -> &StatusWord {
-            &self.word
+    impl EventSource for Probe {
+        fn source(&self) -> &Source {
+            &self.source
         }
+    }
 
+    impl Stoppable for Probe {
         fn stopped(&self, why: Status, _is_announced: bool) {
             assert_eq!(why, Status::Offline);
             assert!(!self.stopped.swap(true, Ordering::Relaxed), "stopped twice");
@@ -653,10 +650,10 @@ mod tests {
         let probe = Probe::attach("streams", None, None);
         let second = Probe::attach("streams", Some(1), None);
         assert!(online("streams"));
-        detach("streams", probe.handle_id);
+        detach("streams", probe.source.handle_id);
         assert!(online("streams"));
-        detach("streams", second.handle_id);
-        detach("streams", second.handle_id);
+        detach("streams", second.source.handle_id);
+        detach("streams", second.source.handle_id);
         assert!(!online("streams") && !probe.is_stopped() && !second.is_stopped());
     }
 
@@ -713,7 +710,7 @@ mod tests {
         let recorder = Recorder::new();
         let attach = |id: &str, requested_on, answers_to, notice| {
             let probe = Probe::new(requested_on, answers_to, notice);
-            super::attach(id, probe.handle_id, Arc::clone(&probe) as _);
+            super::attach(id, Arc::clone(&probe) as _);
             probe
         };
         let here = Some(recorder.number);
@@ -728,7 +725,7 @@ mod tests {
         session.close();
         assert!(own.iter().all(|probe| probe.is_stopped()) && !elsewhere.is_stopped() && online("elsewhere"));
         assert!(recorder.of("elsewhere").is_empty(), "announced, though each worker is notified directly");
-        detach("elsewhere", elsewhere.handle_id);
+        detach("elsewhere", elsewhere.source.handle_id);
         assert!(!online("elsewhere"));
         // A worker on level 0 can be notified in no other way.
         let session = Session::open(b"level 0").unwrap();
@@ -743,7 +740,7 @@ mod tests {
     #[test]
     fn attach_if_online_refuses_an_offline_client() {
         let probe = Probe::new(Some(1), None, Notice::Direct);
-        let attach = |id: &str| attach_if_online(id, probe.handle_id, Arc::clone(&probe) as _);
+        let attach = |id: &str| attach_if_online(id, Arc::clone(&probe) as _);
         assert!(!attach("only online") && !online("only online") && attach(""));
         mark_online(b"only online").unwrap();
         assert!(attach("only online"));
@@ -770,7 +767,7 @@ mod tests {
     #[test]
     fn giving_up_a_stream_announces_a_client_that_is_not_online_otherwise() {
         let recorder = Recorder::new();
-        let give_up = |id: &str, stream: &Probe| give_up(id, stream.handle_id, &*recorder);
+        let give_up = |id: &str, stream: &Probe| give_up(id, stream.source.handle_id, &*recorder);
         let stream = |id: &str| Probe::attach(id, Some(recorder.number), None);
 
         let (first, second) = (stream("two streams"), stream("two streams"));
@@ -808,7 +805,7 @@ mod tests {
         let other = Probe::attach("own", None, None);
         apply_own_offline("own", recorder.number);
         assert!(own.is_stopped() && !other.is_stopped() && online("own"));
-        detach("own", other.handle_id);
+        detach("own", other.source.handle_id);
         let last = Probe::attach("own", None, Some(recorder.number));
         apply_own_offline("own", recorder.number);
         assert!(last.is_stopped() && !online("own"));
@@ -835,7 +832,7 @@ mod tests {
         mark_offline(b"watched").unwrap();
         session.close();
         let sender = Probe::attach("watched", None, None);
-        detach("watched", sender.handle_id);
+        detach("watched", sender.source.handle_id);
         let mut kinds = Vec::new();
         let note = |event: Event<'_>| {
             if event.client == "watched" {
@@ -858,9 +855,9 @@ mod tests {
                         mark_online(b"race").unwrap();
                         let session = Session::open(b"race").unwrap();
                         mark_offline(b"race").unwrap();
-                        assert!(sender.word.check().is_err());
+                        assert!(sender.source.word.check().is_err());
                         session.close();
-                        detach("race", sender.handle_id);
+                        detach("race", sender.source.handle_id);
                     }
                 });
             }

@@ -2,13 +2,12 @@
 
 use crate::connection::Connection;
 use crate::error::{Result, Status};
-use crate::events::{Event, EventSource, Kind, Queue, Single};
+use crate::events::{Event, EventSource, Kind, Queue, Single, Source};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
-use crate::process::fork;
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Headers};
@@ -20,18 +19,15 @@ use std::time::Duration;
 
 /// The worker's end of one stream. It comes with a `Request` event.
 pub struct Sender {
-    word: StatusWord,
+    source: Source,
     /// It is registered to be notified when it can send again.
     is_blocked: AtomicBool,
     /// A WRITABLE event is in the queue.
     writable_queued: AtomicBool,
-    is_freed: AtomicBool,
     /// What has happened: the bits below.
     steps: AtomicU8,
     /// Messages sent on level 0.
     sent: AtomicU64,
-    tag: AtomicU64,
-    handle_id: u64,
     reply: Subject,
     /// The lane that the requester offered, and the stream's share of it.
     lane: OnceCell<(Arc<Lane>, Arc<SendWindow>)>,
@@ -59,14 +55,11 @@ enum Route<'a> {
 impl Sender {
     pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
-            word: StatusWord::default(),
+            source: Source::new(service.tag()),
             is_blocked: AtomicBool::new(false),
             writable_queued: AtomicBool::new(false),
-            is_freed: AtomicBool::new(false),
             steps: AtomicU8::new(0),
             sent: AtomicU64::new(0),
-            tag: AtomicU64::new(service.tag()),
-            handle_id: fork::next_handle_id(),
             reply,
             lane: OnceCell::new(),
             client,
@@ -78,13 +71,13 @@ impl Sender {
 
     /// Sets the tag of the sender's `Stopped` and `Writable` events. It is that of the service at first.
     pub fn set_tag(&self, tag: u64) {
-        self.tag.store(tag, Ordering::Relaxed);
+        self.source.tag.store(tag, Ordering::Relaxed);
     }
 
     /// Switches to a lane. Called before the worker gets the sender.
     pub(crate) fn use_lane(&self, lane: Arc<Lane>, window: Arc<SendWindow>) {
         let (lane, window) = self.lane.get_or_init(|| (lane, window));
-        if let Err(why) = self.word.check_after_publishing() {
+        if let Err(why) = self.source.word.check_after_publishing() {
             // It was stopped before it had a lane, so the lane has not sent its end.
             lane.stop(window, reason(why).as_bytes());
         }
@@ -114,9 +107,9 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.send(&self.word, window, data)),
+            Route::Lane(lane, window) => self.on_lane(lane.send(&self.source.word, window, data)),
             Route::Level0(outbox) => {
-                self.on_level0(data, || outbox.send(&self.word, &self.reply, data, || self.register_blocked()))
+                self.on_level0(data, || outbox.send(&self.source.word, &self.reply, data, || self.register_blocked()))
             }
         }
     }
@@ -134,7 +127,7 @@ impl Sender {
             return Ok(0);
         }
         if let Route::Lane(lane, window) = self.route() {
-            return self.on_lane(lane.send_many(&self.word, window, data, lengths));
+            return self.on_lane(lane.send_many(&self.source.word, window, data, lengths));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -155,8 +148,10 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.send_wait(&self.word, window, data, timeout)),
-            Route::Level0(outbox) => self.on_level0(data, || outbox.send_wait(&self.word, &self.reply, data, timeout)),
+            Route::Lane(lane, window) => self.on_lane(lane.send_wait(&self.source.word, window, data, timeout)),
+            Route::Level0(outbox) => {
+                self.on_level0(data, || outbox.send_wait(&self.source.word, &self.reply, data, timeout))
+            }
         }
     }
 
@@ -182,7 +177,7 @@ impl Sender {
     /// Whether the stream has ended, so that no message can be sent.
     #[must_use]
     pub fn is_closed(&self) -> bool {
-        self.word.check().is_err()
+        !self.source.is_running()
     }
 
     /// The size limit of a message, in bytes. It depends on the nats-server of the present connection.
@@ -203,7 +198,7 @@ impl Sender {
     /// Says whether it may send, and why not.
     #[must_use]
     pub fn status_word(&self) -> &StatusWord {
-        &self.word
+        &self.source.word
     }
 
     /// The first value of a header of the request.
@@ -217,7 +212,7 @@ impl Sender {
 
     /// Drops the events that are still queued for it. A stream that has not ended ends with an error.
     pub fn free(&self) {
-        self.is_freed.store(true, Ordering::Release);
+        self.source.set_freed();
         self.abandon();
     }
 
@@ -253,8 +248,8 @@ impl Sender {
     }
 
     fn stop(&self, why: Status) {
-        if self.word.try_stop(why) {
-            registry::detach(&self.client, self.handle_id);
+        if self.source.word.try_stop(why) {
+            registry::detach(&self.client, self.source.handle_id);
             self.stopped(why, true);
         }
     }
@@ -265,7 +260,7 @@ impl Sender {
 
     #[inline]
     fn on_level0(&self, data: &[u8], send: impl FnOnce() -> Result<(), Status>) -> Result<(), Status> {
-        self.word.check()?;
+        self.source.word.check()?;
         if data.len() > self.max_message() {
             return Err(Status::TooLarge);
         }
@@ -278,18 +273,18 @@ impl Sender {
     }
 
     fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
-        self.word.check()?;
+        self.source.word.check()?;
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.finish(&self.word, Status::Closed, window, error))?,
-            Route::Level0(outbox) => outbox.finish(&self.word, Status::Closed, || match error {
+            Route::Lane(lane, window) => self.on_lane(lane.finish(&self.source.word, Status::Closed, window, error))?,
+            Route::Level0(outbox) => outbox.finish(&self.source.word, Status::Closed, || match error {
                 None => DurableMessage::End(self.reply.clone()),
                 Some(text) => self.error_message(text),
             })?,
         }
         self.leave_service();
-        registry::detach(&self.client, self.handle_id);
+        registry::detach(&self.client, self.source.handle_id);
         Ok(())
     }
 
@@ -314,7 +309,7 @@ impl Sender {
     /// Queues STOPPED after the second of two steps, so that it never comes before the REQUEST.
     fn queue_stopped_after(&self, step: u8) {
         if self.completes(step, REQUEST_QUEUED | STOPPED)
-            && let Err(why) = self.word.check()
+            && let Err(why) = self.source.word.check()
         {
             self.push_event(Kind::Stopped, why);
         }
@@ -329,7 +324,7 @@ impl Sender {
 
     /// Called once, when the stream has ended.
     fn leave_service(&self) {
-        self.service.forget(self.handle_id);
+        self.service.forget(self.source.handle_id);
         self.free_capacity_after(ENDED);
     }
 
@@ -352,10 +347,6 @@ fn reason(why: Status) -> &'static str {
 }
 
 impl Stoppable for Sender {
-    fn status_word(&self) -> &StatusWord {
-        &self.word
-    }
-
     fn stopped(&self, why: Status, _is_announced: bool) {
         let text = reason(why).as_bytes();
         // Both also wake a thread that is blocked in `send_wait`.
@@ -420,34 +411,20 @@ impl BlockedSender for Sender {
 }
 
 impl EventSource for Sender {
-    fn handle_id(&self) -> u64 {
-        self.handle_id
+    fn source(&self) -> &Source {
+        &self.source
     }
 
-    fn tag(&self) -> u64 {
-        self.tag.load(Ordering::Relaxed)
-    }
-
-    fn is_running(&self) -> bool {
-        !self.is_closed()
-    }
-
-    fn is_freed(&self) -> bool {
-        self.is_freed.load(Ordering::Acquire)
-    }
-
-    fn delivered(&self, kind: Kind, _count: u64, _bytes: u64) {
+    fn left_queue(&self, kind: Kind, _count: u64, _bytes: u64, is_delivered: bool) {
         match kind {
-            Kind::Request => self.free_capacity_after(REQUEST_TAKEN),
+            Kind::Request => {
+                self.free_capacity_after(REQUEST_TAKEN);
+                if !is_delivered {
+                    self.abandon();
+                }
+            }
             Kind::Writable => self.writable_queued.store(false, Ordering::Release),
             _ => {}
-        }
-    }
-
-    fn discarded(&self, kind: Kind, _count: u64, _bytes: u64) {
-        if kind == Kind::Request {
-            self.free_capacity_after(REQUEST_TAKEN);
-            self.abandon();
         }
     }
 }

@@ -194,7 +194,7 @@ impl Service {
         let sender = Sender::new(Arc::clone(&self), nats::detach(reply), Arc::clone(&id), headers);
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
-        registry::attach(&id, sender.handle_id(), Arc::clone(&sender) as _);
+        registry::attach(&id, Arc::clone(&sender) as _);
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
             let observer: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
             match lanes.open(&offer, &observer) {
@@ -205,7 +205,7 @@ impl Service {
             }
         }
         if !sender.is_on_lane() {
-            self.running.insert(sender.handle_id(), Arc::clone(&sender));
+            self.running.insert(sender.source().handle_id, Arc::clone(&sender));
         }
         if connection.check_open().is_err() {
             // The connection was closed since the request arrived, and `close` may not have seen this sender.
@@ -213,8 +213,8 @@ impl Service {
         }
         if sender.is_closed() {
             // It may have ended before it was attached.
-            registry::detach(&id, sender.handle_id());
-            self.running.remove(&sender.handle_id());
+            registry::detach(&id, sender.source().handle_id);
+            self.running.remove(&sender.source().handle_id);
         }
         let event = Single {
             client: Some(id),
@@ -224,7 +224,7 @@ impl Service {
         if connection.wakeups().push(&self.queue, || Some(event)) {
             sender.request_queued();
         } else {
-            sender.discarded(Kind::Request, 1, 0);
+            sender.left_queue(Kind::Request, 1, 0, false);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Stop, send, end, wait and receive on a lane, with both ends and the messages between them.
 
 use super::*;
-use crate::events::{Kind, Single};
+use crate::events::{Kind, Single, Source};
 use crate::nats::outbox::interleavings::search;
 use shuttle::sync::atomic::{AtomicBool, AtomicU32};
 use shuttle::thread;
@@ -9,7 +9,7 @@ use shuttle::thread;
 /// The lane's view of a sender or a stream.
 struct Probe {
     queue: Arc<Queue>,
-    word: StatusWord,
+    source: Source,
     ended: AtomicU32,
     cancelled: AtomicU32,
     writable: AtomicU32,
@@ -21,7 +21,7 @@ impl Probe {
         let zero = || AtomicU32::new(0);
         Arc::new(Probe {
             queue: Queue::new(),
-            word: StatusWord::default(),
+            source: Source::new(0),
             ended: zero(),
             cancelled: zero(),
             writable: zero(),
@@ -45,17 +45,8 @@ impl Probe {
 }
 
 impl EventSource for Probe {
-    fn handle_id(&self) -> u64 {
-        1
-    }
-    fn tag(&self) -> u64 {
-        0
-    }
-    fn is_freed(&self) -> bool {
-        false
-    }
-    fn is_running(&self) -> bool {
-        true
+    fn source(&self) -> &Source {
+        &self.source
     }
 }
 
@@ -160,12 +151,12 @@ impl World {
     }
 
     fn send(&self, letters: &[&str]) -> String {
-        let send = |letter: &&&str| self.worker.send(&self.sender.word, &self.window, letter.as_bytes()).is_ok();
+        let send = |letter: &&&str| self.worker.send(&self.sender.source.word, &self.window, letter.as_bytes()).is_ok();
         letters.iter().filter(send).copied().collect()
     }
 
     fn try_stop(&self) -> bool {
-        self.sender.word.try_stop(Status::Offline)
+        self.sender.source.word.try_stop(Status::Offline)
     }
 
     fn close(self) {
@@ -181,8 +172,8 @@ fn nothing_follows_the_end() {
     search(|| {
         let world = World::new(1 << 16);
         let sender = world.spawn(|world| world.send(&["a", "b"]));
-        let ender =
-            world.spawn(|world| world.worker.finish(&world.sender.word, Status::Closed, &world.window, None).is_ok());
+        let ender = world
+            .spawn(|world| world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None).is_ok());
         let stopped = world.try_stop();
         let late = world.send(&["c"]);
         if stopped {
@@ -205,7 +196,9 @@ fn blocked_send_returns() {
             let world = if case == 0 { World::new(1) } else { World::apart(1) };
             assert_eq!(world.send(&["a"]), "a");
             let waiters: Vec<_> = (0..2)
-                .map(|_| world.spawn(|world| world.worker.send_wait(&world.sender.word, &world.window, b"b", None)))
+                .map(|_| {
+                    world.spawn(|world| world.worker.send_wait(&world.sender.source.word, &world.window, b"b", None))
+                })
                 .collect();
             if case == 0 {
                 // The reader takes one event at a time.
@@ -260,7 +253,7 @@ fn cancel_races_an_end() {
         let world = World::new(1 << 16);
         let ender = world.spawn(|world| {
             world.send(&["a"]);
-            world.worker.finish(&world.sender.word, Status::Closed, &world.window, None).unwrap();
+            world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None).unwrap();
         });
         // It is stream 1, the first of the lane.
         world.gateway.cancel(1, Status::Cancelled);
@@ -279,8 +272,8 @@ fn lane_end_races_a_stream_end() {
     search(|| {
         let world = World::apart(1 << 16);
         let sender = world.spawn(|world| {
-            let sent = world.worker.send(&world.sender.word, &world.window, b"a");
-            let ended = world.worker.finish(&world.sender.word, Status::Closed, &world.window, None);
+            let sent = world.worker.send(&world.sender.source.word, &world.window, b"a");
+            let ended = world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None);
             (sent, ended)
         });
         world.worker.close(&Wakeups::default());

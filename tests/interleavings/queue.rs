@@ -1,38 +1,29 @@
 //! Push, wait, wake and close.
 
 use super::*;
+use crate::events::{EventSource, Source};
 use crate::nats::outbox::interleavings::search;
 use shuttle::sync::atomic::{AtomicU32, Ordering};
 use shuttle::thread;
 
 struct Probe {
+    source: Source,
     delivered: AtomicU32,
     discarded: AtomicU32,
 }
 
 impl EventSource for Probe {
-    fn handle_id(&self) -> u64 {
-        1
+    fn source(&self) -> &Source {
+        &self.source
     }
-    fn tag(&self) -> u64 {
-        0
-    }
-    fn is_freed(&self) -> bool {
-        false
-    }
-    fn is_running(&self) -> bool {
-        true
-    }
-    fn delivered(&self, _kind: Kind, count: u64, _bytes: u64) {
-        self.delivered.fetch_add(count as u32, Ordering::SeqCst);
-    }
-    fn discarded(&self, _kind: Kind, count: u64, _bytes: u64) {
-        self.discarded.fetch_add(count as u32, Ordering::SeqCst);
+    fn left_queue(&self, _kind: Kind, count: u64, _bytes: u64, is_delivered: bool) {
+        let counter = if is_delivered { &self.delivered } else { &self.discarded };
+        counter.fetch_add(count as u32, Ordering::SeqCst);
     }
 }
 
 fn probe() -> Arc<Probe> {
-    Arc::new(Probe { delivered: AtomicU32::new(0), discarded: AtomicU32::new(0) })
+    Arc::new(Probe { source: Source::new(0), delivered: AtomicU32::new(0), discarded: AtomicU32::new(0) })
 }
 
 /// A wait gets all events, in the order of each thread that pushes, deferred or not.

@@ -1,35 +1,34 @@
 //! Marks, sessions and streams of one client at the same time.
 
 use super::*;
+use crate::events::Source;
 use crate::nats::outbox::interleavings::search;
 use shuttle::thread;
 
 struct Probe {
-    handle_id: u64,
-    word: StatusWord,
+    source: Source,
     stopped: AtomicU64,
 }
 
 impl Probe {
     fn attach(id: &str) -> Arc<Probe> {
-        let probe = Arc::new(Probe {
-            handle_id: fork::next_handle_id(),
-            word: StatusWord::default(),
-            stopped: AtomicU64::new(0),
-        });
-        attach(id, probe.handle_id, Arc::clone(&probe) as _);
+        let probe = Arc::new(Probe { source: Source::new(0), stopped: AtomicU64::new(0) });
+        attach(id, Arc::clone(&probe) as _);
         probe
     }
 
     fn is_stopped(&self) -> bool {
-        self.word.check().is_err()
+        self.source.word.check().is_err()
+    }
+}
+
+impl EventSource for Probe {
+    fn source(&self) -> &Source {
+        &self.source
     }
 }
 
 impl Stoppable for Probe {
-    fn status_word(&self) -> &StatusWord {
-        &self.word
-    }
     fn stopped(&self, _why: Status, _is_announced: bool) {
         assert_eq!(self.stopped.fetch_add(1, Ordering::SeqCst), 0, "stopped twice");
         assert!(self.is_stopped());
@@ -70,8 +69,8 @@ fn mark_stops_every_attached_stream() {
         assert!(late.is_stopped());
         assert_eq!(probe.stopped.load(Ordering::SeqCst), 1);
         assert_eq!(late.stopped.load(Ordering::SeqCst), 1);
-        detach("a", probe.handle_id);
-        detach("a", late.handle_id);
+        detach("a", probe.source.handle_id);
+        detach("a", late.source.handle_id);
         assert!(!is_online(b"a") && online_count() == 0);
     });
 }
@@ -84,8 +83,8 @@ fn end_races_a_mark() {
         let ender = thread::spawn({
             let probe = Arc::clone(&probe);
             move || {
-                let ended = probe.word.try_stop(Status::Closed);
-                detach("a", probe.handle_id);
+                let ended = probe.source.word.try_stop(Status::Closed);
+                detach("a", probe.source.handle_id);
                 ended
             }
         });

@@ -223,11 +223,11 @@ impl World {
                 let client = self.streams[stream].client;
                 if self.below(2) == 0 {
                     // The stream ends by itself, and is detached at once or later.
-                    assert_eq!(probe.word.try_stop(Status::Closed), !self.streams[stream].is_over);
+                    assert_eq!(probe.source.word.try_stop(Status::Closed), !self.streams[stream].is_over);
                     self.streams[stream].is_over = true;
                 }
                 if self.below(3) > 0 {
-                    detach(&self.ids[client], probe.handle_id);
+                    detach(&self.ids[client], probe.source.handle_id);
                     if self.take_out(stream) && !self.runs_something(client) && self.is_left(client) {
                         self.leave(client);
                     }
@@ -239,7 +239,7 @@ impl World {
                 let client = self.streams[stream].client;
                 let is_here = |connected: &Connected| probe.requested_on == Some(connected.recorder.number);
                 let Some(at) = self.connected.iter().position(is_here) else { return };
-                give_up(&self.ids[client], probe.handle_id, &*self.connected[at].recorder);
+                give_up(&self.ids[client], probe.source.handle_id, &*self.connected[at].recorder);
                 if self.take_out(stream) && self.is_left(client) {
                     self.connected[at].expected.push((self.ids[client].clone(), true));
                     self.leave(client);
@@ -280,7 +280,7 @@ impl World {
         let (requested_on, answers_to) = if at < 3 { (recorder, None) } else { (None, recorder) };
         let notice = [Notice::Direct, Notice::Announcement, Notice::Unknown][self.below(3)];
         let probe = Probe::new(requested_on, answers_to, notice);
-        attach(&self.ids[client], probe.handle_id, Arc::clone(&probe) as _);
+        attach(&self.ids[client], Arc::clone(&probe) as _);
         let stream = self.streams.len();
         self.streams.push(Stream { probe, client, is_over: false, is_stopped: false });
         self.enter(client).running.push(stream);
@@ -291,7 +291,7 @@ impl World {
             assert_eq!(is_online(id.as_bytes()), entry.is_some(), "{id}");
         }
         for stream in &self.streams {
-            let (probe, is_over) = (&stream.probe, stream.probe.word.check().is_err());
+            let (probe, is_over) = (&stream.probe, stream.probe.source.word.check().is_err());
             assert_eq!([is_over, probe.stopped.load(Ordering::Relaxed)], [stream.is_over, stream.is_stopped]);
         }
         for Connected { recorder, expected } in &mut self.connected {
