@@ -164,15 +164,8 @@ pub fn lane(data: &[u8]) {
             assert!(Frames::new(&message[frame::HEADER..]).all(|frame| frame.is_ok()));
             sent = sent.max(header.sequence);
         }
-        for event in events.drain(..) {
-            let (owner, is_last) = match &event {
-                LaneEvent::Data(owner, _) | LaneEvent::Writable(owner) => (*owner, false),
-                LaneEvent::Ended(owner) | LaneEvent::Failed(owner, _) | LaneEvent::WindowExceeded(owner) => {
-                    (*owner, true)
-                }
-                LaneEvent::Cancelled(owner, _) | LaneEvent::AcceptUndelivered(owner) => (*owner, true),
-                LaneEvent::PeerGone { owner, .. } => (*owner, true),
-            };
+        for (owner, event) in events.drain(..) {
+            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
             assert!(owner < begun && !ended.contains(&owner), "{event:?} for a stream that has ended");
             if is_last {
                 ended.insert(owner);

@@ -6,6 +6,7 @@ use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, Source, unpin};
 use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Lane, StreamObserver};
+use crate::lane::event::LaneEvent;
 use crate::lane::streams::{CreditToReturn, OVERHEAD};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
@@ -603,20 +604,23 @@ impl StreamObserver for Stream {
         is_running
     }
 
-    fn ended(&self) {
-        self.end_by_worker(Kind::End, Status::Ok, "");
-    }
-
-    fn failed(&self, text: Bytes) {
-        self.end_by_worker(Kind::Error, error_status(&text), Bytes::copy_from_slice(&text));
-    }
-
-    fn window_exceeded(&self) {
-        self.end_here(Status::Full, "the worker sent more than the stream's window");
-    }
-
-    fn peer_gone(&self, _accept_acked: bool) {
-        self.end_here(Status::PeerGone, "the worker is gone: it does not answer any longer");
+    fn notify(&self, event: LaneEvent) {
+        match event {
+            LaneEvent::Ended => {
+                self.end_by_worker(Kind::End, Status::Ok, "");
+            }
+            LaneEvent::Failed(text) => {
+                self.end_by_worker(Kind::Error, error_status(&text), Bytes::copy_from_slice(&text));
+            }
+            LaneEvent::WindowExceeded => {
+                self.end_here(Status::Full, "the worker sent more than the stream's window");
+            }
+            LaneEvent::PeerGone { .. } => {
+                self.end_here(Status::PeerGone, "the worker is gone: it does not answer any longer");
+            }
+            // Only senders have these.
+            LaneEvent::Data(_) | LaneEvent::Cancelled(_) | LaneEvent::Writable | LaneEvent::AcceptUndelivered => {}
+        }
     }
 
     fn closed_here(&self, why: Status) {

@@ -5,7 +5,7 @@
 
 use crate::error::Status;
 use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
-use crate::lane::event::{LaneEvent, Role};
+use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::state::{SendError, State};
 use crate::lane::streams::SendWindow;
@@ -29,20 +29,8 @@ pub(crate) trait StreamObserver: EventSource {
     fn accepted(&self, _lane: &Arc<Lane>, _stream: u32) -> bool {
         false
     }
-    /// The worker ended the stream.
-    fn ended(&self) {}
-    /// The worker ended the stream with an error.
-    fn failed(&self, _text: Bytes) {}
-    /// The worker sent more than the window; the stream is cancelled already.
-    fn window_exceeded(&self) {}
-    /// The gateway cancelled the stream.
-    fn cancelled(&self, _why: Status) {}
-    /// A sender that was refused may send.
-    fn writable(&self) {}
-    /// The peer is gone. `accept_acked`: it had acknowledged that the stream was accepted.
-    fn peer_gone(&self, accept_acked: bool);
-    /// The peer is gone, and had not acknowledged that this stream was accepted, which has ended.
-    fn accept_undelivered(&self) {}
+    /// Something happened to it, other than data, which goes to its queue.
+    fn notify(&self, event: LaneEvent);
     /// The stream ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
     fn closed_here(&self, why: Status);
 }
@@ -129,7 +117,7 @@ impl Lane {
         &self,
         message: &Bytes,
         wakeups: &Wakeups,
-        change: impl FnOnce(&mut State<Owner>, &mut Vec<LaneEvent<Owner>>) -> T,
+        change: impl FnOnce(&mut State<Owner>, &mut LaneEvents<Owner>) -> T,
     ) -> T {
         let mut events = Vec::new();
         let result = self.update(|state| change(state, &mut events));
@@ -273,14 +261,14 @@ impl Lane {
         self.update_and_deliver(&Bytes::new(), wakeups, |state, events| state.no_responders(Instant::now(), events));
     }
 
-    fn deliver(&self, events: Vec<LaneEvent<Owner>>, message: &Bytes, wakeups: &Wakeups) {
+    fn deliver(&self, events: LaneEvents<Owner>, message: &Bytes, wakeups: &Wakeups) {
         self.wake_blocked_threads();
         if self.state.lock().is_drained() {
             self.drained.notify_waiters();
         }
         let mut batch: Option<(Arc<Queue>, LaneBatch)> = None;
-        for event in events {
-            if let LaneEvent::Data(owner, run) = event {
+        for (owner, event) in events {
+            if let LaneEvent::Data(run) = event {
                 if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, owner.queue()))
                     && let Some((queue, full)) =
                         batch.replace((Arc::clone(owner.queue()), LaneBatch::new(message.clone())))
@@ -290,23 +278,11 @@ impl Lane {
                 if let Some((_, batch)) = &mut batch {
                     batch.add(owner, run);
                 }
-                continue;
-            }
-            if let Some((queue, full)) = batch.take() {
-                wakeups.push_batch(&queue, full);
-            }
-            match event {
-                LaneEvent::Data(..) => {}
-                LaneEvent::Ended(owner) => owner.ended(),
-                LaneEvent::Failed(owner, text) => owner.failed(text),
-                LaneEvent::WindowExceeded(owner) => owner.window_exceeded(),
-                LaneEvent::Cancelled(owner, reason) => {
-                    let is_offline = reason == Status::Offline.code().unsigned_abs() as u8;
-                    owner.cancelled(if is_offline { Status::Offline } else { Status::Cancelled });
+            } else {
+                if let Some((queue, full)) = batch.take() {
+                    wakeups.push_batch(&queue, full);
                 }
-                LaneEvent::Writable(owner) => owner.writable(),
-                LaneEvent::PeerGone { owner, accept_acked } => owner.peer_gone(accept_acked),
-                LaneEvent::AcceptUndelivered(owner) => owner.accept_undelivered(),
+                owner.notify(event);
             }
         }
         if let Some((queue, rest)) = batch {

@@ -12,23 +12,26 @@ pub(crate) enum Role {
     Gateway,
 }
 
-/// What happened to a stream or sender `S`.
+/// What happened to a stream or a sender.
 #[derive(Debug)]
-pub(crate) enum LaneEvent<S> {
+pub(crate) enum LaneEvent {
     /// Messages came, all of them in the message that was received.
-    Data(S, Run),
+    Data(Run),
     /// The worker ended the stream.
-    Ended(S),
+    Ended,
     /// The worker ended the stream with an error.
-    Failed(S, Bytes),
+    Failed(Bytes),
     /// The worker sent more than the stream's window: the stream was cancelled.
-    WindowExceeded(S),
+    WindowExceeded,
     /// The gateway cancelled the stream for this reason.
-    Cancelled(S, u8),
+    Cancelled(u8),
     /// A sender that was refused may send.
-    Writable(S),
+    Writable,
     /// The peer is gone. `accept_acked`: it had acknowledged the ACCEPT of this stream.
-    PeerGone { owner: S, accept_acked: bool },
+    PeerGone { accept_acked: bool },
     /// The peer is gone, and had not acknowledged the ACCEPT of this stream, which had ended already.
-    AcceptUndelivered(S),
+    AcceptUndelivered,
 }
+
+/// Events, each with the stream or sender `S` that it is for.
+pub(crate) type LaneEvents<S> = Vec<(S, LaneEvent)>;

@@ -21,7 +21,7 @@
 
 use crate::lane::acks::{ACK_AFTER, Acks, Arrival};
 use crate::lane::batcher::{Batcher, MAX_BATCH};
-use crate::lane::event::{LaneEvent, Role};
+use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::lane::liveness::{LATE, Liveness, PeerTimeouts};
 use crate::lane::path::Path;
 use crate::lane::retransmit::Retransmit;
@@ -250,7 +250,7 @@ impl<S: Clone> State<S> {
     }
 
     /// Closes the lane: its streams end as if the peer was gone, and the peer is sent a RESET.
-    pub(crate) fn close(&mut self, events: &mut Vec<LaneEvent<S>>) {
+    pub(crate) fn close(&mut self, events: &mut LaneEvents<S>) {
         if self.is_closed() {
             return;
         }
@@ -293,7 +293,7 @@ impl<S: Clone> State<S> {
     }
 
     /// nats-server has answered 503: nobody subscribes to the peer's subject.
-    pub(crate) fn no_responders(&mut self, now: Instant, events: &mut Vec<LaneEvent<S>>) {
+    pub(crate) fn no_responders(&mut self, now: Instant, events: &mut LaneEvents<S>) {
         if !self.is_connected || self.is_closed() || self.liveness.is_suspect {
             return;
         }
@@ -310,7 +310,7 @@ impl<S: Clone> State<S> {
         &mut self,
         message: &Bytes,
         now: Instant,
-        events: &mut Vec<LaneEvent<S>>,
+        events: &mut LaneEvents<S>,
         mut accept: impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let header = Header::read(message)?;
@@ -319,7 +319,7 @@ impl<S: Clone> State<S> {
             if self.role() == Role::Gateway {
                 // No other answer comes to the requests that it accepts.
                 let lost = frame::accepts(message).filter_map(|(key, stream)| accept(key, stream));
-                events.extend(lost.map(|(owner, _)| LaneEvent::PeerGone { owner, accept_acked: true }));
+                events.extend(lost.map(|(owner, _)| (owner, LaneEvent::PeerGone { accept_acked: true })));
             }
             return Ok(());
         }
@@ -344,7 +344,7 @@ impl<S: Clone> State<S> {
     }
 
     /// The next message to send. None: there is none before `deadline`, unless something happens.
-    pub(crate) fn poll(&mut self, now: Instant, events: &mut Vec<LaneEvent<S>>) -> Option<Bytes> {
+    pub(crate) fn poll(&mut self, now: Instant, events: &mut LaneEvents<S>) -> Option<Bytes> {
         self.driver = DriverState::Awake;
         if self.is_connected {
             self.handle_timers(now, events);
@@ -386,7 +386,7 @@ impl<S: Clone> State<S> {
 
     // What comes in ---------------------------------------------------------------------------------------------------
 
-    fn receive_header(&mut self, header: Header, now: Instant, events: &mut Vec<LaneEvent<S>>) {
+    fn receive_header(&mut self, header: Header, now: Instant, events: &mut LaneEvents<S>) {
         self.liveness.heard(header.server, self.is_idle(), now, &mut self.timers);
         self.timers.clear(Timer::RepeatAck);
         self.receive_ack(header.ack, now, events);
@@ -403,7 +403,7 @@ impl<S: Clone> State<S> {
         self.set_loss_timer();
     }
 
-    fn receive_ack(&mut self, ack: u64, now: Instant, events: &mut Vec<LaneEvent<S>>) {
+    fn receive_ack(&mut self, ack: u64, now: Instant, events: &mut LaneEvents<S>) {
         let batcher = &mut self.batcher;
         if !self.retransmit.acknowledge(ack, now, |message| batcher.recycle(message)) {
             return;
@@ -431,7 +431,7 @@ impl<S: Clone> State<S> {
         &mut self,
         message: &Bytes,
         now: Instant,
-        events: &mut Vec<LaneEvent<S>>,
+        events: &mut LaneEvents<S>,
         accept: &mut impl FnMut(u64, u32) -> Option<(S, u32)>,
     ) -> Result<(), Malformed> {
         let (is_half_empty, max_batch, last_stream) = (self.is_half_empty(), self.max_batch(), self.streams.last_id);
@@ -480,7 +480,7 @@ impl<S: Clone> State<S> {
         self.timers.set(Timer::Loss, ask_at);
     }
 
-    fn handle_timers(&mut self, now: Instant, events: &mut Vec<LaneEvent<S>>) {
+    fn handle_timers(&mut self, now: Instant, events: &mut LaneEvents<S>) {
         if self.is_closed() {
             return;
         }

@@ -1,6 +1,6 @@
 //! The streams of a lane's end, and how far each sender may be ahead of its reader.
 
-use crate::lane::event::{LaneEvent, Role};
+use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::frame::{self, Frame, Frames, Malformed, Run};
 use ahash::RandomState;
@@ -135,14 +135,12 @@ impl<S: Clone> Streams<S> {
     }
 
     /// Ends all streams: the peer is gone.
-    pub(super) fn close(&mut self, acked: u64, events: &mut Vec<LaneEvent<S>>) {
-        events.extend(self.served.drain().map(|(_, ServedStream { owner, accepted_in, .. })| LaneEvent::PeerGone {
-            owner,
-            accept_acked: accepted_in <= acked,
-        }));
-        let requested = self.requested.drain();
-        events.extend(requested.map(|(_, stream)| LaneEvent::PeerGone { owner: stream.owner, accept_acked: true }));
-        events.extend(self.ended_before_accept_acked.drain(..).map(|(_, owner)| LaneEvent::AcceptUndelivered(owner)));
+    pub(super) fn close(&mut self, acked: u64, events: &mut LaneEvents<S>) {
+        let gone = |accept_acked| LaneEvent::PeerGone { accept_acked };
+        events.extend(self.served.drain().map(|(_, stream)| (stream.owner, gone(stream.accepted_in <= acked))));
+        events.extend(self.requested.drain().map(|(_, stream)| (stream.owner, gone(true))));
+        let undelivered = self.ended_before_accept_acked.drain(..);
+        events.extend(undelivered.map(|(_, owner)| (owner, LaneEvent::AcceptUndelivered)));
         self.blocked_senders.clear();
     }
 
@@ -167,7 +165,7 @@ impl<S: Clone> Streams<S> {
     }
 
     /// The peer has all messages up to `acked`. `is_lane_writable`: so senders whose windows are not full may send.
-    pub(super) fn acknowledged(&mut self, acked: u64, is_lane_writable: bool, events: &mut Vec<LaneEvent<S>>) {
+    pub(super) fn acknowledged(&mut self, acked: u64, is_lane_writable: bool, events: &mut LaneEvents<S>) {
         self.ended_before_accept_acked.retain(|(accepted_in, _)| *accepted_in > acked);
         if self.blocked_senders.is_empty() || !is_lane_writable {
             return;
@@ -176,7 +174,7 @@ impl<S: Clone> Streams<S> {
         self.blocked_senders.retain(|stream| match served.get(stream) {
             Some(stream) if !stream.window.fits(OVERHEAD) => true,
             Some(stream) => {
-                events.push(LaneEvent::Writable(stream.owner.clone()));
+                events.push((stream.owner.clone(), LaneEvent::Writable));
                 false
             }
             None => false,
@@ -208,7 +206,7 @@ impl<S: Clone> Streams<S> {
         &mut self,
         message: &Bytes,
         is_lane_writable: bool,
-        events: &mut Vec<LaneEvent<S>>,
+        events: &mut LaneEvents<S>,
         accept: &mut impl FnMut(u64, u32) -> Option<(S, u32)>,
         mut reply: impl FnMut(u8, u32, &[u8]),
     ) -> Result<(), Malformed> {
@@ -233,9 +231,9 @@ impl<S: Clone> Streams<S> {
                         if exceeds_window {
                             self.requested.remove(&stream);
                             reply(frame::CANCEL, stream, &[0]);
-                            events.push(LaneEvent::WindowExceeded(owner));
+                            events.push((owner, LaneEvent::WindowExceeded));
                         } else {
-                            events.push(LaneEvent::Data(owner, run));
+                            events.push((owner, LaneEvent::Data(run)));
                         }
                     }
                 }
@@ -254,18 +252,18 @@ impl<S: Clone> Streams<S> {
                     }
                 }
                 (frame::END, Role::Gateway) => {
-                    events.extend(self.requested.remove(&stream).map(|requested| LaneEvent::Ended(requested.owner)));
+                    events.extend(self.requested.remove(&stream).map(|requested| (requested.owner, LaneEvent::Ended)));
                 }
                 (frame::ERROR, Role::Gateway) => {
                     if let Some(requested) = self.requested.remove(&stream) {
-                        events.push(LaneEvent::Failed(requested.owner, message.slice_ref(body)));
+                        events.push((requested.owner, LaneEvent::Failed(message.slice_ref(body))));
                     }
                 }
                 (frame::CANCEL, Role::Worker) => {
                     self.blocked_senders.remove(&stream);
                     if let Some(served) = self.served.remove(&stream) {
                         let reason = body.first().copied().unwrap_or_default();
-                        events.push(LaneEvent::Cancelled(served.owner, reason));
+                        events.push((served.owner, LaneEvent::Cancelled(reason)));
                     }
                 }
                 (frame::CREDIT, Role::Worker) => {
@@ -273,7 +271,7 @@ impl<S: Clone> Streams<S> {
                     if let Some(served) = self.served.get(&stream) {
                         served.window.give_back(weight);
                         if is_lane_writable && self.blocked_senders.remove(&stream) {
-                            events.push(LaneEvent::Writable(served.owner.clone()));
+                            events.push((served.owner.clone(), LaneEvent::Writable));
                         }
                     }
                 }

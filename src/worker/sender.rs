@@ -4,6 +4,7 @@ use crate::connection::Connection;
 use crate::error::{Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, Source};
 use crate::lane::driver::{Lane, StreamObserver};
+use crate::lane::event::LaneEvent;
 use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
@@ -328,6 +329,12 @@ impl Sender {
         self.free_capacity_after(ENDED);
     }
 
+    /// The peer is gone, and may not have the ACCEPT of this stream.
+    fn accept_undelivered(&self) {
+        // If the gateway is there after all, it waits for an answer.
+        self.connection().outbox().push(self.error_message(LOST.as_bytes()).into());
+    }
+
     fn push_event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, Bytes::new());
@@ -376,24 +383,23 @@ impl StreamObserver for Sender {
         self.service.queue()
     }
 
-    fn cancelled(&self, why: Status) {
-        self.stop(why);
-    }
-
-    fn writable(&self) {
-        BlockedSender::writable(self);
-    }
-
-    fn peer_gone(&self, accept_acked: bool) {
-        if !accept_acked {
-            self.accept_undelivered();
+    fn notify(&self, event: LaneEvent) {
+        match event {
+            LaneEvent::Cancelled(reason) => {
+                let is_offline = reason == Status::Offline.code().unsigned_abs() as u8;
+                self.stop(if is_offline { Status::Offline } else { Status::Cancelled });
+            }
+            LaneEvent::Writable => self.writable(),
+            LaneEvent::PeerGone { accept_acked } => {
+                if !accept_acked {
+                    self.accept_undelivered();
+                }
+                self.stop(Status::PeerGone);
+            }
+            LaneEvent::AcceptUndelivered => self.accept_undelivered(),
+            // Only streams have these.
+            LaneEvent::Data(_) | LaneEvent::Ended | LaneEvent::Failed(_) | LaneEvent::WindowExceeded => {}
         }
-        self.stop(Status::PeerGone);
-    }
-
-    fn accept_undelivered(&self) {
-        // If the gateway is there after all, it waits for an answer.
-        self.connection().outbox().push(self.error_message(LOST.as_bytes()).into());
     }
 
     fn closed_here(&self, why: Status) {

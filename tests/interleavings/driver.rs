@@ -54,20 +54,15 @@ impl StreamObserver for Probe {
     fn queue(&self) -> &Arc<Queue> {
         &self.queue
     }
-    fn ended(&self) {
-        self.end();
-    }
-    fn failed(&self, _text: Bytes) {
-        self.end();
-    }
-    fn cancelled(&self, _why: Status) {
-        self.cancelled.fetch_add(1, Ordering::SeqCst);
-    }
-    fn writable(&self) {
-        self.writable.fetch_add(1, Ordering::SeqCst);
-    }
-    fn peer_gone(&self, _accept_acked: bool) {
-        self.gone.fetch_add(1, Ordering::SeqCst);
+    fn notify(&self, event: LaneEvent) {
+        let counter = match event {
+            LaneEvent::Ended | LaneEvent::Failed(_) => return self.end(),
+            LaneEvent::Cancelled(_) => &self.cancelled,
+            LaneEvent::Writable => &self.writable,
+            LaneEvent::PeerGone { .. } => &self.gone,
+            other => panic!("{other:?} was not expected"),
+        };
+        counter.fetch_add(1, Ordering::SeqCst);
     }
     fn closed_here(&self, _why: Status) {
         panic!("no stream ends on this side");

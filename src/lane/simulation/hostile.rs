@@ -1,7 +1,7 @@
 //! A lying peer: whatever bytes come, nothing panics, little memory is used for them, and each stream still ends once.
 
 use super::schedule::Random;
-use crate::lane::event::{LaneEvent, Role};
+use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::state::State;
 use crate::wire::frame::{self, Frames, Header};
@@ -47,20 +47,13 @@ impl Victim {
         victim
     }
 
-    fn note(&mut self, events: &[LaneEvent<u64>]) {
-        for event in events {
-            let (owner, is_last) = match event {
-                LaneEvent::AcceptUndelivered(owner) => {
-                    assert!(*owner < self.begun);
-                    continue;
-                }
-                LaneEvent::Data(owner, _) | LaneEvent::Writable(owner) => (owner, false),
-                LaneEvent::Ended(owner) | LaneEvent::Failed(owner, _) | LaneEvent::WindowExceeded(owner) => {
-                    (owner, true)
-                }
-                LaneEvent::Cancelled(owner, _) => (owner, true),
-                LaneEvent::PeerGone { owner, .. } => (owner, true),
-            };
+    fn note(&mut self, events: &LaneEvents<u64>) {
+        for (owner, event) in events {
+            if matches!(event, LaneEvent::AcceptUndelivered) {
+                assert!(*owner < self.begun);
+                continue;
+            }
+            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
             assert!(*owner < self.begun && !self.ended.contains(owner), "{event:?} of an owner that has ended");
             if is_last {
                 self.ended.insert(*owner);
@@ -87,8 +80,8 @@ impl Victim {
         }
         let frames = Frames::new(message.get(frame::HEADER..).unwrap_or_default()).count();
         assert!(events.len() <= 2 * (before + frames), "{} events of {frames} frames", events.len());
-        let data = events.iter().map(|event| {
-            if let LaneEvent::Data(_, run) = event { run.bodies(message).map(<[u8]>::len).sum() } else { 0 }
+        let data = events.iter().map(|(_, event)| {
+            if let LaneEvent::Data(run) = event { run.bodies(message).map(<[u8]>::len).sum() } else { 0 }
         });
         assert!(data.sum::<usize>() <= message.len(), "more than came");
         assert!(self.state.backlog() <= waited + message.len(), "more is kept than came");

@@ -11,7 +11,7 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
-use crate::lane::event::LaneEvent;
+use crate::lane::event::{LaneEvent, LaneEvents};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::path;
 use crate::lane::state::{SendError, State, unknown_lane_reply};

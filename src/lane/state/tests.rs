@@ -152,7 +152,7 @@ fn said(end: &mut State<u64>, now: Instant) -> Option<Header> {
     end.poll(now, &mut vec![]).map(|message| Header::read(&message).unwrap())
 }
 
-fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> Vec<LaneEvent<u64>> {
+fn hear(end: &mut State<u64>, now: Instant, flags: u8, ack: u64) -> LaneEvents<u64> {
     let mut events = vec![];
     // A PONG answers the last PING.
     let header = Header { pong: end.retransmit.last_ping, ..Header::of(flags, 0, ack) };
@@ -240,7 +240,7 @@ fn an_accept_on_a_closed_lane_ends_the_stream_at_once() {
     let (accept, mut events) = ((frame::ACCEPT, 1, &7u64.to_le_bytes()[..]), vec![]);
     let asked = |key, _| (key == 7).then_some((70, 1 << 20));
     gateway.receive(&message(1, &[accept]), now, &mut events, asked).unwrap();
-    assert!(matches!(events[..], [LaneEvent::PeerGone { owner: 70, accept_acked: true }]), "{events:?}");
+    assert!(matches!(events[..], [(70, LaneEvent::PeerGone { accept_acked: true })]), "{events:?}");
 }
 
 /// With so small a limit the peer would not acknowledge by itself before the limit is reached.
@@ -457,10 +457,10 @@ fn fill(worker: &mut State<u64>, window: &SendWindow, now: Instant) {
     worker.notify_when_writable(window);
 }
 
-fn is_writable(events: &[LaneEvent<u64>], who: u64) -> bool {
+fn is_writable(events: &[(u64, LaneEvent)], who: u64) -> bool {
     match events {
         [] => false,
-        [LaneEvent::Writable(to)] => *to == who,
+        [(to, LaneEvent::Writable)] => *to == who,
         _ => panic!("{events:?}"),
     }
 }
@@ -537,7 +537,7 @@ fn a_worker_that_exceeds_the_window_is_reported() {
         frames.extend(contents.iter().map(|body| (frame::DATA, 1, &body[..])));
         let mut events = vec![];
         gateway.receive(&message(1, &frames), now, &mut events, |_, _| Some((7, 400))).unwrap();
-        assert_eq!(matches!(&events[..], [LaneEvent::WindowExceeded(7)]), is_overrun, "{events:?}");
+        assert_eq!(matches!(&events[..], [(7, LaneEvent::WindowExceeded)]), is_overrun, "{events:?}");
     }
 }
 

@@ -4,27 +4,20 @@ use super::*;
 
 impl World {
     /// A lane reports events to its owners. They are checked now, and the owners react soon.
-    pub(super) fn deliver(&mut self, index: usize, events: Vec<LaneEvent<usize>>, message: &Bytes) {
+    pub(super) fn deliver(&mut self, index: usize, events: LaneEvents<usize>, message: &Bytes) {
         let own = self.lanes[index].own;
         let mut reactions = Vec::new();
-        for event in events {
-            self.note(|| format!("{own} reports {event:?}"));
-            let (number, is_last) = match &event {
-                LaneEvent::AcceptUndelivered(number) => {
-                    let sender = &mut self.senders[*number];
-                    sender.accept_undelivered = true;
-                    if sender.finished.is_none() {
-                        self.fail("only ended streams report AcceptUndelivered", format!("sender {number}"));
-                    }
-                    continue;
+        for (number, event) in events {
+            self.note(|| format!("{own} reports {event:?} of {number}"));
+            if matches!(event, LaneEvent::AcceptUndelivered) {
+                let sender = &mut self.senders[number];
+                sender.accept_undelivered = true;
+                if sender.finished.is_none() {
+                    self.fail("only ended streams report AcceptUndelivered", format!("sender {number}"));
                 }
-                LaneEvent::Data(number, _) | LaneEvent::Writable(number) => (*number, false),
-                LaneEvent::Ended(number) | LaneEvent::Failed(number, _) | LaneEvent::WindowExceeded(number) => {
-                    (*number, true)
-                }
-                LaneEvent::Cancelled(number, _) => (*number, true),
-                LaneEvent::PeerGone { owner, .. } => (*owner, true),
-            };
+                continue;
+            }
+            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
             let is_done = match own.side {
                 Side::Worker => &mut self.senders[number].is_done,
                 Side::Gateway => &mut self.streams[number].is_done,
@@ -32,44 +25,42 @@ impl World {
             let was_done = *is_done;
             *is_done |= is_last;
             if was_done {
-                self.fail("no event follows a stream's end", format!("{own} reports {event:?}"));
+                self.fail("no event follows a stream's end", format!("{own} reports {event:?} of {number}"));
             }
             match event {
-                LaneEvent::Data(stream, run) => {
+                LaneEvent::Data(run) => {
                     let mut bytes = 0;
                     let mut count = 0;
                     for body in run.bodies(message) {
-                        self.check_data(stream, body);
+                        self.check_data(number, body);
                         bytes += body.len() as u64;
                         count += 1;
                     }
                     if (count, bytes) != (run.count, run.bytes) {
                         self.fail("runs have the right counts", format!("{run:?} of {count} messages, {bytes} bytes"));
                     }
-                    reactions.push(Reaction::Read(stream));
+                    reactions.push(Reaction::Read(number));
                 }
-                LaneEvent::Ended(stream) => {
-                    self.check_end(stream, false);
-                    reactions.push(Reaction::StreamOver(stream));
+                LaneEvent::Ended => {
+                    self.check_end(number, false);
+                    reactions.push(Reaction::StreamOver(number));
                 }
-                LaneEvent::Failed(stream, text) => {
+                LaneEvent::Failed(text) => {
                     if text != ERROR_TEXT {
                         self.fail("errors keep their text", format!("{text:?}"));
                     }
-                    self.check_end(stream, true);
-                    reactions.push(Reaction::StreamOver(stream));
+                    self.check_end(number, true);
+                    reactions.push(Reaction::StreamOver(number));
                 }
-                LaneEvent::WindowExceeded(stream) => {
-                    self.fail("no honest worker exceeds a window", format!("stream {stream}"))
-                }
-                LaneEvent::Cancelled(sender, why) => {
+                LaneEvent::WindowExceeded => self.fail("no honest worker exceeds a window", format!("stream {number}")),
+                LaneEvent::Cancelled(why) => {
                     self.seen.cancelled += 1;
-                    self.check_cancelled(sender, why);
-                    reactions.push(Reaction::SenderOver(sender));
+                    self.check_cancelled(number, why);
+                    reactions.push(Reaction::SenderOver(number));
                 }
-                LaneEvent::AcceptUndelivered(_) => {}
-                LaneEvent::Writable(sender) => reactions.push(Reaction::Writable(sender)),
-                LaneEvent::PeerGone { owner: number, accept_acked } => {
+                LaneEvent::AcceptUndelivered => {}
+                LaneEvent::Writable => reactions.push(Reaction::Writable(number)),
+                LaneEvent::PeerGone { accept_acked } => {
                     self.seen.gone += 1;
                     if own.side == Side::Worker {
                         if accept_acked && !self.senders[number].is_known {
