@@ -9,7 +9,7 @@
 //! |---|---|
 //! | [`ffi`] | the C ABI, from which `include/nats_presence.h` is generated; the only place with `unsafe` |
 //! | `worker` | the worker's side: a service takes requests, a sender answers one |
-//! | `gateway` | the gateway's side: a requested stream; streams that ended before their worker answered |
+//! | `gateway` | the gateway's side: a requested stream |
 //! | `connection` | keeps one connection to nats-server up: subscriptions, announcements, drain, close |
 //! | `lane` | streams batched, flow-controlled and resumed, where both ends run this library |
 //! | `nats` | everything that touches async-nats: dialling, TLS, messages in, messages out |

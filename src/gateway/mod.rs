@@ -1,4 +1,3 @@
 //! The gateway's side: streams that were requested from workers.
 
 pub(crate) mod stream;
-pub(crate) mod unanswered;

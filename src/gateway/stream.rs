@@ -4,7 +4,6 @@ use crate::config::{Config, RequestOptions};
 use crate::connection::{Connection, count};
 use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, Source, unpin};
-use crate::gateway::unanswered::Unanswered;
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::event::LaneEvent;
 use crate::lane::streams::{CreditToReturn, OVERHEAD};
@@ -15,7 +14,7 @@ use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::random;
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::wire::level0::{self, Answer, Use};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -34,6 +33,11 @@ const LEVEL_0_LIMIT: u64 = 64 << 20;
 /// While more than `receive_buffer_bytes` is unread, a level-0 stream ends if it has more than this fraction of it.
 const LARGE_PART: u64 = 64;
 
+/// How long to wait for the first answer to a stream that has ended here, while there is a connection. A worker on a
+/// lane accepts within a round trip, before its host has done anything. A worker on level 0 that does not answer is
+/// stopped after this time.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+
 /// A stream that this process requested.
 pub struct Stream {
     source: Source,
@@ -50,8 +54,8 @@ pub struct Stream {
     /// On level 0: what was received and is still unread (with manual credit: not consumed), and its limit, in bytes.
     unread: AtomicU64,
     limit: u64,
-    /// How far a worker on a lane may be ahead, in bytes.
-    window: u32,
+    /// How far a worker on a lane may be ahead, in bytes. 0 once it does not count for the connection any longer.
+    window: AtomicU32,
     /// With manual credit: what was delivered to the reader and is not consumed yet.
     unconsumed: Option<Box<Mutex<Unconsumed>>>,
     /// The request's number in the inbox, which is random, and known only to the workers that got the request.
@@ -161,7 +165,7 @@ impl Connection {
             return Err(Error::new(Status::TooLarge, text));
         }
         let connection = self.shared()?;
-        // `drop` subtracts it.
+        // `release_window` subtracts it.
         self.counters.windows.fetch_add(window.into(), Ordering::Relaxed);
         let stream = Arc::new_cyclic(|this| Stream {
             source: Source::new(tag),
@@ -174,7 +178,7 @@ impl Connection {
             was_stored: AtomicBool::new(false),
             unread: AtomicU64::new(0),
             limit: options.stream_buffer.map_or(LEVEL_0_LIMIT, |limit| limit as u64),
-            window,
+            window: AtomicU32::new(window),
             unconsumed: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
@@ -367,10 +371,11 @@ impl Stream {
 
     /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
     fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
+        // Also if it had ended here: no answer is to come, and no worker is to be stopped.
+        self.connection.forget_request(self.key);
         if !self.source.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
-        self.connection.forget_request(self.key);
         registry::detach(&self.client, self.source.handle_id);
         self.conclude(kind, status, text);
         true
@@ -384,8 +389,9 @@ impl Stream {
         }
         self.cancel_on_lane(why);
         if self.notice() == Notice::Announcement {
-            registry::give_up(&self.client, self.source.handle_id, &*self.connection);
+            // First, so that an answer that comes now does not announce the client as well.
             self.connection.forget_request(self.key);
+            registry::give_up(&self.client, self.source.handle_id, &*self.connection);
         } else {
             registry::detach(&self.client, self.source.handle_id);
             self.leave_inbox();
@@ -401,26 +407,53 @@ impl Stream {
         }
     }
 
-    /// Expects no more messages, but the first answer if that decides how the worker can be notified.
+    /// It has ended: expects no more messages, but the first answer if that decides how the worker can be stopped.
+    ///
+    /// If the worker accepts on a lane, it is sent CANCEL, which stops this stream only. A worker on level 0 can be
+    /// stopped only by an announcement, which stops the client's streams at all gateways. So nothing is announced until
+    /// the first answer shows that the worker is on level 0, or until there was no answer for some time.
     fn leave_inbox(&self) {
-        if self.notice() == Notice::Direct || self.client.is_empty() {
-            self.connection.forget_request(self.key);
-            return;
-        }
-        Unanswered::expect(&self.connection, self.key, &self.client);
-        // The answer may have come to this stream meanwhile. The inbox's lock orders this and `accepted`: either its
-        // `forget` comes after this `expect`, or its answer is seen here.
         match self.notice() {
-            Notice::Unknown => {}
-            Notice::Direct => {
+            Notice::Unknown if !self.client.is_empty() => self.wait_for_first_answer(),
+            // The answer has come just now.
+            Notice::Announcement => self.stop_worker(),
+            Notice::Unknown | Notice::Direct => {
                 self.connection.forget_request(self.key);
             }
-            Notice::Announcement => {
-                if self.connection.forget_request(self.key) {
-                    registry::give_up_detached(&self.client, &*self.connection);
+        }
+    }
+
+    fn wait_for_first_answer(&self) {
+        self.release_window();
+        // None while there is no connection: the answer comes after the reconnect.
+        let connects = |this: Arc<Stream>| {
+            let connection = &this.connection;
+            connection.is_connected().then(|| connection.counters.connects.load(Ordering::Relaxed))
+        };
+        let waiting = self.this.clone();
+        self.connection.runtime().spawn(async move {
+            loop {
+                let before = waiting.upgrade().and_then(connects);
+                tokio::time::sleep(ANSWER_WAIT).await;
+                let Some(this) = waiting.upgrade() else { return };
+                if before.is_some() && before == connects(Arc::clone(&this)) {
+                    return this.stop_worker();
                 }
             }
+        });
+    }
+
+    /// It has ended, and its worker can be stopped by an announcement only: announces the client offline, unless it is
+    /// online for another reason. A second call has no effect.
+    fn stop_worker(&self) {
+        if self.connection.forget_request(self.key) && !self.client.is_empty() {
+            registry::give_up_detached(&self.client, &*self.connection);
         }
+    }
+
+    fn release_window(&self) {
+        let window = self.window.swap(0, Ordering::Relaxed);
+        self.connection.counters.windows.fetch_sub(window.into(), Ordering::Relaxed);
     }
 
     fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
@@ -505,9 +538,8 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let counters = &self.connection.counters;
-        counters.windows.fetch_sub(self.window.into(), Ordering::Relaxed);
-        counters.unread.fetch_sub(self.unread.load(Ordering::Relaxed), Ordering::Relaxed);
+        self.release_window();
+        self.connection.counters.unread.fetch_sub(self.unread.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }
 
@@ -521,11 +553,15 @@ impl MessageHandler for Stream {
             return;
         }
         match level0::answer(&message.payload) {
-            Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) => {
+            Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) || !self.source.is_running() => {
                 count(&self.connection.inbox().ignored);
             }
             Answer::Data | Answer::JetStreamAck => {
-                self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed);
+                let before = self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed);
+                if before < ON_LEVEL_0 && self.source.word.check_after_publishing().is_err() {
+                    // It has ended, and whoever ended it may not have seen this answer.
+                    return self.stop_worker();
+                }
                 self.data(message.payload);
             }
             Answer::End => {
@@ -536,6 +572,12 @@ impl MessageHandler for Stream {
                     self.end_by_worker(Kind::Error, error_status(text), unpin(message.payload.slice_ref(text)));
                 }
             }
+        }
+    }
+
+    fn no_answer(&self) {
+        if !self.source.is_running() {
+            self.stop_worker();
         }
     }
 

@@ -207,7 +207,7 @@ impl Lanes {
     fn accept(&self, lane: &Arc<Lane>, key: u64, stream: u32) -> Accepted {
         let Pending { observer, window } = self.take_pending(key)?;
         let accepted = observer.upgrade().filter(|observer| observer.accepted(lane, stream));
-        // Neither the stream nor the `Unanswered` in its place, if it has ended, expects an answer on level 0 now.
+        // The stream expects no answer on level 0 any longer, not even one that has ended before it was answered.
         self.inbox.forget(key);
         Some((accepted?, window))
     }
