@@ -51,16 +51,16 @@ use tokio::time::Instant;
 
 /// A connection to nats-server, kept up until it is closed.
 pub struct Connection {
-    number: u64,
+    pub(crate) handle_id: u64,
     this: Weak<Connection>,
-    options: ConnectOptions,
-    runtime: &'static Handle,
+    pub(crate) options: ConnectOptions,
+    pub(crate) runtime: &'static Handle,
     pool: ServerPool,
-    inbound: Arc<Inbound>,
-    wakeups: Arc<Wakeups>,
-    inbox: Arc<Inbox>,
+    pub(crate) inbound: Arc<Inbound>,
+    pub(crate) wakeups: Arc<Wakeups>,
+    pub(crate) inbox: Arc<Inbox>,
     lanes: Arc<Lanes>,
-    outbox: Outbox,
+    pub(crate) outbox: Outbox,
     /// Kept across connections. They are made at each client in the order of their ids, which are handle ids.
     subscriptions: Mutex<BTreeMap<u64, Subscription>>,
     /// All handlers that were ever subscribed and still exist: a service that takes no more requests may have running
@@ -89,7 +89,7 @@ impl Connection {
         let options = config.for_connect()?.clone();
         let servers = dial::parse_servers(url)?;
         let runtime = runtime::start(options.worker_threads)?;
-        let number = fork::next_handle_id();
+        let handle_id = fork::next_handle_id();
         let wakeups: Arc<Wakeups> = Arc::default();
         let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
         let log = Arc::new(Log::new());
@@ -101,7 +101,7 @@ impl Connection {
             peer_reconnect: options.peer_reconnect(),
         };
         let connection = Arc::new_cyclic(|this| Connection {
-            number,
+            handle_id,
             this: this.clone(),
             runtime,
             pool: ServerPool::new(servers, options.clone(), Connection::on_server_error(this.clone())),
@@ -121,7 +121,7 @@ impl Connection {
             subscriptions: Mutex::default(),
             handlers: Mutex::default(),
             refusals: Mutex::default(),
-            announcements: Arc::new(Announcements::new(number, &options.offline_subject)),
+            announcements: Arc::new(Announcements::new(handle_id, &options.offline_subject)),
             announcement_subscription: OnceCell::new(),
             log,
             options,
@@ -141,10 +141,10 @@ impl Connection {
             let _ = sender.send(connected);
         }));
         receiver.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
-        registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, connection.inbox.prefix());
+        registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, &connection.inbox.prefix);
         if connection.check_open().is_err() {
             // It has given up in the meantime.
-            registry::remove_announcer(connection.number);
+            registry::remove_announcer(connection.handle_id);
         }
         if let Some(grace) = connection.options.session_grace {
             registry::set_session_grace(grace);
@@ -152,25 +152,9 @@ impl Connection {
         Ok(connection)
     }
 
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.number
-    }
-
     /// Returns this connection for what runs on it, which keeps it.
     pub(crate) fn shared(&self) -> Result<Arc<Connection>> {
         self.this.upgrade().ok_or_else(|| Status::Closed.into())
-    }
-
-    pub(crate) fn outbox(&self) -> &Outbox {
-        &self.outbox
-    }
-
-    pub(crate) fn inbound(&self) -> &Arc<Inbound> {
-        &self.inbound
-    }
-
-    pub(crate) fn wakeups(&self) -> &Wakeups {
-        &self.wakeups
     }
 
     /// Returns the lanes, if this connection may have any.
@@ -184,25 +168,9 @@ impl Connection {
         self.inbox.forget(key)
     }
 
-    pub(crate) fn receive_buffer(&self) -> u64 {
-        self.options.receive_buffer
-    }
-
-    pub(crate) fn inbox(&self) -> &Inbox {
-        &self.inbox
-    }
-
-    pub(crate) fn runtime(&self) -> &'static Handle {
-        self.runtime
-    }
-
     /// Returns the largest payload that the server takes, in bytes.
     pub(crate) fn max_payload(&self) -> usize {
         self.max_payload.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn offline_subject(&self) -> &str {
-        &self.announcements.subject
     }
 
     /// Applies the offline announcements of other processes in this one. A second call has no effect.
@@ -275,7 +243,7 @@ impl Connection {
         if self.closed.swap(true, Ordering::AcqRel) {
             return Err(Error::new(Status::Closed, "the connection was closed before"));
         }
-        registry::remove_announcer(self.number);
+        registry::remove_announcer(self.handle_id);
         let deadline = drain.and_then(|drain| Instant::now().checked_add(drain));
         self.end_handlers(Status::Closed);
         // All subscriptions but those for answers: requests that are on their way are refused.
@@ -357,6 +325,6 @@ impl Announcer for Connection {
     }
 
     fn number(&self) -> u64 {
-        self.number
+        self.handle_id
     }
 }

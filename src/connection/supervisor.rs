@@ -106,7 +106,7 @@ impl Connection {
 
     fn give_up(&self) {
         self.closed.store(true, Ordering::Release);
-        registry::remove_announcer(self.number);
+        registry::remove_announcer(self.handle_id);
         self.end_handlers(Status::Closed);
         self.inbox.give_up_answers();
         self.lanes.end();

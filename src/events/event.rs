@@ -137,7 +137,8 @@ pub struct Event<'a> {
     pub subject: &'a [u8],
     /// A payload or a text.
     pub data: &'a [u8],
-    pub(super) handle_id: u64,
+    /// The handle id of the sender or stream that it is about; 0 if there is none.
+    pub(crate) handle_id: u64,
     pub(super) source: Option<&'a Arc<dyn EventSource>>,
 }
 
@@ -146,11 +147,6 @@ impl Event<'_> {
     pub(crate) fn source<T: EventSource>(&self) -> Option<Arc<T>> {
         let source: Arc<dyn Any + Send + Sync> = Arc::clone(self.source?) as _;
         source.downcast().ok()
-    }
-
-    /// The handle id of the sender or stream that it is about; 0 if there is none.
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
     }
 }
 

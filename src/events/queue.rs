@@ -101,7 +101,7 @@ impl Deadline {
 
 /// Holds events until a thread waits for them.
 pub struct Queue {
-    handle_id: u64,
+    pub(crate) handle_id: u64,
     inner: Mutex<Inner>,
     arrived: Condvar,
     /// The events of the last wait, kept until the next one; locked by the thread that waits.
@@ -177,10 +177,6 @@ impl Queue {
             arrived: Condvar::default(),
             shown: Mutex::default(),
         })
-    }
-
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
     }
 
     /// A file descriptor that is readable as long as a wait would return at once. It belongs to the queue.

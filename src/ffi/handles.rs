@@ -59,7 +59,7 @@ pub(super) trait Handle: Sized {
 }
 
 macro_rules! handle_type {
-    ($handle:ty, $object:ty) => {
+    ($handle:ty, $object:ty, $($handle_id:ident).+) => {
         impl Handle for $handle {
             type Object = $object;
             fn table() -> &'static Table<$object> {
@@ -67,16 +67,16 @@ macro_rules! handle_type {
                 TABLE.get(Table::default)
             }
             fn handle_id(object: &$object) -> u64 {
-                object.handle_id()
+                object.$($handle_id).+
             }
         }
     };
 }
-handle_type!(presence_conn, Connection);
-handle_type!(presence_queue, Queue);
-handle_type!(presence_service, Service);
-handle_type!(presence_session, Session);
-handle_type!(presence_stream, Stream);
+handle_type!(presence_conn, Connection, handle_id);
+handle_type!(presence_queue, Queue, handle_id);
+handle_type!(presence_service, Service, handle_id);
+handle_type!(presence_session, Session, handle_id);
+handle_type!(presence_stream, Stream, source.handle_id);
 
 /// The pointers begin above the page of NULL and look aligned, because tools and garbage collectors check pointers.
 const BASE: usize = 1 << 16;

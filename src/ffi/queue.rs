@@ -101,7 +101,7 @@ fn export(event: &Event<'_>) -> presence_event {
         _ => None,
     };
     let stream = match event.kind {
-        Kind::Data | Kind::End | Kind::Error => Some(pointer(event.handle_id())),
+        Kind::Data | Kind::End | Kind::Error => Some(pointer(event.handle_id)),
         _ => None,
     };
     let has_client =

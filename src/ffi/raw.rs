@@ -292,7 +292,8 @@ mod tests {
         config.set("retry_on_initial_connect", "true").unwrap();
         let connection = Connection::connect("nats://127.0.0.1:1", &config).unwrap();
         let service = connection.serve(&Queue::new(), "freed", "", 0, 0).unwrap();
-        let sender = Sender::new(service, "reply".into(), "".into(), Box::default());
+        let sender =
+            Sender::new(service, Arc::clone(&connection), Queue::new(), 0, "reply".into(), "".into(), Box::default());
         // This Arc keeps the sender, so that nothing else gets its address meanwhile.
         let pointer = into_sender_pointer(Arc::clone(&sender));
         // SAFETY: what this build checks, is what is tested.

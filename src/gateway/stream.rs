@@ -40,7 +40,7 @@ const ANSWER_WAIT: Duration = Duration::from_secs(5);
 
 /// A stream that this process requested.
 pub struct Stream {
-    source: Source,
+    pub(crate) source: Source,
     this: Weak<Stream>,
     connection: Arc<Connection>,
     queue: Arc<Queue>,
@@ -187,7 +187,7 @@ impl Connection {
             timer: Mutex::new(None),
         });
         register(&stream);
-        let reply = self.inbox().expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
+        let reply = self.inbox.expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
         if let Some(lanes) = lanes.filter(|_| offers_lane) {
             lanes.expect_accept(key, window, stream.this.clone());
         }
@@ -210,7 +210,7 @@ impl Connection {
             registry::detach(client, stream.source.handle_id);
         }
         // After `expect`, as a connection that was lost before it has not ended this stream.
-        let sent = self.check_connected().and_then(|()| Ok(self.outbox().request(&stream.source.word, request)?));
+        let sent = self.check_connected().and_then(|()| Ok(self.outbox.request(&stream.source.word, request)?));
         if let Err(error) = sent
             && stream.withdraw()
         {
@@ -227,7 +227,7 @@ impl Connection {
     fn window(&self, stream_buffer: Option<usize>) -> u32 {
         let wanted = stream_buffer.map_or(WINDOW, |limit| u32::try_from(limit).unwrap_or(MAX_WINDOW).min(MAX_WINDOW));
         let taken = self.counters.windows.load(Ordering::Relaxed);
-        if taken + u64::from(wanted) > self.receive_buffer() { wanted.min(SMALL_WINDOW) } else { wanted }
+        if taken + u64::from(wanted) > self.options.receive_buffer { wanted.min(SMALL_WINDOW) } else { wanted }
     }
 }
 
@@ -269,10 +269,6 @@ fn wire_len(headers: &HeaderMap) -> usize {
 }
 
 impl Stream {
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.source.handle_id
-    }
-
     /// The tag that was passed to `request`.
     #[must_use]
     pub fn tag(&self) -> u64 {
@@ -351,7 +347,7 @@ impl Stream {
 
     fn end_after(&self, timeout: Duration) {
         let this = self.this.clone();
-        let task = self.connection.runtime().spawn(async move {
+        let task = self.connection.runtime.spawn(async move {
             tokio::time::sleep(timeout).await;
             if let Some(this) = this.upgrade() {
                 this.end_here(Status::Timeout, format!("the stream did not end within {timeout:?}"));
@@ -431,7 +427,7 @@ impl Stream {
             connection.is_connected().then(|| connection.counters.connects.load(Ordering::Relaxed))
         };
         let waiting = self.this.clone();
-        self.connection.runtime().spawn(async move {
+        self.connection.runtime.spawn(async move {
             loop {
                 let before = waiting.upgrade().and_then(connects);
                 tokio::time::sleep(ANSWER_WAIT).await;
@@ -462,14 +458,15 @@ impl Stream {
         *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, text.into());
-            self.connection.wakeups().push(&self.queue, || (!self.source.is_freed()).then_some(event));
+            self.connection.wakeups.push(&self.queue, || (!self.source.is_freed()).then_some(event));
         }
     }
 
     fn data(&self, payload: Bytes) {
         let weight = payload.len() as u64 + OVERHEAD;
         let unread = self.unread.load(Ordering::Relaxed) + weight;
-        let (total, most) = (self.connection.counters.unread.load(Ordering::Relaxed), self.connection.receive_buffer());
+        let (total, most) =
+            (self.connection.counters.unread.load(Ordering::Relaxed), self.connection.options.receive_buffer);
         let is_connection_full = total + weight > most && unread > most / LARGE_PART;
         if unread > self.limit || is_connection_full {
             let subject = self.subject();
@@ -491,7 +488,7 @@ impl Stream {
             return;
         }
         let Some(this) = self.this.upgrade() else { return };
-        self.connection.wakeups().push(&self.queue, || {
+        self.connection.wakeups.push(&self.queue, || {
             // With the queue locked, so that no event follows the last one.
             self.source.word.check().ok()?;
             self.unread.fetch_add(weight, Ordering::Relaxed);
@@ -522,11 +519,11 @@ impl Stream {
         let Some(Retry { request, left, delay }) = retry.map(|retry| &mut **retry) else { return false };
         *left -= 1;
         let (request, this, delay) = (request.clone(), self.this.clone(), *delay);
-        self.connection.runtime().spawn(async move {
+        self.connection.runtime.spawn(async move {
             tokio::time::sleep(delay).await;
             if let Some(this) = this.upgrade() {
                 let _ = this.answer.compare_exchange(NOT_SENT, SENT, Ordering::Relaxed, Ordering::Relaxed);
-                if this.connection.outbox().request(&this.source.word, request) == Err(Status::Full) {
+                if this.connection.outbox.request(&this.source.word, request) == Err(Status::Full) {
                     let _ = this.answer.compare_exchange(SENT, NOT_SENT, Ordering::Relaxed, Ordering::Relaxed);
                     this.end_here(Status::Full, "cannot send the request again: the send buffer is full");
                 }
@@ -554,7 +551,7 @@ impl MessageHandler for Stream {
         }
         match level0::answer(&message.payload) {
             Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) || !self.source.is_running() => {
-                count(&self.connection.inbox().ignored);
+                count(&self.connection.inbox.ignored);
             }
             Answer::Data | Answer::JetStreamAck => {
                 let before = self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed);
@@ -614,7 +611,7 @@ impl Stoppable for Stream {
     }
 
     fn requested_on(&self) -> Option<u64> {
-        Some(self.connection.handle_id())
+        Some(self.connection.handle_id)
     }
 
     fn notice(&self) -> Notice {

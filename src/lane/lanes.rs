@@ -88,7 +88,7 @@ impl Lanes {
             this: this.clone(),
             runtime,
             wakeups,
-            prefix: format!("{}lane.", inbox.prefix()),
+            prefix: format!("{}lane.", inbox.prefix),
             offline_subject: offline_subject.into(),
             offer: random::token(),
             limit,

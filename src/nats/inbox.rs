@@ -15,7 +15,7 @@ const LARGE_TABLE: usize = 1024;
 /// The connection's own subject for answers. A key identifies an expected answer.
 pub(crate) struct Inbox {
     /// What its subjects begin with, dot included.
-    prefix: String,
+    pub(crate) prefix: String,
     expected: DashMap<u64, Arc<dyn MessageHandler>>,
     /// How many entries `expected` has, and the most that it had since it was last empty.
     count: AtomicUsize,
@@ -33,11 +33,6 @@ impl Inbox {
             peak: AtomicUsize::new(0),
             ignored: AtomicU64::new(0),
         }
-    }
-
-    /// Returns what its subjects begin with.
-    pub(crate) fn prefix(&self) -> &str {
-        &self.prefix
     }
 
     /// Returns the subject to subscribe to for all answers.

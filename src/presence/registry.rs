@@ -451,7 +451,7 @@ impl Registry {
 
 /// One of several connections of the same client. Dropping it closes it.
 pub struct Session {
-    handle_id: u64,
+    pub(crate) handle_id: u64,
     client: Box<str>,
     /// The client's entry that it belongs to: an offline mark ends the entry, and with it the session.
     entry_id: u64,
@@ -476,10 +476,6 @@ impl Session {
         }
         let handle_id = fork::next_handle_id();
         Ok(Session { handle_id, client: id.into(), entry_id, is_closed: AtomicBool::new(false) })
-    }
-
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
     }
 
     /// Closes it; a second call has no effect.

@@ -12,7 +12,6 @@ use crate::presence::registry::{self, Notice, Stoppable};
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Headers};
-use crate::worker::service::Service;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::{Arc, Weak};
@@ -34,7 +33,9 @@ pub struct Sender {
     lane: OnceCell<(Arc<Lane>, Arc<SendWindow>)>,
     client: Arc<str>,
     headers: Headers,
-    service: Arc<Service>,
+    connection: Arc<Connection>,
+    queue: Arc<Queue>,
+    service: Arc<dyn SenderObserver>,
     this: Weak<Sender>,
 }
 
@@ -46,6 +47,14 @@ const STOPPED: u8 = 2;
 const REQUEST_TAKEN: u8 = 4;
 const ENDED: u8 = 8;
 
+/// The service of a sender.
+pub(crate) trait SenderObserver: Send + Sync {
+    /// The sender with this handle id has ended. Called once.
+    fn sender_ended(&self, handle_id: u64);
+    /// The sender has ended, and its REQUEST event has left the queue. Called once.
+    fn capacity_freed(&self);
+}
+
 /// How the messages of a stream are sent.
 enum Route<'a> {
     /// As plain NATS messages to the reply subject.
@@ -54,9 +63,17 @@ enum Route<'a> {
 }
 
 impl Sender {
-    pub(crate) fn new(service: Arc<Service>, reply: Subject, client: Arc<str>, headers: Headers) -> Arc<Sender> {
+    pub(crate) fn new(
+        service: Arc<dyn SenderObserver>,
+        connection: Arc<Connection>,
+        queue: Arc<Queue>,
+        tag: u64,
+        reply: Subject,
+        client: Arc<str>,
+        headers: Headers,
+    ) -> Arc<Sender> {
         Arc::new_cyclic(|this| Sender {
-            source: Source::new(service.tag()),
+            source: Source::new(tag),
             is_blocked: AtomicBool::new(false),
             writable_queued: AtomicBool::new(false),
             steps: AtomicU8::new(0),
@@ -65,6 +82,8 @@ impl Sender {
             lane: OnceCell::new(),
             client,
             headers,
+            connection,
+            queue,
             service,
             this: this.clone(),
         })
@@ -88,7 +107,7 @@ impl Sender {
     fn route(&self) -> Route<'_> {
         match self.lane.get() {
             Some((lane, window)) => Route::Lane(lane, window),
-            None => Route::Level0(self.connection().outbox()),
+            None => Route::Level0(&self.connection.outbox),
         }
     }
 
@@ -184,7 +203,7 @@ impl Sender {
     /// The size limit of a message, in bytes. It depends on the nats-server of the present connection.
     #[must_use]
     pub fn max_message(&self) -> usize {
-        level0::max_message(self.connection().max_payload())
+        level0::max_message(self.connection.max_payload())
     }
 
     /// How many messages were sent.
@@ -255,10 +274,6 @@ impl Sender {
         }
     }
 
-    fn connection(&self) -> &Connection {
-        self.service.connection()
-    }
-
     #[inline]
     fn on_level0(&self, data: &[u8], send: impl FnOnce() -> Result<(), Status>) -> Result<(), Status> {
         self.source.word.check()?;
@@ -290,7 +305,7 @@ impl Sender {
     }
 
     fn error_message(&self, text: &[u8]) -> DurableMessage {
-        DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection().max_payload()))
+        DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection.max_payload()))
     }
 
     /// Itself, to be notified when it can send again; None if it is registered for that already.
@@ -319,26 +334,26 @@ impl Sender {
     /// Frees its capacity in the service after the second of two steps.
     fn free_capacity_after(&self, step: u8) {
         if self.completes(step, REQUEST_TAKEN | ENDED) {
-            self.service.free_capacity();
+            self.service.capacity_freed();
         }
     }
 
     /// Called once, when the stream has ended.
     fn leave_service(&self) {
-        self.service.forget(self.source.handle_id);
+        self.service.sender_ended(self.source.handle_id);
         self.free_capacity_after(ENDED);
     }
 
     /// The peer is gone, and may not have the ACCEPT of this stream.
     fn accept_undelivered(&self) {
         // If the gateway is there after all, it waits for an answer.
-        self.connection().outbox().push(self.error_message(LOST.as_bytes()).into());
+        self.connection.outbox.push(self.error_message(LOST.as_bytes()).into());
     }
 
     fn push_event(&self, kind: Kind, status: Status) {
         if let Some(this) = self.this.upgrade() {
             let event = Single::of(kind, status, this, Bytes::new());
-            self.service.queue().push(Single { client: Some(Arc::clone(&self.client)), ..event });
+            self.queue.push(Single { client: Some(Arc::clone(&self.client)), ..event });
         }
     }
 }
@@ -380,7 +395,7 @@ impl Stoppable for Sender {
 
 impl StreamObserver for Sender {
     fn queue(&self) -> &Arc<Queue> {
-        self.service.queue()
+        &self.queue
     }
 
     fn notify(&self, event: LaneEvent) {

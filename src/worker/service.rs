@@ -13,7 +13,7 @@ use crate::status_word::StatusWord;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::wire::level0::{self, Use};
-use crate::worker::sender::Sender;
+use crate::worker::sender::{Sender, SenderObserver};
 use dashmap::DashMap;
 use std::sync::{Arc, Weak};
 
@@ -22,7 +22,7 @@ const DEFAULT_MAX_STREAMS: u32 = 10_000;
 
 /// A subject that this process serves.
 pub struct Service {
-    handle_id: u64,
+    pub(crate) handle_id: u64,
     this: Weak<Service>,
     connection: Arc<Connection>,
     queue: Arc<Queue>,
@@ -106,22 +106,6 @@ impl Connection {
 }
 
 impl Service {
-    pub(crate) fn handle_id(&self) -> u64 {
-        self.handle_id
-    }
-
-    pub(crate) fn connection(&self) -> &Connection {
-        &self.connection
-    }
-
-    pub(crate) fn queue(&self) -> &Arc<Queue> {
-        &self.queue
-    }
-
-    pub(crate) fn tag(&self) -> u64 {
-        self.tag
-    }
-
     /// Takes no more requests. Streams that run go on.
     ///
     /// # Errors
@@ -139,28 +123,19 @@ impl Service {
         let is_first = !self.stopped.swap(true, Ordering::AcqRel);
         if is_first {
             // A request that came before this call, and so is not refused, is in the queue when this returns.
-            self.connection.inbound().finish_message();
+            self.connection.inbound.finish_message();
             self.connection.unsubscribe(self.handle_id);
         }
         is_first
     }
 
-    /// Each sender of this service calls this once, when it has ended.
-    pub(crate) fn forget(&self, handle_id: u64) {
-        self.running.remove(&handle_id);
-        self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// Called when a sender has ended and its REQUEST event has left the queue.
-    pub(crate) fn free_capacity(&self) {
-        self.running_count.fetch_sub(1, Ordering::AcqRel);
-    }
-
     fn request(self: Arc<Self>, message: Message) {
         let connection = &self.connection;
         count(&connection.counters.requests);
-        let Some(reply) =
-            message.reply.as_ref().filter(|reply| level0::is_valid_reply_subject(reply, connection.offline_subject()))
+        let Some(reply) = message
+            .reply
+            .as_ref()
+            .filter(|reply| level0::is_valid_reply_subject(reply, &connection.options.offline_subject))
         else {
             count(&connection.counters.requests_ignored);
             connection.log(Status::Invalid, || {
@@ -191,7 +166,15 @@ impl Service {
         let headers = message.copy_headers(&[level0::CONNECT_ID, level0::LANE]);
         let offer = message.header(level0::LANE).map(str::to_owned);
         // A copy, because a slice would keep the NATS client's whole read buffer as long as the sender exists.
-        let sender = Sender::new(Arc::clone(&self), nats::detach(reply), Arc::clone(&id), headers);
+        let sender = Sender::new(
+            Arc::clone(&self) as _,
+            Arc::clone(connection),
+            Arc::clone(&self.queue),
+            self.tag,
+            nats::detach(reply),
+            Arc::clone(&id),
+            headers,
+        );
         self.running_count.fetch_add(1, Ordering::AcqRel);
         count(&connection.counters.senders);
         registry::attach(&id, Arc::clone(&sender) as _);
@@ -221,7 +204,7 @@ impl Service {
             subject: message.subject.into_string().into(),
             ..Single::of(Kind::Request, Status::Ok, Arc::clone(&sender) as _, unpin(message.payload))
         };
-        if connection.wakeups().push(&self.queue, || Some(event)) {
+        if connection.wakeups.push(&self.queue, || Some(event)) {
             sender.request_queued();
         } else {
             sender.left_queue(Kind::Request, 1, 0, false);
@@ -231,7 +214,18 @@ impl Service {
     /// Answers a request with an error. The answer is dropped if the outbox is full.
     fn refuse(&self, reply: &Subject, text: &str) {
         let payload = level0::error(text.as_bytes(), self.connection.max_payload());
-        let _ = self.connection.outbox().send(&StatusWord::default(), reply, &payload, || None);
+        let _ = self.connection.outbox.send(&StatusWord::default(), reply, &payload, || None);
+    }
+}
+
+impl SenderObserver for Service {
+    fn sender_ended(&self, handle_id: u64) {
+        self.running.remove(&handle_id);
+        self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    fn capacity_freed(&self) {
+        self.running_count.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -205,7 +205,7 @@ impl World {
             11 | 12 if !self.sessions.is_empty() => {
                 let at = self.below(self.sessions.len());
                 let (session, client, _) = &self.sessions[at];
-                let (client, number) = (*client, session.handle_id());
+                let (client, number) = (*client, session.handle_id);
                 // As the session's timer does, also if it has nothing to end.
                 end_grace(&session.client, session.entry_id, number);
                 let Some(entry) = self.online[client].as_mut().filter(|entry| entry.grace == Some(number)) else {
@@ -259,7 +259,7 @@ impl World {
 
     fn close(&mut self, at: usize) {
         let (session, client, entry) = &self.sessions[at];
-        let (client, entry, number) = (*client, *entry, session.handle_id());
+        let (client, entry, number) = (*client, *entry, session.handle_id);
         let was_closed = session.is_closed.load(Ordering::Relaxed);
         session.close();
         let has_grace = self.has_grace;
