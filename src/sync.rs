@@ -9,7 +9,7 @@ use shuttle::sync;
 use std::ops::{Deref, DerefMut};
 #[cfg(not(shuttle))]
 use std::sync;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use sync::{PoisonError, TryLockError};
 
 pub(crate) use sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard, atomic};
@@ -44,13 +44,16 @@ impl<T> Mutex<T> {
 pub(crate) struct Condvar(sync::Condvar);
 
 impl Condvar {
-    pub(crate) fn wait<'a, T>(&self, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
-        self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until `deadline` at most. Returns true if it has passed.
+    /// Waits until `deadline` at most (`None`: without limit). Returns true if it has passed.
     #[cfg(not(shuttle))]
-    pub(crate) fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, deadline: Instant) -> (MutexGuard<'a, T>, bool) {
+    pub(crate) fn wait_until<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        deadline: Option<Instant>,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let Some(deadline) = deadline else {
+            return (self.0.wait(guard).unwrap_or_else(PoisonError::into_inner), false);
+        };
         let left = deadline.saturating_duration_since(Instant::now());
         let (guard, result) = self.0.wait_timeout(guard, left).unwrap_or_else(PoisonError::into_inner);
         (guard, result.timed_out())
@@ -58,9 +61,13 @@ impl Condvar {
 
     /// Any deadline may pass at any moment, or never.
     #[cfg(shuttle)]
-    pub(crate) fn wait_until<'a, T>(&self, guard: MutexGuard<'a, T>, _deadline: Instant) -> (MutexGuard<'a, T>, bool) {
-        let passes: bool = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
-        (if passes { guard } else { self.wait(guard) }, passes)
+    pub(crate) fn wait_until<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        deadline: Option<Instant>,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let passes = deadline.is_some() && shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
+        (if passes { guard } else { self.0.wait(guard).unwrap_or_else(PoisonError::into_inner) }, passes)
     }
 
     pub(crate) fn notify_one(&self) {
@@ -70,6 +77,11 @@ impl Condvar {
     pub(crate) fn notify_all(&self) {
         self.0.notify_all();
     }
+}
+
+/// The time after `timeout`. None: without limit, also where an `Instant` cannot express it.
+pub(crate) fn deadline(timeout: Option<Duration>) -> Option<Instant> {
+    timeout.and_then(|timeout| Instant::now().checked_add(timeout))
 }
 
 /// A reader-writer lock that a panic does not poison.
@@ -153,7 +165,6 @@ mod tests {
     use super::*;
     use std::panic::{AssertUnwindSafe, catch_unwind};
     use std::thread;
-    use std::time::Duration;
 
     #[test]
     fn panic_does_not_poison() {
@@ -185,7 +196,7 @@ mod tests {
     #[test]
     fn passed_deadline_is_reported() {
         let (mutex, condvar) = (Mutex::new(()), Condvar::default());
-        let (_guard, timed_out) = condvar.wait_until(mutex.lock(), Instant::now() - Duration::from_millis(1));
+        let (_guard, timed_out) = condvar.wait_until(mutex.lock(), Some(Instant::now() - Duration::from_millis(1)));
         assert!(timed_out);
     }
 }

@@ -3,7 +3,7 @@
 use super::event::{Event, Kind, LaneBatch, Single};
 use crate::error::{Error, Result, Status};
 use crate::process::fork;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, deadline};
 use bytes::Bytes;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
@@ -76,26 +76,6 @@ impl Entry {
 
     fn is_connection_event(&self) -> bool {
         matches!(self, Entry::Single(Single { kind: Kind::Connected | Kind::Disconnected | Kind::Log, .. }))
-    }
-}
-
-/// Until when to wait.
-#[derive(Clone, Copy)]
-enum Deadline {
-    /// Do not wait, and do not read the clock.
-    Now,
-    At(Instant),
-    Never,
-}
-
-impl Deadline {
-    fn new(timeout: Option<Duration>) -> Deadline {
-        match timeout {
-            Some(Duration::ZERO) => Deadline::Now,
-            // A time that an `Instant` cannot express is no limit.
-            Some(timeout) => Instant::now().checked_add(timeout).map_or(Deadline::Never, Deadline::At),
-            None => Deadline::Never,
-        }
     }
 }
 
@@ -215,9 +195,11 @@ impl Queue {
         };
         shown.clear();
         shown.shrink_to(KEPT);
-        let deadline = Deadline::new(timeout);
+        let may_wait = timeout != Some(Duration::ZERO);
+        // The clock is not read without need.
+        let deadline = deadline(timeout.filter(|_| may_wait));
         loop {
-            if !self.take(max, deadline, &mut shown)? {
+            if !self.take(max, may_wait, deadline, &mut shown)? {
                 return Ok(0);
             }
             shown.iter().for_each(|entry| entry.left_queue(true));
@@ -242,8 +224,8 @@ impl Queue {
         Ok(())
     }
 
-    /// Waits, and moves up to `max` events into the empty `taken`. Returns false if there are none.
-    fn take(&self, max: usize, deadline: Deadline, taken: &mut VecDeque<Entry>) -> Result<bool> {
+    /// Waits if it may, and moves up to `max` events into the empty `taken`. Returns false if there are none.
+    fn take(&self, max: usize, may_wait: bool, deadline: Option<Instant>, taken: &mut VecDeque<Entry>) -> Result<bool> {
         let mut inner = self.inner.lock();
         loop {
             Self::check_open(&inner)?;
@@ -254,22 +236,15 @@ impl Queue {
                 inner.update_fd();
                 return Ok(false);
             }
-            match deadline {
-                Deadline::Never => {
-                    inner.has_waiter = true;
-                    inner = self.arrived.wait(inner);
-                    inner.has_waiter = false;
-                }
-                Deadline::Now => return Ok(false),
-                Deadline::At(deadline) => {
-                    inner.has_waiter = true;
-                    let timed_out;
-                    (inner, timed_out) = self.arrived.wait_until(inner, deadline);
-                    inner.has_waiter = false;
-                    if timed_out && inner.entries.is_empty() && !inner.woken && !inner.closed {
-                        return Ok(false);
-                    }
-                }
+            if !may_wait {
+                return Ok(false);
+            }
+            inner.has_waiter = true;
+            let timed_out;
+            (inner, timed_out) = self.arrived.wait_until(inner, deadline);
+            inner.has_waiter = false;
+            if timed_out && inner.entries.is_empty() && !inner.woken && !inner.closed {
+                return Ok(false);
             }
         }
         if inner.count <= max {

@@ -7,13 +7,13 @@ use crate::error::Status;
 use crate::events::{EventSource, LaneBatch, Queue, Wakeups};
 use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::lane::liveness::PeerTimeouts;
-use crate::lane::state::{SendError, State};
+use crate::lane::state::State;
 use crate::lane::streams::SendWindow;
 use crate::nats::Subject;
 use crate::nats::client::{Client, PublishError};
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, deadline};
 use crate::wire::frame::{self, Malformed};
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
@@ -141,7 +141,7 @@ impl Lane {
     pub(crate) fn send(&self, word: &StatusWord, window: &SendWindow, data: &[u8]) -> Result<(), Status> {
         self.update(|state| {
             word.check()?;
-            state.send(window, data).map_err(|error| refused(state, window, error))
+            state.send(window, data).inspect_err(|why| notify_if_full(state, window, *why))
         })
     }
 
@@ -157,7 +157,10 @@ impl Lane {
         self.update(|state| {
             word.check()?;
             match state.send_many(window, data, lengths) {
-                (0, Err(error)) => Err(refused(state, window, error)),
+                (0, Err(why)) => {
+                    notify_if_full(state, window, why);
+                    Err(why)
+                }
                 (sent, _) => Ok(sent),
             }
         })
@@ -171,23 +174,19 @@ impl Lane {
         data: &[u8],
         timeout: Option<Duration>,
     ) -> Result<(), Status> {
-        let mut deadline = None;
+        let mut until = None;
         let mut state = self.state.lock();
         loop {
             word.check()?;
             match state.send(window, data) {
                 Ok(()) => break,
-                Err(SendError::Full) => {}
-                Err(error) => return Err(refused(&mut state, window, error)),
+                Err(Status::Full) => {}
+                refused => return refused,
             }
-            let now = Instant::now();
-            let deadline = *deadline.get_or_insert_with(|| timeout.and_then(|timeout| now.checked_add(timeout)));
+            let deadline = *until.get_or_insert_with(|| deadline(timeout));
             self.blocked_threads.fetch_add(1, Ordering::SeqCst);
-            let mut timed_out = false;
-            match deadline {
-                Some(deadline) => (state, timed_out) = self.writable.wait_until(state, deadline),
-                None => state = self.writable.wait(state),
-            }
+            let timed_out;
+            (state, timed_out) = self.writable.wait_until(state, deadline);
             self.blocked_threads.fetch_sub(1, Ordering::SeqCst);
             if timed_out {
                 return Err(Status::Timeout);
@@ -200,14 +199,8 @@ impl Lane {
         Ok(())
     }
 
-    /// Ends a stream, with an error if there is a text, if `word` is 0, and puts `why` into the word.
-    pub(crate) fn finish(
-        &self,
-        word: &StatusWord,
-        why: Status,
-        window: &SendWindow,
-        error: Option<&[u8]>,
-    ) -> Result<(), Status> {
+    /// Ends a stream, with an error if there is a text, if `word` is 0, and sets the word to `Closed`.
+    pub(crate) fn finish(&self, word: &StatusWord, window: &SendWindow, error: Option<&[u8]>) -> Result<(), Status> {
         self.update(|state| -> Result<(), Status> {
             word.check()?;
             if state.is_closed() {
@@ -215,7 +208,7 @@ impl Lane {
                 return Err(Status::PeerGone);
             }
             // An offline mark may set it at the same time: it does not hold this lock.
-            if !word.try_stop(why) {
+            if !word.try_stop(Status::Closed) {
                 return word.check();
             }
             state.finish(window, error);
@@ -414,15 +407,10 @@ impl Lane {
     }
 }
 
-/// The status for the caller, who is notified when the sender may send if it is `Full`.
-fn refused(state: &mut State<Owner>, window: &SendWindow, error: SendError) -> Status {
-    match error {
-        SendError::Full => {
-            state.notify_when_writable(window);
-            Status::Full
-        }
-        SendError::Closed => Status::PeerGone,
-        SendError::TooLarge => Status::TooLarge,
+/// If a message was refused because the window or the lane is full, notifies the observer when the sender may send.
+fn notify_if_full(state: &mut State<Owner>, window: &SendWindow, why: Status) {
+    if why == Status::Full {
+        state.notify_when_writable(window);
     }
 }
 

@@ -19,6 +19,7 @@
 //! what was sent until it is acknowledged; [`Acks`] is about what came; [`Path`] measures the round trip and bounds
 //! what is in flight; [`Liveness`] judges whether the peer is there. All their timers are in one [`TimerTable`].
 
+use crate::error::Status;
 use crate::lane::acks::{ACK_AFTER, Acks, Arrival};
 use crate::lane::batcher::{Batcher, MAX_BATCH};
 use crate::lane::event::{LaneEvent, LaneEvents, Role};
@@ -47,17 +48,6 @@ const MAX_CONTROL: usize = 4 << 20;
 const MAX_ENDED_BEFORE_ACCEPT_ACKED: usize = 65_536;
 /// How many PONGs in a row may show a loss while nothing is acknowledged.
 const MAX_USELESS_PONGS: u32 = 20;
-
-/// Why a message was not sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SendError {
-    /// The stream's window or the lane is full.
-    Full,
-    /// The peer is gone, or the lane was closed.
-    Closed,
-    /// It is larger than a NATS message may be.
-    TooLarge,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum LaneStatus {
@@ -168,18 +158,19 @@ impl<S: Clone> State<S> {
         Some(self.streams.serve(stream, window, owner, accepted_in))
     }
 
-    /// Sends a message of a stream.
+    /// Sends a message of a stream. Fails with `Full` while the stream's window or the lane is full, with `PeerGone` when
+    /// the lane is closed, with `TooLarge` for a message that no NATS message can hold.
     #[inline]
-    pub(crate) fn send(&mut self, window: &SendWindow, data: &[u8]) -> Result<(), SendError> {
+    pub(crate) fn send(&mut self, window: &SendWindow, data: &[u8]) -> Result<(), Status> {
         if self.is_closed() {
-            return Err(SendError::Closed);
+            return Err(Status::PeerGone);
         }
         if data.len() > self.max_message() {
-            return Err(SendError::TooLarge);
+            return Err(Status::TooLarge);
         }
         let weight = data.len() as u64 + OVERHEAD;
         if !window.fits(weight) || !self.has_capacity(data.len()) {
-            return Err(SendError::Full);
+            return Err(Status::Full);
         }
         window.take(weight);
         self.append(frame::DATA, window.stream, data);
@@ -193,7 +184,7 @@ impl<S: Clone> State<S> {
         window: &SendWindow,
         mut data: &[u8],
         lengths: &[usize],
-    ) -> (usize, Result<(), SendError>) {
+    ) -> (usize, Result<(), Status>) {
         for (sent, length) in lengths.iter().enumerate() {
             let (message, rest) = data.split_at(*length);
             if let Err(error) = self.send(window, message) {

@@ -5,13 +5,13 @@ use crate::error::Status;
 use crate::nats::message::{HeaderMap, Subject};
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicUsize, Ordering};
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, deadline};
 use crate::wire::level0;
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::Notify;
 
 /// How much a waiting item counts in addition to its bytes.
@@ -242,7 +242,7 @@ impl Outbox {
         if sent != Err(Status::Full) {
             return sent;
         }
-        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let deadline = deadline(timeout);
         self.blocked.fetch_add(1, Ordering::SeqCst);
         let mut timed_out = false;
         let sent = loop {
@@ -251,24 +251,16 @@ impl Outbox {
                 Err(Status::Full) => {}
                 sent => break sent,
             }
-            match deadline {
-                None => pending = self.writable.wait(pending),
-                Some(deadline) => (pending, timed_out) = self.writable.wait_until(pending, deadline),
-            }
+            (pending, timed_out) = self.writable.wait_until(pending, deadline);
         };
         self.blocked.fetch_sub(1, Ordering::SeqCst);
         sent
     }
 
-    /// Sets `word` to `why` if it is 0, and appends the last message of the stream, so that no message follows it.
-    pub(crate) fn finish(
-        &self,
-        word: &StatusWord,
-        why: Status,
-        last: impl FnOnce() -> DurableMessage,
-    ) -> Result<(), Status> {
+    /// Sets `word` to `Closed` if it is 0, and appends the last message of the stream, so that no message follows it.
+    pub(crate) fn finish(&self, word: &StatusWord, last: impl FnOnce() -> DurableMessage) -> Result<(), Status> {
         let mut pending = self.pending.lock();
-        if !word.try_stop(why) {
+        if !word.try_stop(Status::Closed) {
             return word.check();
         }
         self.put(&mut pending, last().into());
@@ -401,10 +393,10 @@ mod tests {
         assert!(take(&outbox).is_none());
         outbox.send(&word, &to, b"one", no_sender).unwrap();
         outbox.send(&word, &to, b"", no_sender).unwrap();
-        outbox.finish(&word, Status::Closed, || DurableMessage::End(to.clone())).unwrap();
+        outbox.finish(&word, || DurableMessage::End(to.clone())).unwrap();
         assert_eq!(outbox.send(&word, &to, b"x", no_sender), Err(Status::Closed));
         assert_eq!(outbox.send_wait(&word, &to, b"x", None), Err(Status::Closed));
-        assert_eq!(outbox.finish(&word, Status::Closed, || DurableMessage::End(to.clone())), Err(Status::Closed));
+        assert_eq!(outbox.finish(&word, || DurableMessage::End(to.clone())), Err(Status::Closed));
         let batch = take(&outbox).unwrap();
         assert_eq!(&batch.bytes[..], b"one");
         let items: Vec<_> = batch.items.iter().collect();

@@ -293,8 +293,8 @@ impl Sender {
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.finish(&self.source.word, Status::Closed, window, error))?,
-            Route::Level0(outbox) => outbox.finish(&self.source.word, Status::Closed, || match error {
+            Route::Lane(lane, window) => self.on_lane(lane.finish(&self.source.word, window, error))?,
+            Route::Level0(outbox) => outbox.finish(&self.source.word, || match error {
                 None => DurableMessage::End(self.reply.clone()),
                 Some(text) => self.error_message(text),
             })?,

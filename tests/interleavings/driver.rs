@@ -167,8 +167,7 @@ fn nothing_follows_the_end() {
     search(|| {
         let world = World::new(1 << 16);
         let sender = world.spawn(|world| world.send(&["a", "b"]));
-        let ender = world
-            .spawn(|world| world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None).is_ok());
+        let ender = world.spawn(|world| world.worker.finish(&world.sender.source.word, &world.window, None).is_ok());
         let stopped = world.try_stop();
         let late = world.send(&["c"]);
         if stopped {
@@ -248,7 +247,7 @@ fn cancel_races_an_end() {
         let world = World::new(1 << 16);
         let ender = world.spawn(|world| {
             world.send(&["a"]);
-            world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None).unwrap();
+            world.worker.finish(&world.sender.source.word, &world.window, None).unwrap();
         });
         // It is stream 1, the first of the lane.
         world.gateway.cancel(1, Status::Cancelled);
@@ -268,7 +267,7 @@ fn lane_end_races_a_stream_end() {
         let world = World::apart(1 << 16);
         let sender = world.spawn(|world| {
             let sent = world.worker.send(&world.sender.source.word, &world.window, b"a");
-            let ended = world.worker.finish(&world.sender.source.word, Status::Closed, &world.window, None);
+            let ended = world.worker.finish(&world.sender.source.word, &world.window, None);
             (sent, ended)
         });
         world.worker.close(&Wakeups::default());

@@ -52,7 +52,7 @@ fn ends_race_with_sends() {
     });
     let ender = thread::spawn({
         let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
-        move || outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok()
+        move || outbox.finish(&word, || DurableMessage::End("to".into())).is_ok()
     });
     // Like the registry: the status word first, without the lock, and then the end.
     let stopped = word.try_stop(Status::Offline);
@@ -82,7 +82,7 @@ fn nothing_follows_the_end_in_any_order() {
             move || send_some(&outbox, &word, &["a"])
         });
         let stopped = word.try_stop(Status::Offline);
-        let ended = outbox.finish(&word, Status::Closed, || DurableMessage::End("to".into())).is_ok();
+        let ended = outbox.finish(&word, || DurableMessage::End("to".into())).is_ok();
         assert!(stopped && !ended);
         outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
         let sent = sender.join().unwrap();

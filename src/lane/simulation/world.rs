@@ -11,10 +11,11 @@ mod promises;
 mod steps;
 
 use super::schedule::{Random, Reader, Schedule, Setup, Side, Spec, Step, Weather, mix};
+use crate::error::Status;
 use crate::lane::event::{LaneEvent, LaneEvents};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::path;
-use crate::lane::state::{SendError, State, unknown_lane_reply};
+use crate::lane::state::{State, unknown_lane_reply};
 use crate::lane::streams::{CreditToReturn, OVERHEAD, SendWindow};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;

@@ -42,10 +42,10 @@ fn max_payload_limits_the_size_of_a_message() {
     let window = worker.open(1, 8 << 20, 0, now).unwrap();
     // One MiB, unless nats-server says otherwise.
     let most = level0::max_message(1 << 20);
-    assert_eq!(worker.send(&window, &vec![0; most + 1]), Err(SendError::TooLarge));
+    assert_eq!(worker.send(&window, &vec![0; most + 1]), Err(Status::TooLarge));
     assert_eq!(worker.send(&window, &vec![0; most]), Ok(()));
     worker.set_max_payload(1000);
-    assert_eq!(worker.send(&window, &[0; 1000]), Err(SendError::TooLarge));
+    assert_eq!(worker.send(&window, &[0; 1000]), Err(Status::TooLarge));
     assert_eq!(worker.send(&window, &[0; 900]), Ok(()));
     assert_eq!(window.sent(), 2);
 }

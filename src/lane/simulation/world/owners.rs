@@ -161,7 +161,7 @@ impl World {
         };
         let most = sent.checked_sub(1).map(|last| self.setup.limit.max(lengths[last]) + frame::MAX_FRAME_HEADER);
         let backlog = state.backlog();
-        if result == Err(SendError::Full) && !self.setup.waits {
+        if result == Err(Status::Full) && !self.setup.waits {
             state.notify_when_writable(&window);
         }
         self.changed(index);
@@ -171,7 +171,7 @@ impl World {
         sender.pending -= sent as u32;
         sender.is_blocked = result.is_err();
         self.seen.refused += u64::from(result.is_err());
-        if result == Err(SendError::TooLarge) {
+        if result == Err(Status::TooLarge) {
             self.fail("messages that fit are accepted", format!("{lengths:?}"));
         }
         if let Some(most) = most.filter(|most| backlog > *most) {
