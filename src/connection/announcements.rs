@@ -35,19 +35,21 @@ pub(crate) struct Announcements {
     numbered: AtomicU64,
     recent: Mutex<RecentAnnouncements>,
     received: Mutex<ReceivedAnnouncements>,
+    log: Arc<Log>,
     pub(crate) offline_out: AtomicU64,
     pub(crate) offline_in: AtomicU64,
     pub(crate) ignored: AtomicU64,
 }
 
 impl Announcements {
-    pub(crate) fn new(connection: u64, subject: &str) -> Announcements {
+    pub(crate) fn new(connection: u64, subject: &str, log: Arc<Log>) -> Announcements {
         Announcements {
             connection,
             subject: subject.into(),
             numbered: AtomicU64::new(0),
             recent: Mutex::default(),
             received: Mutex::default(),
+            log,
             offline_out: AtomicU64::new(0),
             offline_in: AtomicU64::new(0),
             ignored: AtomicU64::new(0),
@@ -93,17 +95,11 @@ impl Announcements {
 }
 
 /// Applies the announcements of other processes in this one.
-pub(crate) struct AnnouncementHandler {
-    pub(crate) announcements: Arc<Announcements>,
-    pub(crate) log: Arc<Log>,
-}
-
-impl MessageHandler for AnnouncementHandler {
+impl MessageHandler for Announcements {
     fn message(&self, message: Message) {
-        let announcements = &self.announcements;
         let origin = message.header(level0::ORIGIN).and_then(Origin::parse);
         match client_id::id(&message.payload) {
-            Ok("") => count(&announcements.ignored),
+            Ok("") => count(&self.ignored),
             Ok(id) => match origin {
                 Some(own) if own.process == process_token() => {
                     if !own.is_repeated {
@@ -111,8 +107,8 @@ impl MessageHandler for AnnouncementHandler {
                     }
                 }
                 origin => {
-                    count(&announcements.offline_in);
-                    match origin.map_or(Receipt::First, |origin| announcements.received.lock().receive(&origin)) {
+                    count(&self.offline_in);
+                    match origin.map_or(Receipt::First, |origin| self.received.lock().receive(&origin)) {
                         Receipt::First => registry::apply_offline(id),
                         Receipt::Missed { since } => registry::apply_missed_offline(id, since),
                         Receipt::Duplicate => {}
@@ -120,13 +116,11 @@ impl MessageHandler for AnnouncementHandler {
                 }
             },
             Err(error) => {
-                count(&announcements.ignored);
+                count(&self.ignored);
                 self.log.log(Status::Invalid, || format!("an offline announcement was ignored: {error}"));
             }
         }
     }
-
-    fn ended(&self, _why: Status) {}
 }
 
 /// The last announcements that other processes may have missed because they were reconnecting.

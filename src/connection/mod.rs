@@ -38,7 +38,7 @@ use crate::presence::registry::{self, Announcer};
 use crate::process::{fork, random, runtime};
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use announcements::{AnnouncementHandler, Announcements};
+use announcements::Announcements;
 use bytes::Bytes;
 use log::Log;
 use once_cell::sync::OnceCell;
@@ -121,7 +121,7 @@ impl Connection {
             subscriptions: Mutex::default(),
             handlers: Mutex::default(),
             refusals: Mutex::default(),
-            announcements: Arc::new(Announcements::new(handle_id, &options.offline_subject)),
+            announcements: Arc::new(Announcements::new(handle_id, &options.offline_subject, Arc::clone(&log))),
             announcement_subscription: OnceCell::new(),
             log,
             options,
@@ -187,10 +187,9 @@ impl Connection {
     pub(crate) fn subscribe_offline(&self) -> Result<u64> {
         self.check_open()?;
         let id = *self.announcement_subscription.get_or_init(|| {
-            let (announcements, log) = (Arc::clone(&self.announcements), Arc::clone(&self.log));
             let id = fork::next_handle_id();
-            let handler = AnnouncementHandler { announcements, log };
-            self.subscribe(id, self.announcements.subject.clone(), "", Arc::new(handler));
+            let announcements = Arc::clone(&self.announcements);
+            self.subscribe(id, announcements.subject.clone(), "", announcements);
             id
         });
         self.flush_subscriptions()?;
@@ -267,17 +266,13 @@ impl Connection {
         self.runtime.spawn(async move {
             let _ = sender.try_send(lanes.drain().await);
         });
-        let drained = match limit {
-            None => receiver.recv().ok(),
-            Some(limit) => receiver.recv_timeout(limit).ok(),
-        };
-        match drained {
-            Some(true) => Ok(()),
-            Some(false) => Err(Error::new(
+        match subscriptions::receive(&receiver, limit) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::new(
                 Status::Disconnected,
                 "the connection was lost before the peers acknowledged what was sent",
             )),
-            None => {
+            Err(_) => {
                 Err(Error::new(Status::Timeout, "not all peers acknowledged what was sent within the drain timeout"))
             }
         }

@@ -5,11 +5,12 @@
 
 use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
-use crate::nats::inbound::{MessageHandler, Subscription};
+use crate::nats::Subject;
+use crate::nats::inbound::{MessageHandler, OnMessage, Subscription};
 use crate::nats::outbox::OutgoingItem;
-use crate::nats::{Message, Subject};
 use crate::process::random;
-use std::sync::{Arc, Weak, mpsc};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -32,8 +33,16 @@ impl Connection {
         let removed = self.subscriptions.lock().remove(&id);
         if removed.is_some() {
             let echo = random::random_u64();
-            let barrier = UnsubscribeBarrier { connection: self.this.clone(), subscription: id, echo };
-            let subject = self.inbox.expect(echo, Arc::new(barrier));
+            let connection = self.this.clone();
+            // When the echo comes no more messages are on their way.
+            let unsubscribe = OnMessage(move |came: Result<(), Status>| {
+                let Some(connection) = connection.upgrade().filter(|_| came != Err(Status::Closed)) else { return };
+                connection.inbox.forget(echo);
+                if came.is_ok() {
+                    connection.outbox.push(OutgoingItem::Unsubscribe(id));
+                }
+            });
+            let subject = self.inbox.expect(echo, Arc::new(unsubscribe));
             self.outbox.push(OutgoingItem::SendUnsub(id));
             self.outbox.push(OutgoingItem::Echo(subject));
         }
@@ -79,14 +88,20 @@ impl Connection {
     pub(super) fn flush(&self, limit: Option<Duration>) -> Result<()> {
         let (sender, receiver) = mpsc::sync_channel(1);
         let key = random::random_u64();
-        let subject = self.inbox.expect(key, Arc::new(FlushWaiter(sender)));
+        let wake = OnMessage(move |echo| {
+            // `close` flushes, too.
+            if echo != Err(Status::Closed) {
+                let _ = sender.try_send(echo);
+            }
+        });
+        let subject = self.inbox.expect(key, Arc::new(wake));
         // After `expect`: the loss of a connection first changes the state, and then ends what the inbox expects.
         let flushed = if self.is_connected() {
             self.outbox.push(OutgoingItem::Echo(subject));
-            match limit {
-                None => receiver.recv().map_err(|_| Status::Internal),
-                Some(limit) => receiver.recv_timeout(limit).map_err(|_| Status::Timeout),
-            }
+            receive(&receiver, limit).map_err(|error| match error {
+                RecvTimeoutError::Timeout => Status::Timeout,
+                RecvTimeoutError::Disconnected => Status::Internal,
+            })
         } else {
             Ok(Err(Status::Disconnected))
         };
@@ -103,7 +118,7 @@ impl Connection {
     pub(super) async fn is_flushed(&self) -> bool {
         let echo = Arc::new(Notify::new());
         let key = random::random_u64();
-        let subject = self.inbox.expect(key, Arc::new(EchoNotifier(Arc::clone(&echo))));
+        let subject = self.inbox.expect(key, notify_on_echo(&echo));
         self.outbox.push(OutgoingItem::Echo(subject));
         let is_flushed = timeout(self.options.connect_timeout, echo.notified()).await.is_ok();
         self.inbox.forget(key);
@@ -112,50 +127,19 @@ impl Connection {
 }
 
 /// Notifies a task when an echo comes.
-pub(super) struct EchoNotifier(pub(super) Arc<Notify>);
-
-impl MessageHandler for EchoNotifier {
-    fn message(&self, _message: Message) {
-        self.0.notify_one();
-    }
-
-    fn ended(&self, _why: Status) {}
+pub(super) fn notify_on_echo(task: &Arc<Notify>) -> Arc<dyn MessageHandler> {
+    let task = Arc::clone(task);
+    Arc::new(OnMessage(move |echo: Result<(), Status>| {
+        if echo.is_ok() {
+            task.notify_one();
+        }
+    }))
 }
 
-/// Wakes a thread that waits in `flush`.
-struct FlushWaiter(mpsc::SyncSender<Result<(), Status>>);
-
-impl MessageHandler for FlushWaiter {
-    fn message(&self, _message: Message) {
-        let _ = self.0.try_send(Ok(()));
-    }
-
-    fn ended(&self, why: Status) {
-        // `close` flushes, too.
-        if why != Status::Closed {
-            let _ = self.0.try_send(Err(why));
-        }
-    }
-}
-
-/// Unsubscribes at the client when its echo comes, for then no more messages are on their way.
-struct UnsubscribeBarrier {
-    connection: Weak<Connection>,
-    subscription: u64,
-    echo: u64,
-}
-
-impl MessageHandler for UnsubscribeBarrier {
-    fn message(&self, _message: Message) {
-        if let Some(connection) = self.connection.upgrade() {
-            connection.inbox.forget(self.echo);
-            connection.outbox.push(OutgoingItem::Unsubscribe(self.subscription));
-        }
-    }
-
-    fn ended(&self, why: Status) {
-        if let Some(connection) = self.connection.upgrade().filter(|_| why != Status::Closed) {
-            connection.inbox.forget(self.echo);
-        }
+/// Waits until another thread sends a value, for `limit` at most (None: without limit).
+pub(super) fn receive<T>(receiver: &mpsc::Receiver<T>, limit: Option<Duration>) -> Result<T, RecvTimeoutError> {
+    match limit {
+        None => Ok(receiver.recv()?),
+        Some(limit) => receiver.recv_timeout(limit),
     }
 }

@@ -1,7 +1,7 @@
 //! Messages out: gives the items of the outbox to a NATS client, as long as it lives.
 
 use crate::connection::announcements::Announcement;
-use crate::connection::subscriptions::EchoNotifier;
+use crate::connection::subscriptions::notify_on_echo;
 use crate::connection::{Connection, count};
 use crate::error::Status;
 use crate::nats::client::{Client, PublishError};
@@ -51,7 +51,7 @@ impl<'a> Writer<'a> {
         let connection = self.connection;
         let confirmed = Arc::new(Notify::new());
         let key = random::random_u64();
-        let echo = connection.inbox.expect(key, Arc::new(EchoNotifier(Arc::clone(&confirmed))));
+        let echo = connection.inbox.expect(key, notify_on_echo(&confirmed));
         let mut next_echo = Instant::now();
         while !connection.inbound.has_client_ended() {
             let repeat_at = connection.announcements.repeat_at();

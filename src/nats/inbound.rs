@@ -21,7 +21,7 @@ pub(crate) trait MessageHandler: Send + Sync {
     /// A message came. Called in the order of arrival; it must not block.
     fn message(&self, message: Message);
     /// The connection was lost (`Disconnected`) or closed (`Closed`): what runs on it has ended.
-    fn ended(&self, why: Status);
+    fn ended(&self, _why: Status) {}
     /// nats-server refuses what is published to this subject. If that ends something, returns what that was, and what to do
     /// about it.
     fn refused(&self, _subject: &str) -> Option<&'static str> {
@@ -33,6 +33,19 @@ pub(crate) trait MessageHandler: Send + Sync {
     fn subscription_refused(&self, _why: &Error) {}
     /// nats-server has the subscription after it had refused it.
     fn subscription_accepted(&self) {}
+}
+
+/// Calls a function when a message comes, or with the reason when what runs on the connection ends.
+pub(crate) struct OnMessage<F>(pub(crate) F);
+
+impl<F: Fn(Result<(), Status>) + Send + Sync> MessageHandler for OnMessage<F> {
+    fn message(&self, _message: Message) {
+        (self.0)(Ok(()));
+    }
+
+    fn ended(&self, why: Status) {
+        (self.0)(Err(why));
+    }
 }
 
 /// A subject that stays subscribed across connections.
