@@ -10,6 +10,9 @@ use std::{env, fs};
 
 const ABI: u32 = 0;
 
+/// What the header is generated from: the core's types that are part of the ABI, and the functions.
+const SOURCES: [&str; 4] = ["src/error.rs", "src/events/event.rs", "src/connection/stats.rs", "src/ffi/mod.rs"];
+
 /// The header's groups of functions, each with its first function.
 const GROUPS: [(&str, &str); 8] = [
     ("presence_status_text", "Texts"),
@@ -23,6 +26,7 @@ const GROUPS: [(&str, &str); 8] = [
 ];
 
 fn main() -> ExitCode {
+    SOURCES.iter().for_each(|source| println!("cargo:rerun-if-changed={source}"));
     println!("cargo:rerun-if-changed=src/ffi");
     println!("cargo:rerun-if-changed=src/config/keys.rs");
     println!("cargo:rerun-if-changed=cbindgen.toml");
@@ -90,10 +94,14 @@ fn header() -> Result<(), String> {
     let path = root.join("include/nats_presence.h");
     let mut config = cbindgen::Config::from_file(root.join("cbindgen.toml"))?;
     config.after_includes = Some(versions()?);
-    let builder = cbindgen::Builder::new().with_config(config).with_src(root.join("src/ffi/mod.rs"));
+    let builder = SOURCES
+        .iter()
+        .fold(cbindgen::Builder::new().with_config(config), |builder, source| builder.with_src(root.join(source)));
     let mut text = Vec::new();
     builder.generate().map_err(|error| error.to_string())?.write(&mut text);
-    let mut text = String::from_utf8(text).map_err(|error| error.to_string())?;
+    let text = String::from_utf8(text).map_err(|error| error.to_string())?;
+    // cbindgen begins each constant with the whole name of its type.
+    let mut text = text.replace("PRESENCE_STATUS_", "PRESENCE_").replace("PRESENCE_EVENT_KIND_", "PRESENCE_EVENT_");
     for (function, title) in GROUPS {
         let declaration = text.rfind(&format!("{function}(")).ok_or_else(|| format!("{function} is missing"))?;
         let comment = text[..declaration].rfind("/**\n").ok_or_else(|| format!("{function} has no comment"))?;

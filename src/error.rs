@@ -1,48 +1,55 @@
-//! Errors: a fixed status, and a message that has the wrong value.
+//! Errors: a fixed status, and a message that has the wrong value. `Status` is the header's presence_status.
 
 use std::borrow::Cow;
 use std::fmt;
 
-/// The result of a call, or why a stream ended. 0 is success. The numbers of errors are negative and never change.
+/// The result of a call, or why a stream has ended. The values never change.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {
     /// Success.
     Ok = 0,
-    /// An argument is wrong.
+    /// An argument is invalid: NULL, not UTF-8, empty, too long, or with a character that is not allowed.
     Invalid = -1,
-    /// The client is offline.
+    /// The client is offline: it was marked offline in this process, its last session here was closed, or another
+    /// process announced or reported it.
     Offline = -2,
     /// The sender, stream, service, connection or queue has ended already.
     Closed = -3,
-    /// The reader cancelled the stream. At a worker also: the client left before the stream began.
+    /// The reader cancelled the stream. A worker gets it also if the client left before the stream had begun.
     Cancelled = -4,
-    /// A buffer or a limit is reached.
+    /// A buffer or limit is full. A sender can send again after PRESENCE_EVENT_WRITABLE. A stream ends with it if its
+    /// reader is too slow.
     Full = -5,
-    /// The payload is larger than the server takes.
+    /// The message is larger than presence_sender_max_message, or the request larger than max_payload of nats-server.
     TooLarge = -6,
-    /// The payload begins like a marker of level 0.
+    /// The stream is on level 0, and the reader would mistake the payload for something else: it begins with
+    /// "__STREAM_END__" or "__STREAM_ERROR__", or looks like a JetStream acknowledgement. On a lane any payload can be
+    /// sent.
     Reserved = -7,
     /// There is no connection to nats-server, or it was lost while the stream ran.
     Disconnected = -8,
     /// The process at the other end is gone.
     PeerGone = -9,
-    /// Nobody serves the subject.
+    /// No worker serves the subject.
     NoResponders = -10,
-    /// Another thread is using it, or it is at its limit.
+    /// In use: only one thread at a time may wait on a queue. As the status of a PRESENCE_EVENT_ERROR: the worker has
+    /// reached its limit of running streams and refused this one.
     Busy = -11,
-    /// The time limit was reached.
+    /// The timeout has passed.
     Timeout = -12,
-    /// The worker ended the stream with an error.
+    /// The worker ended the stream with an error; the event's `data` is its text.
     Remote = -13,
-    /// The handle belongs to the parent of this forked process.
+    /// The handle belongs to the parent of this forked process, or the parent had connected before the fork.
     Forked = -14,
-    /// A defect of this library.
+    /// A defect of this library, which remains usable.
     Internal = -15,
 }
 
 impl Status {
     /// Every status: the one with code `-n` is at index `n`.
+    ///
+    /// cbindgen:ignore
     pub const ALL: [Status; 16] = [
         Status::Ok,
         Status::Invalid,

@@ -217,7 +217,7 @@ impl Connection {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (counters, announcements) = (&self.counters, &self.announcements);
         Stats {
-            connected: self.is_connected(),
+            connected: self.is_connected().into(),
             connects: get(&counters.connects),
             streams: get(&counters.streams),
             senders: get(&counters.senders),
@@ -231,6 +231,7 @@ impl Connection {
             offline_in: get(&announcements.offline_in),
             bytes_waiting: (self.outbox.weight() + self.lanes.backlog()) as u64,
             lanes: self.lanes.count() as u64,
+            reserved: [0; 6],
         }
     }
 

@@ -1,4 +1,5 @@
-//! Events: what the caller sees, what a queue stores, and the senders and streams that they come from.
+//! Events: what the caller sees, what a queue stores, and the senders and streams that they come from. `Kind` is the
+//! header's presence_event_kind.
 
 use crate::error::Status;
 use crate::process::fork;
@@ -17,31 +18,41 @@ const COPY_BELOW: usize = 4096;
 /// The same for a payload that is alone in its message.
 const COPY_ALONE_BELOW: usize = 32 << 10;
 
-/// What happened.
+/// The kind of an event, with the fields that it sets besides `kind`, `status` and `tag`.
 #[repr(i32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// A request arrived at a service.
+    /// A service received a request. `sender` answers it: the caller owns it and must call presence_sender_free.
+    /// `client` is the client's id, or empty; `subject` is what the request was sent to; `data` is its payload.
     Request = 1,
-    /// A message of a stream.
+    /// A message of a stream: `stream`, `data`.
     Data = 2,
-    /// The worker ended the stream.
+    /// The worker ended the stream: `stream`. It is the stream's last event.
     End = 3,
-    /// The stream ended in another way.
+    /// The stream ended in another way: `stream`; `status` is why, and `data` a text. It is the stream's last event.
     Error = 4,
-    /// A sender was stopped.
+    /// A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for
+    /// a sender that you ended yourself. The sender must still be freed.
     Stopped = 5,
-    /// A sender that returned `Full` can send again.
+    /// A sender that returned PRESENCE_FULL can send again: `sender`, `client`.
     Writable = 6,
-    /// A client came online in this process.
+    /// A client came online in this process: `client`. Only in queues that were passed to presence_watch.
     Online = 7,
-    /// A client went offline in this process.
+    /// A client went offline in this process: `client`. Only in queues that were passed to presence_watch.
     Offline = 8,
-    /// The connection to nats-server was made.
+    /// The connection to nats-server was made: `data` is the server's host:port. Only in queues that were passed to
+    /// presence_conn_watch.
+    ///
+    /// With a `subject`, in a service's queue: nats-server has accepted the service's subscription again.
     Connected = 9,
-    /// The connection to nats-server is lost.
+    /// The connection to nats-server is lost: `data` is why. Streams and senders on level 0, and requests that no
+    /// worker has accepted, end with PRESENCE_DISCONNECTED. The library reconnects, unless `status` is PRESENCE_CLOSED.
+    /// Only in queues that were passed to presence_conn_watch.
+    ///
+    /// With a `subject`, in a service's queue: nats-server has refused the service's subscription or taken it back, so
+    /// no requests come; `data` is why. See presence_serve.
     Disconnected = 10,
-    /// Something that an operator should know.
+    /// Something that an operator should know: `data` is a text; `status` and `tag` say what it is about.
     Log = 11,
 }
 

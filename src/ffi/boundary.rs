@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Runs the body of a function that returns a status.
 pub(super) fn guard<E: Into<Status>>(body: impl FnOnce() -> Result<(), E>) -> presence_status {
-    guard_value(body).map_or_else(presence_status::from, |()| presence_status::PRESENCE_OK)
+    guard_value(body).err().unwrap_or(Status::Ok)
 }
 
 /// Runs the body of a function that returns a value or a status.
@@ -35,7 +35,7 @@ pub(super) fn guard_or<T>(otherwise: T, body: impl FnOnce() -> Result<T>) -> T {
 /// `error` is NULL or writable.
 pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce() -> Result<()>) -> presence_status {
     let failed = match catch(body) {
-        Ok(Ok(())) => return presence_status::PRESENCE_OK,
+        Ok(Ok(())) => return Status::Ok,
         Ok(Err(failed)) => failed,
         Err(_) => Status::Internal.into(),
     };
@@ -51,7 +51,7 @@ pub(super) unsafe fn guard_error(error: *mut presence_error, body: impl FnOnce()
         // SAFETY: not NULL and aligned, so it is writable, by the caller's promise.
         unsafe { error.write(presence_error { status: failed.status.code(), message }) };
     }
-    failed.status.into()
+    failed.status
 }
 
 fn catch<T>(body: impl FnOnce() -> T) -> thread::Result<T> {

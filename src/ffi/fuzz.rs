@@ -87,7 +87,7 @@ impl World {
                 if !client.starts_with(b"fuzz") {
                     continue;
                 }
-                let is_online = event.kind == presence_event_kind::PRESENCE_EVENT_ONLINE as i32;
+                let is_online = event.kind == presence_event_kind::Online as i32;
                 let (expects_online, id) = expected.pop_front().unwrap_or((false, "nothing"));
                 assert_eq!((is_online, client), (expects_online, id.as_bytes()));
                 assert_eq!(event.tag, *tag);
@@ -103,7 +103,7 @@ impl World {
         let (step, id) = (choices.below(16), IDS[usize::from(choices.below(4))]);
         let (text, length) = (id.as_ptr().cast::<c_char>(), id.len());
         let name = CString::new(id).unwrap_or_default();
-        let (ok, invalid) = (presence_status::PRESENCE_OK, presence_status::PRESENCE_INVALID);
+        let (ok, invalid) = (Status::Ok, Status::Invalid);
         // SAFETY: pointers are NULL where that is allowed, or point to values that exist here, with their lengths.
         unsafe {
             match step {
@@ -164,7 +164,7 @@ impl World {
                             presence_queue_wait(queue, event.as_mut_ptr(), 1, -1),
                             i64::from(Status::Closed.code())
                         );
-                        assert_eq!(presence_watch(queue, 0), presence_status::PRESENCE_CLOSED);
+                        assert_eq!(presence_watch(queue, 0), Status::Closed);
                         presence_queue_wake(queue);
                         presence_queue_free(queue);
                     }
@@ -196,10 +196,10 @@ impl World {
                 _ => {
                     // A number that is no handle, as a handle of each kind.
                     let nonsense = std::ptr::without_provenance_mut::<u8>(usize::MAX - usize::from(choices.byte()));
-                    assert_eq!(presence_watch(nonsense.cast(), 0), presence_status::PRESENCE_CLOSED);
-                    assert_eq!(presence_close(nonsense.cast(), 0), presence_status::PRESENCE_CLOSED);
-                    assert_eq!(presence_stream_cancel(nonsense.cast()), presence_status::PRESENCE_CLOSED);
-                    assert_eq!(presence_service_stop(nonsense.cast()), presence_status::PRESENCE_CLOSED);
+                    assert_eq!(presence_watch(nonsense.cast(), 0), Status::Closed);
+                    assert_eq!(presence_close(nonsense.cast(), 0), Status::Closed);
+                    assert_eq!(presence_stream_cancel(nonsense.cast()), Status::Closed);
+                    assert_eq!(presence_service_stop(nonsense.cast()), Status::Closed);
                     presence_session_close(nonsense.cast());
                 }
             }
@@ -222,7 +222,7 @@ pub fn abi(data: &[u8]) {
     }
     for id in IDS {
         // SAFETY: a text with its length.
-        assert_eq!(unsafe { presence_mark_offline(id.as_ptr().cast(), id.len()) }, presence_status::PRESENCE_OK);
+        assert_eq!(unsafe { presence_mark_offline(id.as_ptr().cast(), id.len()) }, Status::Ok);
         world.leave(id);
     }
     for index in 0..world.queues.len() {
