@@ -33,6 +33,8 @@ use crate::nats::message::{HeaderMap, Message, Subject};
 use crate::nats::tls;
 use crate::process::runtime;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use async_nats::client::traits::Publisher;
+use async_nats::message::OutboundMessage;
 use async_nats::rustls::ClientConfig;
 use async_nats::{ConnectErrorKind, Event, PublishErrorKind, ServerAddr};
 use bytes::Bytes;
@@ -132,7 +134,7 @@ impl Client {
 
     /// Waits until the client has a place for the message in its buffer.
     pub(crate) async fn publish(&self, subject: Subject, payload: Bytes) -> Result<(), PublishError> {
-        Ok(self.inner.publish(subject, payload).await?)
+        self.publish_with(subject, None, None, payload).await
     }
 
     /// As `publish`, with a reply subject and headers.
@@ -143,15 +145,7 @@ impl Client {
         headers: Option<HeaderMap>,
         payload: Bytes,
     ) -> Result<(), PublishError> {
-        match (reply, headers) {
-            (None, None) => self.inner.publish(subject, payload).await?,
-            (None, Some(headers)) => self.inner.publish_with_headers(subject, headers, payload).await?,
-            (Some(reply), None) => self.inner.publish_with_reply(subject, reply, payload).await?,
-            (Some(reply), Some(headers)) => {
-                self.inner.publish_with_reply_and_headers(subject, reply, headers, payload).await?;
-            }
-        }
-        Ok(())
+        Ok(self.inner.publish_message(OutboundMessage { subject, reply, headers, payload }).await?)
     }
 
     /// Publishes if the client's buffer has a place now; else drops the message.
