@@ -109,8 +109,8 @@ impl MessageHandler for Announcements {
                 origin => {
                     count(&self.offline_in);
                     match origin.map_or(Receipt::First, |origin| self.received.lock().receive(&origin)) {
-                        Receipt::First => registry::apply_offline(id),
-                        Receipt::Missed { since } => registry::apply_missed_offline(id, since),
+                        Receipt::First => registry::apply_offline(id, None),
+                        Receipt::Missed { since } => registry::apply_offline(id, Some(since)),
                         Receipt::Duplicate => {}
                     }
                 }

@@ -117,6 +117,19 @@ impl Presence {
         }
     }
 
+    /// Whether the client is online for a reason of this process's own: anything but streams that others requested.
+    fn has_own_reason(&self) -> bool {
+        match self {
+            Presence::Marked => true,
+            Presence::Active(client) => {
+                client.is_marked
+                    || client.sessions > 0
+                    || client.grace.is_some()
+                    || client.running.iter().any(|(_, stream)| stream.requested_on().is_some())
+            }
+        }
+    }
+
     fn running(&self) -> &[(u64, Arc<dyn Stoppable>)] {
         match self {
             Presence::Marked => &[],
@@ -126,14 +139,6 @@ impl Presence {
 }
 
 impl ClientEntry {
-    /// Whether the client is online for a reason of this process's own: anything but streams that others requested.
-    fn has_own_reason(&self) -> bool {
-        self.is_marked
-            || self.sessions > 0
-            || self.grace.is_some()
-            || self.running.iter().any(|(_, stream)| stream.requested_on().is_some())
-    }
-
     /// Removes a stream or sender. Returns false if the client does not have it.
     fn remove(&mut self, handle_id: u64) -> bool {
         let found = self.running.iter().position(|(other, _)| *other == handle_id);
@@ -194,30 +199,19 @@ pub fn mark_offline(id: &[u8]) -> Result<()> {
         return Ok(());
     }
     let registry = registry();
-    let entry = registry.clients.lock(id);
-    let stopped = stop_all(entry.get());
-    // Also if the client is unknown here, as other processes may know it. With the entry locked, so that no mark or
-    // request that follows can overtake the announcement.
-    registry.announce(id, entry.get());
-    registry.remove(entry);
-    notify_stopped(&stopped, true);
+    // Also if the client is unknown here, as other processes may know it.
+    registry.take_offline(registry.clients.lock(id), |presence| registry.announce(id, presence));
     Ok(())
 }
 
-/// Applies another process's announcement.
-pub(crate) fn apply_offline(id: &str) {
-    let registry = registry();
-    registry.take_offline(registry.clients.lock(id));
-}
-
-/// Applies another process's announcement that this one missed when it was made. It does not concern a client whose
-/// first session or stream since is newer: its number is `since` or higher.
-pub(crate) fn apply_missed_offline(id: &str, since: u64) {
+/// Applies another process's announcement. `missed_since`: this process missed it when it was made. Then it does not
+/// concern a client whose first session or stream since is newer: its number is `missed_since` or higher.
+pub(crate) fn apply_offline(id: &str, missed_since: Option<u64>) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
-    let is_newer = entry.get_mut().and_then(Presence::active).is_some_and(|client| client.entry_id >= since);
-    if !is_newer {
-        registry.take_offline(entry);
+    let is_newer = |client: &mut ClientEntry| missed_since.is_some_and(|since| client.entry_id >= since);
+    if !entry.get_mut().and_then(Presence::active).is_some_and(is_newer) {
+        registry.take_offline(entry, |_| {});
     }
 }
 
@@ -228,12 +222,7 @@ pub(crate) fn apply_own_offline(id: &str, connection: u64) {
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
     let stopped = client.stop(|stream| stream.answers_to() == Some(connection));
-    let is_over = client.running.is_empty() && !client.has_own_reason();
-    if is_over {
-        registry.remove(entry);
-    } else {
-        drop(entry);
-    }
+    registry.remove_if_idle(entry);
     notify_stopped(&stopped, true);
 }
 
@@ -296,9 +285,7 @@ pub(crate) fn detach(id: &str, handle_id: u64) {
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
     client.remove(handle_id);
-    if client.running.is_empty() && !client.has_own_reason() {
-        registry.remove(entry);
-    }
+    registry.remove_if_idle(entry);
 }
 
 /// Takes back `attach`, for a stream that its requester gave up: if nothing else keeps the client online here, it goes
@@ -310,7 +297,7 @@ pub(crate) fn give_up(id: &str, handle_id: u64, connection: &dyn Announcer) {
     let registry = registry();
     let mut entry = registry.clients.lock(id);
     let Some(client) = entry.get_mut().and_then(Presence::active) else { return };
-    if client.remove(handle_id) && !client.has_own_reason() {
+    if client.remove(handle_id) {
         registry.announce_left(entry, connection);
     }
 }
@@ -318,15 +305,7 @@ pub(crate) fn give_up(id: &str, handle_id: u64, connection: &dyn Announcer) {
 /// As `give_up`, for a stream that was detached before it was known that its worker needs an announcement.
 pub(crate) fn give_up_detached(id: &str, connection: &dyn Announcer) {
     let registry = registry();
-    let mut entry = registry.clients.lock(id);
-    let has_own_reason = match entry.get_mut() {
-        None => false,
-        Some(Presence::Marked) => true,
-        Some(Presence::Active(client)) => client.has_own_reason(),
-    };
-    if !has_own_reason {
-        registry.announce_left(entry, connection);
-    }
+    registry.announce_left(registry.clients.lock(id), connection);
 }
 
 /// Adds a connection to those that announce; the subjects of its inbox begin with `inbox`.
@@ -354,12 +333,6 @@ pub(crate) fn set_session_grace(grace: Duration) {
     registry().session_grace_ms.store(grace_ms, Ordering::Relaxed);
 }
 
-/// Stops all that runs for a client, and returns what had not ended.
-fn stop_all(presence: Option<&Presence>) -> Vec<Arc<dyn Stoppable>> {
-    let running = presence.map_or(&[][..], Presence::running).iter().map(|(_, stream)| stream);
-    running.filter(|stream| stream.source().word.try_stop(Status::Offline)).cloned().collect()
-}
-
 fn notify_stopped(stopped: &[Arc<dyn Stoppable>], is_announced: bool) {
     stopped.iter().for_each(|stream| stream.stopped(Status::Offline, is_announced));
 }
@@ -381,19 +354,33 @@ impl Registry {
         }
     }
 
-    /// Stops all that runs for a client, and ends its presence.
-    fn take_offline(&self, entry: Entry<'_, Presence>) {
-        let stopped = stop_all(entry.get());
+    /// As `remove`, if nothing keeps the client online here.
+    fn remove_if_idle(&self, entry: Entry<'_, Presence>) {
+        if entry.get().is_some_and(|presence| presence.running().is_empty() && !presence.has_own_reason()) {
+            self.remove(entry);
+        }
+    }
+
+    /// Stops all that runs for a client, calls `announce`, and ends its presence. With the entry locked until then, so
+    /// that no mark or request that follows can overtake the announcement.
+    fn take_offline(&self, entry: Entry<'_, Presence>, announce: impl FnOnce(Option<&Presence>)) {
+        let running = entry.get().map_or(&[][..], Presence::running).iter().map(|(_, stream)| stream);
+        let stopped: Vec<_> =
+            running.filter(|stream| stream.source().word.try_stop(Status::Offline)).cloned().collect();
+        announce(entry.get());
         self.remove(entry);
         notify_stopped(&stopped, true);
     }
 
-    /// As `take_offline`, with an announcement by the connection whose stream was given up.
+    /// Takes a client offline, with an announcement by the connection whose stream was given up, unless the client is
+    /// online here for another reason.
     fn announce_left(&self, entry: Entry<'_, Presence>, connection: &dyn Announcer) {
-        let stopped = stop_all(entry.get());
-        connection.announce(entry.id(), true);
-        self.remove(entry);
-        notify_stopped(&stopped, true);
+        if !entry.get().is_some_and(Presence::has_own_reason) {
+            let id = entry.id();
+            self.take_offline(entry, |_| {
+                connection.announce(id, true);
+            });
+        }
     }
 
     /// Ends the streams that this process requested for a client whose last session here is over, and their senders in
@@ -673,7 +660,7 @@ mod tests {
         mark_offline(b"all").unwrap();
         assert_eq!(recorder.of("all"), [true, false]);
         mark_online(b"all").unwrap();
-        apply_offline("all");
+        apply_offline("all", None);
         assert!(!online("all"));
         assert_eq!(recorder.of("all").len(), 2);
         remove_announcer(recorder.number);

@@ -175,7 +175,7 @@ impl World {
                 self.leave(client);
             }
             2 => {
-                apply_offline(&id);
+                apply_offline(&id, None);
                 self.leave(client);
             }
             3 | 4 => {
