@@ -194,7 +194,7 @@ impl ServerPool {
     ) -> Result<(Client, String), Error> {
         let attempt = Attempt { pool: self, key: address.to_string() };
         let shown = format!("{address} for {name}");
-        let server = with_address(&target.server, address)
+        let server = at(&target.server, &address.ip().to_string(), address.port())
             .ok_or_else(|| Error::new(Status::Disconnected, format!("{shown}: this is no address to connect to")))?;
         let client = self.try_connect(server, &shown, files.config_for(name)).await?;
         attempt.succeed();
@@ -213,13 +213,8 @@ impl ServerPool {
         let Some(from) = from.filter(|_| !hosts.is_empty()) else { return };
         let mut learned: Vec<Target> = Vec::new();
         for host in hosts {
-            // With the scheme and the credentials of the server that names it.
-            let mut url = from.server.clone().into_inner();
-            let Ok(other) = host.parse::<ServerAddr>() else { continue };
-            let name = if other.host().contains(':') { format!("[{}]", other.host()) } else { other.host().into() };
-            if url.set_host(Some(&name)).is_ok()
-                && url.set_port(Some(other.port())).is_ok()
-                && let Ok(server) = ServerAddr::from_url(url)
+            if let Ok(other) = host.parse::<ServerAddr>()
+                && let Some(server) = at(&from.server, other.host(), other.port())
             {
                 let is_address = server.host().parse::<IpAddr>().is_ok();
                 let tls_name = from.name().filter(|_| is_address).map(str::to_owned);
@@ -233,15 +228,12 @@ impl ServerPool {
     }
 }
 
-/// The same server at one of its addresses.
-fn with_address(server: &ServerAddr, address: SocketAddr) -> Option<ServerAddr> {
+/// A server at another host and port, with the scheme and the credentials of this one.
+fn at(server: &ServerAddr, host: &str, port: u16) -> Option<ServerAddr> {
     let mut url = server.clone().into_inner();
-    let host = match address.ip() {
-        IpAddr::V4(ip) => ip.to_string(),
-        IpAddr::V6(ip) => format!("[{ip}]"),
-    };
+    let host = if host.contains(':') { format!("[{host}]") } else { host.into() };
     url.set_host(Some(&host)).ok()?;
-    url.set_port(Some(address.port())).ok()?;
+    url.set_port(Some(port)).ok()?;
     ServerAddr::from_url(url).ok()
 }
 
