@@ -75,6 +75,9 @@ tools: ## Check that the required tools are installed
 	  command -v $$tool >/dev/null || { echo "$$tool is missing, but the tests need it"; exit 1; }; \
 	done
 
+# Those that no suite of `make test` compiles. (The programs of nats.c need its header.)
+C_SOURCES := $(filter-out benches/nats_%,$(wildcard benches/*.c)) $(wildcard tests/soak/peers/*.c tools/*.c)
+
 .PHONY: lint
 lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
 	$(CARGO) fmt --check
@@ -85,6 +88,7 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 	CARGO=$(CARGO) tools/targets aarch64-unknown-linux-musl # another CPU and another libc; assurance checks all
 	tools/mutations --check
 	git diff --exit-code --stat include
+	for source in $(C_SOURCES); do $(CC) -std=gnu11 -Wall -Wextra -Werror -Iinclude -c -o /dev/null $$source || exit 1; done
 	cd bindings/go && test -z "$$(gofmt -l . | tee /dev/stderr)"
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check

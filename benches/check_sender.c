@@ -19,7 +19,7 @@ static presence_sender *running_sender(const char *url)
     presence_conn *conn = connect_to(url, "");
     presence_queue *queue = new_queue();
     serve(conn, queue, "bench.check", 0);
-    must(request(conn, queue, "bench.check", "client", 0, &stream, &error) == PRESENCE_OK,
+    must(start_stream(conn, queue, "bench.check", "client", 0, &stream, &error) == PRESENCE_OK,
          "presence_request", error.message);
     wait_for_event(queue, PRESENCE_EVENT_REQUEST, &event);
     return event.sender;

@@ -19,7 +19,7 @@ static presence_stream *request(size_t i)
     presence_error error = {0};
     int64_t limit = now_ns() + 30000000000;
     int32_t status;
-    while ((status = request(conn, queue, "bench.idle", id, i, &stream, &error))
+    while ((status = start_stream(conn, queue, "bench.idle", id, i, &stream, &error))
            == PRESENCE_FULL) {
         must(now_ns() < limit, "presence_request", error.message);
         usleep(1000);

@@ -29,7 +29,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < clients; i++) {
         snprintf(ids[i], sizeof ids[i], "client-%06zu", i);
         int32_t status =
-            request(conn, queue, "bench.offline", ids[i], i, &stream, &error);
+            start_stream(conn, queue, "bench.offline", ids[i], i, &stream, &error);
         must(status == PRESENCE_OK, "presence_request", error.message);
         must(take_event(queue, PRESENCE_EVENT_DATA, 10000), "stream", "the worker sent nothing");
     }

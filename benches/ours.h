@@ -33,8 +33,9 @@ static inline presence_queue *new_queue(void)
 }
 
 /* Requests a stream without data and options. */
-static inline presence_status request(presence_conn *conn, presence_queue *queue, const char *subject, const char *client,
-                                      uint64_t tag, presence_stream **stream, presence_error *error)
+static inline presence_status start_stream(presence_conn *conn, presence_queue *queue, const char *subject,
+                                           const char *client, uint64_t tag, presence_stream **stream,
+                                           presence_error *error)
 {
     const presence_request_args args = {
         .size = sizeof args, .subject = subject, .client = client, .client_len = strlen(client), .tag = tag};

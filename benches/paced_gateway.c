@@ -14,7 +14,7 @@ int main(int argc, char **argv)
     presence_stream *stream;
     presence_error error = {0};
     presence_event event;
-    int32_t status = request(conn, queue, "bench.paced", "client", 0, &stream, &error);
+    int32_t status = start_stream(conn, queue, "bench.paced", "client", 0, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
 
     for (size_t i = 0; i <= messages; i++) {

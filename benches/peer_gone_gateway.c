@@ -11,7 +11,7 @@ int main(int argc, char **argv)
     presence_stream *stream;
     presence_error error = {0};
     presence_event event;
-    int32_t status = request(conn, queue, "bench.peer_gone", "client", 0, &stream, &error);
+    int32_t status = start_stream(conn, queue, "bench.peer_gone", "client", 0, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
     for (size_t received = 0;; received++) {
         must(presence_queue_wait(queue, &event, 1, 10000) == 1, "presence_queue_wait", "no event arrived");

@@ -17,7 +17,7 @@ static void request(void)
     presence_error error = {0};
     started[requested] = now_ns();
     int32_t status =
-        request(conn, queue, "bench.stream", id, requested, &stream, &error);
+        start_stream(conn, queue, "bench.stream", id, requested, &stream, &error);
     must(status == PRESENCE_OK, "presence_request", error.message);
     requested++;
 }

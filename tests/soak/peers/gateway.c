@@ -121,7 +121,7 @@ static void come(client *c, int64_t now) {
   for (c->kind = READS; share >= shares[c->kind]; c->kind++) share -= shares[c->kind];
   c->has_come = c->is_here = true;
   if (++here > most_here) most_here = here;
-  if (random_below(2)) presence_session_open(c->id, strlen(c->id), &c->session);
+  if (random_below(2)) check(presence_session_open(c->id, strlen(c->id), &c->session), "presence_session_open", c->id);
   else presence_mark_online(c->id, strlen(c->id));
   c->streams = c->kind == CANCELS || random_below(4) == 0 ? 2 : 1;
   if (c->leaves_at < now) c->leaves_at = now; /* this process was stopped meanwhile */
