@@ -238,7 +238,7 @@ int main(void) {
   size_t capacity = 0;
   ssize_t length;
   setvbuf(stdout, NULL, _IOLBF, 0);
-  presence_queue_new(&queue);
+  if (presence_queue_new(&queue)) return 1;
   options = presence_config_new();
   pthread_create(&printer, NULL, print_events, NULL);
   while ((length = getline(&line, &capacity, stdin)) > 0) {
