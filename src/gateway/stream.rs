@@ -72,10 +72,12 @@ pub struct Stream {
 const NOT_SENT: u8 = 0;
 /// The request was sent, and no worker has answered.
 const SENT: u8 = 1;
+/// The stream has ended here before a worker answered: the first answer decides how the worker is stopped.
+const UNANSWERED: u8 = 2;
 /// A worker has answered on level 0.
-const ON_LEVEL_0: u8 = 2;
+const ON_LEVEL_0: u8 = 3;
 /// A worker has accepted on a lane.
-const ON_LANE: u8 = 3;
+const ON_LANE: u8 = 4;
 
 /// Messages that a reader has, and has not reported as consumed.
 #[derive(Default)]
@@ -385,9 +387,8 @@ impl Stream {
         }
         self.cancel_on_lane(why);
         if self.notice() == Notice::Announcement {
-            // First, so that an answer that comes now does not announce the client as well.
-            self.connection.forget_request(self.key);
             registry::give_up(&self.client, self.source.handle_id, &*self.connection);
+            self.connection.forget_request(self.key);
         } else {
             registry::detach(&self.client, self.source.handle_id);
             self.leave_inbox();
@@ -409,13 +410,15 @@ impl Stream {
     /// stopped only by an announcement, which stops the client's streams at all gateways. So nothing is announced until
     /// the first answer shows that the worker is on level 0, or until there was no answer for some time.
     fn leave_inbox(&self) {
-        match self.notice() {
-            Notice::Unknown if !self.client.is_empty() => self.wait_for_first_answer(),
+        let may_wait = self.offers_lane && !self.client.is_empty();
+        let wait = || self.answer.compare_exchange(SENT, UNANSWERED, Ordering::Relaxed, Ordering::Relaxed);
+        if may_wait && wait().is_ok() {
+            self.wait_for_first_answer();
+        } else if self.notice() == Notice::Announcement {
             // The answer has come just now.
-            Notice::Announcement => self.stop_worker(),
-            Notice::Unknown | Notice::Direct => {
-                self.connection.forget_request(self.key);
-            }
+            self.stop_worker();
+        } else {
+            self.connection.forget_request(self.key);
         }
     }
 
@@ -554,9 +557,7 @@ impl MessageHandler for Stream {
                 count(&self.connection.inbox.ignored);
             }
             Answer::Data | Answer::JetStreamAck => {
-                let before = self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed);
-                if before < ON_LEVEL_0 && self.source.word.check_after_publishing().is_err() {
-                    // It has ended, and whoever ended it may not have seen this answer.
+                if self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed) == UNANSWERED {
                     return self.stop_worker();
                 }
                 self.data(message.payload);
@@ -573,7 +574,7 @@ impl MessageHandler for Stream {
     }
 
     fn no_answer(&self) {
-        if !self.source.is_running() {
+        if self.answer.load(Ordering::Relaxed) == UNANSWERED {
             self.stop_worker();
         }
     }
