@@ -3,7 +3,7 @@
 //! A client's browser is connected to a *gateway*, which requests a stream of messages from a *worker*. When the client
 //! leaves, the worker's [`Sender`] refuses to send, and the worker's queue gets an event.
 //!
-//! The map of the crate. Each module uses only those below it:
+//! The map of the crate. Each module uses only those below it, except that `process` calls `ffi::host`:
 //!
 //! | module | contents |
 //! |---|---|
@@ -15,10 +15,11 @@
 //! | `nats` | everything that touches async-nats: dialling, TLS, messages in, messages out |
 //! | `presence` | who is online in this process; stops senders and streams when a client leaves |
 //! | `events` | events, the queue that callers read them from, and the wakeups of waiting threads |
+//! | `config` | options |
 //! | `wire` | byte formats: level 0, which plain NATS peers speak, and the frames of lanes |
 //! | `process` | the tokio runtime, what a forked child may still use, randomness |
 //! | `status_word` | the promise: the word that each send reads, and why no send follows an offline mark |
-//! | `config`, `error`, `sync` | options; statuses; atomics, and locks that survive a fork |
+//! | `error`, `sync` | statuses; atomics, and locks that survive a fork |
 //!
 //! In Rust every handle is an `Arc`. [`Connection::close`], [`Queue::close`], [`Sender::free`] and [`Stream::free`] do
 //! what the functions `_close` and `_free` do in C. Dropping a handle does not.
