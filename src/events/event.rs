@@ -275,7 +275,8 @@ impl LaneBatch {
     #[inline]
     pub(super) fn show(&self, show: &mut impl FnMut(Event<'_>)) {
         for (source, run) in &self.parts {
-            let (tag, handle_id) = (source.source().tag(), source.source().handle_id);
+            let own = source.source();
+            let (tag, handle_id) = (own.tag(), own.handle_id);
             for data in run.bodies(&self.message) {
                 let (kind, status, source) = (Kind::Data, Status::Ok, Some(source));
                 show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, source });
