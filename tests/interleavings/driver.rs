@@ -60,6 +60,8 @@ impl StreamObserver for Probe {
             LaneEvent::Cancelled(_) => &self.cancelled,
             LaneEvent::Writable => &self.writable,
             LaneEvent::PeerGone { .. } => &self.gone,
+            // The stream has ended already.
+            LaneEvent::AcceptUndelivered => return,
             other => panic!("{other:?} was not expected"),
         };
         counter.fetch_add(1, Ordering::SeqCst);
