@@ -19,6 +19,19 @@ def cargo(*arguments, target, **environment):
     subprocess.run(command, cwd=ROOT, env={**os.environ, "CARGO_TARGET_DIR": str(target), **environment}, check=True)
 
 
+def rust_component(name, *toolchain):
+    """Installs a component of rustup, unless it is installed."""
+    command = ["rustup", "--quiet", "component", "add", name, *toolchain]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        done = subprocess.run(command, cwd=ROOT, timeout=300, **out)
+        why = done.returncode and done.stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if why:
+        sys.exit(f"rustup could not install {name}: {why.strip()}\nInstall it with: {' '.join(command)}")
+
+
 def test_program(target, *arguments, **environment):
     """Builds the unit tests, and returns the path of the program."""
     command = [os.environ.get("CARGO", "cargo"), "test", "--release", "--locked", "--lib", "--no-run", *arguments]

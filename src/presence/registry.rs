@@ -833,7 +833,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
-                    for _ in 0..2000 {
+                    for _ in 0..if cfg!(miri) { 10 } else { 2000 } {
                         let sender = Probe::attach("race", None, None);
                         mark_online(b"race").unwrap();
                         let session = Session::open(b"race").unwrap();
