@@ -270,6 +270,9 @@ static void without_grace_a_disconnected_peer_is_gone(void) {
   }
   presence_event event = next_event(both.worker);
   CHECK(event.kind == PRESENCE_EVENT_STOPPED || event.kind == PRESENCE_EVENT_WRITABLE);
+  /* nats-server may have told the worker before the gateway noticed. */
+  do CHECK_EQ(presence_queue_wait(both.gateway.queue, &event, 1, TIMEOUT_MS), 1);
+  while (event.kind != PRESENCE_EVENT_DISCONNECTED);
   CHECK_STATUS(presence_close(both.gateway.conn, 0), PRESENCE_DISCONNECTED);
   presence_sender_free(both.sender);
   presence_stream_free(both.stream);
