@@ -7,6 +7,7 @@
 use crate::connection::log::Log;
 use crate::connection::stats::count;
 use crate::error::Status;
+use crate::events::{Kind, Queue};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::{DurableMessage, MAX_DURABLE, OVERHEAD};
 use crate::nats::{HeaderMap, Message, Subject};
@@ -14,13 +15,13 @@ use crate::presence::client_id;
 use crate::presence::registry;
 use crate::process::fork;
 use crate::process::random;
-use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::{Mutex, RwLock};
 use crate::wire::level0;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::mem;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Of how many connections of other processes the announcements are recognised when they are repeated.
@@ -36,6 +37,8 @@ pub(crate) struct Announcements {
     recent: Mutex<RecentAnnouncements>,
     received: Mutex<ReceivedAnnouncements>,
     log: Arc<Log>,
+    /// The queues that get an OFFLINE event for each announcement of another process.
+    watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
     pub(crate) offline_out: AtomicU64,
     pub(crate) offline_in: AtomicU64,
     pub(crate) ignored: AtomicU64,
@@ -50,9 +53,23 @@ impl Announcements {
             recent: Mutex::default(),
             received: Mutex::default(),
             log,
+            watchers: RwLock::default(),
             offline_out: AtomicU64::new(0),
             offline_in: AtomicU64::new(0),
             ignored: AtomicU64::new(0),
+        }
+    }
+
+    /// Adds a queue that gets an OFFLINE event with this tag for each announcement of another process.
+    pub(crate) fn watch(&self, queue: &Arc<Queue>, tag: u64) {
+        registry::add_watcher(&mut self.watchers.write(), queue, tag);
+    }
+
+    fn notify_watchers(&self, id: &str) {
+        for (queue, tag) in self.watchers.read().iter() {
+            if let Some(queue) = queue.upgrade() {
+                queue.push_presence(Kind::Offline, *tag, id);
+            }
         }
     }
 
@@ -111,8 +128,9 @@ impl MessageHandler for Announcements {
                     match origin.map_or(Receipt::First, |origin| self.received.lock().receive(&origin)) {
                         Receipt::First => registry::apply_offline(id, None),
                         Receipt::Missed { since } => registry::apply_offline(id, Some(since)),
-                        Receipt::Duplicate => {}
+                        Receipt::Duplicate => return,
                     }
+                    self.notify_watchers(id);
                 }
             },
             Err(error) => {

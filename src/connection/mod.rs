@@ -183,6 +183,12 @@ impl Connection {
         self.flush_subscription(subscription)
     }
 
+    /// Pushes an `Offline` event with this tag to `queue` for each announcement of another process, whether or not the
+    /// client is known here. `listen_offline` makes announcements arrive.
+    pub fn watch_announcements(&self, queue: &Arc<Queue>, tag: u64) {
+        self.announcements.watch(queue, tag);
+    }
+
     /// Subscribes to announcements. Returns the id of the subscription.
     pub(crate) fn subscribe_offline(&self) -> Result<u64> {
         self.check_open()?;
