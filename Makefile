@@ -11,6 +11,8 @@ CARGO ?= cargo
 PYTHON ?= python3
 # A private installation of the library. Tests, demo and benches use the library from here only.
 STAGE := $(CURDIR)/build/stage
+# The command line as it is to be installed below a prefix.
+CLI := $(CURDIR)/build/cli
 
 .PHONY: help
 help: ## List the targets
@@ -31,6 +33,20 @@ install: build ## Install header, libraries, pkg-config and suppression files be
 	install -m 644 packaging/nats-presence.supp packaging/nats-presence.tsan $(DESTDIR)$(PREFIX)/share/nats-presence/
 	for name in nats-presence nats-presence-static; do \
 	  sed 's/@VERSION@/$(VERSION)/' packaging/$$name.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$name.pc || exit 1; done
+
+# The library's cargo commands leave the command line out. This one uses the library as it was compiled for them: other
+# features of a shared dependency would compile it again, over the first one, and cmp would find that.
+.PHONY: cli
+cli: build ## Build the command line into build/cli, with manual pages and completions
+	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target --package nats-presence-cli
+	cmp target/release/deps/libnats_presence.so target/release/libnats_presence.so
+	rm -rf $(CLI)
+	install -D -s -m 755 target/release/nats-presence $(CLI)/bin/nats-presence
+	$(CLI)/bin/nats-presence man $(CLI)/share/man/man1
+	@for shell in bash:bash-completion/completions/nats-presence zsh:zsh/site-functions/_nats-presence \
+	    fish:fish/vendor_completions.d/nats-presence.fish; do \
+	  file=$(CLI)/share/$${shell#*:}; install -d $${file%/*} && \
+	  $(CLI)/bin/nats-presence completions $${shell%%:*} > $$file || exit 1; done
 
 .PHONY: stage
 stage: ## Install into build/stage, for tests, demo and benches
@@ -57,7 +73,7 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
 # In this order: what fails soonest comes first. The suites of SIDE_BY_SIDE wait more than they compute, so two of them run
 # at a time; make keeps the output of each together and prints it when the suite has ended.
 SUITES := tools lint test-rust test-interleavings test-c
-SIDE_BY_SIDE := test-wire test-python test-faults test-go test-install
+SIDE_BY_SIDE := test-wire test-python test-faults test-go test-cli test-install
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -80,9 +96,10 @@ C_SOURCES := $(filter-out benches/nats_%,$(wildcard benches/*.c)) $(wildcard tes
 
 .PHONY: lint
 lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	rustfmt --check --edition 2024 tests/interleavings/*.rs
 	$(CARGO) clippy --release --locked --all-targets -- -D warnings
+	$(CARGO) clippy --release --locked --all-targets --package nats-presence-cli -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
 	CARGO=$(CARGO) tools/targets aarch64-unknown-linux-musl # another CPU and another libc; assurance checks all
@@ -129,6 +146,11 @@ test-python: stage $(VENV_STAMP) ## Test the Python binding
 .PHONY: test-wire
 test-wire: stage $(VENV_STAMP) ## Test the wire protocol with raw peers, authentication, all pairs of languages, README
 	$(RUN) $(VENV)/bin/pytest -q --timeout 300 tests/wire tests/auth tests/e2e tests/readme
+
+.PHONY: test-cli
+test-cli: cli $(VENV_STAMP) ## Test the command line, and the tutorial that uses it
+	$(CARGO) test --release --locked --quiet --package nats-presence-cli
+	$(RUN) $(VENV)/bin/pytest -q --timeout 120 tests/cli
 
 .PHONY: test-faults
 test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and processes

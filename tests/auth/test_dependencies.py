@@ -72,8 +72,10 @@ def deny(tmp_path: Path) -> Callable[[], str]:
     for name in ["Cargo.toml", "Cargo.lock", "deny.toml"]:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    (tmp_path / "src").mkdir()
-    for name in ["build.rs", "src/lib.rs"]:
+    for folder in ["src", "cli/src"]:
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "cli/Cargo.toml", tmp_path / "cli")
+    for name in ["build.rs", "src/lib.rs", "cli/src/main.rs"]:
         (tmp_path / name).write_text("")
 
     def run() -> str:
