@@ -135,7 +135,7 @@ pub fn run(args: &'static ServeArgs, connect: &ConnectArgs) -> Result<(), Failur
         if worker.drained_by.load(Ordering::Acquire) != 0 {
             if service.stop().is_ok() && !args.quiet {
                 let running = worker.jobs().len();
-                terminal::log(format!("no more requests; {running} commands are running; another signal kills them"));
+                terminal::log(format!("no more requests; running commands: {running}; another signal kills them"));
             }
             if worker.jobs().is_empty() {
                 break;

@@ -276,7 +276,7 @@ def test_serve_drains(serve: Start, start: Start, run: Run, reports: Reports, nu
     request = start("request", "work")
     assert request.line() == b"begin\n"
     worker.signal(number)
-    worker.wait_for("no more requests; 1 commands are running")
+    worker.wait_for("no more requests; running commands: 1")
     assert run("request", "work").returncode == NO_RESPONDERS
     Path(f"{reports.path}.go").write_text("go\n")
     assert request.line() == b"end\n"
