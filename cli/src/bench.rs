@@ -60,8 +60,8 @@ fn start_worker(subject: &str) -> Result<(Child, BufReader<ChildStdout>), Failur
     Ok((worker, output))
 }
 
-/// Answers a request that is empty with one message and the end; one that is "many" with messages until the client
-/// leaves; and another one with one message, and prints when its client leaves.
+/// Answers each request with a message, which the end follows if the request is empty, and further messages until the
+/// client leaves if it is "many". Otherwise prints when its client leaves.
 fn work(subject: &str, size: usize, connect: &ConnectArgs) -> Result<(), Failure> {
     let connection = connect.connect(None)?;
     let queue = Queue::new();

@@ -128,11 +128,14 @@ impl<'w> Running<'w> {
         }
     }
 
-    /// Ends the command and all other processes of its group: SIGTERM, and SIGKILL for those that are left after
-    /// `grace`.
-    pub fn stop(mut self, grace: Duration) -> io::Result<()> {
+    /// Sends SIGTERM to the command and all other processes of its group. `wait_for_group` must follow.
+    pub fn terminate(&self) {
         // The group exists at least until its leader is reaped, which only this thread does.
         let _ = killpg(self.group, Signal::SIGTERM);
+    }
+
+    /// Waits for the end of the group. After `grace`, what is left of it gets SIGKILL.
+    pub fn wait_for_group(mut self, grace: Duration) -> io::Result<()> {
         let (deadline, mut next_check) = (Instant::now() + grace, FIRST_CHECK);
         loop {
             let is_reaped = self.child.try_wait()?.is_some();

@@ -60,6 +60,7 @@ pub fn watch(_args: &WatchArgs, connect: &ConnectArgs) -> Result<(), Failure> {
     connection.watch(&queue, 0)?;
     connection.watch_announcements(&queue, 0);
     connection.listen_offline()?;
+    terminal::on_reader_gone(|| std::process::exit(0))?;
     terminal::print(b"watching; Ctrl-C ends\n")?;
     loop {
         let mut out = String::new();

@@ -4,7 +4,6 @@ use crate::connect::ConnectArgs;
 use crate::{Failure, exit_code, terminal};
 use clap::Args;
 use nats_presence::{Config, Connection, Kind, Queue, Status, Stream, mark_offline};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,14 +108,10 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
         Some(id) => id.clone(),
         None => random_id()?,
     };
-    let has_left = Arc::new(AtomicBool::new(false));
-    for signal in terminal::ending_signals()? {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&has_left))?;
-    }
     let connection = connect.connect(Some(&mut config))?;
     let queue = Queue::new();
     let stream = connection.request(&queue, &args.subject, &data, id.as_bytes(), &config, 0)?;
-    let client = Arc::new(Client { id, connection, stream, has_left });
+    let client = Arc::new(Client { id, connection, stream, has_left: Arc::default() });
     leave_when_asked(&client)?;
     let mut out = Vec::new();
     loop {
@@ -154,19 +149,14 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
 
 /// Leaves on a signal, and when nobody reads the standard output any longer, even if there is nothing to write.
 fn leave_when_asked(client: &Arc<Client>) -> io::Result<()> {
+    // Before the other handler, whose thread sets the flag.
+    for signal in terminal::ending_signals()? {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, Arc::clone(&client.has_left))?;
+    }
     let own = Arc::clone(client);
     terminal::on_signal(&[], move |signal| own.leave(128 + signal))?;
-    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-    // Errors are reported although nothing is asked for. A file is refused, and cannot be closed by a reader.
-    if epoll.add(io::stdout(), EpollEvent::new(EpollFlags::empty(), 0)).is_ok() {
-        let own = Arc::clone(client);
-        thread::Builder::new().spawn(move || {
-            let mut events = [EpollEvent::empty()];
-            while epoll.wait(&mut events, EpollTimeout::NONE) != Ok(1) {}
-            own.leave(0);
-        })?;
-    }
-    Ok(())
+    let own = Arc::clone(client);
+    terminal::on_reader_gone(move || own.leave(0))
 }
 
 pub fn random_id() -> io::Result<String> {

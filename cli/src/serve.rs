@@ -215,34 +215,36 @@ impl From<io::Error> for Stop {
 
 impl Job {
     fn answer(&self) {
-        self.log("started");
         let variables = [("NATS_PRESENCE_CLIENT", &*self.client), ("NATS_PRESENCE_SUBJECT", &*self.subject)];
         let mut running = match Running::start(&self.args.command, self.input.clone(), variables, &self.wakeup) {
             Ok(running) => running,
             Err(error) => {
-                let text = format!("the worker cannot run {}: {error}", self.args.command[0].display());
-                terminal::log(format!("{}: {text}", self.client));
-                let _ = self.sender.error(text.as_bytes());
-                return;
+                // The client need not know where the worker has its programs.
+                let _ = self.sender.error(format!("the worker cannot run its command: {error}").as_bytes());
+                return terminal::log(format!("{} cannot be run: {error}", self.args.command[0].display()));
             }
         };
-        let text = match self.relay(&mut running) {
+        self.log("started");
+        let why = match self.relay(&mut running) {
             Ok(None) => {
                 let _ = self.sender.end();
                 return self.log("ended");
             }
-            Ok(Some(text)) => {
-                let _ = self.sender.error(text.as_bytes());
-                return self.log(&text);
+            Ok(Some(failure)) => {
+                let _ = self.sender.error(failure.as_bytes());
+                return self.log(&failure);
             }
-            Err(Stop::Failed(text)) => {
-                let _ = self.sender.error(text.as_bytes());
-                text
-            }
-            Err(Stop::Left(why)) => format!("stopped after {} messages: {why}", self.sender.send_count()),
+            Err(why) => why,
         };
-        self.log(&text);
-        if let Err(error) = running.stop(self.args.grace) {
+        running.terminate();
+        match why {
+            Stop::Left(why) => self.log(&format!("stopped after {} messages: {why}", self.sender.send_count())),
+            Stop::Failed(text) => {
+                let _ = self.sender.error(text.as_bytes());
+                self.log(&text);
+            }
+        }
+        if let Err(error) = running.wait_for_group(self.args.grace) {
             terminal::log(format!("{}: the command cannot be stopped: {error}", self.client));
         }
         self.log("the command has ended");
@@ -287,11 +289,8 @@ impl Job {
                     return Err(Stop::Failed(text));
                 }
                 Err(Status::Reserved) => {
-                    return Err(Stop::Failed(
-                        "a line of the command's output looks like the end of a stream, which a \
-                                             peer without nats-presence would mistake it for"
-                            .into(),
-                    ));
+                    let text = "a line of the command's output looks like the end of a stream to peers on level 0";
+                    return Err(Stop::Failed(text.into()));
                 }
                 Err(why) => return Err(Stop::Left(why)),
             }

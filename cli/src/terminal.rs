@@ -1,5 +1,6 @@
 //! Standard output, standard error and signals.
 
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{self, Write};
@@ -48,6 +49,19 @@ pub fn ending_signals() -> io::Result<Vec<i32>> {
 pub fn on_signal(others: &[i32], mut handle: impl FnMut(i32) + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new(ending_signals()?.iter().chain(others))?;
     std::thread::Builder::new().spawn(move || signals.forever().for_each(&mut handle))?;
+    Ok(())
+}
+
+/// Calls `then`, on a thread of its own, when the reader of the standard output has closed it.
+pub fn on_reader_gone(then: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    // That is reported although nothing is asked for. A file is refused: it has no reader.
+    if epoll.add(io::stdout(), EpollEvent::new(EpollFlags::empty(), 0)).is_ok() {
+        std::thread::Builder::new().spawn(move || {
+            while epoll.wait(&mut [EpollEvent::empty()], EpollTimeout::NONE) != Ok(1) {}
+            then();
+        })?;
+    }
     Ok(())
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -206,12 +207,45 @@ def test_command_that_disappears_is_named(serve: Start, run: Run, tmp_path: Path
     command = tmp_path / "command"
     command.write_text("#!/bin/sh\necho ok\n")
     command.chmod(0o755)
-    serve("work", "--", str(command))
+    worker = serve("work", "--", str(command))
     assert run("request", "work").stdout == b"ok\n"
     command.unlink()
     done = run("request", "work")
     assert done.returncode == REMOTE
-    assert f"cannot run {command}: No such file" in done.stderr.decode()
+    assert b"the worker cannot run its command: No such file" in done.stderr
+    assert str(tmp_path) not in done.stderr.decode()
+    worker.wait_for(f"{command} cannot be run: No such file")
+
+
+def test_output_that_cannot_be_written_is_an_error(serve: Start, server: Server) -> None:
+    worker = serve("yes", "--", "yes")
+    with open("/dev/full", "wb") as full:
+        command = [PROGRAM, "-s", server.url, "request", "yes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == 1
+    assert b"the standard output cannot be written: No space left" in done.stderr
+    worker.wait_for("the command has ended")
+
+
+def test_second_signal_does_not_wait_for_the_server(serve: Start, start: Start, server: Server) -> None:
+    serve("yes", "--", "yes")
+    requests = [start("request", "yes") for _ in range(2)]
+    for request in requests:
+        assert request.line() == b"y\n"
+    # From now on it takes what is sent, and answers nothing.
+    server.process.send_signal(signal.SIGSTOP)
+    times = []
+    for request, repeats in zip(requests, [False, True]):
+        begin = time.monotonic()
+        request.signal(signal.SIGINT)
+        while request.process.poll() is None:
+            if repeats:
+                request.signal(signal.SIGINT)
+            time.sleep(0.01)
+        times.append(time.monotonic() - begin)
+        assert request.end() == INTERRUPTED
+    server.process.send_signal(signal.SIGCONT)
+    assert times[0] > 2 > times[1] or times[0] > 2 * times[1]
 
 
 def test_nobody_serves(run: Run) -> None:
