@@ -2,8 +2,7 @@
 
 use crate::Failure;
 use clap::Args;
-use nats_presence::{Config, Connection, Error};
-use std::path::PathBuf;
+use nats_presence::{Config, Connection};
 use std::sync::Arc;
 
 #[derive(Args)]
@@ -30,20 +29,20 @@ pub struct ConnectArgs {
     /// Credentials file, with a JWT and a seed
     #[arg(long, value_name = "FILE", env = "NATS_CREDS", global = true, hide_env_values = true)]
     #[arg(hide_short_help = true)]
-    creds: Option<PathBuf>,
+    creds: Option<String>,
     /// File with the seed of an nkey
     #[arg(long, value_name = "FILE", env = "NATS_NKEY", global = true, hide_env_values = true)]
     #[arg(hide_short_help = true)]
-    nkey: Option<PathBuf>,
+    nkey: Option<String>,
     /// Certificates of the authorities that nats-server's certificate may come from (PEM)
     #[arg(long, value_name = "FILE", env = "NATS_CA", global = true, hide_env_values = true, hide_short_help = true)]
-    tlsca: Option<PathBuf>,
+    tlsca: Option<String>,
     /// Certificate of this client (PEM)
     #[arg(long, value_name = "FILE", env = "NATS_CERT", global = true, hide_env_values = true, hide_short_help = true)]
-    tlscert: Option<PathBuf>,
+    tlscert: Option<String>,
     /// Private key of this client (PEM)
     #[arg(long, value_name = "FILE", env = "NATS_KEY", global = true, hide_env_values = true, hide_short_help = true)]
-    tlskey: Option<PathBuf>,
+    tlskey: Option<String>,
     /// Begin with TLS, before nats-server has introduced itself
     #[arg(long, global = true, hide_short_help = true)]
     tlsfirst: bool,
@@ -67,22 +66,18 @@ impl ConnectArgs {
     fn config(&self, mut request: Option<&mut Config>) -> Result<Config, Failure> {
         let mut config = Config::new();
         config.set("name", "nats-presence command")?;
-        let texts = [("user", &self.user), ("password", &self.password), ("token", &self.token)];
-        for (key, value) in texts {
-            if let Some(value) = value {
-                config.set(key, value)?;
-            }
-        }
-        let files = [
+        let values = [
+            ("user", &self.user),
+            ("password", &self.password),
+            ("token", &self.token),
             ("creds_file", &self.creds),
             ("tls_ca_file", &self.tlsca),
             ("tls_cert_file", &self.tlscert),
             ("tls_key_file", &self.tlskey),
         ];
-        for (key, file) in files {
-            if let Some(file) = file {
-                let path = file.to_str().ok_or_else(|| Failure::usage(format!("{key} {file:?} is not UTF-8")))?;
-                config.set(key, path)?;
+        for (key, value) in values {
+            if let Some(value) = value {
+                config.set(key, value)?;
             }
         }
         if let Some(file) = &self.nkey {
@@ -107,9 +102,8 @@ impl ConnectArgs {
 }
 
 /// Reads the seed of an nkey: the line that begins with S, as in files that nsc and nk write.
-fn seed(file: &PathBuf) -> Result<String, Error> {
-    let wrong = |why: String| Error { status: nats_presence::Status::Invalid, message: why.into() };
-    let text = std::fs::read_to_string(file).map_err(|error| wrong(format!("{}: {error}", file.display())))?;
+fn seed(file: &str) -> Result<String, Failure> {
+    let text = std::fs::read_to_string(file).map_err(|error| Failure::usage(format!("{file}: {error}")))?;
     let seed = text.lines().map(str::trim).find(|line| line.starts_with('S'));
-    seed.map(str::to_owned).ok_or_else(|| wrong(format!("{}: no line begins with S, as a seed does", file.display())))
+    seed.map(str::to_owned).ok_or_else(|| Failure::usage(format!("{file}: no line begins with S, as a seed does")))
 }

@@ -62,13 +62,16 @@ pub fn watch(_args: &WatchArgs, connect: &ConnectArgs) -> Result<(), Failure> {
     connection.listen_offline()?;
     terminal::on_reader_gone(|| std::process::exit(0))?;
     terminal::print(b"watching; Ctrl-C ends\n")?;
-    loop {
+    let mut is_lost = false;
+    while !is_lost {
         let mut out = String::new();
         queue.wait(256, None, |event| {
+            is_lost |= is_connection_lost(&event);
             out.extend(show_event(&event).map(|text| terminal::printable(text.as_bytes()) + "\n"));
         })?;
         terminal::print(out.as_bytes())?;
     }
+    Err(Status::Disconnected.into())
 }
 
 pub fn stats(args: &StatsArgs, connect: &ConnectArgs) -> Result<(), Failure> {
@@ -96,6 +99,11 @@ pub fn show_stats(stats: &Stats) -> String {
     )
 }
 
+/// Whether the connection has ended for good: its options limit how often it is made again.
+pub fn is_connection_lost(event: &Event<'_>) -> bool {
+    event.kind == Kind::Disconnected && event.status == Status::Closed && event.subject.is_empty()
+}
+
 /// An event of a connection in one line.
 pub fn show_event(event: &Event<'_>) -> Option<String> {
     let text = String::from_utf8_lossy(event.data);
@@ -104,7 +112,7 @@ pub fn show_event(event: &Event<'_>) -> Option<String> {
     Some(match event.kind {
         Kind::Offline => format!("offline {}", event.client),
         Kind::Connected => format!("connected {text}{of}"),
-        Kind::Disconnected if event.status == Status::Closed => format!("disconnected for good{of}: {text}"),
+        Kind::Disconnected if is_connection_lost(event) => format!("disconnected for good: {text}"),
         Kind::Disconnected => format!("disconnected{of}: {text}"),
         Kind::Log => format!("log: {text}"),
         _ => return None,

@@ -3,7 +3,7 @@
 use crate::command::{Progress, Running, Wakeup, failure};
 use crate::connect::ConnectArgs;
 use crate::messages::Messages;
-use crate::observe::{show_event, show_stats};
+use crate::observe::{is_connection_lost, show_event, show_stats};
 use crate::{Failure, terminal};
 use clap::Args;
 use nats_presence::{Event, Kind, Queue, Sender, Status};
@@ -110,7 +110,7 @@ pub fn run(args: &'static ServeArgs, connect: &ConnectArgs) -> Result<(), Failur
     if !args.quiet {
         terminal::log(format!("serving {}; Ctrl-C ends", args.subject));
     }
-    let (mut last_tag, mut next_stats) = (0, Instant::now());
+    let (mut last_tag, mut next_stats, mut is_lost) = (0, Instant::now(), false);
     loop {
         let timeout = args.stats.map(|interval| {
             if next_stats <= Instant::now() {
@@ -130,9 +130,12 @@ pub fn run(args: &'static ServeArgs, connect: &ConnectArgs) -> Result<(), Failur
                 }
             }
             Kind::Connected if args.quiet => {}
-            _ => show_event(&event).into_iter().for_each(terminal::log),
+            _ => {
+                is_lost |= is_connection_lost(&event);
+                show_event(&event).into_iter().for_each(terminal::log);
+            }
         })?;
-        if worker.drained_by.load(Ordering::Acquire) != 0 {
+        if is_lost || worker.drained_by.load(Ordering::Acquire) != 0 {
             if service.stop().is_ok() && !args.quiet {
                 let running = worker.jobs().len();
                 terminal::log(format!("no more requests; running commands: {running}; another signal kills them"));
@@ -144,6 +147,7 @@ pub fn run(args: &'static ServeArgs, connect: &ConnectArgs) -> Result<(), Failur
     }
     let closed = connection.close(Some(CLOSE));
     match worker.killed_by.load(Ordering::Acquire) {
+        0 if is_lost => Err(Status::Disconnected.into()),
         0 => Ok(closed?),
         signal => std::process::exit(128 + signal),
     }

@@ -14,7 +14,7 @@ from harness import Server
 
 INTERRUPTED = 128 + signal.SIGINT
 # Statuses, as `nats-presence --help` lists them.
-OFFLINE, PEER_GONE, NO_RESPONDERS, BUSY, TIMED_OUT, REMOTE = 12, 19, 20, 21, 22, 23
+OFFLINE, DISCONNECTED, PEER_GONE, NO_RESPONDERS, BUSY, TIMED_OUT, REMOTE = 12, 18, 19, 20, 21, 22, 23
 
 
 def reporting(reports: Reports, text: str) -> list[str]:
@@ -109,6 +109,17 @@ def test_command_that_ignores_sigterm_is_killed_with_its_group(serve: Start, sta
     for pid in pids:
         wait_for_exit(pid)
     worker.wait_for("the command has ended")
+
+
+def test_process_that_the_command_leaves_behind_is_killed(serve: Start, start: Start, reports: Reports) -> None:
+    stubborn = "trap 'echo TERM > $R' TERM; echo trapped > $R; while :; do sleep 0.05; done"
+    text = f"({stubborn}) > /dev/null & echo $! > $R; exec sleep 9999"
+    serve("work", "--grace", "300ms", *reporting(reports, text))
+    request = start("request", "work")
+    (pid,) = [int(line) for line in (reports.next() for _ in range(2)) if line != "trapped"]
+    request.signal(signal.SIGINT)
+    assert reports.next() == "TERM"
+    wait_for_exit(pid)
 
 
 def test_processes_that_the_command_leaves_behind_have_their_grace(
@@ -358,3 +369,14 @@ def test_streams_go_on_when_nats_server_restarts(serve: Start, start: Start, rep
     Path(f"{reports.path}.go").write_text("go\n")
     assert request.line() == b"end\n"
     assert request.end() == 0
+
+
+def test_serve_and_watch_fail_when_the_connection_ends_for_good(serve: Start, start: Start, server: Server) -> None:
+    limit = ["-o", "max_reconnects=1", "-o", "reconnect_max_ms=50"]
+    worker = serve("work", *limit, "--", "true")
+    watch = start("watch", *limit)
+    assert watch.line() == b"watching; Ctrl-C ends\n"
+    server.kill()
+    assert worker.end() == DISCONNECTED
+    worker.wait_for("disconnected for good: ")
+    assert watch.end() == DISCONNECTED
