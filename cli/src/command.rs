@@ -149,7 +149,7 @@ impl<'w> Running<'w> {
                 return Ok(());
             }
             let limit = if is_reaped { left.min(next_check) } else { left };
-            // It is read on, because a command that cannot write may not get to its end.
+            // Its output is still read, because a command whose output is full may be unable to end.
             if self.wait(Some(limit))?.0 {
                 self.read()?;
             } else if is_reaped {
@@ -158,7 +158,7 @@ impl<'w> Running<'w> {
         }
     }
 
-    /// Waits. Returns whether there is output, or its end, and whether the wakeup was used.
+    /// Waits. Returns two flags: there is output or its end; the wakeup was used.
     fn wait(&self, limit: Option<Duration>) -> io::Result<(bool, bool)> {
         // Rounded up, so that a wait does not end just before the limit.
         let limit = limit.map(|limit| EpollTimeout::try_from(limit + Duration::from_millis(1)));
@@ -196,7 +196,7 @@ impl Drop for Running<'_> {
     }
 }
 
-/// Returns whether a process of the group is running. A zombie is not: in a container it may stay for ever.
+/// Returns true if a process of the group is running. A zombie does not count: in a container it may never be reaped.
 fn is_running(group: Pid) -> bool {
     let is_running = |process: fs::DirEntry| {
         let stat = fs::read_to_string(process.path().join("stat")).unwrap_or_default();

@@ -98,7 +98,7 @@ pub fn exit_code(status: Status) -> u8 {
 
 fn exit_codes() -> String {
     let mut text =
-        "Exit codes:\n  0   success; the reader of the standard output has closed it\n  1   another error\n  \
+        "Exit codes:\n  0   success, or the reader of the standard output has closed it\n  1   another error\n  \
                     2   an argument is invalid\n"
             .to_owned();
     for status in Status::ALL.into_iter().filter(|status| exit_code(*status) > USAGE) {

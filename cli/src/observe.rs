@@ -99,7 +99,7 @@ pub fn show_stats(stats: &Stats) -> String {
     )
 }
 
-/// Whether the connection has ended for good: its options limit how often it is made again.
+/// Returns true if the connection has ended for good: so many attempts have failed as max_reconnects allows.
 pub fn is_connection_lost(event: &Event<'_>) -> bool {
     event.kind == Kind::Disconnected && event.status == Status::Closed && event.subject.is_empty()
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
   nats-presence request upper 'some text'
   nats-presence request upper - < file
   nats-presence request logs.web | grep --line-buffered error
-  nats-presence request chat 'a question' --timeout 30s -H X-Model=small"
+  nats-presence request chat 'a question' --timeout 30s -H 'X-Model: small'"
 )]
 pub struct RequestArgs {
     /// Subject of the request
@@ -42,8 +42,8 @@ pub struct RequestArgs {
     /// How often to try again while no worker serves the subject or the worker is busy
     #[arg(long, value_name = "NUMBER")]
     retries: Option<u32>,
-    /// Header of the request
-    #[arg(short = 'H', long = "header", value_name = "NAME=VALUE")]
+    /// Header of the request, for workers that read it
+    #[arg(short = 'H', long = "header", value_name = "NAME:VALUE")]
     headers: Vec<String>,
     /// Print the messages as they are, without newlines between them
     #[arg(long)]
@@ -93,10 +93,10 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
         config.set("retries", &retries.to_string())?;
     }
     for header in &args.headers {
-        let (name, value) = header.split_once('=').ok_or_else(|| {
-            Failure::usage(format!("header {header:?} has no \"=\": it must be NAME=VALUE, such as X-Model=small"))
+        let (name, value) = header.split_once(':').ok_or_else(|| {
+            Failure::usage(format!("header {header:?} has no \":\": it must be NAME:VALUE, such as X-Model:small"))
         })?;
-        config.set(&format!("header.{name}"), value)?;
+        config.set(&format!("header.{name}"), value.trim_start())?;
     }
     let mut data = Vec::new();
     if args.data == "-" {

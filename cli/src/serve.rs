@@ -56,7 +56,7 @@ pub struct ServeArgs {
     /// Send the output in pieces as it comes, not by lines
     #[arg(long)]
     raw: bool,
-    /// Log the statistics of the connection so often
+    /// Interval at which the statistics of the connection are logged
     #[arg(long, value_name = "TIME", value_parser = terminal::duration)]
     stats: Option<Duration>,
     /// Log errors only

@@ -71,9 +71,13 @@ class Process:
                 self.process.send_signal(number)
                 with suppress(subprocess.TimeoutExpired):
                     self.process.wait(2)
-        for stream in [self.process.stdout, self.process.stderr]:
-            if stream:
-                stream.close()
+        if self.process.stdout:
+            self.process.stdout.close()
+        # A command that is still running, which only a defect can cause, keeps the standard error open.
+        self._reader.join(1)
+        if not self._reader.is_alive():
+            assert self.process.stderr
+            self.process.stderr.close()
 
 
 class Reports:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import nats
 import pytest
-from conftest import PROGRAM, Reports, Run, Start, wait_for_exit
-from harness import Server
+from conftest import PROGRAM, Process, Reports, Run, Start, wait_for_exit
+from harness import TIMEOUT, Server
 
 INTERRUPTED = 128 + signal.SIGINT
 # Statuses, as `nats-presence --help` lists them.
@@ -74,6 +76,26 @@ def test_command_knows_client_and_subject(serve: Start, run: Run) -> None:
     assert run("request", "names.b", "--client", "").stdout == b" at names.b\n"
     first, second = (run("request", "names.c").stdout for _ in range(2))
     assert first != second, "each request without --client has a client of its own"
+
+
+def test_worker_with_plain_nats_gets_headers(start: Start, server: Server) -> None:
+    async def serve_once() -> Process:
+        connection = await nats.connect(server.url)
+        subscription = await connection.subscribe("plain")
+        await connection.flush()
+        request = start("request", "plain", "question", "--client", "me", "-H", "X-Model: small", "-H", "X-Empty:")
+        message = await subscription.next_msg(timeout=TIMEOUT)
+        assert message.data == b"question"
+        assert message.headers is not None
+        assert [message.headers[name] for name in ["Connect-ID", "X-Model", "X-Empty"]] == ["me", "small", ""]
+        for answer in [b"answer", b"__STREAM_END__"]:
+            await message.respond(answer)
+        await connection.close()
+        return request
+
+    request = asyncio.run(serve_once())
+    assert request.line() == b"answer\n"
+    assert request.end() == 0
 
 
 # Leaving ---------------------------------------------------------------------------------------------------------
