@@ -745,6 +745,31 @@ presence_status presence_sender_header(const struct presence_sender *sender,
                                        size_t *len);
 
 /**
+ * Reads the request's header number `index`, counted from 0. A name that has several values is as many headers, in the
+ * order of the values. `Connect-ID` is the first one, if the request has a client.
+ *
+ * `*name` and `*value` are not NUL-terminated, and valid until the sender is freed. They are NULL if there are not so
+ * many headers.
+ *
+ * Returns PRESENCE_OK or PRESENCE_INVALID.
+ */
+presence_status presence_sender_header_at(const struct presence_sender *sender,
+                                          size_t index,
+                                          const char **name,
+                                          size_t *name_len,
+                                          const char **value,
+                                          size_t *value_len);
+
+/**
+ * Returns the request's reply subject, and its length in `*len`. It is not NUL-terminated, and valid until the sender
+ * is freed. NULL for NULL.
+ *
+ * It is for logs and for peers on level 0: on a lane, what is published to it is ignored. Answer with
+ * presence_sender_send.
+ */
+const char *presence_sender_reply(const struct presence_sender *sender, size_t *len);
+
+/**
  * Frees a sender. A stream that has not ended ends with an error at the reader.
  *
  * *Thread safety*: no other thread may use the sender or its status word any longer.

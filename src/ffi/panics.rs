@@ -91,6 +91,7 @@ const STATUSES: &[Call] = functions![
     presence_sender_error(null_mut(), null(), 0),
     presence_sender_end(null_mut()),
     presence_sender_header(null(), null(), null_mut(), null_mut()),
+    presence_sender_header_at(null(), 0, null_mut(), null_mut(), null_mut(), null_mut()),
     presence_sender_free(null_mut()),
     presence_request(null_mut(), null_mut(), null(), null_mut(), null_mut()),
     presence_stream_consumed(null_mut(), 0),
@@ -141,6 +142,7 @@ fn each_function_returns_a_status_and_works_again() {
         assert_eq!(force(|| presence_sender_max_message(null())), 0);
         assert_eq!(force(|| presence_sender_send_count(null())), 0);
         assert!(force(|| presence_sender_status_word(null())).is_null());
+        assert!(force(|| presence_sender_reply(null(), null_mut())).is_null());
         assert_eq!(force(|| presence_stream_tag(null())), 0);
         assert!(force(|| presence_stream_client(null(), null_mut())).is_null());
     }
@@ -153,6 +155,7 @@ fn each_function_returns_a_status_and_works_again() {
         "presence_sender_max_message",
         "presence_sender_send_count",
         "presence_sender_status_word",
+        "presence_sender_reply",
         "presence_stream_tag",
         "presence_stream_client",
     ]);

@@ -3,7 +3,7 @@
 use super::boundary::{guard, guard_error, guard_or, guard_value, limit};
 use super::codes::presence_status;
 use super::handles::{borrow, create, release};
-use super::raw::{bytes, c_text, check_aligned, free_sender, lengths, sender_ref, text_start, write_out};
+use super::raw::{bytes, c_text, check_aligned, check_out, free_sender, lengths, sender_ref, text_start, write_out};
 use super::types::{presence_conn, presence_error, presence_queue, presence_sender, presence_service};
 use crate::error::{Error, Status};
 use crate::worker::service::Service;
@@ -226,6 +226,49 @@ pub unsafe extern "C" fn presence_sender_header(
         let header = sender.header(name);
         write_out(len, || Ok(header.map_or(0, str::len)))?;
         write_out(value, || Ok(header.map_or(ptr::null(), text_start)))
+    })
+}
+
+/// Reads the request's header number `index`, counted from 0. A name that has several values is as many headers, in the
+/// order of the values. `Connect-ID` is the first one, if the request has a client.
+///
+/// `*name` and `*value` are not NUL-terminated, and valid until the sender is freed. They are NULL if there are not so
+/// many headers.
+///
+/// Returns PRESENCE_OK or PRESENCE_INVALID.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_header_at(
+    sender: *const presence_sender,
+    index: usize,
+    name: *mut *const c_char,
+    name_len: *mut usize,
+    value: *mut *const c_char,
+    value_len: *mut usize,
+) -> presence_status {
+    // SAFETY: the caller's promises are those of sender_ref and write_out.
+    guard(|| unsafe {
+        let sender = sender_ref(sender)?;
+        check_out(name).and(check_out(name_len)).and(check_out(value)).and(check_out(value_len))?;
+        let header = sender.header_at(index);
+        write_out(name_len, || Ok(header.map_or(0, |(name, _)| name.len())))?;
+        write_out(value_len, || Ok(header.map_or(0, |(_, value)| value.len())))?;
+        write_out(name, || Ok(header.map_or(ptr::null(), |(name, _)| text_start(name))))?;
+        write_out(value, || Ok(header.map_or(ptr::null(), |(_, value)| text_start(value))))
+    })
+}
+
+/// Returns the request's reply subject, and its length in `*len`. It is not NUL-terminated, and valid until the sender
+/// is freed. NULL for NULL.
+///
+/// It is for logs and for peers on level 0: on a lane, what is published to it is ignored. Answer with
+/// presence_sender_send.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_reply(sender: *const presence_sender, len: *mut usize) -> *const c_char {
+    // SAFETY: the caller's promises are those of sender_ref and write_out.
+    guard_or(ptr::null(), || unsafe {
+        let reply = sender_ref(sender)?.reply();
+        write_out(len, || Ok(reply.len()))?;
+        Ok(text_start(reply))
     })
 }
 

@@ -44,11 +44,12 @@ impl Message {
         values.first().map(HeaderValue::as_str)
     }
 
-    /// Copies all headers but those in `except`, each with its first value, into as little memory as possible.
+    /// Copies all headers but those in `except` into as little memory as possible.
     pub(crate) fn copy_headers(&self, except: &[&str]) -> level0::Headers {
-        let all = self.headers.iter().flat_map(HeaderMap::iter).filter_map(|(name, values)| {
+        let all = self.headers.iter().flat_map(HeaderMap::iter).flat_map(|(name, values)| {
             let name: &str = name.as_ref();
-            (!except.contains(&name)).then_some((name.into(), values.first()?.as_str().into()))
+            let values = if except.contains(&name) { &[] } else { &values[..] };
+            values.iter().map(move |value| (name.into(), value.as_str().into()))
         });
         all.collect()
     }

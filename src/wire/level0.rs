@@ -166,8 +166,8 @@ pub fn is_valid_reply_subject(reply: &str, offline_subject: &str) -> bool {
     !reply.starts_with('$') && reply != offline_subject && check_subject("reply", reply, Use::Publish).is_ok()
 }
 
-/// A request's own headers, each with its first value, in as little memory as possible: they live as long as its
-/// sender.
+/// A request's own headers, in as little memory as possible: they live as long as its sender. A name with several values
+/// is there several times.
 pub(crate) type Headers = Box<[(Box<str>, Box<str>)]>;
 
 /// Checks a header that a caller wants to send with a request.

@@ -230,6 +230,20 @@ impl Sender {
         self.headers.iter().find(|(own, _)| **own == *name).map(|(_, value)| &**value)
     }
 
+    /// The request's header number `index`, counted from 0: its name and value. The client's id comes first; a name with
+    /// several values has a number for each of them.
+    #[must_use]
+    pub fn header_at(&self, index: usize) -> Option<(&str, &str)> {
+        let client = Some((level0::CONNECT_ID, &*self.client)).filter(|(_, client)| !client.is_empty());
+        client.into_iter().chain(self.headers.iter().map(|(name, value)| (&**name, &**value))).nth(index)
+    }
+
+    /// The request's reply subject, which the messages of a stream on level 0 are sent to.
+    #[must_use]
+    pub fn reply(&self) -> &str {
+        self.reply.as_str()
+    }
+
     /// Drops the events that are still queued for it. A stream that has not ended ends with an error.
     pub fn free(&self) {
         self.source.set_freed();

@@ -160,6 +160,9 @@ static void misaligned_pointers_are_refused(void) {
                                   (presence_stream **)odd, NULL), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", (const char **)odd, &length), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &name, (size_t *)odd), PRESENCE_INVALID);
+    CHECK_STATUS(presence_sender_header_at(both.sender, 0, (const char **)odd, &length, &name, &length), PRESENCE_INVALID);
+    CHECK_STATUS(presence_sender_header_at(both.sender, 0, &name, &length, &name, (size_t *)odd), PRESENCE_INVALID);
+    CHECK(!presence_sender_reply(both.sender, (size_t *)odd));
     CHECK_STATUS(presence_sender_send_many(both.sender, "1234567", (size_t *)odd, 1), PRESENCE_INVALID);
     if (offset % 4) {
       CHECK_STATUS(presence_connect("", NULL, NULL, (presence_error *)odd), PRESENCE_INVALID);

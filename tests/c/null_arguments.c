@@ -141,6 +141,8 @@ static void senders_refuse_null(void) {
   CHECK_EQ(presence_sender_send_count(NULL), 0);
   CHECK(!presence_sender_status_word(NULL));
   CHECK_STATUS(presence_sender_header(NULL, "Connect-ID", &value, &length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_header_at(NULL, 0, &value, &length, &value, &length), PRESENCE_INVALID);
+  CHECK(!presence_sender_reply(NULL, &length));
   CHECK_STATUS(presence_sender_send_many(NULL, "x", &length, 1), PRESENCE_INVALID);
   presence_sender_free(NULL);
 
@@ -148,6 +150,11 @@ static void senders_refuse_null(void) {
   CHECK_STATUS(presence_sender_header(both.sender, NULL, &value, &length), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", NULL, &length), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &value, NULL), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_header_at(both.sender, 0, NULL, &length, &value, &length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_header_at(both.sender, 0, &value, NULL, &value, &length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_header_at(both.sender, 0, &value, &length, NULL, &length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_header_at(both.sender, 0, &value, &length, &value, NULL), PRESENCE_INVALID);
+  CHECK(!presence_sender_reply(both.sender, NULL));
   CHECK(strcmp(value, "untouched") == 0 && length == 9);
   CHECK_STATUS(presence_sender_send(both.sender, NULL, 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_wait(both.sender, NULL, 1, 0), PRESENCE_INVALID);

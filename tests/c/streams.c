@@ -60,6 +60,18 @@ static void request_event_has_all_fields(void) {
   CHECK(!value && length == 0);
   OK(presence_sender_header(sender, "not: a name\r\n", &value, &length));
   CHECK(!value && length == 0);
+  static const char *const headers[][2] = {
+      {"Connect-ID", "client \xc3\xbc"}, {"X-Model", "small"}, {"X-Model", "large"}};
+  const char *name;
+  size_t name_length;
+  for (size_t i = 0; i < 3; i++) {
+    OK(presence_sender_header_at(sender, i, &name, &name_length, &value, &length));
+    CHECK(is_text(name, name_length, headers[i][0]) && is_text(value, length, headers[i][1]));
+  }
+  OK(presence_sender_header_at(sender, 3, &name, &name_length, &value, &length)); /* Presence-Lane is not shown */
+  CHECK(!name && !value && name_length == 0 && length == 0);
+  const char *reply = presence_sender_reply(sender, &length);
+  CHECK(length > 7 && reply && strncmp(reply, "_INBOX.", 7) == 0);
 
   CHECK_EQ(status_word(sender), 0);
   CHECK(!presence_sender_is_closed(sender));
@@ -136,6 +148,10 @@ static void anonymous_request_is_no_client(void) {
   CHECK_EQ(presence_online_count(), 0);
   OK(presence_sender_header(event.sender, "Connect-ID", &value, &length));
   CHECK(!value);
+  const char *name;
+  size_t name_length;
+  OK(presence_sender_header_at(event.sender, 0, &name, &name_length, &value, &length));
+  CHECK(!name && !value);
   OK(mark_client_offline("")); /* stops nothing */
   OK(send_text(event.sender, "for nobody"));
   OK(presence_sender_end(event.sender));

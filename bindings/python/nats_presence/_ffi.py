@@ -168,6 +168,11 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_sender_max_message": (c_size_t, [_handle]),
     "presence_sender_status_word": (c_void_p, [_handle]),
     "presence_sender_header": (c_int32, [_handle, c_char_p, _out, POINTER(c_size_t)]),
+    "presence_sender_header_at": (
+        c_int32,
+        [_handle, c_size_t, _out, POINTER(c_size_t), _out, POINTER(c_size_t)],
+    ),
+    "presence_sender_reply": (c_void_p, [_handle, POINTER(c_size_t)]),
     "presence_sender_free": (None, [_handle]),
 }
 

@@ -41,7 +41,7 @@ SCALARS = {
     "size_t": c_size_t,
 }
 # Functions that return text without a NUL.
-NOT_TERMINATED = {"presence_stream_client"}
+NOT_TERMINATED = {"presence_stream_client", "presence_sender_reply"}
 
 
 def header() -> str:
