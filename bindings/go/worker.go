@@ -50,6 +50,15 @@ type Request struct {
 // stream has ended and its handler has returned.
 func (r *Request) Header(name string) string { return r.sender.header(name) }
 
+// Headers returns all headers of the request, by their names as they were sent. The client's id is one of them, under
+// Connect-ID. It returns nil if there are none, or if the stream has ended and its handler has returned.
+func (r *Request) Headers() map[string][]string { return r.sender.headers() }
+
+// Reply returns the request's reply subject, for logs and for peers without this library. If both ends run this
+// library, a message that is published to it is ignored: answer with [Sender.Send]. Reply returns "" if the stream has
+// ended and its handler has returned.
+func (r *Request) Reply() string { return r.sender.reply() }
+
 // serveEnded is a status that the C library does not have: the service has ended.
 const serveEnded Status = 1
 
@@ -256,6 +265,38 @@ func (s *Sender) header(name string) string {
 	var length C.size_t
 	C.presence_sender_header(s.handle, text, &value, &length)
 	return string(view(value, length))
+}
+
+func (s *Sender) headers() map[string][]string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.handle == nil {
+		return nil
+	}
+	var headers map[string][]string
+	for i := C.size_t(0); ; i++ {
+		var name, value *C.char
+		var nameLength, valueLength C.size_t
+		C.presence_sender_header_at(s.handle, i, &name, &nameLength, &value, &valueLength)
+		if name == nil {
+			return headers
+		}
+		if headers == nil {
+			headers = make(map[string][]string)
+		}
+		key := string(view(name, nameLength))
+		headers[key] = append(headers[key], string(view(value, valueLength)))
+	}
+}
+
+func (s *Sender) reply() string {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.handle == nil {
+		return ""
+	}
+	var length C.size_t
+	return string(view(C.presence_sender_reply(s.handle, &length), length))
 }
 
 func (s *Sender) statusError(status Status) error {

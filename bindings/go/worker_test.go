@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log"
 	"net"
+	"reflect"
 	"runtime"
 	"strings"
 	"sync"
@@ -84,6 +85,34 @@ func TestWorkerOnTheWire(t *testing.T) {
 	worker.events.wait(t, Log, "the handler panicked: oh\n") // with its stack
 	eventually(t, "all senders are freed", func() bool { return worker.sendersLeft() == 0 })
 	checkOnline(t, "wire-worker", false)
+}
+
+func TestRequestHasAllHeadersAndTheReplySubject(t *testing.T) {
+	s := startServer(t)
+	worker, raw, gateway := connect(t, s), rawClient(t, s), connect(t, s)
+	requests := make(chan *Request, 2)
+	serve(t, worker, "headers", func(ctx context.Context, req *Request, s *Sender) error {
+		requests <- req
+		<-ctx.Done()
+		return nil
+	})
+	raw.publish("headers", "_INBOX.headers.1", "X-Model: small\r\nConnect-ID: headers-1\r\nX-Model: large\r\nX-Empty:", "")
+	req := receive(t, requests)
+	want := map[string][]string{"Connect-ID": {"headers-1"}, "X-Model": {"small", "large"}, "X-Empty": {""}}
+	if got := req.Headers(); !reflect.DeepEqual(got, want) || req.Reply() != "_INBOX.headers.1" {
+		t.Errorf("headers %q, reply %q", got, req.Reply())
+	}
+	must(t, MarkClientOffline("headers-1"))
+	eventually(t, "the sender is freed", func() bool { return worker.sendersLeft() == 0 })
+	if req.Headers() != nil || req.Reply() != "" {
+		t.Errorf("after the end: headers %q, reply %q", req.Headers(), req.Reply())
+	}
+	stream := request(t, gateway, "headers", "")
+	req = receive(t, requests)
+	if req.Headers() != nil || !strings.HasPrefix(req.Reply(), "_INBOX.") { // Presence-Lane is not shown
+		t.Errorf("without a client: headers %q, reply %q", req.Headers(), req.Reply())
+	}
+	must(t, stream.Close())
 }
 
 type badError struct{ secret *string }
