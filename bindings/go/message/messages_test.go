@@ -92,19 +92,19 @@ func TestBlockedHandlers(t *testing.T) {
 	s := startServer(t, "")
 	peer := plain(t, s)
 	for name, test := range map[string]struct {
-		subscribe             func(s *Subscriber, h nats.MsgHandler) error
+		subscribe             func(s *Subscriber, subject string, h nats.MsgHandler) error
 		running, depth, drops int64
 	}{
-		"Subscribe":        {func(s *Subscriber, h nats.MsgHandler) error { return s.Subscribe("b", h) }, 3, 7, 0},
-		"SubscribeSync":    {func(s *Subscriber, h nats.MsgHandler) error { return s.SubscribeSync("b", h) }, 1, 10, 0},
-		"SubscribeGo":      {func(s *Subscriber, h nats.MsgHandler) error { return s.SubscribeGo("b", h) }, 10, 0, 0},
-		"SubscribeAndDrop": {func(s *Subscriber, h nats.MsgHandler) error { return s.SubscribeAndDrop("b", h) }, 3, 0, 7},
+		"Subscribe":        {(*Subscriber).Subscribe, 3, 7, 0},
+		"SubscribeSync":    {(*Subscriber).SubscribeSync, 1, 10, 0},
+		"SubscribeGo":      {(*Subscriber).SubscribeGo, 10, 0, 0},
+		"SubscribeAndDrop": {(*Subscriber).SubscribeAndDrop, 3, 0, 7},
 	} {
 		t.Run(name, func(t *testing.T) {
 			sub := newSubscriber(t, s, SubscriberConfig{MaxWorkers: 3})
 			release := make(chan struct{})
 			var running, most atomic.Int64
-			must(t, test.subscribe(sub, func(m *nats.Msg) {
+			must(t, test.subscribe(sub, "b", func(m *nats.Msg) {
 				now := running.Add(1)
 				for was := most.Load(); now > was && !most.CompareAndSwap(was, now); was = most.Load() {
 				}
