@@ -911,6 +911,12 @@ uint64_t presence_online_count(void);
 PRESENCE_NODISCARD presence_status presence_session_open(const char *id, size_t len, struct presence_session **out);
 
 /**
+ * Returns true if the client is still online by this session: it was not closed, and the client was not marked offline
+ * since it was opened, not even if the client has come back meanwhile. False for NULL.
+ */
+bool presence_session_is_open(const struct presence_session *session);
+
+/**
  * Closes a session and frees it.
  *
  * When a client's last session in this process is closed, and none is opened within session_grace_ms (default 0: at

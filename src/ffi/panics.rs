@@ -138,6 +138,7 @@ fn each_function_returns_a_status_and_works_again() {
         assert!(!force(|| is_client_online(c"".as_ptr())) && is_client_online(c"".as_ptr()));
         assert!(!force(|| presence_is_online(null(), 0)) && presence_is_online(null(), 0));
         assert_eq!(force(|| presence_online_count()), 0);
+        assert!(!force(|| presence_session_is_open(null())));
         assert!(force(|| presence_sender_is_closed(null())));
         assert_eq!(force(|| presence_sender_max_message(null())), 0);
         assert_eq!(force(|| presence_sender_send_count(null())), 0);
@@ -151,6 +152,7 @@ fn each_function_returns_a_status_and_works_again() {
         "is_client_online",
         "presence_is_online",
         "presence_online_count",
+        "presence_session_is_open",
         "presence_sender_is_closed",
         "presence_sender_max_message",
         "presence_sender_send_count",

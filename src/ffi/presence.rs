@@ -90,6 +90,13 @@ pub unsafe extern "C" fn presence_session_open(
     guard(|| unsafe { create(out, || Session::open(bytes("id", id.cast(), len)?)) })
 }
 
+/// Returns true if the client is still online by this session: it was not closed, and the client was not marked offline
+/// since it was opened, not even if the client has come back meanwhile. False for NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn presence_session_is_open(session: *const presence_session) -> bool {
+    guard_or(false, || Ok(borrow(session)?.is_open()))
+}
+
 /// Closes a session and frees it.
 ///
 /// When a client's last session in this process is closed, and none is opened within session_grace_ms (default 0: at

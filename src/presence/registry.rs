@@ -465,6 +465,15 @@ impl Session {
         Ok(Session { handle_id, client: id.into(), entry_id, is_closed: AtomicBool::new(false) })
     }
 
+    /// Whether the client is still online by it: neither was it closed nor the client marked offline since.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        fork::check(self.handle_id).is_ok()
+            && !self.is_closed.load(Ordering::Acquire)
+            && (self.client.is_empty()
+                || active_as(&mut registry().clients.lock(&self.client), self.entry_id).is_some())
+    }
+
     /// Closes it; a second call has no effect.
     pub fn close(&self) {
         if fork::check(self.handle_id).is_err() || self.is_closed.swap(true, Ordering::AcqRel) {
@@ -645,10 +654,12 @@ mod tests {
         let recorder = Recorder::new();
         mark_online(b"all").unwrap();
         let session = Session::open(b"all").unwrap();
+        assert!(session.is_open() && Session::open(b"").unwrap().is_open());
         let (sender, stream) = (Probe::attach("all", None, None), Probe::attach("all", Some(recorder.number), None));
         mark_offline(b"all").unwrap();
         assert!(sender.is_stopped() && stream.is_stopped() && !online("all"));
         assert_eq!(recorder.of("all"), [true]);
+        assert!(!session.is_open());
         // The old session does not count for the client that has come back.
         let next = Session::open(b"all").unwrap();
         session.close();

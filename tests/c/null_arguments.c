@@ -32,6 +32,7 @@ static void sessions_refuse_null(void) {
   OK(presence_session_open(NULL, 0, &session));
   presence_session_close(session);
   presence_session_close(NULL);
+  CHECK(!presence_session_is_open(NULL));
 }
 
 static void configs_refuse_null(void) {

@@ -37,8 +37,10 @@ static void calls_on_stale_handles_return_closed(void) {
   pair both = open_pair("c");
   presence_session *session;
   OK(presence_session_open("d", 1, &session));
+  CHECK(presence_session_is_open(session));
   presence_session_close(session);
   presence_session_close(session);
+  CHECK(!presence_session_is_open(session));
 
   presence_service_free(both.service);
   CHECK_STATUS(presence_service_stop(both.service), PRESENCE_CLOSED);

@@ -147,6 +147,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_is_online": (c_bool, [c_char_p, c_size_t]),
     "presence_online_count": (c_uint64, []),
     "presence_session_open": (c_int32, [c_char_p, c_size_t, _out]),
+    "presence_session_is_open": (c_bool, [_handle]),
     "presence_session_close": (None, [_handle]),
     "presence_queue_new": (c_int32, [_out]),
     "presence_queue_fd": (c_int, [_handle]),
