@@ -950,6 +950,7 @@ presence_status presence_watch(struct presence_queue *queue, uint64_t tag);
 #define PRESENCE_OPTION_TOKEN "token"
 #define PRESENCE_OPTION_NKEY_SEED "nkey_seed"
 #define PRESENCE_OPTION_CREDS_FILE "creds_file"
+#define PRESENCE_OPTION_AUTH_SOCKET "auth_socket"
 #define PRESENCE_OPTION_TLS_REQUIRED "tls_required"
 #define PRESENCE_OPTION_TLS_FIRST "tls_first"
 #define PRESENCE_OPTION_TLS_CA_FILE "tls_ca_file"
@@ -997,6 +998,10 @@ PRESENCE_NODISCARD struct presence_config *presence_config_new(void);
  *   - name: the connection's name in the monitoring of nats-server. Default "nats-presence".
  *   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password,
  *     or a token, instead.
+ *   - auth_socket: in place of all these, the path of a Unix socket. For each attempt to connect, the library connects
+ *     to it and writes the nonce of nats-server and a line feed. It then reads lines until the end, each of which is a
+ *     name, a space and a value: user, password, token, jwt, nkey, signature (of the nonce, in hexadecimal digits), or
+ *     error and a text. Use it for secrets that change, or that another process has.
  *   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each of
  *     these except tls_required implies tls_required.
  *   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and

@@ -36,6 +36,7 @@ pub(crate) struct ConnectOptions {
     pub(crate) token: Option<Secret>,
     pub(crate) nkey_seed: Option<Secret>,
     pub(crate) creds_file: Option<PathBuf>,
+    pub(crate) auth_socket: Option<PathBuf>,
     pub(crate) tls_required: bool,
     pub(crate) tls_first: bool,
     pub(crate) tls_ca_file: Option<PathBuf>,
@@ -121,6 +122,7 @@ impl Config {
                 token: None,
                 nkey_seed: None,
                 creds_file: None,
+                auth_socket: None,
                 tls_required: false,
                 tls_first: false,
                 tls_ca_file: None,
@@ -212,6 +214,7 @@ impl Config {
             "token" => connect.token = secret()?,
             "nkey_seed" => connect.nkey_seed = secret()?,
             "creds_file" => connect.creds_file = file()?,
+            "auth_socket" => connect.auth_socket = file()?,
             "tls_required" => connect.tls_required = boolean(key, value)?,
             "tls_first" => connect.tls_first = boolean(key, value)?,
             "tls_ca_file" => connect.tls_ca_file = file()?,
@@ -262,7 +265,7 @@ impl Config {
                         }
                         None => {
                             return Err(Error::invalid(format!(
-                                "option {key:?} is unknown; the options are {} {} {}NAME",
+                                "option {key:?} is unknown; options: {} {} {}NAME",
                                 keys::CONNECT.join(" "),
                                 keys::REQUEST.join(" "),
                                 keys::HEADER
@@ -318,7 +321,7 @@ mod tests {
     #[test]
     fn wrong_values_are_in_the_error_and_change_nothing() {
         for (key, value, text) in [
-            ("nonsense", "1", "\"nonsense\" is unknown; the options are name user"),
+            ("nonsense", "1", "\"nonsense\" is unknown; options: name user"),
             ("tls_first", "yes", "option tls_first is \"yes\": it must be true or false"),
             ("connect_timeout_ms", "-1", "option connect_timeout_ms is \"-1\": it must be a whole number from 1"),
             ("connect_timeout_ms", "5s", "\"5s\""),
@@ -327,6 +330,7 @@ mod tests {
             ("offline_subject", "client.*", "option offline_subject \"client.*\" has a wildcard"),
             ("inbox_prefix", "", "is empty"),
             ("creds_file", "", "a file's path"),
+            ("auth_socket", "", "a file's path"),
             ("header.Connect-ID", "x", "is reserved"),
             ("header.", "x", "header name"),
         ] {

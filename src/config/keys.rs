@@ -1,13 +1,14 @@
 //! The names of options. `build.rs` writes them into the header.
 
 /// The options of `presence_connect`.
-pub const CONNECT: [&str; 27] = [
+pub const CONNECT: [&str; 28] = [
     "name",
     "user",
     "password",
     "token",
     "nkey_seed",
     "creds_file",
+    "auth_socket",
     "tls_required",
     "tls_first",
     "tls_ca_file",

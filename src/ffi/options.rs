@@ -25,6 +25,10 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///   - name: the connection's name in the monitoring of nats-server. Default "nats-presence".
 ///   - user and password, token, nkey_seed, or creds_file: how to authenticate. The URL may contain user and password,
 ///     or a token, instead.
+///   - auth_socket: in place of all these, the path of a Unix socket. For each attempt to connect, the library connects
+///     to it and writes the nonce of nats-server and a line feed. It then reads lines until the end, each of which is a
+///     name, a space and a value: user, password, token, jwt, nkey, signature (of the nonce, in hexadecimal digits), or
+///     error and a text. Use it for secrets that change, or that another process has.
 ///   - tls_required, tls_first: true or false (default). tls_ca_file, tls_cert_file, tls_key_file: PEM files. Each of
 ///     these except tls_required implies tls_required.
 ///   - connect_timeout_ms: the limit for each address of each server, and for presence_serve and

@@ -30,7 +30,7 @@
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
 use crate::nats::message::{HeaderMap, Message, Subject};
-use crate::nats::tls;
+use crate::nats::{auth, tls};
 use crate::process::runtime;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use async_nats::client::traits::Publisher;
@@ -41,6 +41,7 @@ use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
 use std::io;
 use std::panic::resume_unwind;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -210,7 +211,17 @@ async fn connect_options(
     on_server_error: OnServerError,
 ) -> Result<async_nats::ConnectOptions> {
     let is_connected = AtomicBool::new(false);
-    let mut options = async_nats::ConnectOptions::new()
+    let options = match &own.auth_socket {
+        None => async_nats::ConnectOptions::new(),
+        Some(path) => {
+            let path: Arc<Path> = Arc::from(path.as_path());
+            async_nats::ConnectOptions::with_auth_callback(move |nonce| {
+                let path = Arc::clone(&path);
+                async move { auth::ask(&path, &nonce).await.map_err(async_nats::AuthError::new) }
+            })
+        }
+    };
+    let mut options = options
         .name(&own.name)
         .connection_timeout(own.connect_timeout)
         .ping_interval(own.ping_interval)

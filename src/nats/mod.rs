@@ -5,11 +5,13 @@
 //! | [`client`] | one connection to one nats-server, and every workaround for async-nats |
 //! | [`dial`] | which servers and addresses are tried, in which order |
 //! | [`tls`] | certificates and keys |
+//! | `auth` | credentials of an agent |
 //! | [`inbound`] | the subscriptions of the current client; gives each message to its handler |
 //! | [`inbox`] | the connection's own subject for answers |
 //! | [`outbox`] | what is waiting to be sent |
 //! | `message` | messages, subjects and headers |
 
+mod auth;
 pub(crate) mod client;
 pub(crate) mod dial;
 pub(crate) mod inbound;

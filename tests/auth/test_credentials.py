@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -132,6 +134,63 @@ def test_invalid_credentials_file_is_refused(tmp_path: Path) -> None:
         wrong = tmp_path / "wrong.creds"
         wrong.write_text(SECRET)
         assert str(wrong) in refused(f"nats://127.0.0.1:{port}", creds_file=str(wrong))
+
+
+@contextlib.contextmanager
+def agent(folder: Path, answer: Callable[[bytes], bytes]) -> Iterator[str]:
+    """An agent on a Unix socket, which answers each nonce. Yields the socket's path."""
+    path = str(folder / f"agent-{next(numbers)}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    conn, _ = listener.accept()
+                    with conn, conn.makefile("rb") as reader:
+                        conn.sendall(answer(reader.readline().removesuffix(b"\n")))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield path
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(TIMEOUT)
+
+
+numbers = itertools.count()
+
+
+def test_agent_authenticates_each_attempt(tmp_path: Path) -> None:
+    with nats_server(f'authorization {{ user: me, password: "{SECRET}" }}', tmp_path) as port:
+        url = f"nats://127.0.0.1:{port}"
+        with agent(tmp_path, lambda _: f"user me\npassword {SECRET}\n".encode()) as path:
+            works(url, auth_socket=path)
+        with agent(tmp_path, lambda _: b"user you\npassword x\n") as path:
+            assert "authorization violation" in refused(url, auth_socket=path)
+        with agent(tmp_path, lambda _: b"error the vault is sealed\n") as path:
+            assert "the vault is sealed" in refused(url, auth_socket=path)
+        for wrong in [b"", SECRET.encode(), b"\xff", b"signature " + SECRET.encode(), b"user " + b"x" * 70_000]:
+            with agent(tmp_path, lambda _, wrong=wrong: wrong) as path:  # type: ignore[misc]
+                message = refused(url, auth_socket=path)
+                assert path in message
+                assert "answer" in message or "signature" in message
+                assert SECRET not in message
+        assert "nobody-listens" in refused(url, auth_socket=str(tmp_path / "nobody-listens"))
+
+
+def test_agent_signs_for_nkeys_and_jwts(tmp_path: Path) -> None:
+    key = new_key(nkeys.PREFIX_BYTE_USER)
+    with nats_server(f"authorization {{ users: [ {{ nkey: {text(key.public_key)} }} ] }}", tmp_path) as port:
+        answer = f"nkey {text(key.public_key)}\nsignature "
+        with agent(tmp_path, lambda nonce: answer.encode() + key.sign(nonce).hex().encode()) as path:
+            works(f"nats://127.0.0.1:{port}", auth_socket=path)
+    operator = Operator(tmp_path)
+    with nats_server(operator.config, tmp_path) as port:
+        _, (token, seed) = operator.credentials("agent")
+        user = nkeys.from_seed(bytearray(seed.encode()))
+        with agent(tmp_path, lambda nonce: f"jwt {token}\nsignature {user.sign(nonce).hex()}".encode()) as path:
+            works(f"nats://127.0.0.1:{port}", auth_socket=path)
 
 
 def test_unreachable_server_is_named() -> None:

@@ -102,7 +102,7 @@ static void unknown_options_are_refused(void) {
     CHECK_CONTAINS(error.message, unknown[i]);
     /* The message lists every known option. */
     const char *known[] = {
-        "name", "user", "password", "token", "nkey_seed", "creds_file", "tls_required", "tls_first", "tls_ca_file",
+        "name", "user", "password", "token", "nkey_seed", "creds_file", "auth_socket", "tls_required", "tls_first", "tls_ca_file",
         "tls_cert_file", "tls_key_file", "connect_timeout_ms", "retry_on_initial_connect", "reconnect_min_ms",
         "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "inbox_prefix", "offline_subject", "announce",
         "lanes", "heartbeat_ms", "peer_grace_ms", "send_buffer_bytes", "receive_buffer_bytes", "session_grace_ms", "worker_threads",
