@@ -80,6 +80,9 @@ func (s *Session) Close() error {
 	return nil
 }
 
+// isOpen reports whether the session was neither closed nor ended by an offline mark.
+func (s *Session) isOpen() bool { return bool(C.presence_session_is_open(s.handle)) }
+
 func idError(rc C.presence_status, id string) error {
 	if rc != C.PRESENCE_INVALID {
 		return statusError(rc, "client")
