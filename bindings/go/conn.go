@@ -23,6 +23,7 @@ type Conn struct {
 	drained chan struct{} // closed when the last event was handled
 	log     chan Event    // nil without WithLog
 	dropped atomic.Uint64 // events that were dropped because log was full
+	release func()        // frees what the options need as long as the connection exists
 
 	mu       sync.Mutex
 	lastTag  uint64
@@ -38,6 +39,20 @@ type Conn struct {
 // or ErrTimeout.
 func Connect(url string, opts ...ConnectOption) (*Conn, error) {
 	o := collect(opts)
+	release, err := o.prepare()
+	if err != nil {
+		return nil, err
+	}
+	c, err := connectWith(url, &o)
+	if err != nil {
+		release()
+		return nil, err
+	}
+	c.release = release
+	return c, nil
+}
+
+func connectWith(url string, o *options) (*Conn, error) {
 	config, err := o.config()
 	if err != nil {
 		return nil, err
@@ -98,6 +113,7 @@ func (c *Conn) Close(ctx context.Context) error {
 	c.end(statusError(C.PRESENCE_CLOSED, "connection"))
 	c.queue.wake()
 	<-c.drained
+	c.release()
 	return statusError(rc, "connection")
 }
 

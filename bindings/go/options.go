@@ -5,6 +5,7 @@ import "C"
 
 import (
 	"context"
+	"crypto/tls"
 	"log/slog"
 	"strconv"
 	"time"
@@ -40,8 +41,10 @@ type Option interface {
 type option interface{ apply(*options) }
 
 type options struct {
-	pairs []pair
-	log   func(Event)
+	pairs       []pair
+	log         func(Event)
+	credentials func(nonce []byte) (Credentials, error)
+	tls         *tls.Config
 }
 
 // pair is a named option. The functions below return it as the interface of the call that has the option.
@@ -55,10 +58,10 @@ func (pair) forServe()          {}
 // With sets an option by its name in the C library, for options that are read from a configuration. Times are in whole
 // milliseconds, sizes in bytes. The call fails with ErrInvalid if it does not have the option.
 //
-// For Connect: name, user, password, token, nkey_seed, creds_file, tls_required, tls_first, tls_ca_file, tls_cert_file,
-// tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms, max_reconnects,
-// ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms, send_buffer_bytes,
-// receive_buffer_bytes, session_grace_ms, worker_threads.
+// For Connect: name, user, password, token, nkey_seed, creds_file, auth_socket, tls_required, tls_first, tls_ca_file,
+// tls_cert_file, tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms,
+// max_reconnects, ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms,
+// send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads.
 //
 // For Request: timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, only_online, header.NAME. The option
 // manual_credit is reserved for this package: a message counts against the window until it was read.
@@ -256,6 +259,31 @@ func collect[O option](opts []O) (o options) {
 		opt.apply(&o)
 	}
 	return o
+}
+
+// prepare makes what the options need as long as the connection exists, and returns a function that frees it.
+func (o *options) prepare() (release func(), err error) {
+	var files tlsFiles
+	if o.tls != nil {
+		var pairs []pair
+		if pairs, files, err = newTLSFiles(o.tls); err != nil {
+			return nil, err
+		}
+		o.pairs = append(o.pairs, pairs...)
+	}
+	if o.credentials == nil {
+		return files.close, nil
+	}
+	agent, err := newAgent(o.credentials)
+	if err != nil {
+		files.close()
+		return nil, err
+	}
+	o.pairs = append(o.pairs, pair{"auth_socket", agent.path()})
+	return func() {
+		agent.close()
+		files.close()
+	}, nil
 }
 
 // value returns the value of an option that was set last, or "".

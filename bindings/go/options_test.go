@@ -27,6 +27,7 @@ var connectOptions = []optionCase[ConnectOption]{
 	{Token("secret"), "token", "secret", []ConnectOption{Token("")}},
 	{NKeySeed("SUAM"), "nkey_seed", "SUAM", []ConnectOption{NKeySeed("")}},
 	{CredsFile("/no/creds"), "creds_file", "/no/creds", []ConnectOption{CredsFile("")}},
+	{AuthSocket("/no/socket"), "auth_socket", "/no/socket", []ConnectOption{AuthSocket("")}},
 	{TLSRequired(), "tls_required", "true", nil},
 	{TLSFirst(), "tls_first", "true", nil},
 	{TLSCAFile("/no/ca"), "tls_ca_file", "/no/ca", []ConnectOption{TLSCAFile("")}},
