@@ -72,7 +72,7 @@ func TestExamplesStopForABrowserThatLeaves(t *testing.T) {
 	worker.waitForLine(t, "serving count")
 	gateway.waitForLine(t, "listening")
 	connect := func(name string) (id string, events *bufio.Scanner, leave func()) {
-		ctx, cancel := context.WithCancel(t.Context())
+		ctx, cancel := context.WithTimeout(t.Context(), 2*testTimeout)
 		t.Cleanup(cancel)
 		request, err := http.NewRequestWithContext(ctx, "GET", "http://"+listen+"/events", nil)
 		must(t, err)
@@ -84,14 +84,19 @@ func TestExamplesStopForABrowserThatLeaves(t *testing.T) {
 		events = bufio.NewScanner(response.Body)
 		id = strings.TrimPrefix(nextData(t, events), "data: ")
 		go func() {
-			question := strings.NewReader(name)
-			request, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+listen+"/ask", question)
-			if err != nil {
-				return
-			}
-			request.Header.Set("X-Connect-ID", id)
-			if response, err := http.DefaultClient.Do(request); err == nil {
+			for status := http.StatusBadGateway; status == http.StatusBadGateway; { // until the worker serves
+				question := strings.NewReader(name)
+				request, err := http.NewRequestWithContext(t.Context(), "POST", "http://"+listen+"/ask", question)
+				if err != nil {
+					return
+				}
+				request.Header.Set("X-Connect-ID", id)
+				response, err := http.DefaultClient.Do(request)
+				if err != nil {
+					return
+				}
 				response.Body.Close()
+				status = response.StatusCode
 			}
 		}()
 		return id, events, cancel
