@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -87,7 +86,9 @@ type PoolMetrics struct {
 type Pool struct {
 	cfg     Config
 	streams *streams
-	slots   chan struct{} // one token for each connection of nats.go
+	// A token for each connection that is borrowed, or is being made. An idle connection has none: whoever gets a token
+	// takes an idle connection first, so there are never more than MaxConnections.
+	slots chan struct{}
 
 	mu       sync.Mutex
 	closed   bool
@@ -126,14 +127,15 @@ func New(cfg Config) (*Pool, error) {
 // sent, for at most five seconds. Calling Close again has no effect.
 func (p *Pool) Close() {
 	p.mu.Lock()
-	all := p.idle
-	for _, c := range p.borrowed {
-		all = append(all, c)
-	}
+	idle, borrowed := p.idle, p.borrowed
 	p.closed, p.idle, p.borrowed = true, nil, nil
 	p.mu.Unlock()
-	for _, c := range all {
-		p.discard(c.conn)
+	for _, c := range idle {
+		c.conn.Close()
+	}
+	for conn := range borrowed {
+		conn.Close()
+		<-p.slots
 	}
 	p.streams.close()
 }
@@ -158,15 +160,8 @@ func (p *Pool) Get(ctx context.Context) (*nats.Conn, error) {
 	}
 	backoff := p.cfg.BackoffMin
 	for attempt := 0; ; attempt++ {
-		if err := ctx.Err(); err != nil {
-			return nil, err
-		}
-		conn, err := p.take()
-		if conn != nil || err != nil {
-			return conn, err
-		}
-		conn, err = p.dial(ctx)
-		if err == nil || ctx.Err() != nil || attempt == dialRetries || errors.Is(err, errPoolClosed) {
+		conn, err := p.borrow(ctx)
+		if err == nil || ctx.Err() != nil || attempt == dialRetries || err == errPoolClosed {
 			return conn, err
 		}
 		select {
@@ -181,11 +176,33 @@ func (p *Pool) Get(ctx context.Context) (*nats.Conn, error) {
 	}
 }
 
-// take returns an idle connection that can be used, or nil if there is none.
+// borrow takes an idle connection, or makes one.
+func (p *Pool) borrow(ctx context.Context) (*nats.Conn, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	select {
+	case p.slots <- struct{}{}:
+	default:
+		p.closeLeaks()
+		select {
+		case p.slots <- struct{}{}:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if conn, err := p.take(); conn != nil || err != nil {
+		return conn, err
+	}
+	return p.dial(ctx)
+}
+
+// take returns an idle connection that can be used, or nil if there is none. If it fails, it frees the slot.
 func (p *Pool) take() (*nats.Conn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
+		<-p.slots
 		return nil, errPoolClosed
 	}
 	for len(p.idle) > 0 {
@@ -197,7 +214,7 @@ func (p *Pool) take() (*nats.Conn, error) {
 			p.borrowed[c.conn] = c
 			return c.conn, nil
 		}
-		p.discard(c.conn)
+		c.conn.Close()
 	}
 	return nil, nil
 }
@@ -206,18 +223,8 @@ func (p *Pool) isUsable(c *pooled) bool {
 	return c.conn.IsConnected() && (p.cfg.MaxLife <= 0 || time.Since(c.made) < p.cfg.MaxLife)
 }
 
-// dial makes a connection, which counts as borrowed.
+// dial makes a connection. If it fails, it frees the slot.
 func (p *Pool) dial(ctx context.Context) (*nats.Conn, error) {
-	select {
-	case p.slots <- struct{}{}:
-	default:
-		p.closeLeaks()
-		select {
-		case p.slots <- struct{}{}:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-	}
 	timeout := p.cfg.DialTimeout
 	if deadline, ok := ctx.Deadline(); ok {
 		timeout = max(min(timeout, time.Until(deadline)), time.Millisecond)
@@ -255,19 +262,14 @@ func (p *Pool) add(conn *nats.Conn, err error) error {
 		p.counts.FailedDials++
 		<-p.slots
 	case p.closed:
-		p.discard(conn)
+		conn.Close()
+		<-p.slots
 		err = errPoolClosed
 	default:
 		p.counts.SuccessfulDials++
 		p.borrowed[conn] = &pooled{conn: conn, made: time.Now(), taken: time.Now()}
 	}
 	return err
-}
-
-// discard closes a connection that is not in the pool any more.
-func (p *Pool) discard(conn *nats.Conn) {
-	conn.Close()
-	<-p.slots
 }
 
 // closeLeaks closes connections that were borrowed for longer than LeakTimeout.
@@ -278,7 +280,8 @@ func (p *Pool) closeLeaks() {
 		if time.Since(c.taken) > p.cfg.LeakTimeout {
 			delete(p.borrowed, conn)
 			p.counts.ConnectionLeaks++
-			p.discard(conn)
+			conn.Close()
+			<-p.slots
 		}
 	}
 }
@@ -296,8 +299,9 @@ func (p *Pool) Put(c *nats.Conn) {
 	if p.isUsable(own) && len(p.idle) < p.cfg.IdlePerServer*len(p.cfg.Servers) {
 		p.idle = append(p.idle, own)
 	} else {
-		p.discard(c)
+		c.Close()
 	}
+	<-p.slots
 }
 
 // PublishMsg publishes a message. It returns when nats-server has it.

@@ -398,6 +398,19 @@ func TestConnectionsAreReused(t *testing.T) {
 	if _, err := pool.Get(ctx); err != context.DeadlineExceeded {
 		t.Error("beyond MaxConnections: ", err)
 	}
+	// One that waits gets the connection that is returned next.
+	waited := make(chan *nats.Conn, 1)
+	go func() {
+		conn, err := pool.Get(context.Background())
+		if err != nil {
+			t.Error(err)
+		}
+		waited <- conn
+	}()
+	pool.Put(first)
+	if receive(t, waited) != first {
+		t.Error("another connection was made")
+	}
 	pool.Put(first)
 	pool.Put(first)
 	pool.Put(nil)

@@ -96,6 +96,7 @@ func (s *Subscriber) StreamQueueSubscribeHandler(
 // StreamSubscriptionHandle is a subject that a [Subscriber] serves.
 type StreamSubscriptionHandle struct {
 	subscriber *Subscriber
+	sub        *nats.Subscription // only the subject and the queue group, for handlers
 	service    *presence.Service
 	parent     context.Context // of the subscribe handler
 	ctx        context.Context
@@ -117,7 +118,10 @@ func (s *Subscriber) serve(
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	h := &StreamSubscriptionHandle{subscriber: s, parent: ctx, ended: make(chan struct{}), served: make(chan struct{})}
+	h := &StreamSubscriptionHandle{
+		subscriber: s, sub: &nats.Subscription{Subject: subject, Queue: queue}, parent: ctx,
+		ended: make(chan struct{}), served: make(chan struct{}),
+	}
 	h.ctx, h.cancel = context.WithCancel(ctx)
 	h.service, err = conn.Listen(h.ctx, subject, queue,
 		presence.Detached(), presence.MaxStreams(s.config.MaxStreamJobs))
@@ -207,7 +211,7 @@ func (h *StreamSubscriptionHandle) answer(
 			sender.SendError(errHandlerPanicked)
 		}
 	}()
-	msg := &nats.Msg{Subject: req.Subject, Reply: req.Reply(), Header: req.Headers(), Data: req.Data}
+	msg := &nats.Msg{Subject: req.Subject, Reply: req.Reply(), Header: req.Headers(), Data: req.Data, Sub: h.sub}
 	if err := handler(ctx, msg, sender); err != nil {
 		sender.SendError(err)
 	}

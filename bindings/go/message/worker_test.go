@@ -79,6 +79,9 @@ func TestHandlerGetsTheWholeRequest(t *testing.T) {
 		!reflect.DeepEqual(j.msg.Header, want) || j.msg.Header.Get("Connect-ID") != id {
 		t.Errorf("request %+v", j.msg)
 	}
+	if j.msg.Sub.Subject != "whole.*" || j.msg.Sub.Queue != "workers" || j.msg.Respond(nil) == nil {
+		t.Errorf("subscription %+v", j.msg.Sub)
+	}
 	must(t, j.sender.End())
 	ended := make(chan error, 1)
 	go func() { ended <- pool.StreamRequest(t.Context(), "whole.y", nil, func(*nats.Msg) bool { return true }) }()
