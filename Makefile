@@ -6,9 +6,17 @@ SHELL := /bin/bash
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
 ABI := 0
 PREFIX ?= /usr/local
+LIBDIR ?= $(PREFIX)/lib
+INCLUDEDIR ?= $(PREFIX)/include
+DATADIR ?= $(PREFIX)/share
 DESTDIR ?=
 CARGO ?= cargo
+CARGO_BUILD ?= build
 PYTHON ?= python3
+# Where cargo puts the library. The variables are cargo's own, and both may be unset.
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+BUILT := $(TARGET_DIR)$(CARGO_BUILD_TARGET:%=/%)/release
+STATIC := $(BUILT)/static/libnats_presence.a
 # A private installation of the library. Tests, demo and benches use the library from here only.
 STAGE := $(CURDIR)/build/stage
 # The command line as it is to be installed below a prefix.
@@ -20,28 +28,33 @@ help: ## List the targets
 
 .PHONY: build
 build: ## Build the optimised library
-	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target
+	$(CARGO) fetch --locked --quiet
+	RUSTFLAGS="$$(packaging/rustflags)" $(CARGO) $(CARGO_BUILD) --release --locked --lib --target-dir $(TARGET_DIR)
+	@ln -sf libnats_presence.so $(BUILT)/libnats_presence.so.$(ABI)
+	@[ $(STATIC) -nt $(BUILT)/libnats_presence.a ] || packaging/static $(BUILT)/libnats_presence.a $(STATIC)
+
+# `make install` installs what was built, and builds only if nothing was: it needs no cargo when root runs it.
+$(STATIC):
+	$(MAKE) --no-print-directory build
 
 .PHONY: install
-install: build ## Install header, libraries, pkg-config and suppression files below PREFIX (default /usr/local)
-	install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig $(DESTDIR)$(PREFIX)/share/nats-presence
-	install -m 644 include/nats_presence.h $(DESTDIR)$(PREFIX)/include/
-	install -m 755 target/release/libnats_presence.so $(DESTDIR)$(PREFIX)/lib/libnats_presence.so.$(VERSION)
-	ln -sf libnats_presence.so.$(VERSION) $(DESTDIR)$(PREFIX)/lib/libnats_presence.so.$(ABI)
-	ln -sf libnats_presence.so.$(ABI) $(DESTDIR)$(PREFIX)/lib/libnats_presence.so
-	install -m 644 target/release/libnats_presence.a $(DESTDIR)$(PREFIX)/lib/
-	install -m 644 packaging/nats-presence.supp packaging/nats-presence.tsan $(DESTDIR)$(PREFIX)/share/nats-presence/
-	for name in nats-presence nats-presence-static; do \
-	  sed 's/@VERSION@/$(VERSION)/' packaging/$$name.pc.in > $(DESTDIR)$(PREFIX)/lib/pkgconfig/$$name.pc || exit 1; done
+install: $(STATIC) ## Install header, libraries, pkg-config and CMake files below PREFIX (default /usr/local)
+	@DESTDIR='$(DESTDIR)' packaging/install '$(BUILT)' '$(VERSION)' '$(PREFIX)' '$(LIBDIR)' '$(INCLUDEDIR)' '$(DATADIR)'
+
+.PHONY: uninstall
+uninstall: ## Remove what `make install` installed; give it the same variables
+	$(RM) $(DESTDIR)$(INCLUDEDIR)/nats_presence.h $(DESTDIR)$(LIBDIR)/libnats_presence.{a,so,so.$(ABI),so.$(VERSION)} \
+	  $(DESTDIR)$(LIBDIR)/pkgconfig/nats-presence{,-static}.pc
+	$(RM) -r $(DESTDIR)$(LIBDIR)/cmake/nats_presence $(DESTDIR)$(DATADIR)/nats-presence
 
 # The library's cargo commands leave the command line out. This one uses the library as it was compiled for them: other
 # features of a shared dependency would compile it again, over the first one, and cmp would find that.
 .PHONY: cli
 cli: build ## Build the command line into build/cli, with manual pages and completions
-	env -u CARGO_BUILD_TARGET $(CARGO) build --release --locked --target-dir target --package nats-presence-cli
-	cmp target/release/deps/libnats_presence.so target/release/libnats_presence.so
+	RUSTFLAGS="$$(packaging/rustflags)" $(CARGO) $(CARGO_BUILD) --release --locked --target-dir $(TARGET_DIR) --package nats-presence-cli
+	cmp $(BUILT)/deps/libnats_presence.so $(BUILT)/libnats_presence.so
 	rm -rf $(CLI)
-	install -D -s -m 755 target/release/nats-presence $(CLI)/bin/nats-presence
+	install -D -s -m 755 $(BUILT)/nats-presence $(CLI)/bin/nats-presence
 	$(CLI)/bin/nats-presence man $(CLI)/share/man/man1
 	@for shell in bash:bash-completion/completions/nats-presence zsh:zsh/site-functions/_nats-presence \
 	    fish:fish/vendor_completions.d/nats-presence.fish; do \
@@ -49,8 +62,9 @@ cli: build ## Build the command line into build/cli, with manual pages and compl
 	  $(CLI)/bin/nats-presence completions $${shell%%:*} > $$file || exit 1; done
 
 .PHONY: stage
-stage: ## Install into build/stage, for tests, demo and benches
-	@$(MAKE) --no-print-directory install PREFIX= DESTDIR=$(STAGE)
+stage: build ## Install into build/stage, for tests, demo and benches
+	@rm -rf $(STAGE)
+	@$(MAKE) --no-print-directory install PREFIX= LIBDIR=/lib INCLUDEDIR=/include DATADIR=/share DESTDIR=$(STAGE)
 
 # nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements it was made for.
 VENV := $(CURDIR)/build/venv
@@ -113,7 +127,7 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 
 .PHONY: test-rust
 test-rust: $(VENV_STAMP) ## Test the core
-	$(RUN) $(CARGO) test --release --locked -- --include-ignored # also those that start a nats-server
+	RUSTFLAGS="$$(packaging/rustflags)" $(RUN) $(CARGO) test --release --locked -- --include-ignored # starts nats-servers, too
 
 .PHONY: test-interleavings
 test-interleavings: ## Search thread interleavings with a model checker
@@ -124,8 +138,8 @@ test-c: stage $(VENV_STAMP) ## Test the C ABI
 	$(RUN) $(PYTHON) tests/c/run
 
 .PHONY: test-install
-test-install: build $(VENV_STAMP) ## Test an installation, outside of the source tree
-	tests/install/run
+test-install: build $(VENV_STAMP) ## Test an installation and the packages, outside of the source tree
+	$(VENV)/bin/python tests/install/run
 
 .PHONY: test-go
 test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically

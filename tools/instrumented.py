@@ -46,18 +46,15 @@ def test_program(target, *arguments, **environment):
 def stage(built, staged, flags=""):
     """Installs the built library, as `make stage` does. pkg-config adds `flags` for the programs that use it."""
     shutil.rmtree(staged, ignore_errors=True)
-    (staged / "include").mkdir(parents=True)
-    (staged / "lib/pkgconfig").mkdir(parents=True)
-    shutil.copy(ROOT / "include/nats_presence.h", staged / "include")
+    # All of cargo's archive, with what the instrumentation added.
+    (built / "static").mkdir(exist_ok=True)
+    shutil.copy(built / "libnats_presence.a", built / "static")
     version = re.search(r'^version = "(.*)"', (ROOT / "Cargo.toml").read_text(), re.MULTILINE)[1]
-    shutil.copy(built / "libnats_presence.so", staged / f"lib/libnats_presence.so.{version}")
-    (staged / "lib/libnats_presence.so.0").symlink_to(f"libnats_presence.so.{version}")
-    (staged / "lib/libnats_presence.so").symlink_to("libnats_presence.so.0")
-    shutil.copy(built / "libnats_presence.a", staged / "lib")
-    for name in ("nats-presence", "nats-presence-static"):
-        package = (ROOT / f"packaging/{name}.pc.in").read_text().replace("@VERSION@", version)
-        package = re.sub(r"^(Libs|Cflags): .*", rf"\g<0> {flags}".rstrip(), package, flags=re.MULTILINE)
-        (staged / f"lib/pkgconfig/{name}.pc").write_text(package)
+    command = [ROOT / "packaging/install", built, version, "", "/lib", "/include", "/share"]
+    subprocess.run(command, env={**os.environ, "DESTDIR": str(staged)}, check=True)
+    for package in (staged / "lib/pkgconfig").iterdir():
+        text = re.sub(r"^(Libs|Cflags): .*", rf"\g<0> {flags}".rstrip(), package.read_text(), flags=re.MULTILINE)
+        package.write_text(text)
 
 
 def environment(staged, **more):
