@@ -28,7 +28,7 @@ help: ## List the targets
 
 .PHONY: build
 build: ## Build the optimised library
-	$(CARGO) fetch --locked --quiet
+	-@$(CARGO) fetch --locked --quiet
 	RUSTFLAGS="$$(packaging/rustflags)" $(CARGO) $(CARGO_BUILD) --release --locked --lib --target-dir $(TARGET_DIR)
 	@ln -sf libnats_presence.so $(BUILT)/libnats_presence.so.$(ABI)
 	@[ $(STATIC) -nt $(BUILT)/libnats_presence.a ] || packaging/static $(BUILT)/libnats_presence.a $(STATIC)
@@ -43,9 +43,10 @@ install: $(STATIC) ## Install header, libraries, pkg-config and CMake files belo
 
 .PHONY: uninstall
 uninstall: ## Remove what `make install` installed; give it the same variables
-	$(RM) $(DESTDIR)$(INCLUDEDIR)/nats_presence.h $(DESTDIR)$(LIBDIR)/libnats_presence.{a,so,so.$(ABI),so.$(VERSION)} \
-	  $(DESTDIR)$(LIBDIR)/pkgconfig/nats-presence{,-static}.pc
+	cd $(DESTDIR)$(LIBDIR) && $(RM) libnats_presence{.a,_static.a,.so,.so.$(ABI),.so.$(VERSION)} \
+	  pkgconfig/nats-presence{,-static}.pc
 	$(RM) -r $(DESTDIR)$(LIBDIR)/cmake/nats_presence $(DESTDIR)$(DATADIR)/nats-presence
+	$(RM) $(DESTDIR)$(INCLUDEDIR)/nats_presence.h
 
 # The library's cargo commands leave the command line out. This one uses the library as it was compiled for them: other
 # features of a shared dependency would compile it again, over the first one, and cmp would find that.
@@ -63,7 +64,6 @@ cli: build ## Build the command line into build/cli, with manual pages and compl
 
 .PHONY: stage
 stage: build ## Install into build/stage, for tests, demo and benches
-	@rm -rf $(STAGE)
 	@$(MAKE) --no-print-directory install PREFIX= LIBDIR=/lib INCLUDEDIR=/include DATADIR=/share DESTDIR=$(STAGE)
 
 # nats-server, nats-py and the tools that check Python. The stamp is newer than the requirements it was made for.
@@ -189,4 +189,4 @@ bench: stage $(VENV_STAMP) ## Measure performance, next to that of other librari
 
 .PHONY: clean
 clean: ## Remove everything that was built
-	rm -rf build target
+	rm -rf build dist target
