@@ -1,0 +1,6 @@
+//go:build !presence_dynamic && !presence_static
+
+package presence
+
+// #cgo CFLAGS: -I${SRCDIR}
+import "C"
