@@ -26,10 +26,16 @@ CLI := $(CURDIR)/build/cli
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-.PHONY: build
-build: ## Build the optimised library
+# All of cargo's commands have the same flags, so that nothing is compiled twice.
+FLAGS := RUSTFLAGS="$$(packaging/rustflags)"
+
+.PHONY: fetch
+fetch:
 	-@$(CARGO) fetch --locked --quiet
-	RUSTFLAGS="$$(packaging/rustflags)" $(CARGO) $(CARGO_BUILD) --release --locked --lib --target-dir $(TARGET_DIR)
+
+.PHONY: build
+build: fetch ## Build the optimised library
+	$(FLAGS) $(CARGO) $(CARGO_BUILD) --release --locked --lib --target-dir $(TARGET_DIR)
 	@ln -sf libnats_presence.so $(BUILT)/libnats_presence.so.$(ABI)
 	@[ $(STATIC) -nt $(BUILT)/libnats_presence.a ] || packaging/static $(BUILT)/libnats_presence.a $(STATIC)
 
@@ -52,7 +58,7 @@ uninstall: ## Remove what `make install` installed; give it the same variables
 # features of a shared dependency would compile it again, over the first one, and cmp would find that.
 .PHONY: cli
 cli: build ## Build the command line into build/cli, with manual pages and completions
-	RUSTFLAGS="$$(packaging/rustflags)" $(CARGO) $(CARGO_BUILD) --release --locked --target-dir $(TARGET_DIR) --package nats-presence-cli
+	$(FLAGS) $(CARGO) $(CARGO_BUILD) --release --locked --target-dir $(TARGET_DIR) --package nats-presence-cli
 	cmp $(BUILT)/deps/libnats_presence.so $(BUILT)/libnats_presence.so
 	rm -rf $(CLI)
 	install -D -s -m 755 $(BUILT)/nats-presence $(CLI)/bin/nats-presence
@@ -109,12 +115,12 @@ tools: ## Check that the required tools are installed
 C_SOURCES := $(filter-out benches/nats_%,$(wildcard benches/*.c)) $(wildcard tests/soak/peers/*.c tools/*.c)
 
 .PHONY: lint
-lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
+lint: fetch $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
 	$(CARGO) fmt --all --check
 	rustfmt --check --edition 2024 tests/interleavings/*.rs
-	$(CARGO) clippy --release --locked --all-targets -- -D warnings
-	$(CARGO) clippy --release --locked --all-targets --package nats-presence-cli -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
+	$(FLAGS) $(CARGO) clippy --release --locked --all-targets -- -D warnings
+	$(FLAGS) $(CARGO) clippy --release --locked --all-targets --package nats-presence-cli -- -D warnings
+	$(FLAGS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
 	tools/msrv
 	CARGO=$(CARGO) tools/targets aarch64-unknown-linux-musl # another CPU and another libc; assurance checks all
 	tools/mutations --check
@@ -126,12 +132,12 @@ lint: $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up
 	cd bindings/python && $(VENV)/bin/mypy .
 
 .PHONY: test-rust
-test-rust: $(VENV_STAMP) ## Test the core
-	RUSTFLAGS="$$(packaging/rustflags)" $(RUN) $(CARGO) test --release --locked -- --include-ignored # starts nats-servers, too
+test-rust: fetch $(VENV_STAMP) ## Test the core
+	$(FLAGS) $(RUN) $(CARGO) test --release --locked -- --include-ignored # starts nats-servers, too
 
 .PHONY: test-interleavings
-test-interleavings: ## Search thread interleavings with a model checker
-	CARGO=$(CARGO) tests/interleavings/run -q
+test-interleavings: fetch ## Search thread interleavings with a model checker
+	$(FLAGS) CARGO=$(CARGO) tests/interleavings/run -q
 
 .PHONY: test-c
 test-c: stage $(VENV_STAMP) ## Test the C ABI
@@ -164,7 +170,7 @@ test-wire: stage $(VENV_STAMP) ## Test the wire protocol with raw peers, authent
 
 .PHONY: test-cli
 test-cli: cli $(VENV_STAMP) ## Test the command line, and the tutorial that uses it
-	$(CARGO) test --release --locked --quiet --package nats-presence-cli
+	$(FLAGS) $(CARGO) test --release --locked --quiet --package nats-presence-cli
 	$(RUN) $(VENV)/bin/pytest -q --timeout 120 tests/cli
 
 .PHONY: test-faults
