@@ -20,12 +20,15 @@ PROGRAMS = re.findall(r"```(?:c|go|python)\n(.*?)```", README, re.DOTALL)
 def go(user, out):
     """The environment of a Go user: a module proxy, and no module of ours in a cache."""
     cache = os.environ.get("GOCACHE") or subprocess.check_output(["go", "env", "GOCACHE"], text=True).strip()
+    downloaded = subprocess.check_output(["go", "env", "GOMODCACHE"], text=True).strip()
+    subprocess.run(["go", "mod", "download"], cwd=ROOT / "bindings/go/message", check=True)
     return {
         "GOCACHE": cache,  # so that the standard library is not compiled again
         "GOFLAGS": "-modcacherw",
         "GOPATH": str(user.work / "gopath"),
-        "GOPROXY": f"file://{out}/go-proxy",
-        "GONOSUMDB": "github.com/nats-presence",
+        # The second one is for nats.go, which package message needs.
+        "GOPROXY": f"file://{out}/go-proxy,file://{downloaded}/cache/download",
+        "GONOSUMDB": "*",
         "GOTOOLCHAIN": "local",
     }
 
@@ -86,6 +89,15 @@ def go_program(user, out, url):
     needed = user.run("ldd", folder / "worker")
     expect("nats_presence" not in needed, f"the Go program needs\n{needed}")
     return folder, environment
+
+
+def go_message(user, folder, environment):
+    """A worker that is written for package message builds, with nats.go from another proxy."""
+    program = folder / "message-worker"
+    program.mkdir()
+    shutil.copy(ROOT / "bindings/go/message/examples/worker/main.go", program)
+    user.run("go", "get", f"{GO_MODULE}/message", cwd=folder, **environment)
+    user.run("go", "build", "-o", "message-worker-program", "./message-worker", cwd=folder, **environment)
 
 
 def go_vendor(user, folder, environment):
@@ -171,3 +183,5 @@ def check(user, other):
     folder, environment = use(user, out)
     go_with_another_library(user, folder, environment, other)
     passed("Go module: links with another static library of Rust")
+    go_message(user, folder, environment)
+    passed("Go module message: a worker builds with it and nats.go")
