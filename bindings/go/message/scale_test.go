@@ -102,6 +102,42 @@ func TestThousandStreamsAtOnceLeaveNothing(t *testing.T) {
 	}
 }
 
+// A Send that waits for a slow reader ends when the client leaves, also while the response function blocks.
+func TestBlockedSendEndsWhenTheClientLeaves(t *testing.T) {
+	s := startServer(t, "")
+	worker, pool := newSubscriber(t, s, SubscriberConfig{}), newPool(t, s)
+	sent, stopped := make(chan struct{}, 1<<16), make(chan error, 1)
+	serve(t, worker, "blocked", func(ctx context.Context, msg *nats.Msg, sender ResponseSender) error {
+		for {
+			if err := sender.Send(make([]byte, 10_000)); err != nil {
+				stopped <- err
+				return err
+			}
+			sent <- struct{}{}
+		}
+	})
+	id := newID(t)
+	ctx, leave := context.WithCancel(t.Context())
+	release, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- pool.StreamRequestWithClient(ctx, "blocked", nil, id, func(*nats.Msg) bool {
+			<-release
+			return true
+		})
+	}()
+	receive(t, sent)
+	// The window is full when nothing is sent any more.
+	for before := -1; before != len(sent); time.Sleep(100 * time.Millisecond) {
+		before = len(sent)
+	}
+	leave()
+	wantText(t, receive(t, stopped), "客户端已离线: "+id)
+	close(release)
+	if err := receive(t, ended); err != context.Canceled {
+		t.Error(err)
+	}
+}
+
 // A slow response function slows its own worker down, and loses nothing.
 func TestSlowReaderLosesNothing(t *testing.T) {
 	const messages, size = 300, 10_000 // several windows

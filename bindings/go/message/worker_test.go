@@ -360,6 +360,25 @@ func TestSendFailsWithoutAConnection(t *testing.T) {
 	wantText(t, j.sender.End(), "NATS连接不可用", presence.ErrDisconnected)
 }
 
+// Like a subscription of nats.go, a service that is begun without a connection is there after the reconnect.
+func TestServiceBegunWithoutAConnection(t *testing.T) {
+	s := startServer(t, "")
+	worker := newSubscriber(t, s, SubscriberConfig{ReconnectWait: 50 * time.Millisecond})
+	s.kill()
+	eventually(t, "the connection is lost", func() bool { return !worker.Conn.IsConnected() })
+	jobs := serveJobs(t, worker, "later")
+	gateway := plain(t, startServer(t, s.port))
+	eventually(t, "the subject is served", func() bool {
+		plainRequest(t, gateway, "later", "", "")
+		select {
+		case j := <-jobs:
+			return j.sender.End() == nil
+		case <-time.After(20 * time.Millisecond):
+			return false
+		}
+	})
+}
+
 func TestUnsendableMessagesDoNotEndTheStream(t *testing.T) {
 	s := startServer(t, "")
 	worker, gateway := newSubscriber(t, s, SubscriberConfig{}), plain(t, s)
