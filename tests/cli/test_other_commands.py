@@ -58,7 +58,7 @@ def test_stats(run: Run, serve: Start) -> None:
     assert done.returncode == 0
     lines = done.stdout.decode().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("connected=true connects=1 ")
+    assert lines[0].startswith("connected=1 connects=1 ")
     worker = serve("echo", "--stats", "20ms", "--", "echo", "hello")
     assert run("request", "echo").returncode == 0
     worker.wait_for(r" requests=1 .* messages_out=\d+")

@@ -267,6 +267,7 @@ def test_second_signal_does_not_wait_for_the_server(serve: Start, start: Start, 
         assert request.line() == b"y\n"
     # From now on it takes what is sent, and answers nothing.
     server.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, server.process.pid, os.WSTOPPED)
     times = []
     for request, repeats in zip(requests, [False, True]):
         begin = time.monotonic()
