@@ -20,7 +20,17 @@ from setuptools.command.sdist import sdist
 HERE = Path(__file__).resolve().parent
 IN_SDIST = HERE / "rust"
 ROOT = IN_SDIST if IN_SDIST.exists() else HERE.parents[1]
-SOURCES = ("Cargo.toml", "Cargo.lock", "build.rs", "cbindgen.toml", "src", "include", "packaging/rustflags")
+SOURCES = (
+    "Cargo.toml",
+    "Cargo.lock",
+    "build.rs",
+    "cbindgen.toml",
+    "src",
+    "include",
+    "packaging/rustflags",
+    "cli/Cargo.toml",  # The workspace has it, and Cargo.lock its dependencies.
+    "cli/src",
+)
 
 
 def built_library() -> Path:

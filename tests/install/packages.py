@@ -73,6 +73,16 @@ def python_sdist_without_cargo(user, out):
     expect("building one needs cargo, which is not in PATH: install Rust" in done.stdout, done.stdout)
 
 
+def python_sdist_has_the_sources(user, out):
+    """Cargo accepts the manifests and the lock file in it. (`make test-dist` builds it.)"""
+    (sdist,) = out.glob("nats_presence-*.tar.gz")
+    user.run("tar", "-xf", sdist)
+    sources = user.work / sdist.name.removesuffix(".tar.gz") / "rust"
+    command = ["cargo", "metadata", "--locked", "--offline", "--format-version=1"]
+    done = subprocess.run(command, cwd=sources, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    expect(done.returncode == 0, f"cargo metadata in the sdist:\n{done.stderr}")
+
+
 def place(program, url):
     return program.replace("nats://127.0.0.1:4222", url)
 
@@ -160,6 +170,8 @@ def use(user, out):
     passed("wheel: a fresh virtual environment uses the library inside")
     python_sdist_without_cargo(user, out)
     passed("sdist: without cargo it says what is needed")
+    python_sdist_has_the_sources(user, out)
+    passed("sdist: cargo accepts its manifests and its lock file")
     with Server(user.work) as url:
         folder, environment = go_program(user, out, url)
         passed("Go module: go get and go build, without pkg-config and an installed library")
