@@ -9,12 +9,24 @@
 // [Subscriber.StreamQueueSubscribeHandler]. The texts of errors are those that programs compare; errors.Is finds the
 // statuses of the package presence in them, such as presence.ErrOffline and presence.ErrBusy.
 //
+// What an operator should know is logged by the standard logger: panics of handlers, lost connections, and what
+// nats-server or the library has refused.
+//
 // New programs should use the package presence, which reports more and needs no nats.go.
 package message
 
 import (
+	"log"
+
 	presence "github.com/nats-presence/nats-presence/bindings/go"
 )
+
+// logEvent logs, by the standard logger, what an operator should know about a connection for streams.
+func logEvent(event presence.Event) {
+	if event.Kind == presence.Log || event.Kind == presence.Disconnected {
+		log.Printf("message: %s: %s", event.Kind, event.Text)
+	}
+}
 
 // MarkClientOnline marks a client online in this process, until it is marked offline. A request marks its client online
 // by itself, as long as the stream runs. An invalid id is ignored; see [presence.MarkClientOnline].

@@ -41,6 +41,7 @@ func newStreams(url string, opts []nats.Option, limit time.Duration) *streams {
 }
 
 func (s *streams) handleEvent(event presence.Event) {
+	logEvent(event)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch event.Kind {

@@ -138,7 +138,7 @@ func (s *Subscriber) connection() (*presence.Conn, error) {
 	}
 	// A gateway's Pool announces the clients that go offline in this process, and each announcement must be made once
 	// only: a second one could meet a client that has come back since the first.
-	opts = append(opts, presence.Announce("never"))
+	opts = append(opts, presence.Announce("never"), presence.WithLog(logEvent))
 	conn, err = presence.Connect(s.url, opts...)
 	if (errors.Is(err, presence.ErrDisconnected) || errors.Is(err, presence.ErrTimeout)) && !s.Conn.IsConnected() {
 		// Like the connection of nats.go, which is lost as well, it is made in the background.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log"
+	"os"
 	"reflect"
 	"runtime"
 	"strings"
@@ -91,6 +93,37 @@ func TestHandlerGetsTheWholeRequest(t *testing.T) {
 	}
 	must(t, j.sender.End())
 	must(t, receive(t, ended))
+}
+
+// lineWriter receives the lines of a log.
+type lineWriter chan string
+
+func (w lineWriter) Write(line []byte) (int, error) {
+	select {
+	case w <- string(line):
+	default:
+	}
+	return len(line), nil
+}
+
+func TestOperatorsSeeWhatWasRefusedAndLost(t *testing.T) {
+	lines := make(lineWriter, 100)
+	log.SetOutput(lines)
+	t.Cleanup(func() { log.SetOutput(os.Stderr) })
+	wait := func(part string) {
+		t.Helper()
+		for !strings.Contains(receive(t, lines), part) {
+		}
+	}
+	s := startServer(t, "")
+	worker, gateway, pool := newSubscriber(t, s, SubscriberConfig{}), plain(t, s), newPool(t, s)
+	serveJobs(t, worker, "logged")
+	must(t, gateway.Publish("logged", []byte("without a reply subject")))
+	wait("message: log: a request on logged was ignored")
+	wantCause(t, pool.StreamRequest(t.Context(), "nobody", nil, nil), nats.ErrNoResponders) // it is connected
+	s.kill()
+	wait("message: disconnected: ") // of the worker, and of the pool
+	wait("message: disconnected: ")
 }
 
 func TestStreamStaysOpenAfterItsHandlerHasReturned(t *testing.T) {
