@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -191,6 +192,31 @@ def test_agent_signs_for_nkeys_and_jwts(tmp_path: Path) -> None:
         user = nkeys.from_seed(bytearray(seed.encode()))
         with agent(tmp_path, lambda nonce: f"jwt {token}\nsignature {user.sign(nonce).hex()}".encode()) as path:
             works(f"nats://127.0.0.1:{port}", auth_socket=path)
+
+
+def test_documented_agent_works(tmp_path: Path) -> None:
+    """The agent in docs/migrate.md, with other paths."""
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "docs/migrate.md").read_text(), re.DOTALL)[0]
+    key = new_key(nkeys.PREFIX_BYTE_USER)
+    (tmp_path / "user.nk").write_text(text(key.seed) + "\n")
+    path = tmp_path / "auth"
+    for documented, own in {"user.nk": tmp_path / "user.nk", "/run/my-worker/auth": path}.items():
+        assert documented in program
+        program = program.replace(documented, str(own))
+    with nats_server(f"authorization {{ users: [ {{ nkey: {text(key.public_key)} }} ] }}", tmp_path) as port:
+        process = subprocess.Popen([sys.executable, "-c", program])
+        try:
+            end = time.monotonic() + TIMEOUT
+            while True:
+                try:
+                    works(f"nats://127.0.0.1:{port}", auth_socket=str(path))
+                    break
+                except nats_presence.PresenceError:
+                    assert time.monotonic() < end, "the agent does not answer"
+                    time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_unreachable_server_is_named() -> None:
