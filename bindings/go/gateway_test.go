@@ -446,9 +446,7 @@ func TestOnlyOnlineRefusesOfflineClients(t *testing.T) {
 		}
 		wantError(t, err, ErrOffline, id)
 		checkOnline(t, id, false)
-		if gateway.streamsLeft() != 0 {
-			t.Error("the connection still has a stream")
-		}
+		eventually(t, "the connection has no stream", func() bool { return gateway.streamsLeft() == 0 })
 
 		must(t, MarkClientOnline(id))
 		stream, err = request("true")
