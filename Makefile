@@ -177,6 +177,27 @@ test-cli: cli $(VENV_STAMP) ## Test the command line, and the tutorial that uses
 test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and processes
 	$(RUN) $(VENV)/bin/pytest -q --timeout 60 tests/faults
 
+# The tools that make packages. zig links for all targets, and for an old glibc.
+TOOLS := build/tools
+DIST_TARGETS ?= x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu x86_64-unknown-linux-musl aarch64-unknown-linux-musl
+
+$(TOOLS)/.dist: packaging/requirements.txt
+	@for tool in dpkg-buildpackage dh aarch64-linux-gnu-objcopy; do command -v $$tool >/dev/null || \
+	  { echo "$$tool is missing: apt install dpkg-dev debhelper binutils-aarch64-linux-gnu"; exit 1; }; done
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -r packaging/requirements.txt
+	$(CARGO) install --quiet --locked --root $(TOOLS) cargo-cyclonedx@0.5.9
+	rustup --quiet target add $(DIST_TARGETS)
+	@touch $@
+
+.PHONY: dist
+dist: $(TOOLS)/.dist ## Make the packages for all platforms, in dist/
+	$(TOOLS)/bin/python packaging/dist dist $(DIST_TARGETS)
+
+.PHONY: test-dist
+test-dist: $(VENV_STAMP) ## Test the packages in dist/, with those for aarch64 under emulation
+	$(TOOLS)/bin/python tests/install/dist dist
+
 .PHONY: assurance
 assurance: stage $(VENV_STAMP) ## Run the long searches for defects, and print the figures of docs/assurance.md
 	$(RUN) tools/assurance
