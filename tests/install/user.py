@@ -71,13 +71,13 @@ class User:
 class Server:
     """A nats-server on a free port. nats-server comes from NATS_SERVER_BIN, build/venv/bin or PATH."""
 
-    def __init__(self, work):
+    def __init__(self, work, *options):
         places = [os.environ.get("NATS_SERVER_BIN"), ROOT / "build/venv/bin/nats-server"]
         binary = next((place for place in places if place and Path(place).exists()), None) or shutil.which(
             "nats-server"
         )
         expect(binary, "no nats-server: run `make venv`, or set NATS_SERVER_BIN")
-        command = [binary, "-a", "127.0.0.1", "-p", "-1"]
+        command = [binary, "-a", "127.0.0.1", "-p", "-1", *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=work)
 
     def __enter__(self):
