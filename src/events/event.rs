@@ -173,6 +173,11 @@ pub(crate) struct Single {
 }
 
 impl Single {
+    /// Whether it is about a sender, and is not its request.
+    pub(super) fn is_later_event_of_sender(&self) -> bool {
+        matches!(self.kind, Kind::Stopped | Kind::Writable)
+    }
+
     /// An event about no sender or stream.
     pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Single {
         Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), source: None }

@@ -97,6 +97,8 @@ struct Inner {
     /// Presence events were dropped, and a LOG says so. The limit is half as high until there is room again.
     drops_presence: bool,
     connection_events: usize,
+    /// There may be STOPPED or WRITABLE events.
+    has_sender_events: bool,
     woken: bool,
     closed: bool,
     /// A thread waits and was not notified yet.
@@ -122,8 +124,7 @@ impl Inner {
     /// sender a tag of its own, which its further events must have.
     fn put_back_events_of_senders(&mut self, taken: &mut VecDeque<Entry>) {
         let is_request = |entry: &Entry| matches!(entry, Entry::Single(Single { kind: Kind::Request, .. }));
-        let is_later =
-            |entry: &Entry| matches!(entry, Entry::Single(Single { kind: Kind::Stopped | Kind::Writable, .. }));
+        let is_later = |entry: &Entry| matches!(entry, Entry::Single(event) if event.is_later_event_of_sender());
         let Some(request) = taken.iter().position(is_request) else { return };
         let Some(later) = taken.iter().skip(request).position(is_later) else { return };
         for entry in taken.drain(request + later..).rev() {
@@ -271,7 +272,10 @@ impl Queue {
             inner.presence_events = inner.presence_events.saturating_sub(presence_events);
             inner.connection_events = inner.connection_events.saturating_sub(connection_events);
         }
-        inner.put_back_events_of_senders(taken);
+        if inner.has_sender_events {
+            inner.put_back_events_of_senders(taken);
+            inner.has_sender_events = !inner.entries.is_empty();
+        }
         inner.update_fd();
         Ok(true)
     }
@@ -357,6 +361,7 @@ impl Queue {
 
     fn put(&self, inner: &mut Inner, event: Single) {
         inner.count += 1;
+        inner.has_sender_events |= event.is_later_event_of_sender();
         inner.entries.push_back(Entry::Single(event));
         self.wake_waiter(inner);
     }
