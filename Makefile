@@ -27,7 +27,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 # All of cargo's commands have the same flags, so that nothing is compiled twice.
-FLAGS := RUSTFLAGS="$$(packaging/rustflags)"
+FLAGS := MAKEFLAGS= RUSTFLAGS="$$(packaging/rustflags)"
 
 .PHONY: fetch
 fetch:
