@@ -1,6 +1,6 @@
 //! Options, by key and value. `presence_config_set` documents them.
 
-mod keys;
+pub mod keys;
 
 use crate::error::{Error, Result, Status};
 use crate::wire::level0::{self, Use};

@@ -57,7 +57,7 @@ mod sync;
 mod wire;
 mod worker;
 
-pub use config::Config;
+pub use config::{Config, keys as option_keys};
 pub use connection::{Connection, Stats};
 pub use error::{Error, Result, Status};
 pub use events::{Event, Kind, Queue};

@@ -2,7 +2,7 @@
 
 use crate::Failure;
 use clap::Args;
-use nats_presence::{Config, Connection};
+use nats_presence::{Config, Connection, option_keys};
 use std::sync::Arc;
 
 #[derive(Args)]
@@ -53,9 +53,6 @@ pub struct ConnectArgs {
     options: Vec<String>,
 }
 
-/// The options of a request that -o may set. The others are the connection's.
-const REQUEST_OPTIONS: [&str; 5] = ["timeout_ms", "retries", "retry_delay_ms", "stream_buffer_bytes", "only_online"];
-
 impl ConnectArgs {
     /// Connects. Options of a request go into `request`, if there is one, and are refused otherwise.
     pub fn connect(&self, request: Option<&mut Config>) -> Result<Arc<Connection>, Failure> {
@@ -91,7 +88,9 @@ impl ConnectArgs {
             let (key, value) = option
                 .split_once('=')
                 .ok_or_else(|| Failure::usage(format!("-o number {} has no \"=\": it must be KEY=VALUE", index + 1)))?;
-            let is_for_request = REQUEST_OPTIONS.contains(&key) || key.starts_with("header.");
+            // Not manual_credit: `request` returns no credit itself.
+            let is_for_request =
+                (option_keys::REQUEST.contains(&key) && key != "manual_credit") || key.starts_with(option_keys::HEADER);
             match &mut request {
                 Some(request) if is_for_request => request.set(key, value)?,
                 _ => config.set(key, value)?,

@@ -131,7 +131,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { code, message }) => {
-            // Nothing can be done where nobody reads the standard error.
+            // The error is ignored: the standard error may be closed.
             let _ = writeln!(io::stderr(), "nats-presence: {}", terminal::printable(message.as_bytes()));
             ExitCode::from(code)
         }

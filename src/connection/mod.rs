@@ -184,7 +184,7 @@ impl Connection {
     }
 
     /// Pushes an `Offline` event with this tag to `queue` for each announcement of another process, whether or not the
-    /// client is known here. `listen_offline` makes announcements arrive.
+    /// client is known here. Call `listen_offline` to receive announcements.
     pub fn watch_announcements(&self, queue: &Arc<Queue>, tag: u64) {
         self.announcements.watch(queue, tag);
     }

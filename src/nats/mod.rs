@@ -8,7 +8,7 @@
 //! | `auth` | credentials of an agent |
 //! | [`inbound`] | the subscriptions of the current client; gives each message to its handler |
 //! | [`inbox`] | the connection's own subject for answers |
-//! | [`outbox`] | what is waiting to be sent |
+//! | [`outbox`] | messages that wait to be given to the NATS client |
 //! | `message` | messages, subjects and headers |
 
 mod auth;

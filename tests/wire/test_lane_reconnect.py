@@ -283,7 +283,7 @@ def test_long_disconnection_ends_the_lane(connect: Connect, proxy: Proxy) -> Non
     n = begin(gateway, worker, 1)
     worker.do(f"send {n} 0")
     receive(gateway, 1, 0, 1)
-    # Unacknowledged messages would begin the lane anew: nobody requested there, so it would be a cancel.
+    # Unacknowledged messages would begin a new lane. No request belongs to it, so the answer would be CANCEL.
     while worker.ask("stats")["bytes_waiting"]:
         pass
     proxy.cut()

@@ -321,7 +321,7 @@ func (s *Subscriber) handle(subj string, m *nats.Msg, h nats.MsgHandler) {
 	outcome = &s.processed
 }
 
-// tasks counts what runs. Unlike with a sync.WaitGroup, tasks may begin while somebody waits.
+// tasks counts running tasks. Unlike with a sync.WaitGroup, a task may begin while another goroutine waits.
 type tasks struct {
 	mu      sync.Mutex
 	running int
