@@ -203,7 +203,8 @@ enum presence_event_kind
    */
   PRESENCE_EVENT_END = 3,
   /**
-   * The stream ended in another way: `stream`; `status` is why, and `data` a text. It is the stream's last event.
+   * The stream ended in another way: `stream`; `status` is why, `data` a text, and `error_code` the code that the
+   * worker gave, if it gave one. It is the stream's last event.
    */
   PRESENCE_EVENT_ERROR = 4,
   /**
@@ -362,9 +363,13 @@ typedef struct presence_event {
    */
   size_t data_len;
   /**
+   * ERROR: the code that the worker passed to presence_sender_error_code; 0 if it passed none.
+   */
+  int32_t error_code;
+  /**
    * 0.
    */
-  uint64_t reserved[2];
+  uint32_t reserved[3];
 } presence_event;
 
 /**
@@ -700,6 +705,18 @@ presence_status presence_sender_send_wait(struct presence_sender *sender,
 presence_status presence_sender_error(struct presence_sender *sender, const char *message, size_t len);
 
 /**
+ * As presence_sender_error, and the reader also gets `code` as the `error_code` of its PRESENCE_EVENT_ERROR. The code is
+ * a number that the application chooses, from 1 to 2147483647; 0 is no code. Readers that do not know codes get the
+ * text.
+ *
+ * Returns what presence_sender_error returns; PRESENCE_INVALID for a negative code, and the stream goes on.
+ */
+presence_status presence_sender_error_code(struct presence_sender *sender,
+                                           int32_t code,
+                                           const char *message,
+                                           size_t len);
+
+/**
  * Ends the stream.
  *
  * Returns PRESENCE_OK, also if the caller has ended it before; why it was stopped, if it was.
@@ -793,8 +810,8 @@ void presence_sender_free(struct presence_sender *sender);
  *
  * Later errors are the `status` of the PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS (no worker serves the subject),
  * PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the
- * worker's), PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT,
- * PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
+ * worker's), PRESENCE_REMOTE (the worker ended the stream with this text, and with `error_code` if that is not 0),
+ * PRESENCE_FULL, PRESENCE_TIMEOUT, PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
  *
  * The caller owns `*out` and must call presence_stream_free.
  */

@@ -11,6 +11,7 @@ use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
 use crate::wire::frame::{self, Frame, Frames, Header, Run};
 use crate::wire::level0::{self, Answer, Use};
+use crate::wire::stream_error::{self, StreamError};
 use bytes::{Bytes, BytesMut};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -135,7 +136,9 @@ pub fn lane(data: &[u8]) {
             9 => {
                 if let Some(window) = windows.get(usize::from(choices.byte())) {
                     // It has not ended: PeerGone or AcceptUndelivered may still come.
-                    state.finish(window, [None, Some(&b"text"[..])][usize::from(choices.below(2))]);
+                    let coded = StreamError { code: 42, text: b"text" };
+                    let errors = [None, Some(StreamError::new(b"text")), Some(coded)];
+                    state.finish(window, errors[usize::from(choices.below(3))]);
                 }
             }
             10 => state.return_credit(choices.below(8).into(), u64::from(choices.byte()) << choices.below(56)),
@@ -167,6 +170,7 @@ pub fn lane(data: &[u8]) {
         for (owner, event) in events.drain(..) {
             let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
             assert!(owner < begun && !ended.contains(&owner), "{event:?} for a stream that has ended");
+            assert!(!matches!(event, LaneEvent::Failed(..0, _)), "{event:?} has a negative code");
             if is_last {
                 ended.insert(owner);
             }
@@ -184,6 +188,8 @@ pub fn level0(data: &[u8]) {
     assert!(error.len() <= max.max(level0::ERROR.len()));
     assert!(matches!(level0::answer(&error), Answer::Error(text) if data.starts_with(text)));
     let Ok(text) = std::str::from_utf8(data) else { return };
+    let code = stream_error::code_in_header(text);
+    assert!(code == 0 || (code > 0 && code.to_string() == text), "{text:?} is no code");
     let (publish, subscribe) =
         (level0::check_subject("x", text, Use::Publish), level0::check_subject("x", text, Use::Subscribe));
     assert!(publish.is_err() || subscribe.is_ok(), "a subject to publish to can be subscribed to");

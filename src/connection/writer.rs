@@ -4,6 +4,7 @@ use crate::connection::announcements::Announcement;
 use crate::connection::subscriptions::notify_on_echo;
 use crate::connection::{Connection, count};
 use crate::error::Status;
+use crate::nats::HeaderMap;
 use crate::nats::client::{Client, PublishError};
 use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem, Request};
 use crate::process::random;
@@ -144,7 +145,12 @@ impl<'a> Writer<'a> {
                 self.keep_until_confirmed(message.clone());
                 match message {
                     DurableMessage::End(to) => client.publish(to, Bytes::from_static(level0::END)).await,
-                    DurableMessage::Error(to, payload) => client.publish(to, payload).await,
+                    DurableMessage::Error { to, code: 0, payload } => client.publish(to, payload).await,
+                    DurableMessage::Error { to, code, payload } => {
+                        let mut headers = HeaderMap::new();
+                        headers.insert(level0::ERROR_CODE, code.to_string());
+                        client.publish_with(to, None, Some(headers), payload).await
+                    }
                     DurableMessage::Offline(id, number) => {
                         count(&connection.announcements.offline_out);
                         self.announce(id, number, false).await

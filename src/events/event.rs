@@ -29,7 +29,8 @@ pub enum Kind {
     Data = 2,
     /// The worker ended the stream: `stream`. It is the stream's last event.
     End = 3,
-    /// The stream ended in another way: `stream`; `status` is why, and `data` a text. It is the stream's last event.
+    /// The stream ended in another way: `stream`; `status` is why, `data` a text, and `error_code` the code that the
+    /// worker gave, if it gave one. It is the stream's last event.
     Error = 4,
     /// A sender was stopped: `sender`, `client`; `status` is why. Delivered at most once, after REQUEST, and never for
     /// a sender that you ended yourself. The sender must still be freed.
@@ -144,6 +145,8 @@ pub struct Event<'a> {
     pub tag: u64,
     /// The client's id, if the event is about one; empty for a request without a client.
     pub client: &'a str,
+    /// Error: the code that the worker gave, from 1 to 2,147,483,647; 0 if it gave none.
+    pub error_code: i32,
     /// Request: the subject that it was sent to.
     pub subject: &'a [u8],
     /// A payload or a text.
@@ -165,6 +168,7 @@ impl Event<'_> {
 pub(crate) struct Single {
     pub(crate) kind: Kind,
     pub(crate) status: Status,
+    pub(crate) error_code: i32,
     pub(crate) tag: u64,
     pub(crate) client: Option<Arc<str>>,
     pub(crate) subject: Bytes,
@@ -180,7 +184,8 @@ impl Single {
 
     /// An event about no sender or stream.
     pub(crate) fn new(kind: Kind, status: Status, tag: u64, data: impl Into<Bytes>) -> Single {
-        Single { kind, status, tag, client: None, subject: Bytes::new(), data: data.into(), source: None }
+        let (client, subject, data) = (None, Bytes::new(), data.into());
+        Single { kind, status, error_code: 0, tag, client, subject, data, source: None }
     }
 
     pub(crate) fn of(kind: Kind, status: Status, source: Arc<dyn EventSource>, data: Bytes) -> Single {
@@ -195,6 +200,7 @@ impl Single {
             // Read now, because the caller may have set another one since the event was queued.
             tag: self.source.as_ref().map_or(self.tag, |source| source.source().tag()),
             client: self.client.as_deref().unwrap_or_default(),
+            error_code: self.error_code,
             subject: &self.subject,
             data: &self.data,
             handle_id: self.source.as_ref().map_or(0, |source| source.source().handle_id),
@@ -284,7 +290,7 @@ impl LaneBatch {
             let (tag, handle_id) = (own.tag(), own.handle_id);
             for data in run.bodies(&self.message) {
                 let (kind, status, source) = (Kind::Data, Status::Ok, Some(source));
-                show(Event { kind, status, tag, client: "", subject: &[], data, handle_id, source });
+                show(Event { kind, status, tag, client: "", error_code: 0, subject: &[], data, handle_id, source });
             }
         }
     }

@@ -24,8 +24,8 @@ use std::ptr;
 ///
 /// Later errors are the `status` of the PRESENCE_EVENT_ERROR: PRESENCE_NO_RESPONDERS (no worker serves the subject),
 /// PRESENCE_BUSY (the worker has no capacity), PRESENCE_OFFLINE (the client is offline in this process or the
-/// worker's), PRESENCE_REMOTE (the worker ended the stream with this text), PRESENCE_FULL, PRESENCE_TIMEOUT,
-/// PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
+/// worker's), PRESENCE_REMOTE (the worker ended the stream with this text, and with `error_code` if that is not 0),
+/// PRESENCE_FULL, PRESENCE_TIMEOUT, PRESENCE_PEER_GONE, PRESENCE_DISCONNECTED, PRESENCE_CANCELLED, PRESENCE_CLOSED.
 ///
 /// The caller owns `*out` and must call presence_stream_free.
 #[must_use]

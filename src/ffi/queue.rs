@@ -119,6 +119,7 @@ fn export(event: &Event<'_>) -> presence_event {
         subject_len: event.subject.len(),
         data: start(event.data, has_data),
         data_len: event.data.len(),
-        reserved: [0; 2],
+        error_code: event.error_code,
+        reserved: [0; 3],
     }
 }

@@ -110,6 +110,8 @@ pub struct presence_event {
     pub data: *const u8,
     /// The length of `data`.
     pub data_len: usize,
+    /// ERROR: the code that the worker passed to presence_sender_error_code; 0 if it passed none.
+    pub error_code: i32,
     /// 0.
-    pub reserved: [u64; 2],
+    pub reserved: [u32; 3],
 }

@@ -160,6 +160,22 @@ pub unsafe extern "C" fn presence_sender_error(
     guard(|| unsafe { sender_ref(sender)?.error(bytes("message", message.cast(), len)?) })
 }
 
+/// As presence_sender_error, and the reader also gets `code` as the `error_code` of its PRESENCE_EVENT_ERROR. The code is
+/// a number that the application chooses, from 1 to 2147483647; 0 is no code. Readers that do not know codes get the
+/// text.
+///
+/// Returns what presence_sender_error returns; PRESENCE_INVALID for a negative code, and the stream goes on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn presence_sender_error_code(
+    sender: *mut presence_sender,
+    code: i32,
+    message: *const c_char,
+    len: usize,
+) -> presence_status {
+    // SAFETY: the caller's promises are those of sender_ref and bytes.
+    guard(|| unsafe { sender_ref(sender)?.error_with_code(code, bytes("message", message.cast(), len)?) })
+}
+
 /// Ends the stream.
 ///
 /// Returns PRESENCE_OK, also if the caller has ended it before; why it was stopped, if it was.

@@ -16,6 +16,7 @@ use crate::process::random;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::wire::level0::{self, Answer, Use};
+use crate::wire::stream_error;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::{Arc, Weak};
@@ -342,7 +343,7 @@ impl Stream {
             registry::detach(&self.client, self.source.handle_id);
             self.cancel_on_lane(Status::Cancelled);
             self.connection.forget_request(self.key);
-            self.conclude(Kind::Error, Status::Cancelled, "");
+            self.conclude(Kind::Error, Status::Cancelled, 0, "");
         }
         is_first
     }
@@ -368,14 +369,14 @@ impl Stream {
     }
 
     /// The worker has ended it, or there is none: puts the last event into the queue. False if it had ended.
-    fn end_by_worker(&self, kind: Kind, status: Status, text: impl Into<Bytes>) -> bool {
+    fn end_by_worker(&self, kind: Kind, status: Status, error_code: i32, text: impl Into<Bytes>) -> bool {
         // Also if it had ended here: no answer is to come, and no worker is to be stopped.
         self.connection.forget_request(self.key);
         if !self.source.word.try_stop(if kind == Kind::End { Status::Closed } else { status }) {
             return false;
         }
         registry::detach(&self.client, self.source.handle_id);
-        self.conclude(kind, status, text);
+        self.conclude(kind, status, error_code, text);
         true
     }
 
@@ -393,7 +394,7 @@ impl Stream {
             registry::detach(&self.client, self.source.handle_id);
             self.leave_inbox();
         }
-        self.conclude(Kind::Error, why, text);
+        self.conclude(Kind::Error, why, 0, text);
         true
     }
 
@@ -455,12 +456,12 @@ impl Stream {
         self.connection.counters.windows.fetch_sub(window.into(), Ordering::Relaxed);
     }
 
-    fn conclude(&self, kind: Kind, status: Status, text: impl Into<Bytes>) {
+    fn conclude(&self, kind: Kind, status: Status, error_code: i32, text: impl Into<Bytes>) {
         self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
         self.stop_timer();
         *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
-            let event = Single::of(kind, status, this, text.into());
+            let event = Single { error_code, ..Single::of(kind, status, this, text.into()) };
             self.connection.wakeups.push(&self.queue, || (!self.source.is_freed()).then_some(event));
         }
     }
@@ -548,7 +549,7 @@ impl MessageHandler for Stream {
         if message.is_no_responders {
             // Once a worker has answered, nats-server did not send this: it is forged.
             if !self.has_begun() && !self.retry() {
-                self.end_by_worker(Kind::Error, Status::NoResponders, format!("nobody serves {}", self.subject()));
+                self.end_by_worker(Kind::Error, Status::NoResponders, 0, format!("nobody serves {}", self.subject()));
             }
             return;
         }
@@ -563,11 +564,12 @@ impl MessageHandler for Stream {
                 self.data(message.payload);
             }
             Answer::End => {
-                self.end_by_worker(Kind::End, Status::Ok, "");
+                self.end_by_worker(Kind::End, Status::Ok, 0, "");
             }
             Answer::Error(text) => {
                 if text != level0::BUSY.as_bytes() || !self.retry() {
-                    self.end_by_worker(Kind::Error, error_status(text), unpin(message.payload.slice_ref(text)));
+                    let code = message.header(level0::ERROR_CODE).map_or(0, stream_error::code_in_header);
+                    self.end_by_worker(Kind::Error, error_status(text), code, unpin(message.payload.slice_ref(text)));
                 }
             }
         }
@@ -585,7 +587,7 @@ impl MessageHandler for Stream {
             return None;
         }
         let text = format!("nats-server does not allow requests to {subject}");
-        self.end_by_worker(Kind::Error, Status::Disconnected, text)
+        self.end_by_worker(Kind::Error, Status::Disconnected, 0, text)
             .then_some("the request was refused; allow to publish to it")
     }
 
@@ -608,7 +610,7 @@ impl Stoppable for Stream {
         } else {
             self.leave_inbox();
         }
-        self.conclude(Kind::Error, why, level0::OFFLINE);
+        self.conclude(Kind::Error, why, 0, level0::OFFLINE);
     }
 
     fn requested_on(&self) -> Option<u64> {
@@ -647,10 +649,10 @@ impl StreamObserver for Stream {
     fn notify(&self, event: LaneEvent) {
         match event {
             LaneEvent::Ended => {
-                self.end_by_worker(Kind::End, Status::Ok, "");
+                self.end_by_worker(Kind::End, Status::Ok, 0, "");
             }
-            LaneEvent::Failed(text) => {
-                self.end_by_worker(Kind::Error, error_status(&text), Bytes::copy_from_slice(&text));
+            LaneEvent::Failed(code, text) => {
+                self.end_by_worker(Kind::Error, error_status(&text), code, Bytes::copy_from_slice(&text));
             }
             LaneEvent::WindowExceeded => {
                 self.end_here(Status::Full, "the worker sent more than the stream's window");

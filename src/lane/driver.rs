@@ -15,6 +15,7 @@ use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, deadline};
 use crate::wire::frame::{self, Malformed};
+use crate::wire::stream_error::StreamError;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::Arc;
@@ -199,8 +200,13 @@ impl Lane {
         Ok(())
     }
 
-    /// Ends a stream, with an error if there is a text, if `word` is 0, and sets the word to `Closed`.
-    pub(crate) fn finish(&self, word: &StatusWord, window: &SendWindow, error: Option<&[u8]>) -> Result<(), Status> {
+    /// Ends a stream, with an error if there is one, if `word` is 0, and sets the word to `Closed`.
+    pub(crate) fn finish(
+        &self,
+        word: &StatusWord,
+        window: &SendWindow,
+        error: Option<StreamError<'_>>,
+    ) -> Result<(), Status> {
         self.update(|state| -> Result<(), Status> {
             word.check()?;
             if state.is_closed() {
@@ -219,8 +225,8 @@ impl Lane {
     }
 
     /// Ends a stream whose word was set before.
-    pub(crate) fn stop(&self, window: &SendWindow, error: &[u8]) {
-        self.update(|state| state.finish(window, Some(error)));
+    pub(crate) fn stop(&self, window: &SendWindow, text: &[u8]) {
+        self.update(|state| state.finish(window, Some(StreamError::new(text))));
         self.wake_blocked_threads();
     }
 

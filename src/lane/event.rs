@@ -19,8 +19,8 @@ pub(crate) enum LaneEvent {
     Data(Run),
     /// The worker ended the stream.
     Ended,
-    /// The worker ended the stream with an error.
-    Failed(Bytes),
+    /// The worker ended the stream with an error: its code, or 0, and its text.
+    Failed(i32, Bytes),
     /// The worker sent more than the stream's window: the stream was cancelled.
     WindowExceeded,
     /// The gateway cancelled the stream for this reason.

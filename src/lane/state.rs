@@ -30,6 +30,7 @@ use crate::lane::streams::{OVERHEAD, SendWindow, Streams};
 use crate::lane::timer::{Timer, TimerTable};
 use crate::wire::frame::{self, Header, Malformed};
 use crate::wire::level0;
+use crate::wire::stream_error::StreamError;
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::mem;
@@ -200,15 +201,18 @@ impl<S: Clone> State<S> {
         self.streams.blocked_senders.insert(window.stream);
     }
 
-    /// Ends a stream; with an error if there is a text.
-    pub(crate) fn finish(&mut self, window: &SendWindow, error: Option<&[u8]>) {
+    /// Ends a stream; with an error if there is one.
+    pub(crate) fn finish(&mut self, window: &SendWindow, error: Option<StreamError<'_>>) {
         let stream = window.stream;
         if !self.streams.finish(stream, self.retransmit.acked) {
             return;
         }
         match error {
             None => self.append(frame::END, stream, &[]),
-            Some(text) => {
+            Some(StreamError { code, text }) => {
+                if code != 0 {
+                    self.append(frame::CODE, stream, &code.to_le_bytes());
+                }
                 // It is sent even if the lane is full. It is short then: thousands may end at once.
                 let most = if self.has_capacity(text.len()) { self.max_message() } else { SHORT_ERROR };
                 self.append(frame::ERROR, stream, level0::truncate_utf8(text, most.min(self.max_message())));

@@ -3,6 +3,7 @@
 use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::wire::frame::{self, Frame, Frames, Malformed, Run};
+use crate::wire::stream_error;
 use ahash::RandomState;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
@@ -89,6 +90,8 @@ struct ServedStream<S> {
 struct RequestedStream<S> {
     owner: S,
     window: u32,
+    /// The code of the error that is to follow; 0 if there is none.
+    error_code: i32,
     unconsumed: u64,
 }
 
@@ -245,7 +248,8 @@ impl<S: Clone> Streams<S> {
                     self.last_id = stream;
                     match accept(key, stream) {
                         Some((owner, window)) => {
-                            self.requested.insert(stream, RequestedStream { owner, window, unconsumed: 0 });
+                            let requested = RequestedStream { owner, window, error_code: 0, unconsumed: 0 };
+                            self.requested.insert(stream, requested);
                         }
                         // The request was given up, or was never made.
                         None => reply(frame::CANCEL, stream, &[0]),
@@ -254,9 +258,14 @@ impl<S: Clone> Streams<S> {
                 (frame::END, Role::Gateway) => {
                     events.extend(self.requested.remove(&stream).map(|requested| (requested.owner, LaneEvent::Ended)));
                 }
+                (frame::CODE, Role::Gateway) => {
+                    if let Some(requested) = self.requested.get_mut(&stream) {
+                        requested.error_code = stream_error::code_in_frame(body);
+                    }
+                }
                 (frame::ERROR, Role::Gateway) => {
-                    if let Some(requested) = self.requested.remove(&stream) {
-                        events.push((requested.owner, LaneEvent::Failed(message.slice_ref(body))));
+                    if let Some(RequestedStream { owner, error_code, .. }) = self.requested.remove(&stream) {
+                        events.push((owner, LaneEvent::Failed(error_code, message.slice_ref(body))));
                     }
                 }
                 (frame::CANCEL, Role::Worker) => {

@@ -45,8 +45,8 @@ pub(crate) enum OutgoingItem {
 pub(crate) enum DurableMessage {
     /// The stream with this reply subject ended.
     End(Subject),
-    /// The stream with this reply subject ended with an error: the payload.
-    Error(Subject, Bytes),
+    /// The stream with this reply subject ended with an error: the payload, and the code, or 0.
+    Error { to: Subject, code: i32, payload: Bytes },
     /// A client is offline: its id, and the number of the announcement, 0 until it is first sent.
     Offline(Bytes, u64),
 }
@@ -62,14 +62,16 @@ impl DurableMessage {
         OVERHEAD
             + match self {
                 DurableMessage::End(_) => 0,
-                DurableMessage::Error(_, payload) | DurableMessage::Offline(payload, _) => payload.len(),
+                DurableMessage::Error { payload, .. } | DurableMessage::Offline(payload, _) => payload.len(),
             }
     }
 
     /// Turns an end into an error: messages of the stream that were sent before it may be lost.
     fn after_loss(self) -> DurableMessage {
         match self {
-            DurableMessage::End(to) => DurableMessage::Error(to, level0::error(LOST.as_bytes(), usize::MAX)),
+            DurableMessage::End(to) => {
+                DurableMessage::Error { to, code: 0, payload: level0::error(LOST.as_bytes(), usize::MAX) }
+            }
             other => other,
         }
     }
@@ -472,7 +474,7 @@ mod tests {
             .into_iter()
             .map(|item| match item {
                 OutgoingItem::DurableMessage(DurableMessage::Offline(id, _)) => id,
-                OutgoingItem::DurableMessage(DurableMessage::Error(to, payload)) => {
+                OutgoingItem::DurableMessage(DurableMessage::Error { to, payload, .. }) => {
                     assert!(payload.starts_with(level0::ERROR));
                     to.into_string().into()
                 }

@@ -36,6 +36,8 @@ pub(crate) const ERROR: u8 = 4;
 pub(crate) const CANCEL: u8 = 5;
 /// The gateway's reader has consumed so much of the window: eight bytes, little-endian.
 pub(crate) const CREDIT: u8 = 6;
+/// The code of the error that follows: four bytes, little-endian.
+pub(crate) const CODE: u8 = 7;
 
 /// Bytes that are not a lane message of this version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

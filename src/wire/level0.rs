@@ -9,6 +9,10 @@ pub const CONNECT_ID: &str = "Connect-ID";
 pub const ORIGIN: &str = "Presence-Origin";
 /// The header of a request that offers a lane.
 pub const LANE: &str = "Presence-Lane";
+/// The header of a stream's error with the code of that error.
+pub const ERROR_CODE: &str = "Presence-Error";
+/// How many bytes the header with a code adds to a payload at most, as nats-server counts them.
+pub const MAX_ERROR_CODE: usize = "NATS/1.0\r\n: 2147483647\r\n\r\n".len() + ERROR_CODE.len();
 /// The payload that ends a stream.
 pub const END: &[u8] = b"__STREAM_END__";
 /// The beginning of the payload that ends a stream with an error; the text follows.

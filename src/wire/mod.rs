@@ -2,3 +2,4 @@
 
 pub(crate) mod frame;
 pub(crate) mod level0;
+pub(crate) mod stream_error;

@@ -12,6 +12,7 @@ use crate::presence::registry::{self, Notice, Stoppable};
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Headers};
+use crate::wire::stream_error::StreamError;
 use bytes::Bytes;
 use once_cell::sync::OnceCell;
 use std::sync::{Arc, Weak};
@@ -191,7 +192,18 @@ impl Sender {
     /// # Errors
     /// `Closed` if it had ended; why it was stopped.
     pub fn error(&self, text: &[u8]) -> Result<(), Status> {
-        self.finish(Some(text))
+        self.finish(Some(StreamError::new(text)))
+    }
+
+    /// As `error`, and the reader also gets a code, which the application chooses: 1 to 2,147,483,647, or 0 for none.
+    ///
+    /// # Errors
+    /// As `error`; `Invalid` for a negative code, and the stream goes on.
+    pub fn error_with_code(&self, code: i32, text: &[u8]) -> Result<(), Status> {
+        if code < 0 {
+            return Err(Status::Invalid);
+        }
+        self.finish(Some(StreamError { code, text }))
     }
 
     /// Whether the stream has ended, so that no message can be sent.
@@ -302,7 +314,7 @@ impl Sender {
         Ok(())
     }
 
-    fn finish(&self, error: Option<&[u8]>) -> Result<(), Status> {
+    fn finish(&self, error: Option<StreamError<'_>>) -> Result<(), Status> {
         self.source.word.check()?;
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
@@ -310,7 +322,7 @@ impl Sender {
             Route::Lane(lane, window) => self.on_lane(lane.finish(&self.source.word, window, error))?,
             Route::Level0(outbox) => outbox.finish(&self.source.word, || match error {
                 None => DurableMessage::End(self.reply.clone()),
-                Some(text) => self.error_message(text),
+                Some(error) => self.error_message(error),
             })?,
         }
         self.leave_service();
@@ -318,8 +330,11 @@ impl Sender {
         Ok(())
     }
 
-    fn error_message(&self, text: &[u8]) -> DurableMessage {
-        DurableMessage::Error(self.reply.clone(), level0::error(text, self.connection.max_payload()))
+    fn error_message(&self, error: StreamError<'_>) -> DurableMessage {
+        let StreamError { code, text } = error;
+        let header = if code == 0 { 0 } else { level0::MAX_ERROR_CODE };
+        let max = self.connection.max_payload().saturating_sub(header);
+        DurableMessage::Error { to: self.reply.clone(), code, payload: level0::error(text, max) }
     }
 
     /// Itself, to be notified when it can send again; None if it is registered for that already.
@@ -361,7 +376,7 @@ impl Sender {
     /// The peer is gone, and may not have the ACCEPT of this stream.
     fn accept_undelivered(&self) {
         // If the gateway is there after all, it waits for an answer.
-        self.connection.outbox.push(self.error_message(LOST.as_bytes()).into());
+        self.connection.outbox.push(self.error_message(StreamError::new(LOST.as_bytes())).into());
     }
 
     fn push_event(&self, kind: Kind, status: Status) {
@@ -388,7 +403,7 @@ impl Stoppable for Sender {
         // Both also wake a thread that is blocked in `send_wait`.
         match self.route() {
             Route::Lane(lane, window) => lane.stop(window, text),
-            Route::Level0(outbox) => outbox.push(self.error_message(text).into()),
+            Route::Level0(outbox) => outbox.push(self.error_message(StreamError::new(text)).into()),
         }
         self.leave_service();
         self.queue_stopped_after(STOPPED);
@@ -427,7 +442,7 @@ impl StreamObserver for Sender {
             }
             LaneEvent::AcceptUndelivered => self.accept_undelivered(),
             // Only streams have these.
-            LaneEvent::Data(_) | LaneEvent::Ended | LaneEvent::Failed(_) | LaneEvent::WindowExceeded => {}
+            LaneEvent::Data(_) | LaneEvent::Ended | LaneEvent::Failed(..) | LaneEvent::WindowExceeded => {}
         }
     }
 

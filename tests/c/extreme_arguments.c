@@ -64,6 +64,7 @@ static void lengths_beyond_memory_are_refused(void) {
     CHECK_STATUS(presence_sender_send_wait(both.sender, "x", length, 0), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_send_many(both.sender, "x", &length, 1), PRESENCE_INVALID);
     CHECK_STATUS(presence_sender_error(both.sender, "x", length), PRESENCE_INVALID);
+    CHECK_STATUS(presence_sender_error_code(both.sender, 1, "x", length), PRESENCE_INVALID);
     CHECK_STATUS(presence_mark_online("x", length), PRESENCE_INVALID);
     CHECK_STATUS(presence_mark_offline("x", length), PRESENCE_INVALID);
     CHECK(!presence_is_online("x", length));

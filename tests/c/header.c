@@ -20,7 +20,8 @@ static_assert(offsetof(presence_event, subject) == 48, "subject");
 static_assert(offsetof(presence_event, subject_len) == 56, "subject_len");
 static_assert(offsetof(presence_event, data) == 64, "data");
 static_assert(offsetof(presence_event, data_len) == 72, "data_len");
-static_assert(offsetof(presence_event, reserved) == 80, "reserved");
+static_assert(offsetof(presence_event, error_code) == 80, "error_code");
+static_assert(offsetof(presence_event, reserved) == 84, "reserved");
 #endif
 
 static_assert(sizeof(presence_error) == 512, "presence_error");

@@ -136,6 +136,7 @@ static void senders_refuse_null(void) {
   CHECK_STATUS(presence_sender_send(NULL, "x", 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_wait(NULL, "x", 1, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_error(NULL, "x", 1), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_error_code(NULL, 1, "x", 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_end(NULL), PRESENCE_INVALID);
   CHECK(presence_sender_is_closed(NULL));
   CHECK_EQ(presence_sender_max_message(NULL), 0);
@@ -160,6 +161,7 @@ static void senders_refuse_null(void) {
   CHECK_STATUS(presence_sender_send(both.sender, NULL, 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_wait(both.sender, NULL, 1, 0), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_error(both.sender, NULL, 1), PRESENCE_INVALID);
+  CHECK_STATUS(presence_sender_error_code(both.sender, 1, NULL, 1), PRESENCE_INVALID);
   size_t lengths[] = {0, 0, SIZE_MAX / 2, SIZE_MAX / 2, SIZE_MAX};
   CHECK_STATUS(presence_sender_send_many(both.sender, "x", NULL, 1), PRESENCE_INVALID);
   CHECK_STATUS(presence_sender_send_many(both.sender, NULL, &length, 1), PRESENCE_INVALID);

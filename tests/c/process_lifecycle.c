@@ -132,6 +132,7 @@ static void all_handles_are_forked(pair both, presence_session *session) {
   CHECK_STATUS(presence_sender_send(both.sender, "x", 1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_send_wait(both.sender, "x", 1, -1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_error(both.sender, "x", 1), PRESENCE_FORKED);
+  CHECK_STATUS(presence_sender_error_code(both.sender, 1, "x", 1), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_end(both.sender), PRESENCE_FORKED);
   CHECK_STATUS(presence_sender_header(both.sender, "Connect-ID", &value, &length), PRESENCE_FORKED);
   CHECK(presence_sender_is_closed(both.sender)); /* it can send no more, with any status */

@@ -51,7 +51,7 @@ static void request_event_has_all_fields(void) {
   CHECK(is_text(event.client, event.client_len, "client \xc3\xbc"));
   CHECK(is_text(event.subject, event.subject_len, "fields.all"));
   CHECK(event.data_len == 3 && memcmp(event.data, "a\0b", 3) == 0);
-  CHECK(event.reserved[0] == 0 && event.reserved[1] == 0);
+  CHECK(event.error_code == 0 && event.reserved[0] == 0 && event.reserved[1] == 0 && event.reserved[2] == 0);
   OK(presence_sender_header(sender, "X-Model", &value, &length));
   CHECK(is_text(value, length, "small"));
   OK(presence_sender_header(sender, "Connect-ID", &value, &length));
@@ -173,6 +173,54 @@ static void error_ends_the_stream(void) {
   CHECK(is_text(last.data, last.data_len, "out of \xc3\xb6il"));
   CHECK(last.stream == both.stream);
   expect_nothing(both.gateway.queue);
+  close_pair(both);
+}
+
+/* The reader gets the code, which changes neither the text nor its status. */
+static void error_code_arrives_with_its_text(void) {
+  static const struct {
+    int32_t code;
+    const char *text;
+    int32_t status;
+  } errors[] = {
+      {0, "no code", PRESENCE_REMOTE},
+      {1, "", PRESENCE_REMOTE},
+      {404, "no such model: \xc3\xb6il", PRESENCE_REMOTE},
+      {INT32_MAX, "the largest", PRESENCE_REMOTE},
+      {7, "server busy", PRESENCE_BUSY},
+      {8, "the client is offline", PRESENCE_OFFLINE},
+  };
+  for (size_t i = 0; i < sizeof errors / sizeof *errors; i++) {
+    pair both = open_pair("c");
+    OK(send_text(both.sender, "some"));
+    CHECK_STATUS(presence_sender_error_code(both.sender, -1, "wrong", 5), PRESENCE_INVALID);
+    CHECK_STATUS(presence_sender_error_code(both.sender, INT32_MIN, "wrong", 5), PRESENCE_INVALID);
+    CHECK(!presence_sender_is_closed(both.sender));
+    OK(presence_sender_error_code(both.sender, errors[i].code, errors[i].text, strlen(errors[i].text)));
+    CHECK_STATUS(presence_sender_error_code(both.sender, 5, "again", 5), PRESENCE_CLOSED);
+    CHECK_EQ(status_word(both.sender), (uint32_t)PRESENCE_CLOSED);
+    expect_data(both.gateway.queue, "some");
+    presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, errors[i].status);
+    CHECK(is_text(last.data, last.data_len, errors[i].text));
+    CHECK_EQ(last.error_code, errors[i].code);
+    expect_nothing(both.gateway.queue);
+    close_pair(both);
+  }
+}
+
+/* Other ends of a stream have no code. */
+static void only_errors_of_the_worker_have_a_code(void) {
+  pair both = open_pair("c");
+  OK(presence_sender_end(both.sender));
+  CHECK_EQ(expect(both.gateway.queue, PRESENCE_EVENT_END).error_code, 0);
+  presence_stream *cancelled = request(both.gateway, "pair", "c", 2);
+  presence_sender *sender = accept_request(both.worker);
+  OK(presence_stream_cancel(cancelled));
+  CHECK_EQ(expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_CANCELLED).error_code, 0);
+  presence_sender_error_code(sender, 5, "late", 4);
+  expect_nothing(both.gateway.queue);
+  presence_sender_free(sender);
+  presence_stream_free(cancelled);
   close_pair(both);
 }
 
@@ -345,6 +393,15 @@ static void long_error_text_is_cut(void) {
   presence_event last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
   CHECK_EQ(last.data_len, MAX_PAYLOAD - (on_lanes() ? 64 : strlen("__STREAM_ERROR__:")));
   CHECK(memcmp(last.data, text, last.data_len) == 0);
+  close_pair(both);
+
+  /* On level 0 a code needs a header, which counts for max_payload, too. */
+  both = open_pair("c");
+  OK(presence_sender_error_code(both.sender, INT32_MAX, text, MAX_PAYLOAD));
+  last = expect_status(both.gateway.queue, PRESENCE_EVENT_ERROR, PRESENCE_REMOTE);
+  CHECK_EQ(last.error_code, INT32_MAX);
+  CHECK(last.data_len <= MAX_PAYLOAD - 32 && last.data_len >= MAX_PAYLOAD - 64);
+  CHECK_EQ(stats_of(both.worker).connects, 1);
   free(text);
   close_pair(both);
 }
@@ -648,6 +705,8 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(sender_is_stopped_in_a_wait_after_its_request);
   RUN_ON_BOTH(anonymous_request_is_no_client);
   RUN_ON_BOTH(error_ends_the_stream);
+  RUN_ON_BOTH(error_code_arrives_with_its_text);
+  RUN_ON_BOTH(only_errors_of_the_worker_have_a_code);
   RUN_ON_BOTH(stream_ends_once);
   RUN_ON_BOTH(freed_sender_ends_with_an_error);
   RUN_ON_BOTH(two_threads_send_two_streams);

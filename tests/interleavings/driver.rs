@@ -56,7 +56,7 @@ impl StreamObserver for Probe {
     }
     fn notify(&self, event: LaneEvent) {
         let counter = match event {
-            LaneEvent::Ended | LaneEvent::Failed(_) => return self.end(),
+            LaneEvent::Ended | LaneEvent::Failed(..) => return self.end(),
             LaneEvent::Cancelled(_) => &self.cancelled,
             LaneEvent::Writable => &self.writable,
             LaneEvent::PeerGone { .. } => &self.gone,

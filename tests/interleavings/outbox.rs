@@ -58,7 +58,7 @@ fn ends_race_with_sends() {
     let stopped = word.try_stop(Status::Offline);
     let late = send_some(&outbox, &word, &["c"]);
     if stopped {
-        outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
+        outbox.push(DurableMessage::Error { to: "to".into(), code: 0, payload: Bytes::new() }.into());
     }
     assert_eq!(late, "", "sent after the stop was seen");
     let (sent, ended) = (sender.join().unwrap(), ender.join().unwrap());
@@ -84,7 +84,7 @@ fn nothing_follows_the_end_in_any_order() {
         let stopped = word.try_stop(Status::Offline);
         let ended = outbox.finish(&word, || DurableMessage::End("to".into())).is_ok();
         assert!(stopped && !ended);
-        outbox.push(DurableMessage::Error("to".into(), Bytes::new()).into());
+        outbox.push(DurableMessage::Error { to: "to".into(), code: 0, payload: Bytes::new() }.into());
         let sent = sender.join().unwrap();
         assert_eq!(written(&outbox), sent + "E");
     };

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 VERSION = 1
 PING, PONG, GAP, RESET, NEW = 1, 2, 4, 8, 16
-ACCEPT, DATA, END, ERROR, CANCEL, CREDIT = range(1, 7)
+ACCEPT, DATA, END, ERROR, CANCEL, CREDIT, CODE = range(1, 8)
 HEADER = 30
 OVERHEAD = 64
 """What each message counts in its stream's window, in addition to its bytes."""
@@ -72,7 +72,7 @@ def decode(payload: bytes) -> LaneMessage:
         kind = payload[at]
         stream, at = decode_number(payload, at + 1)
         length, at = decode_number(payload, at)
-        if not ACCEPT <= kind <= CREDIT or stream == 0 or at + length > len(payload):
+        if not ACCEPT <= kind <= CODE or stream == 0 or at + length > len(payload):
             raise ValueError(f"kind {kind}, stream {stream}, {length} bytes of {len(payload) - at}")
         frames.append(Frame(kind, stream, payload[at : at + length]))
         at += length
@@ -116,6 +116,10 @@ def end(stream: int) -> Frame:
 
 def error(stream: int, text: bytes) -> Frame:
     return Frame(ERROR, stream, text)
+
+
+def code(stream: int, number: int) -> Frame:
+    return Frame(CODE, stream, struct.pack("<I", number))
 
 
 def cancel(stream: int, reason: int) -> Frame:

@@ -11,6 +11,7 @@ from conftest import Connect, Shell
 from harness import Server
 from lane_codec import (
     CANCEL,
+    CODE,
     CREDIT,
     GAP,
     NEW,
@@ -22,6 +23,7 @@ from lane_codec import (
     LaneMessage,
     accept,
     cancel,
+    code,
     credit,
     data,
     decode,
@@ -161,15 +163,66 @@ def test_streams_of_a_lane_stay_separate(gateway: Shell, worker: WorkerByHand) -
     assert gateway.ask("stats")["lanes"] == 1
 
 
-@pytest.mark.parametrize("text", ["no such model", "", "server busy", "__STREAM_END__"])
+STATUSES = {"server busy": "BUSY", "the client is offline": "OFFLINE"}
+
+
+@pytest.mark.parametrize("text", ["no such model", "", *STATUSES, "__STREAM_END__"])
 def test_error_frame_ends_the_stream(gateway: Shell, worker: WorkerByHand, text: str) -> None:
     lane = begin(gateway, worker, 1)
     lane.send(data(1, b"one"), error(1, text.encode()), data(1, b"late"), end(1))
     assert gateway.wait(event="DATA")["data"] == "one"
     failed = gateway.wait(event="ERROR")
-    assert (failed["status"], failed["data"]) == ({"server busy": "BUSY"}.get(text, "REMOTE"), text)
+    assert (failed["status"], failed["data"], failed.get("code")) == (STATUSES.get(text, "REMOTE"), text, None)
     lane.ask()
     assert not [event for event in gateway.events if event["event"] in ("DATA", "END")]
+
+
+@pytest.mark.parametrize("text", ["no such model", *STATUSES])
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b"\x2a\0\0\0", 42), (b"\xff\xff\xff\x7f", 2**31 - 1), (b"\x2a\0\0\0more", 42), (b"", None), (b"\x2a\0\0", None),
+     (bytes(4), None), (b"\0\0\0\x80", None), (b"\xff" * 4, None)],
+)  # fmt: skip
+def test_code_frame_belongs_to_the_error(
+    gateway: Shell, worker: WorkerByHand, text: str, body: bytes, expected: int | None
+) -> None:
+    lane = begin(gateway, worker, 1)
+    lane.send(data(1, b"one"), code(1, 9), Frame(CODE, 1, body), error(1, text.encode()))
+    failed = gateway.wait(event="ERROR")
+    assert (failed["status"], failed["data"], failed.get("code")) == (STATUSES.get(text, "REMOTE"), text, expected)
+    assert ignored(gateway) == 0
+
+
+def test_code_may_come_in_the_message_before_its_error(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    first = lane.send(code(1, 404), code(8, 1))
+    lane.sent += 1
+    second = LaneMessage(0, lane.sent, lane.received, (error(1, b"why"),))
+    for message in [first, second, first, second]:
+        lane.post(message)
+    failed = gateway.wait(event="ERROR")
+    assert (failed["data"], failed["code"]) == ("why", 404)
+
+
+def test_code_that_an_error_overtakes_is_kept(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    first = LaneMessage(0, lane.sent + 1, lane.received, (code(1, 404),))
+    second = LaneMessage(0, lane.sent + 2, lane.received, (error(1, b"why"),))
+    lane.sent += 2
+    for message in [second, first, second]:
+        lane.post(message)
+    failed = gateway.wait(event="ERROR")
+    assert (failed["data"], failed["code"]) == ("why", 404)
+
+
+def test_code_without_an_error_is_ignored(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    go_on(gateway, worker, lane, 2, 2)
+    lane.send(*[code(1, number) for number in range(1000)], data(1, b"x"), end(1), code(1, 5))
+    assert gateway.wait(event="DATA", tag=1)["data"] == "x"
+    assert "code" not in gateway.wait(event="END", tag=1)
+    assert_goes_on(gateway, lane, 2, 2)
+    assert ignored(gateway) == 0
 
 
 @pytest.mark.parametrize(
@@ -519,7 +572,7 @@ def test_lost_first_message_of_a_lane_is_requested(gateway: Shell, worker: Worke
 
 def test_unknown_frame_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
-    lane.send(Frame(7, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
+    lane.send(Frame(8, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
     assert [gateway.wait(event="DATA")["data"] for _ in range(2)] == ["x", "z"]
     assert_goes_on(gateway, lane, 1)
     assert ignored(gateway) == 0

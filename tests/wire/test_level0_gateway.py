@@ -114,7 +114,32 @@ def test_error_marker_ends_the_stream(gateway: Shell, raw: RawPeer, requests: Su
     raw.send(pub(inbox, b"one") + pub(inbox, b"__STREAM_ERROR__:" + text.encode()))
     assert gateway.wait(event="DATA")["data"] == "one"
     error = gateway.wait(event="ERROR")
-    assert (error["status"], error["data"]) == (STATUSES.get(text, "REMOTE"), text)
+    assert (error["status"], error["data"], error.get("code")) == (STATUSES.get(text, "REMOTE"), text, None)
+
+
+LIES = ["", "0", "-1", "+1", "007", "4 2", "1.5", "0x2a", "2147483648", "4294967297", "9" * 1000, "one", "\u0664"]
+
+
+@pytest.mark.parametrize("text", ["no such model", *STATUSES])
+@pytest.mark.parametrize(
+    ("value", "code"), [("1", 1), ("42", 42), ("2147483647", 2**31 - 1), *((lie, None) for lie in LIES)]
+)
+def test_header_of_an_error_is_its_code(
+    gateway: Shell, raw: RawPeer, requests: Subscription, text: str, value: str, code: int | None
+) -> None:
+    header = f"X-Other: 7\r\nPresence-Error: {value}\r\n".encode()
+    inbox = begin(gateway, requests, 1, "alice")
+    # It means nothing with a message.
+    raw.send(pub(inbox, b"one", header=header) + pub(inbox, b"__STREAM_ERROR__:" + text.encode(), header=header))
+    assert gateway.wait(event="DATA")["data"] == "one"
+    error = gateway.wait(event="ERROR")
+    assert (error["status"], error["data"], error.get("code")) == (STATUSES.get(text, "REMOTE"), text, code)
+
+
+def test_header_of_an_end_means_nothing(gateway: Shell, raw: RawPeer, requests: Subscription) -> None:
+    inbox = begin(gateway, requests, 1, "alice")
+    raw.send(pub(inbox, b"__STREAM_END__", header=b"Presence-Error: 42\r\n"))
+    assert "code" not in gateway.wait(event="END")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,22 @@ def test_error_becomes_a_marker(worker: Shell, raw: RawPeer) -> None:
     n, answers = begin(worker, raw, "alice")
     worker.do(f"send {n} one")
     worker.do(f"error {n} no such model: gpt-0")
-    assert [answers.payload(), answers.payload()] == [b"one", b"__STREAM_ERROR__:no such model: gpt-0"]
+    message, failed = answers.next(), answers.next()
+    assert [message.payload, failed.payload] == [b"one", b"__STREAM_ERROR__:no such model: gpt-0"]
+    assert not message.header
+    assert not failed.header
+
+
+def test_code_becomes_a_header_that_others_may_ignore(worker: Shell, raw: RawPeer) -> None:
+    n, answers = begin(worker, raw, "alice")
+    worker.do(f"send {n} one")
+    assert worker.ask(f"code {n} -1 x")["status"] == "INVALID"
+    worker.do(f"code {n} 404 no such model: gpt-0")
+    message, failed = answers.next(), answers.next()
+    assert not message.header
+    assert failed.header == b"NATS/1.0\r\nPresence-Error: 404\r\n\r\n"
+    # A peer that ignores headers sees what it always saw.
+    assert [message.payload, failed.payload] == [b"one", b"__STREAM_ERROR__:no such model: gpt-0"]
 
 
 def test_freed_sender_ends_with_an_error(worker: Shell, raw: RawPeer) -> None:

@@ -44,7 +44,7 @@ def next_of(lane: LaneEnd, example: str) -> LaneMessage:
 def test_document_has_all_examples() -> None:
     messages = {name: decode(payload) for name, payload in EXAMPLES.items()}
     assert {name: encode(message) for name, message in messages.items()} == EXAMPLES
-    assert {frame.kind for message in messages.values() for frame in message.frames} == set(range(1, 7))
+    assert {frame.kind for message in messages.values() for frame in message.frames} == set(range(1, 8))
     flags = [flag for flag in (1, 2, 4, 8, 16) if any(message.flags & flag for message in messages.values())]
     assert len(flags) == 5
 
@@ -57,7 +57,7 @@ def test_server_hash_example() -> None:
 def test_tables_match_the_codec() -> None:
     kinds = re.findall(r"^\| (\d+) \| ([A-Z]+) \| (?:worker|gateway) \|", DOCUMENT, re.MULTILINE)
     flags = re.findall(r"^\| ([A-Z]+) \| (\d+) \|", DOCUMENT, re.MULTILINE)
-    assert len(kinds) == 6
+    assert len(kinds) == 7
     assert len(flags) == 5
     for name, number in [(name, number) for number, name in kinds] + flags:
         assert getattr(lane_codec, name) == int(number), name
@@ -67,7 +67,10 @@ def test_tables_match_the_codec() -> None:
         assert lane_codec.encode_number(int(number)) == bytes.fromhex(digits)
 
 
-def test_worker_sends_the_documented_bytes(connect: Connect, raw: RawPeer) -> None:
+@pytest.mark.parametrize(
+    ("failing", "example"), [("error 2 no such model", "error"), ("code 2 404 no such model", "code")]
+)
+def test_worker_sends_the_documented_bytes(connect: Connect, raw: RawPeer, failing: str, example: str) -> None:
     worker = connect()
     worker.do("serve llm.generate workers 0")
     gateway = GatewayByHand(raw)
@@ -91,8 +94,8 @@ def test_worker_sends_the_documented_bytes(connect: Connect, raw: RawPeer) -> No
         worker.wait(event="REQUEST")
         assert next_of(lane, "accept").frames == (accept(n, key),)
         if n == 2:
-            worker.do("error 2 no such model")
-            assert next_of(lane, "error") == plain(EXAMPLES["error"])
+            worker.do(failing)
+            assert next_of(lane, example) == plain(EXAMPLES[example])
     # Message number 2 is lost.
     lane.post(LaneMessage(0, 3, 7, (credit(3, 1),)))
     assert next_of(lane, "gap") == plain(EXAMPLES["gap"])
@@ -109,7 +112,8 @@ def raw_send(lane: LaneEnd, example: str) -> int:
     return lane.sent
 
 
-def test_gateway_sends_the_documented_bytes(connect: Connect, raw: RawPeer) -> None:
+@pytest.mark.parametrize(("example", "code"), [("error", None), ("code", 404)])
+def test_gateway_sends_the_documented_bytes(connect: Connect, raw: RawPeer, example: str, code: int | None) -> None:
     gateway = connect()
     worker = WorkerByHand(raw, "llm.generate")
     lane = begin(gateway, worker)
@@ -129,8 +133,9 @@ def test_gateway_sends_the_documented_bytes(connect: Connect, raw: RawPeer) -> N
         lane.received = 1
         lane.send(accept(tag, worker.next().key))
         if tag == 2:
-            raw_send(lane, "error")
-            assert gateway.wait(event="ERROR", tag=2)["data"] == "no such model"
+            raw_send(lane, example)
+            error = gateway.wait(event="ERROR", tag=2)
+            assert (error["data"], error.get("code")) == ("no such model", code)
     lane.ask()
     gateway.do("cancel 3")
     assert next_of(lane, "cancel") == plain(EXAMPLES["cancel"])

@@ -12,7 +12,7 @@ from . import _ffi
 from ._ffi import lib
 from .errors import check
 
-EVENT_LAYOUT = Struct("iiQPPPNPNPN16x")
+EVENT_LAYOUT = Struct("iiQPPPNPNPNi12x")
 """The fields of a presence_event."""
 
 MESSAGE_LAYOUT = Struct("i4xQ48xPN16x")
@@ -50,6 +50,7 @@ class Event(NamedTuple):
     subject_len: int
     data_address: int
     data_len: int
+    error_code: int
 
     @property
     def client(self) -> str:

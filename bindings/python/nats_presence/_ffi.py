@@ -113,7 +113,8 @@ class Event(Structure):
         ("subject_len", c_size_t),
         ("data", c_void_p),
         ("data_len", c_size_t),
-        ("reserved", c_uint64 * 2),
+        ("error_code", c_int32),
+        ("reserved", c_uint32 * 3),
     ]
 
 
@@ -163,6 +164,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_sender_send_many": (c_int64, [_handle, c_char_p, POINTER(c_size_t), c_size_t]),
     "presence_sender_send_wait": (c_int32, [_handle, c_char_p, c_size_t, c_int64]),
     "presence_sender_error": (c_int32, [_handle, c_char_p, c_size_t]),
+    "presence_sender_error_code": (c_int32, [_handle, c_int32, c_char_p, c_size_t]),
     "presence_sender_end": (c_int32, [_handle]),
     "presence_sender_is_closed": (c_bool, [_handle]),
     "presence_sender_send_count": (c_uint64, [_handle]),

@@ -119,7 +119,7 @@ fn lie(random: &mut Random, victim: &Victim, role: Role) -> Bytes {
     for _ in 0..random.below(6) {
         let usual: &[u8] = match role {
             Role::Worker => &[frame::CANCEL, frame::CREDIT],
-            Role::Gateway => &[frame::ACCEPT, frame::DATA, frame::DATA, frame::END, frame::ERROR],
+            Role::Gateway => &[frame::ACCEPT, frame::DATA, frame::DATA, frame::END, frame::CODE, frame::ERROR],
         };
         let kind = if random.chance(90) { random.pick(usual) } else { random.next() as u8 };
         let stream = if random.chance(95) { random.below(12) as u32 } else { random.next() as u32 };

@@ -19,6 +19,7 @@ use crate::lane::state::{State, unknown_lane_reply};
 use crate::lane::streams::{CreditToReturn, OVERHEAD, SendWindow};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
+use crate::wire::stream_error::StreamError;
 use bytes::Bytes;
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap, HashMap, HashSet, VecDeque};
@@ -38,6 +39,11 @@ const ACK_DELAY: Time = 25 * MILLI;
 /// More events than any schedule needs.
 const MAX_EVENTS: u32 = 100_000;
 const ERROR_TEXT: &[u8] = b"the worker failed";
+
+/// The code of a sender's error: every other one has none.
+fn error_code(sender: usize) -> i32 {
+    if sender.is_multiple_of(2) { 0 } else { i32::MAX - sender as i32 }
+}
 
 /// A promise that was not kept.
 #[derive(Clone, Debug)]
@@ -561,6 +567,7 @@ fn described(message: &Bytes) -> String {
             frame::ERROR => "ERROR",
             frame::CANCEL => "CANCEL",
             frame::CREDIT => "CREDIT",
+            frame::CODE => "CODE",
             _ => "other",
         };
         format!("{kind} {} ({})", frame.stream, frame.body.len())

@@ -554,13 +554,74 @@ fn a_stream_that_ended_early_is_forgotten_once_its_accept_is_acknowledged() {
     assert_eq!(worker.ended_before_accept_acked(), 0);
 }
 
+fn frames_of(message: &Bytes) -> Vec<(u8, u32, &[u8])> {
+    Frames::new(&message[frame::HEADER..]).map(Result::unwrap).map(|f| (f.kind, f.stream, f.body)).collect()
+}
+
+#[test]
+fn the_code_of_an_error_is_sent_before_it() {
+    let now = Instant::now();
+    let mut worker = end(Role::Worker, now);
+    let windows = [1, 2].map(|key| worker.open(key, 1000, key, now).unwrap());
+    assert!(said(&mut worker, now).is_some());
+    worker.finish(&windows[0], Some(StreamError { code: 404, text: b"no such model" }));
+    worker.finish(&windows[1], Some(StreamError::new(b"failed")));
+    // A second end has no effect.
+    worker.finish(&windows[0], Some(StreamError { code: 1, text: b"" }));
+    let message = worker.poll(now, &mut vec![]).unwrap();
+    let code = (frame::CODE, 1, &404_i32.to_le_bytes()[..]);
+    assert_eq!(frames_of(&message), [code, (frame::ERROR, 1, b"no such model"), (frame::ERROR, 2, b"failed")]);
+}
+
+#[test]
+fn the_code_of_an_error_arrives_with_it() {
+    let now = Instant::now();
+    let (accept, data, end_frame) =
+        ((frame::ACCEPT, 1, &[0; 8][..]), (frame::DATA, 1, &b"x"[..]), (frame::END, 1, &b""[..]));
+    let (code, other) = ((frame::CODE, 1, &[42, 0, 0, 0][..]), (frame::CODE, 1, &[7, 0, 0, 0][..]));
+    let (lie, stranger) = ((frame::CODE, 1, &[0xff; 4][..]), (frame::CODE, 9, &[1, 0, 0, 0][..]));
+    let error = (frame::ERROR, 1, &b"text"[..]);
+    // Each inner list is one message; `order` says in which order they arrive, some of them twice.
+    type Frames<'a> = &'a [(u8, u32, &'a [u8])];
+    let cases: [(&[Frames<'_>], &[usize], Option<i32>); 10] = [
+        (&[&[accept, code, error]], &[0], Some(42)),
+        (&[&[accept, data, code], &[error]], &[0, 1], Some(42)),
+        (&[&[accept], &[code], &[error]], &[0, 2, 1, 2], Some(42)),
+        (&[&[accept], &[code], &[error]], &[0, 1, 0, 1, 2, 2, 1], Some(42)),
+        (&[&[accept, error], &[code]], &[0, 1], Some(0)),
+        (&[&[accept, code], &[other, error]], &[0, 1], Some(7)),
+        (&[&[accept, code, lie, error]], &[0], Some(0)),
+        (&[&[accept, stranger, error]], &[0], Some(0)),
+        (&[&[code, accept, error]], &[0], Some(0)),
+        (&[&[accept, code, end_frame]], &[0], None),
+    ];
+    for (messages, order, expected) in cases {
+        let mut gateway = end(Role::Gateway, now);
+        let mut ends = Vec::new();
+        for index in order {
+            let mut events = Vec::new();
+            let next = message(1 + *index as u64, messages[*index]);
+            gateway.receive(&next, now, &mut events, |_, _| Some((7, 1000))).unwrap();
+            ends.extend(events.into_iter().filter_map(|(_, event)| match event {
+                LaneEvent::Failed(code, text) => {
+                    assert_eq!(text, "text");
+                    Some(Some(code))
+                }
+                LaneEvent::Ended => Some(None),
+                _ => None,
+            }));
+        }
+        assert_eq!(ends, [expected], "{messages:?}, {order:?}");
+    }
+}
+
 #[test]
 fn thousands_of_long_errors_do_not_close_the_lane() {
     let now = Instant::now();
     let mut worker = end(Role::Worker, now);
     let windows: Vec<_> = (0..3000).map(|key| worker.open(key, 1 << 20, key, now).unwrap()).collect();
     let text = "\u{20ac}".repeat(10_000);
-    windows.iter().for_each(|window| worker.finish(window, Some(text.as_bytes())));
+    windows.iter().for_each(|window| worker.finish(window, Some(StreamError::new(text.as_bytes()))));
     let (mut texts, mut events) = (Vec::new(), Vec::new());
     while let Some(message) = worker.poll(now, &mut events) {
         let frames = Frames::new(&message[frame::HEADER..]).map(Result::unwrap);

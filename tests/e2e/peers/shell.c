@@ -5,7 +5,7 @@
  *
  *   connect URL [KEY=VALUE]...      serve SUBJECT GROUP|- MAX       listen        stats         close DRAIN_MS
  *   send N DATA                     flood N COUNT  (0, 1, ...)      end N         error N TEXT  free N
- *   header N NAME                   option KEY VALUE  (for later requests)
+ *   code N CODE TEXT  (an error)    header N NAME                   option KEY VALUE  (for later requests)
  *   request TAG SUBJECT CLIENT|- DATA                               cancel TAG    drop TAG
  *   consumed TAG BYTES              fill N SIZE  (until the sender is full: "text" is the number of accepted messages)
  *   online ID                       offline ID                      is_online ID  watch
@@ -81,6 +81,7 @@ static void *print_events(void *unused) {
     printf("{\"event\": \"%s\", \"status\": \"%s\"", kinds[event.kind], status_name(event.status));
     if (event.sender) printf(", \"n\": %d", number_of(event.sender, event.kind == PRESENCE_EVENT_REQUEST));
     if (event.stream) printf(", \"tag\": %d", (int)event.tag);
+    if (event.error_code) printf(", \"code\": %d", (int)event.error_code);
     if (event.client) print_text("client", event.client, event.client_len);
     if (event.subject) print_text("subject", event.subject, event.subject_len);
     print_text("data", event.data, event.data_len);
@@ -227,7 +228,10 @@ static void execute(char *line) {
     if (IS("send")) reply(presence_sender_send(senders[n], rest(&line), strlen(rest(&line))), NULL);
     else if (IS("end")) reply(presence_sender_end(senders[n]), NULL);
     else if (IS("error")) reply(presence_sender_error(senders[n], rest(&line), strlen(rest(&line))), NULL);
-    else if (IS("free")) presence_sender_free(senders[n]), senders[n] = NULL, reply(PRESENCE_OK, NULL);
+    else if (IS("code")) {
+      int32_t code = (int32_t)atoi(word(&line));
+      reply(presence_sender_error_code(senders[n], code, rest(&line), strlen(rest(&line))), NULL);
+    } else if (IS("free")) presence_sender_free(senders[n]), senders[n] = NULL, reply(PRESENCE_OK, NULL);
     else reply(PRESENCE_INVALID, "no such command");
   }
 }

@@ -45,9 +45,12 @@ impl World {
                     self.check_end(number, false);
                     reactions.push(Reaction::StreamOver(number));
                 }
-                LaneEvent::Failed(text) => {
+                LaneEvent::Failed(code, text) => {
                     if text != ERROR_TEXT {
                         self.fail("errors keep their text", format!("{text:?}"));
+                    }
+                    if self.streams[number].on.is_some_and(|(_, _, sender)| code != error_code(sender)) {
+                        self.fail("errors keep their code", format!("{code}, stream {number}"));
                     }
                     self.check_end(number, true);
                     reactions.push(Reaction::StreamOver(number));
@@ -133,7 +136,8 @@ impl World {
             }
             if let Some(index) = self.find(self.senders[number].lane) {
                 let window = Arc::clone(&self.senders[number].window);
-                self.lanes[index].state.finish(&window, error.then_some(ERROR_TEXT));
+                let error = error.then(|| StreamError { code: error_code(number), text: ERROR_TEXT });
+                self.lanes[index].state.finish(&window, error);
                 self.changed(index);
                 self.check_memory(index);
             }

@@ -216,7 +216,7 @@ impl World {
             Side::Worker => (self.setup.limit.max(self.setup.max_payload), lane.opened as usize),
             Side::Gateway => (0, self.senders.iter().filter(|sender| sender.lane == lane.peer).count()),
         };
-        let most = data + CONTROL + streams * (4 * CONTROL + ERROR_TEXT.len());
+        let most = data + CONTROL + streams * (5 * CONTROL + ERROR_TEXT.len());
         if backlog > most {
             let text = format!("{}: {backlog} bytes of backlog; the limit is {most}", lane.own);
             self.fail("the backlog is bounded", text);
