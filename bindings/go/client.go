@@ -76,7 +76,8 @@ func (c *Client) Close() error {
 }
 
 func (c *Client) offline() error {
-	return &Error{ErrOffline, fmt.Sprintf("client %q is offline: it was closed or marked offline", c.id)}
+	text := fmt.Sprintf("client %q is offline: it was closed or marked offline", c.id)
+	return &Error{Status: ErrOffline, Message: text}
 }
 
 // endWith ends the stream when the context of its client ends.

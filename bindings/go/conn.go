@@ -209,12 +209,13 @@ func (c *Conn) handleEvent(e *C.presence_event) {
 		}
 	case C.PRESENCE_EVENT_ERROR:
 		if s := c.stream(uint64(e.tag)); s != nil {
-			s.finish(&Error{Status(e.status), string(view(e.data, e.data_len))}, false)
+			text := string(view(e.data, e.data_len))
+			s.finish(&Error{Status: Status(e.status), Message: text, Code: int(e.error_code)}, false)
 		}
 	case C.PRESENCE_EVENT_CONNECTED, C.PRESENCE_EVENT_DISCONNECTED, C.PRESENCE_EVENT_LOG:
 		event := newEvent(e)
 		if event.Kind == Disconnected && event.Subject == "" && event.Status == ErrClosed && !c.closing.Load() {
-			c.end(&Error{ErrDisconnected, "the connection was given up: " + event.Text})
+			c.end(&Error{Status: ErrDisconnected, Message: "the connection was given up: " + event.Text})
 		}
 		c.logEvent(event)
 	}

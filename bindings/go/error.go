@@ -5,7 +5,9 @@ import "C"
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"unsafe"
 )
@@ -57,6 +59,8 @@ type Error struct {
 	// Message says, for people, which value was wrong and why; with ErrRemote it is the worker's text. It may be empty.
 	// It never contains a password or another secret.
 	Message string
+	// Code is the code that the worker gave its error, see [Errorf]; 0 if it gave none.
+	Code int
 }
 
 // Error returns the message, or the description of the status if there is no message.
@@ -70,8 +74,37 @@ func (e *Error) Error() string {
 // Unwrap returns the status, for errors.Is.
 func (e *Error) Unwrap() error { return e.Status }
 
+// Errorf returns an error for a [Handler] to return: it ends the stream, and the requester gets the error's text and
+// code, as the Message and the Code of an [*Error] with ErrRemote. The text is formatted as by fmt.Errorf, and %w wraps
+// an error. So the text of a wrapped error is sent to the requester, too.
+//
+// The code is a number of your choice, from 1 to 2147483647; 0 and all other numbers are no code. Requesters without
+// this library, and those of earlier releases, get the text only.
+func Errorf(code int, format string, args ...any) error {
+	return &handlerError{code, fmt.Errorf(format, args...)}
+}
+
+// handlerError is an error whose text and code the requester may see.
+type handlerError struct {
+	code int
+	err  error
+}
+
+func (e *handlerError) Error() string { return e.err.Error() }
+
+func (e *handlerError) Unwrap() error { return e.err }
+
+// codeOf returns the code of the first error in err's tree that [Errorf] has made; 0 if it has none that can be sent.
+func codeOf(err error) int {
+	var failed *handlerError
+	if errors.As(err, &failed) && failed.code > 0 && failed.code <= math.MaxInt32 {
+		return failed.code
+	}
+	return 0
+}
+
 func invalid(format string, args ...any) error {
-	return &Error{ErrInvalid, fmt.Sprintf(format, args...)}
+	return &Error{Status: ErrInvalid, Message: fmt.Sprintf(format, args...)}
 }
 
 // statusError is the error of a C call that returned only a status; what names the subject of the call.
@@ -79,7 +112,7 @@ func statusError(rc C.presence_status, what string) error {
 	if rc == C.PRESENCE_OK {
 		return nil
 	}
-	return &Error{Status(rc), what + ": " + Status(rc).Error()}
+	return &Error{Status: Status(rc), Message: what + ": " + Status(rc).Error()}
 }
 
 // callError is the error of a C call that filled report when it failed.
@@ -87,7 +120,7 @@ func callError(rc C.presence_status, report *C.presence_error) error {
 	if rc == C.PRESENCE_OK {
 		return nil
 	}
-	return &Error{Status(rc), C.GoString(&report.message[0])}
+	return &Error{Status: Status(rc), Message: C.GoString(&report.message[0])}
 }
 
 // contextError is the error of a call that ended because ctx ended; errors.Is finds ErrCancelled and ctx's cause in it.

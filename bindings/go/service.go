@@ -138,7 +138,7 @@ func (v *Service) Serve(handler Handler) error {
 	default:
 	}
 	if !v.begin(handler) {
-		return &Error{ErrBusy, fmt.Sprintf("service %q: Serve was called before", v.subject)}
+		return &Error{Status: ErrBusy, Message: fmt.Sprintf("service %q: Serve was called before", v.subject)}
 	}
 	<-v.done
 	return v.err
@@ -312,7 +312,7 @@ func (v *Service) waitForHandlers() error {
 		return nil
 	case <-time.After(limit):
 		text := fmt.Sprintf("%d handlers still run %v after their context ended", v.handlers.Load(), limit)
-		return &Error{ErrTimeout, text}
+		return &Error{Status: ErrTimeout, Message: text}
 	}
 }
 

@@ -30,7 +30,11 @@ import (
 // The handler's return ends a stream that has not ended before: nil ends it as [Sender.End] does, an error or a panic
 // ends it with the error "the handler failed". The text of the error or the panic is not sent, because it may contain
 // what the requester must not see. It is logged, a panic with its stack: by the function of [WithLog], or by log.Print
-// without one. To send the text of an error to the requester, return s.SendError(err).
+// without one.
+//
+// To send a text to the requester, return an error that [Errorf] has made, which also has a code. The requester gets
+// the text and the code of exactly this error, also if the handler returns an error that wraps it; it is not logged.
+// Or return s.SendError(err).
 //
 // A handler that sends from another goroutine after its return must call [Sender.Detach] first, or the service needs
 // the option [Detached]. Without either, the handler's return ends the stream, which then looks complete to the reader.
@@ -132,7 +136,7 @@ func (s *Sender) MaxMessage() int {
 func (s *Sender) sendResult(status Status, size int) error {
 	if status == ErrTooLarge {
 		text := fmt.Sprintf("message of %d bytes is too large: the limit is %d", size, s.MaxMessage())
-		return &Error{ErrTooLarge, text}
+		return &Error{Status: ErrTooLarge, Message: text}
 	}
 	err := s.statusError(status)
 	if status == ErrClosed && s.returned.Load() {
@@ -169,15 +173,16 @@ func (s *Sender) state() Status {
 }
 
 // SendError ends the stream with an error whose text is sent to the reader as it is: use it for errors that the reader
-// may see. It fails with ErrClosed if the stream has ended already, and with the reason if the stream was stopped.
+// may see. The code of an error by [Errorf] is sent, too. SendError fails with ErrClosed if the stream has ended
+// already, and with the reason if the stream was stopped.
 func (s *Sender) SendError(err error) error {
 	if err == nil {
 		err = errors.New("unknown error")
 	}
-	return s.endWithError(err.Error())
+	return s.endWithError(codeOf(err), err.Error())
 }
 
-func (s *Sender) endWithError(text string) error {
+func (s *Sender) endWithError(code int, text string) error {
 	text = strings.ToValidUTF8(text, "\uFFFD")
 	s.mu.RLock()
 	status := s.status
@@ -186,7 +191,8 @@ func (s *Sender) endWithError(text string) error {
 	case s.wasCut:
 		status = serveEnded
 	default:
-		status = Status(C.presence_sender_error(s.handle, cString(text), C.size_t(len(text))))
+		size := C.size_t(len(text))
+		status = Status(C.presence_sender_error_code(s.handle, C.int32_t(code), cString(text), size))
 	}
 	s.mu.RUnlock()
 	s.finish()
@@ -308,7 +314,8 @@ func (s *Sender) statusError(status Status) error {
 	}
 	what := fmt.Sprintf("stream of client %q", s.client)
 	if status == ErrClosed && s.returned.Load() {
-		return &Error{ErrClosed, what + ": its handler returned without Detach, which ended the stream"}
+		what += ": its handler returned without Detach, which ended the stream"
+		return &Error{Status: ErrClosed, Message: what}
 	}
 	return statusError(C.presence_status(status), what)
 }
@@ -316,17 +323,20 @@ func (s *Sender) statusError(status Status) error {
 // runHandler runs the handler, and ends the stream according to its result.
 func (s *Sender) runHandler(req *Request) {
 	failure, isDefect := "the handler did not return: it called runtime.Goexit", true
+	var answer *handlerError
 	defer func() {
 		if cause := recover(); cause != nil {
 			failure = fmt.Sprintf("the handler panicked: %v\n%s", cause, debug.Stack())
 		}
 		s.service.handlers.Add(-1) // before the stream's end, after which the requester may request again
-		if failure != "" {
+		if failure != "" || answer != nil {
 			if s.ctx.Err() != nil {
 				s.cut() // has an effect only if the service has ended
 			}
-			// An error that the handler returned because the stream had ended already is not logged.
-			if err := s.endWithError(handlerFailed); err == nil || isDefect {
+			if failure == "" {
+				s.endWithError(codeOf(answer), answer.Error())
+			} else if err := s.endWithError(0, handlerFailed); err == nil || isDefect {
+				// An error that the handler returned because the stream had ended already is not logged.
 				s.log(failure)
 			}
 		} else if !s.detached.Load() {
@@ -337,8 +347,9 @@ func (s *Sender) runHandler(req *Request) {
 		s.service.running.Done()
 	}()
 	err := s.service.callHandler(s, req)
+	isAnswer := errors.As(err, &answer)
 	failure, isDefect = "", false
-	if err != nil {
+	if err != nil && !isAnswer {
 		failure = fmt.Sprint("the handler returned an error: ", err)
 	}
 }

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"math"
 	"net"
 	"reflect"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -131,7 +133,7 @@ func TestFailureTextsAreLoggedAndNotSent(t *testing.T) {
 				case "error":
 					return errors.New(secret)
 				case "wrapped":
-					return fmt.Errorf("%w: %w", ErrRemote, &Error{ErrRemote, secret})
+					return fmt.Errorf("%w: %w", ErrRemote, &Error{Status: ErrRemote, Message: secret})
 				case "detached":
 					s.Detach()
 					return errors.New(secret)
@@ -174,6 +176,87 @@ func TestFailureTextsAreLoggedAndNotSent(t *testing.T) {
 			_, err := read(t, request(t, gateway, "secret", "sent"))
 			wantError(t, err, ErrRemote, "no such model")
 		})
+	}
+}
+
+// What Errorf makes reaches the requester, its code too, and is not logged. What wraps it stays here.
+func TestErrorfReachesTheRequesterWithItsCode(t *testing.T) {
+	const secret = "password=hunter2"
+	cause := errors.New("no such model")
+	s := startServer(t)
+	for _, lanes := range []string{"true", "false"} {
+		t.Run("lanes "+lanes, func(t *testing.T) {
+			worker, gateway := connect(t, s, With("lanes", lanes)), connect(t, s)
+			serve(t, worker, "codes", func(ctx context.Context, req *Request, s *Sender) error {
+				switch req.ClientID {
+				case "returned":
+					return Errorf(404, "%w: %q", cause, req.Data)
+				case "wrapped":
+					return fmt.Errorf("%s: %w", secret, Errorf(404, "%w", cause))
+				case "joined":
+					return errors.Join(errors.New(secret), Errorf(math.MaxInt32, "no such model"))
+				case "detached":
+					s.Detach()
+					return Errorf(1, "no such model")
+				case "sent":
+					return s.SendError(fmt.Errorf("sorry: %w", Errorf(404, "no such model")))
+				case "busy":
+					return Errorf(7, "server busy")
+				case "too large":
+					code := int64(math.MaxInt32) + 1
+					return Errorf(int(code), "no such model")
+				case "negative":
+					return Errorf(-1, "no such model")
+				case "upstream": // what another worker has sent to this process
+					return &Error{Status: ErrRemote, Message: secret, Code: 500}
+				case "ended":
+					must(t, s.End())
+					return Errorf(404, "too late")
+				case "panic":
+					panic(Errorf(404, secret))
+				case "nil error":
+					return (*badError)(nil)
+				}
+				return Errorf(0, "no such model")
+			})
+			for id, want := range map[string]Error{
+				"returned":  {ErrRemote, `no such model: "gpt"`, 404},
+				"wrapped":   {ErrRemote, "no such model", 404},
+				"joined":    {ErrRemote, "no such model", math.MaxInt32},
+				"detached":  {ErrRemote, "no such model", 1},
+				"sent":      {ErrRemote, "sorry: no such model", 404},
+				"busy":      {ErrBusy, "server busy", 7},
+				"too large": {ErrRemote, "no such model", 0},
+				"negative":  {ErrRemote, "no such model", 0},
+				"zero":      {ErrRemote, "no such model", 0},
+				"upstream":  {ErrRemote, handlerFailed, 0},
+				"panic":     {ErrRemote, handlerFailed, 0},
+				"nil error": {ErrRemote, handlerFailed, 0},
+			} {
+				stream, err := gateway.Request(t.Context(), "codes", []byte("gpt"), id)
+				must(t, err)
+				_, err = read(t, stream)
+				var got *Error
+				if !errors.As(err, &got) || *got != want {
+					t.Errorf("%s: the requester gets %#v", id, err)
+				}
+			}
+			if got, err := read(t, request(t, gateway, "codes", "ended")); len(got) != 0 || err != nil {
+				t.Errorf("an error after the end: %q, %v", got, err)
+			}
+			eventually(t, "all streams have ended", func() bool { return worker.sendersLeft() == 0 })
+			worker.events.mu.Lock()
+			defer worker.events.mu.Unlock()
+			for _, event := range worker.events.all {
+				if event.Kind == Log && !slices.Contains([]string{"upstream", "panic", "nil error"}, event.ClientID) {
+					t.Errorf("logged: %+v", event)
+				}
+			}
+		})
+	}
+	err := Errorf(404, "%w: %d", cause, 5)
+	if err.Error() != "no such model: 5" || !errors.Is(err, cause) || errors.Is(err, ErrRemote) {
+		t.Errorf("%#v", err)
 	}
 }
 

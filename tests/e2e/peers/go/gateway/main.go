@@ -53,7 +53,8 @@ func tellError(client string, err error) {
 	if !errors.As(err, &failed) {
 		log.Fatal(err)
 	}
-	fmt.Printf("{\"event\": \"error\", \"client\": %q, \"status\": %d, \"text\": %q}\n", client, failed.Status, failed.Message)
+	fmt.Printf("{\"event\": \"error\", \"client\": %q, \"status\": %d, \"text\": %q, \"code\": %d}\n",
+		client, failed.Status, failed.Message, failed.Code)
 }
 
 // with reads an option, KEY=VALUE.

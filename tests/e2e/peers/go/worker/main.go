@@ -56,7 +56,7 @@ func answer(req *presence.Request, s *presence.Sender, finishing <-chan struct{}
 	switch what {
 	case "count":
 		count, _ = strconv.Atoi(argument)
-	case "fail":
+	case "fail", "code":
 		count = 1
 	case "endless":
 		pause = time.Millisecond
@@ -72,6 +72,11 @@ func answer(req *presence.Request, s *presence.Sender, finishing <-chan struct{}
 	}
 	if what == "fail" {
 		return s.SendError(errors.New(argument))
+	}
+	if what == "code" {
+		number, text, _ := strings.Cut(argument, " ")
+		code, _ := strconv.Atoi(number)
+		return s.SendError(presence.Errorf(code, "%s", text))
 	}
 	return s.End()
 }
