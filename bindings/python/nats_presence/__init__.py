@@ -7,7 +7,7 @@ its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedErro
 - With threads: connect() returns a Connection. A worker uses its serve(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
 - Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
-  derive from StreamStoppedError.
+  derive from StreamStoppedError. A handler raises HandlerError to send its reader an error with a text and a code.
 
 Durations are in seconds, except in options whose names end with _ms.
 """
@@ -21,6 +21,7 @@ from .errors import (
     DisconnectedError,
     ForkedError,
     FullError,
+    HandlerError,
     InternalError,
     InvalidError,
     NoRespondersError,
@@ -47,6 +48,7 @@ __all__ = [
     "DisconnectedError",
     "ForkedError",
     "FullError",
+    "HandlerError",
     "InternalError",
     "InvalidError",
     "NoRespondersError",

@@ -15,7 +15,17 @@ from . import _ffi
 from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
 from ._events import Event, EventBatch, decode_text
 from ._ffi import lib
-from .errors import ClosedError, InvalidError, PresenceError, TooLargeError, check, check_error, error
+from .errors import (
+    ClosedError,
+    HandlerError,
+    InvalidError,
+    PresenceError,
+    TooLargeError,
+    check,
+    check_code,
+    check_error,
+    error,
+)
 from .presence import encode_id
 
 log = logging.getLogger("nats_presence")
@@ -135,10 +145,13 @@ class BaseSender:
         """
         self._check_end(lib.presence_sender_end(self._handle))
 
-    def error(self, message: str) -> None:
-        """Ends the stream with an error. The reader gets `message`. Raises as end(), and ClosedError after an end."""
+    def error(self, message: str, code: int = 0) -> None:
+        """Ends the stream with an error. The reader gets `message`, and `code` (see HandlerError).
+
+        Raises as end(), and ClosedError after an end.
+        """
         raw = encode_payload(message)
-        self._check_end(lib.presence_sender_error(self._handle, raw, len(raw)))
+        self._check_end(lib.presence_sender_error_code(self._handle, check_code(code), raw, len(raw)))
 
     def detach(self) -> None:
         """Keeps the stream open after the handler returns. You then have to keep the sender, and to call end()."""
@@ -161,15 +174,19 @@ class BaseSender:
         """Ends the stream with the exception that the handler raised, unless that is why the stream has ended."""
         if isinstance(failure, PresenceError) and failure.status == self.status:
             return
-        log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
-        reason = HANDLER_FAILED
-        if send_errors:
-            try:
-                reason = str(failure).encode(errors="replace").decode() or type(failure).__name__
-            except BaseException:
-                reason = type(failure).__name__
+        code = 0
+        if isinstance(failure, HandlerError):
+            reason, code = failure.message.encode(errors="replace").decode(), failure.code
+        else:
+            log.error("the handler of a stream of client %r failed", self.client_id, exc_info=failure)
+            reason = HANDLER_FAILED
+            if send_errors:
+                try:
+                    reason = str(failure).encode(errors="replace").decode() or type(failure).__name__
+                except BaseException:
+                    reason = type(failure).__name__
         try:
-            self.error(reason)
+            self.error(reason, code)
         except PresenceError as ended:
             log.debug("%s", ended)
 

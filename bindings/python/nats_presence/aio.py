@@ -338,8 +338,8 @@ class Connection(BaseConnection):
         A handler is a function, or an async generator that yields the messages to send. If one of them cannot be sent,
         the generator is closed. When the handler returns, the stream ends, unless the handler called Sender.detach().
         When it raises, the stream ends with an error: the reader gets "the handler failed" or, with `send_errors`, the
-        exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
-        `nats_presence` logs the exception.
+        exception's text, which may contain secrets. The logger `nats_presence` logs the exception. To send a text of
+        your own and a code, raise HandlerError, or use sender.error().
         When the client leaves, or the stream ends otherwise, the handler's task is cancelled. The message of the
         CancelledError is the reason. Further sends raise StreamStoppedError.
         Raises InvalidError (also a TypeError, if the handler is a generator without async), ClosedError and
@@ -489,7 +489,7 @@ class Connection(BaseConnection):
                 stream._end(None)
         elif kind == _ffi.EVENT_ERROR:
             if (stream := self._stream(event.tag)) is not None:
-                stream._end(error(event.status, event.text))
+                stream._end(error(event.status, event.text, event.error_code))
         elif kind == _ffi.EVENT_REQUEST:
             sender = Sender(self, event.sender, event.client)
             handler = self._handlers.get(event.tag)

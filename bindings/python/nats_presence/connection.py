@@ -129,7 +129,7 @@ class Stream(BaseStream, QueueReader[bytes]):
         for index in range(len(messages), len(fields)):  # No message follows the end of a stream.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
-                self._failure = error(event.status, event.text)
+                self._failure = error(event.status, event.text, event.error_code)
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
         return messages
 
@@ -272,9 +272,9 @@ class Connection(BaseConnection):
         A handler is a function, or a generator that yields the messages to send. If one of them cannot be sent, the
         generator is closed. When the handler returns, the stream ends, unless the handler called Sender.detach(). When
         it raises, the stream ends with an error: the reader gets "the handler failed" or, with `send_errors`, the
-        exception's text, which may contain secrets. To send a text of your own, use sender.error(). The logger
-        `nats_presence` logs the exception. A handler learns that its client has left from `sender.closed`, or when it
-        sends.
+        exception's text, which may contain secrets. The logger `nats_presence` logs the exception. To send a text of
+        your own and a code, raise HandlerError, or use sender.error(). A handler learns that its client has left from
+        `sender.closed`, or when it sends.
         Raises InvalidError (also a TypeError, if the handler is async), ClosedError and PresenceTimeoutError;
         DisconnectedError or FullError if nats-server refuses the subscription. If nats-server refuses it later,
         on_event gets an event with the subject, and the connection tries to subscribe again.

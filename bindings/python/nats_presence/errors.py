@@ -6,9 +6,14 @@ from . import _ffi
 
 
 class PresenceError(Exception):
-    """The base class of this package's exceptions. `status` is the C library's status, `message` a description."""
+    """The base class of the exceptions that this package raises.
+
+    `status` is the C library's status, `message` a description. `code` is the code that the worker gave the error which
+    ended its stream (see HandlerError), usually of a RemoteError; 0 if it gave none.
+    """
 
     status = _ffi.INTERNAL
+    code = 0
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -95,7 +100,7 @@ class PresenceTimeoutError(PresenceError, TimeoutError):
 
 
 class RemoteError(PresenceError):
-    """The worker ended the stream with an error; `message` is its text."""
+    """The worker ended the stream with an error; `message` is its text, and `code` its code, or 0."""
 
     status = _ffi.REMOTE
 
@@ -112,6 +117,35 @@ class InternalError(PresenceError):
     status = _ffi.INTERNAL
 
 
+class HandlerError(Exception):
+    """Raise it in a handler to end the stream with an error whose text and code the reader may see.
+
+    The reader gets a RemoteError with this `message` and `code`. Other exceptions in a handler reach the reader as "the
+    handler failed". The code is a number of your choice, from 1 to 2147483647; 0 is none. Readers without this library,
+    and those of earlier releases, get the text only.
+    """
+
+    message = ""
+    code = 0
+
+    def __init__(self, message: str, code: int = 0) -> None:
+        super().__init__(message, code)
+        if not isinstance(message, str):
+            raise InvalidError(f"message {message!r:.80}: must be a str")
+        self.message = message
+        self.code = check_code(code)
+
+    def __str__(self) -> str:
+        return f"error {self.code}: {self.message}" if self.code else self.message
+
+
+def check_code(code: int) -> int:
+    """Returns a worker's code if it is valid."""
+    if not isinstance(code, int) or not 0 <= code < 2**31:
+        raise InvalidError(f"code {code!r:.80}: must be an int from 0 to {2**31 - 1}")
+    return code
+
+
 _BY_STATUS = {
     kind.status: kind
     for kind in [*PresenceError.__subclasses__(), *StreamStoppedError.__subclasses__()]
@@ -125,9 +159,12 @@ def status_text(status: int) -> str:
     return text.decode()
 
 
-def error(status: int, message: str) -> PresenceError:
-    """Makes the exception for a status."""
-    return _BY_STATUS.get(status, InternalError)(message or status_text(status))
+def error(status: int, message: str, code: int = 0) -> PresenceError:
+    """Makes the exception for a status. `code` is the worker's, for the end of a stream."""
+    made = _BY_STATUS.get(status, InternalError)(message or status_text(status))
+    if code:
+        made.code = code
+    return made
 
 
 def check(status: int, what: str) -> None:

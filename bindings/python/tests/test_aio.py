@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import Queue
@@ -27,6 +27,7 @@ from nats_presence import (
     ConnectionEvent,
     DisconnectedError,
     FullError,
+    HandlerError,
     NoRespondersError,
     OfflineError,
     PresenceError,
@@ -286,6 +287,32 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
         assert error.message == ("no such model: ü, password=hunter2" if send_errors else "the handler failed")
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert "hunter2" in caplog.text
+
+    run(test)
+
+
+def test_a_handler_sends_an_error_with_a_code(run: Callable[[Test], None], caplog: pytest.LogCaptureFixture) -> None:
+    async def test(conn: Connection) -> None:
+        async def as_generator(request: Request, sender: Sender) -> AsyncIterator[str]:
+            yield "part"
+            raise HandlerError("no such model: ü", code=2**31 - 1)
+
+        async def by_sender(request: Request, sender: Sender) -> None:
+            sender.error("no such model: ü", code=2**31 - 1)
+
+        async def busy(request: Request, sender: Sender) -> None:
+            raise HandlerError("server busy", code=7)
+
+        handlers: list[tuple[str, Any, int, str, int]] = [
+            ("generator", as_generator, RemoteError.status, "no such model: ü", 2**31 - 1),
+            ("sender", by_sender, RemoteError.status, "no such model: ü", 2**31 - 1),
+            ("busy", busy, BusyError.status, "server busy", 7),
+        ]
+        for subject, handler, status, message, code in handlers:
+            await conn.serve(subject, handler)
+            error = await failure(conn.stream(subject))
+            assert (error.status, error.message, error.code) == (status, message, code)
+        assert not caplog.records
 
     run(test)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import ctypes
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -196,6 +197,25 @@ def test_each_status_has_an_exception() -> None:
         assert (failure.status, failure.message, str(failure)) == (status, "why", "why")
         assert type(failure).__name__ in nats_presence.__all__
     assert isinstance(errors.error(-99, "?"), nats_presence.InternalError)
+
+
+def test_handler_errors_are_checked_and_copied() -> None:
+    failed = nats_presence.HandlerError("why", 42)
+    assert str(failed) == "error 42: why"
+    assert str(nats_presence.HandlerError("why")) == "why"
+    copied = pickle.loads(pickle.dumps(failed))
+    assert (type(copied), copied.message, copied.code) == (nats_presence.HandlerError, "why", 42)
+    assert not isinstance(failed, nats_presence.PresenceError)
+    codes: list[Any] = [-1, 2**31, "4", None, 1.5]
+    for code in codes:
+        with pytest.raises(nats_presence.InvalidError, match="code"):
+            nats_presence.HandlerError("why", code)
+    no_text: Any = 42
+    with pytest.raises(nats_presence.InvalidError, match="message 42: must be a str"):
+        nats_presence.HandlerError(no_text)
+    copied = pickle.loads(pickle.dumps(errors.error(_ffi.REMOTE, "why", 42)))
+    assert (type(copied), copied.message, copied.code) == (nats_presence.RemoteError, "why", 42)
+    assert errors.error(_ffi.REMOTE, "why").code == 0
 
 
 def test_exceptions_are_the_builtins_that_programs_catch() -> None:

@@ -28,6 +28,8 @@ from nats_presence import (
     ConnectionEvent,
     DisconnectedError,
     FullError,
+    HandlerError,
+    InvalidError,
     NoRespondersError,
     OfflineError,
     PresenceError,
@@ -272,6 +274,55 @@ def test_a_handlers_exception_ends_the_stream_with_an_error(
     until(lambda: len(caplog.records) == 2)
     assert caplog.records[0].name == "nats_presence"
     assert caplog.records[0].levelno == logging.ERROR
+
+
+@pytest.mark.parametrize("send_errors", [False, True])
+def test_a_handler_sends_an_error_with_a_code(
+    conn: Connection, send_errors: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def as_generator(request: Request, sender: Sender) -> Iterator[str]:
+        yield "part"
+        raise HandlerError("no such model: ü", code=404)
+
+    def by_sender(request: Request, sender: Sender) -> None:
+        with pytest.raises(InvalidError, match="code 2147483648: must be an int from 0 to 2147483647"):
+            sender.error("x", code=2**31)
+        sender.send("part")
+        sender.error("no such model: ü", code=404)
+
+    def without_code(request: Request, sender: Sender) -> None:
+        sender.send("part")
+        raise HandlerError("no such model: \udcfc")
+
+    def wrong_code(request: Request, sender: Sender) -> None:
+        sender.send("part")
+        raise HandlerError("no such model: ü", code=-1)
+
+    def upstream(request: Request, sender: Sender) -> None:
+        sender.send("part")
+        failed = RemoteError("no such model: ü")
+        failed.code = 404
+        raise failed
+
+    handlers: list[tuple[str, Any, str, int]] = [
+        ("generator", as_generator, "no such model: ü", 404),
+        ("sender", by_sender, "no such model: ü", 404),
+        ("none", without_code, "no such model: ?", 0),
+    ]
+    for subject, handler, message, code in handlers:
+        conn.serve(subject, handler, send_errors=send_errors)
+        error = failure(conn.stream(subject))
+        assert isinstance(error, RemoteError)
+        assert (error.message, error.code, str(error)) == (message, code, message)
+    until(lambda: conn.stats()["senders"] == 0)
+    assert not caplog.records
+    # What is not meant for the reader is treated as any exception.
+    for subject, handler in [("wrong", wrong_code), ("upstream", upstream)]:
+        conn.serve(subject, handler)
+        error = failure(conn.stream(subject))
+        assert isinstance(error, RemoteError)
+        assert (error.message, error.code) == ("the handler failed", 0)
+    until(lambda: len(caplog.records) == 2)
 
 
 def test_only_the_streams_own_end_is_not_logged(conn: Connection, caplog: pytest.LogCaptureFixture) -> None:
