@@ -8,7 +8,7 @@ import pytest
 from harness import GATEWAYS, WORKERS, Program, Server, command
 
 CLIENTS = ["ann", "bob", "cho"]
-OFFLINE, NO_RESPONDERS, REMOTE = -2, -10, -13
+OFFLINE, NO_RESPONDERS, BUSY, REMOTE = -2, -10, -11, -13
 
 
 @pytest.fixture
@@ -98,9 +98,20 @@ def test_worker_error_arrives(gateway: Program, worker: Program) -> None:
     gateway.send_line("request svc ann fail no such model: 模型")
     receive(gateway, "ann", 0, 1)
     error = gateway.wait(event="error", client="ann")
-    assert (error["status"], error["text"]) == (REMOTE, "no such model: 模型")
+    assert (error["status"], error["text"], error["code"]) == (REMOTE, "no such model: 模型", 0)
     done = worker.wait(event="done")
     assert (done["sent"], done["why"], done["accepted"]) == (1, 0, 0)
+
+
+@every_worker
+@every_gateway
+def test_worker_error_arrives_with_its_code(gateway: Program, worker: Program) -> None:
+    for code, text, status in [(404, "no such model: 模型", REMOTE), (2**31 - 1, "server busy", BUSY)]:
+        gateway.send_line(f"request svc ann code {code} {text}")
+        receive(gateway, "ann", 0, 1)
+        error = gateway.wait(event="error", client="ann")
+        assert (error["status"], error["text"], error["code"]) == (status, text, code)
+        assert worker.wait(event="done")["why"] == 0
 
 
 @every_gateway

@@ -50,8 +50,8 @@ static void print_event(const presence_event *event) {
       printf("{\"event\": \"end\", \"client\": \"%s\"}\n", client);
       break;
     case PRESENCE_EVENT_ERROR:
-      printf("{\"event\": \"error\", \"client\": \"%s\", \"status\": %d, \"text\": \"%.*s\"}\n", client, event->status,
-             length, event->data);
+      printf("{\"event\": \"error\", \"client\": \"%s\", \"status\": %d, \"text\": \"%.*s\", \"code\": %d}\n", client,
+             event->status, length, event->data, event->error_code);
       break;
   }
 }

@@ -20,7 +20,7 @@ async def read(stream: aio.Stream, client: str) -> None:
             emit(event="data", client=client, data=message.decode())
         emit(event="end", client=client)
     except PresenceError as error:
-        emit(event="error", client=client, status=error.status, text=str(error))
+        emit(event="error", client=client, status=error.status, text=str(error), code=error.code)
 
 
 async def main(url: str, lanes: str, *options: str) -> None:

@@ -20,7 +20,7 @@ def read(stream: presence.Stream, client: str) -> None:
             emit(event="data", client=client, data=message.decode())
         emit(event="end", client=client)
     except presence.PresenceError as error:
-        emit(event="error", client=client, status=error.status, text=str(error))
+        emit(event="error", client=client, status=error.status, text=str(error), code=error.code)
 
 
 options = dict(option.split("=", 1) for option in sys.argv[3:])

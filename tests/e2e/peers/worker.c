@@ -4,6 +4,7 @@
  *   count N     N messages "CLIENT 0", "CLIENT 1", ...
  *   endless     the same, until "finish" is read from standard input
  *   fail TEXT   one message, then an error
+ *   code N TEXT the same, with this code
  *
  * It prints when it is ready, and for each stream the number of messages sent, the presence_status with which it ended,
  * and how many of a hundred further sends were accepted. It exits at the end of its input.
@@ -54,13 +55,16 @@ static void begin(const presence_event *event) {
 
 /* Sends part of what the request asks for; less when the sender is full. */
 static void go_on(struct stream *s) {
-  bool is_endless = strcmp(s->request, "endless") == 0, fails = strncmp(s->request, "fail ", 5) == 0;
+  bool is_endless = strcmp(s->request, "endless") == 0, has_code = strncmp(s->request, "code ", 5) == 0;
+  bool fails = has_code || strncmp(s->request, "fail ", 5) == 0;
   long count = fails ? 1 : is_endless ? (is_finishing ? 0 : s->sent + BURST) : atol(s->request + strlen("count "));
   int32_t status = PRESENCE_OK;
   for (int i = 0; i < BURST && s->sent < count && status == PRESENCE_OK; i++) status = send_next(s);
   if (status == PRESENCE_OK && s->sent >= count && (!is_endless || is_finishing)) {
-    const char *text = s->request + strlen("fail ");
-    finish(s, fails ? presence_sender_error(s->sender, text, strlen(text)) : presence_sender_end(s->sender));
+    char *text = s->request + strlen("fail ");
+    int32_t code = has_code ? (int32_t)strtol(text, &text, 10) : 0;
+    if (has_code) finish(s, presence_sender_error_code(s->sender, code, text + 1, strlen(text + 1)));
+    else finish(s, fails ? presence_sender_error(s->sender, text, strlen(text)) : presence_sender_end(s->sender));
   } else if (status != PRESENCE_OK && status != PRESENCE_FULL) {
     finish(s, status);
   }

@@ -23,7 +23,7 @@ async def main(url: str, subject: str, lanes: str, *options: str) -> None:
 
         async def answer(request: Request, sender: aio.Sender) -> None:
             what, _, argument = request.data.decode().partition(" ")
-            count = {"fail": 1, "endless": sys.maxsize}.get(what) or int(argument)
+            count = {"fail": 1, "code": 1, "endless": sys.maxsize}.get(what) or int(argument)
             why = 0
             try:
                 while sender.send_count < count and not (what == "endless" and finishing.is_set()):
@@ -32,6 +32,9 @@ async def main(url: str, subject: str, lanes: str, *options: str) -> None:
                         await asyncio.sleep(0.001)
                 if what == "fail":
                     sender.error(argument)
+                elif what == "code":
+                    code, _, text = argument.partition(" ")
+                    sender.error(text, code=int(code))
                 else:
                     sender.end()
             except asyncio.CancelledError:

@@ -21,7 +21,7 @@ def emit(**event: object) -> None:
 
 def answer(request: presence.Request, sender: presence.Sender) -> None:
     what, _, argument = request.data.decode().partition(" ")
-    count = {"fail": 1, "endless": sys.maxsize}.get(what) or int(argument)
+    count = {"fail": 1, "code": 1, "endless": sys.maxsize}.get(what) or int(argument)
     why = 0
     try:
         while sender.send_count < count and not (what == "endless" and finishing.is_set()):
@@ -30,6 +30,9 @@ def answer(request: presence.Request, sender: presence.Sender) -> None:
                 time.sleep(0.001)
         if what == "fail":
             sender.error(argument)
+        elif what == "code":
+            code, _, text = argument.partition(" ")
+            sender.error(text, code=int(code))
         else:
             sender.end()
     except presence.PresenceError as error:
