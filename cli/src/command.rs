@@ -208,11 +208,14 @@ fn is_running(group: Pid) -> bool {
     killpg(group, None).is_ok() && fs::read_dir("/proc").map_or(true, |all| all.flatten().any(is_running))
 }
 
-/// Says how a command has failed, or returns `None` for success.
-pub fn failure(status: ExitStatus) -> Option<String> {
+/// Says how a command has failed, as a code and a text, or returns `None` for success.
+pub fn failure(status: ExitStatus) -> Option<(i32, String)> {
     match (status.code(), status.signal()) {
         (Some(0), _) => None,
-        (Some(code), _) => Some(format!("the command exited with status {code}")),
-        (None, signal) => Some(format!("the command was killed by signal {}", signal.unwrap_or_default())),
+        (Some(code), _) => Some((code, format!("the command exited with status {code}"))),
+        (None, signal) => {
+            let signal = signal.unwrap_or_default();
+            Some((128 + signal, format!("the command was killed by signal {signal}")))
+        }
     }
 }

@@ -13,7 +13,8 @@ use std::time::Duration;
 /// Request a stream and print its messages
 ///
 /// Each message is printed on a line of its own. The program ends when the worker ends
-/// the stream.
+/// the stream. If the worker ends it with an error, its text goes to the standard error,
+/// after its code if it has one ("error 3: ...").
 ///
 /// On Ctrl-C or SIGTERM, and when the reader of the output has gone, the client leaves: it
 /// is marked offline, and this is announced to all workers. The worker of this stream
@@ -122,8 +123,8 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
                 out.extend_from_slice(event.data);
                 out.extend_from_slice(if args.raw { b"" } else { b"\n" });
             }
-            Kind::End => end = Some((Status::Ok, String::new())),
-            Kind::Error => end = Some((event.status, terminal::printable(event.data))),
+            Kind::End => end = Some((Status::Ok, 0, String::new())),
+            Kind::Error => end = Some((event.status, event.error_code, terminal::printable(event.data))),
             _ => {}
         })?;
         if let Err(error) = terminal::write(&out) {
@@ -133,7 +134,7 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
             }
             client.leave(code);
         }
-        let Some((status, text)) = end else { continue };
+        let Some((status, code, text)) = end else { continue };
         // From here on a signal ends the program at once. If one came before, the stream may have ended by it.
         if client.has_left.swap(true, Ordering::AcqRel) {
             wait_for_end();
@@ -142,7 +143,8 @@ pub fn run(args: &RequestArgs, connect: &ConnectArgs) -> Result<(), Failure> {
         if status == Status::Ok {
             return Ok(());
         }
-        let message = if text.is_empty() { status.to_string() } else { text };
+        let text = if text.is_empty() { status.to_string() } else { text };
+        let message = if code == 0 { text } else { format!("error {code}: {text}") };
         return Err(Failure { code: exit_code(status), message });
     }
 }

@@ -25,8 +25,8 @@ use std::time::{Duration, Instant};
 /// Both come from the client: a command must not trust them, nor its input.
 ///
 /// When the client leaves, the command and all processes of its process group get SIGTERM,
-/// and after --grace SIGKILL. If the command fails, the stream ends with an error that
-/// names its exit status.
+/// and after --grace SIGKILL. If the command fails, the stream ends with an error whose
+/// code is its exit status (after a signal: 128 and its number).
 ///
 /// SIGINT (Ctrl-C) and SIGTERM: no more requests are accepted, and the program ends when
 /// the running commands have. A second signal kills them.
@@ -234,9 +234,9 @@ impl Job {
                 let _ = self.sender.end();
                 return self.log("ended");
             }
-            Ok(Some(failure)) => {
-                let _ = self.sender.error(failure.as_bytes());
-                return self.log(&failure);
+            Ok(Some((code, text))) => {
+                let _ = self.sender.error_with_code(code, text.as_bytes());
+                return self.log(&text);
             }
             Err(why) => why,
         };
@@ -254,8 +254,8 @@ impl Job {
         self.log("the command has ended");
     }
 
-    /// Sends the command's output. Returns how the command has failed, if it has.
-    fn relay(&self, running: &mut Running<'_>) -> Result<Option<String>, Stop> {
+    /// Sends the command's output. Returns how the command has failed, if it has: a code and a text.
+    fn relay(&self, running: &mut Running<'_>) -> Result<Option<(i32, String)>, Stop> {
         let mut messages = Messages::new(self.args.raw);
         loop {
             match running.next()? {

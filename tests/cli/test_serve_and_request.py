@@ -220,7 +220,10 @@ def test_offline_stops_the_streams_of_the_client_only(serve: Start, start: Start
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("echo one; exit 3", "the command exited with status 3"), ("echo one; kill -9 $$", "killed by signal 9")],
+    [
+        ("echo one; exit 3", "error 3: the command exited with status 3"),
+        ("echo one; kill -9 $$", "error 137: the command was killed by signal 9"),
+    ],
 )
 def test_failed_command_is_named(serve: Start, run: Run, text: str, message: str) -> None:
     serve("fail", "--", "sh", "-c", text)
