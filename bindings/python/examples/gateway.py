@@ -17,22 +17,21 @@ import socket
 import uuid
 from contextlib import suppress
 
-from nats_presence import PresenceError, aio, session
+from nats_presence import Client, PresenceError, aio, client
 
 URL = os.environ.get("NATS_URL", "nats://127.0.0.1:4222")
 SUBJECT = os.environ.get("SUBJECT", "answers")
 PORT = int(os.environ.get("PORT", "8080"))
 KEEPALIVE = float(os.environ.get("KEEPALIVE", "15"))
 
-Client = asyncio.StreamWriter
-clients: dict[str, Client] = {}
+clients: dict[str, tuple[Client, asyncio.StreamWriter]] = {}
 
 
-async def write_event(client: Client, kind: str, data: str) -> None:
+async def write_event(browser: asyncio.StreamWriter, kind: str, data: str) -> None:
     """Sends an event. Each line break starts a new data line; otherwise a message could forge other events."""
     lines = "".join(f"data: {line}\n" for line in re.split("\r\n|\r|\n", data))
-    client.write(f"event: {kind}\n{lines}\n".encode())
-    await client.drain()
+    browser.write(f"event: {kind}\n{lines}\n".encode())
+    await browser.drain()
 
 
 def respond(writer: asyncio.StreamWriter, status: str, body: str = "") -> None:
@@ -60,8 +59,8 @@ async def events(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     client_id = uuid.uuid4().hex
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n")
     leaving = asyncio.create_task(wait_until_it_leaves(reader))
-    with session(client_id):
-        clients[client_id] = writer
+    with client(client_id) as connected:
+        clients[client_id] = connected, writer
         try:
             await write_event(writer, "connected", client_id)
             while not leaving.done():
@@ -74,21 +73,21 @@ async def events(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     print(f"{client_id}: left", flush=True)
 
 
-async def ask(conn: aio.Connection, client_id: str, question: bytes) -> None:
-    """Forwards the answer to the client's connection."""
-    client, count = clients[client_id], 0
+async def ask(conn: aio.Connection, connected: Client, browser: asyncio.StreamWriter, question: bytes) -> None:
+    """Forwards the answer to the client's connection. If the client has left meanwhile, the request fails."""
+    client_id, count = connected.client_id, 0
     try:
-        async with conn.stream(SUBJECT, question, client_id=client_id, timeout=600) as stream:
+        async with connected.stream(conn, SUBJECT, question, timeout=600) as stream:
             async for message in stream:
-                await write_event(client, "message", message.decode(errors="replace"))
+                await write_event(browser, "message", message.decode(errors="replace"))
                 count += 1
-        await write_event(client, "end", "")
+        await write_event(browser, "end", "")
         print(f"{client_id}: forwarded all {count}", flush=True)
     except (PresenceError, OSError) as error:
         print(f"{client_id}: forwarded {count}: {error}", flush=True)
-        if client_id in clients:  # An incomplete answer must not look complete.
+        if connected.online:  # An incomplete answer must not look complete.
             with suppress(OSError):
-                await write_event(client, "error", "the answer is incomplete")
+                await write_event(browser, "error", "the answer is incomplete")
 
 
 async def main() -> None:
@@ -105,11 +104,11 @@ async def main() -> None:
                     await events(reader, writer)
                 elif (method, path) != ("POST", "/ask"):
                     respond(writer, "404 Not Found")
-                elif (client_id := headers.get("x-connect-id", "")) not in clients:
+                elif (asking := clients.get(headers.get("x-connect-id", ""))) is None:
                     respond(writer, "409 Conflict", "X-Connect-ID does not name a connected client\n")
                 else:
                     question = await reader.readexactly(int(headers.get("content-length", "0")))
-                    task = asyncio.create_task(ask(conn, client_id, question))
+                    task = asyncio.create_task(ask(conn, *asking, question))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
                     respond(writer, "202 Accepted")

@@ -4,6 +4,7 @@ A *worker* serves requests for streams. A *gateway* requests streams on behalf o
 its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedError`.
 
 - Presence in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
+- A gateway's clients: client() returns a Client, whose late requests fail. For threads and asyncio.
 - With threads: connect() returns a Connection. A worker uses its serve(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
 - Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
@@ -14,6 +15,7 @@ Durations are in seconds, except in options whose names end with _ms.
 
 from . import aio
 from ._shared import ConnectionEvent, PresenceEvent, Request
+from .client import Client, client
 from .connection import Connection, Sender, Stream, connect
 from .errors import (
     BusyError,
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BusyError",
+    "Client",
     "ClosedError",
     "Connection",
     "ConnectionEvent",
@@ -68,6 +71,7 @@ __all__ = [
     "TooLargeError",
     "Watch",
     "aio",
+    "client",
     "connect",
     "is_client_online",
     "mark_client_offline",

@@ -9,7 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from ctypes import byref, c_size_t, c_uint32, c_void_p, sizeof
-from typing import Callable, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Callable, NamedTuple, NoReturn
 
 from . import _ffi
 from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
@@ -27,6 +27,9 @@ from .errors import (
     error,
 )
 from .presence import encode_id
+
+if TYPE_CHECKING:
+    from .client import Client
 
 log = logging.getLogger("nats_presence")
 
@@ -216,6 +219,8 @@ class BaseStream:
     """How a stream ends for its reader."""
 
     _handle: c_void_p | None = None
+    _client: Client | None = None
+    """The client through which it was requested."""
     _ended = False
     _failure: PresenceError | None = None
     """The error with which the stream has ended, until it is raised."""
@@ -228,6 +233,12 @@ class BaseStream:
         The README says under "Leaving a stream" what its worker gets. It has no effect on a stream that has ended.
         """
         lib.presence_stream_cancel(self._handle)
+
+    def _to_failure(self, event: Event) -> PresenceError:
+        """Converts the event that ended the stream with an error. A client that is closed cancels its streams."""
+        if event.status == _ffi.CANCELLED and self._client is not None and not self._client.online:
+            return self._client._offline_error()
+        return error(event.status, event.text, event.error_code)
 
     def _raise_end(self, stop: type[Exception]) -> NoReturn:
         """Raises the failure of a stream that has ended; after that, and if there is none, `stop`."""

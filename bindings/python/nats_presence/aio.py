@@ -1,7 +1,8 @@
 """The API for asyncio. Each connection has one queue, whose file descriptor the event loop watches.
 
-An object belongs to the event loop in which it was made, and may be used in that loop only. Only marks, sessions, and
-the properties of a sender (status, closed, send_count) may be used from other threads.
+An object belongs to the event loop in which it was made, and may be used in that loop only. Only marks, sessions, the
+properties of a sender (status, closed, send_count), and what a client does without a connection may be used from other
+threads.
 
 No call blocks the loop. These functions of the library wait for nats-server, and run in a thread of their own:
 presence_connect, presence_listen_offline, presence_serve, and presence_close with a drain timeout. The others return
@@ -489,7 +490,7 @@ class Connection(BaseConnection):
                 stream._end(None)
         elif kind == _ffi.EVENT_ERROR:
             if (stream := self._stream(event.tag)) is not None:
-                stream._end(error(event.status, event.text, event.error_code))
+                stream._end(stream._to_failure(event))
         elif kind == _ffi.EVENT_REQUEST:
             sender = Sender(self, event.sender, event.client)
             handler = self._handlers.get(event.tag)

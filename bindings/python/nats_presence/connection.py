@@ -33,7 +33,7 @@ from ._shared import (
     request_options,
     to_connection_event,
 )
-from .errors import PresenceError, check, error
+from .errors import PresenceError, check
 
 
 class Sender(BaseSender):
@@ -129,7 +129,7 @@ class Stream(BaseStream, QueueReader[bytes]):
         for index in range(len(messages), len(fields)):  # No message follows the end of a stream.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
-                self._failure = error(event.status, event.text, event.error_code)
+                self._failure = self._to_failure(event)
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
         return messages
 

@@ -34,7 +34,9 @@ class StreamStoppedError(PresenceError):
 
 
 class OfflineError(StreamStoppedError):
-    """The client is offline: it was marked offline in this process, or another process announced it."""
+    """The client is offline: it was marked offline in this process, or its last session here was closed, or another
+    process announced it. A Client that was closed raises it, too.
+    """
 
     status = _ffi.OFFLINE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import byref, c_void_p
+from typing import TypeVar
 
 from ._ffi import INVALID, lib
 from .errors import InvalidError, check
@@ -62,6 +63,9 @@ def online_count() -> int:
     return int(lib.presence_online_count())
 
 
+S = TypeVar("S", bound="Session")
+
+
 class Session:
     """A connection of a client to this process, such as a browser tab. The client is online while a session is open.
 
@@ -88,13 +92,13 @@ class Session:
         handle, self._handle = self._handle, None
         lib.presence_session_close(handle)
 
-    def __enter__(self) -> Session:
+    def __enter__(self: S) -> S:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    async def __aenter__(self) -> Session:
+    async def __aenter__(self: S) -> S:
         return self
 
     async def __aexit__(self, *error: object) -> None:

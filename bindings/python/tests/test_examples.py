@@ -18,7 +18,7 @@ from test_documented_hosts import vanish
 
 import nats_presence
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (PACKAGE / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", (PACKAGE / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
 SYNC_WORKER, SYNC_GATEWAY, AIO_WORKER, AIO_GATEWAY = BLOCKS
 
 
