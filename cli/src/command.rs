@@ -79,18 +79,19 @@ const OUTPUT: u64 = 0;
 const WAKEUP: u64 = 1;
 
 impl<'w> Running<'w> {
-    /// Starts a command with `input` as its standard input, and these variables in its environment.
+    /// Starts a command with `input` as its standard input. `set` sets its environment.
     pub fn start(
         command: &[OsString],
         input: Vec<u8>,
-        variables: [(&str, &str); 2],
+        set: impl FnOnce(&mut Command),
         wakeup: &'w Wakeup,
     ) -> io::Result<Running<'w>> {
         let (program, arguments) = command.split_first().ok_or(io::ErrorKind::InvalidInput)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&wakeup.event, EpollEvent::new(EpollFlags::EPOLLIN, WAKEUP))?;
         let mut command = Command::new(program);
-        command.args(arguments).envs(variables).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
+        set(&mut command);
+        command.args(arguments).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn()?;
         let group = Pid::from_raw(child.id().cast_signed());
         let (stdin, output) = (child.stdin.take(), child.stdout.take());

@@ -3,6 +3,7 @@
 mod bench;
 mod command;
 mod connect;
+mod environment;
 mod messages;
 mod observe;
 mod request;

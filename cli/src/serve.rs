@@ -4,7 +4,7 @@ use crate::command::{Progress, Running, Wakeup, failure};
 use crate::connect::ConnectArgs;
 use crate::messages::Messages;
 use crate::observe::{is_connection_lost, show_event, show_stats};
-use crate::{Failure, terminal};
+use crate::{Failure, environment, terminal};
 use clap::Args;
 use nats_presence::{Event, Kind, Queue, Sender, Status};
 use signal_hook::consts::SIGCHLD;
@@ -13,6 +13,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,9 +21,15 @@ use std::time::{Duration, Instant};
 /// Serve a subject: each request runs a command
 ///
 /// The request is the command's standard input. Each line of its output is one message of
-/// the stream. Its standard error is that of this program. NATS_PRESENCE_CLIENT and
-/// NATS_PRESENCE_SUBJECT in its environment are the client's id and the request's subject.
-/// Both come from the client: a command must not trust them, nor its input.
+/// the stream. Its standard error is that of this program.
+///
+/// NATS_PRESENCE_CLIENT and NATS_PRESENCE_SUBJECT in its environment are the client's id
+/// and the request's subject. A header such as X-Model: small is there as
+/// NATS_PRESENCE_HEADER_X_MODEL: the name has upper case letters, digits, and _ for all
+/// other characters. A request is refused with an error if two of its headers have the same
+/// variable, if a header has a control character, or if the variables take more than
+/// 65536 bytes. All of this comes from the client: a command must not trust it, nor its
+/// input. In a shell, write "$NATS_PRESENCE_HEADER_X_MODEL" with quotes.
 ///
 /// When the client leaves, the command and all processes of its process group get SIGTERM,
 /// and after --grace SIGKILL. If the command fails, the stream ends with an error whose
@@ -219,8 +226,17 @@ impl From<io::Error> for Stop {
 
 impl Job {
     fn answer(&self) {
-        let variables = [("NATS_PRESENCE_CLIENT", &*self.client), ("NATS_PRESENCE_SUBJECT", &*self.subject)];
-        let mut running = match Running::start(&self.args.command, self.input.clone(), variables, &self.wakeup) {
+        // The client's id, which comes first, has a variable of its own.
+        let headers = (usize::from(!self.client.is_empty())..).map_while(|index| self.sender.header_at(index));
+        let headers = match environment::header_variables(headers) {
+            Ok(headers) => headers,
+            Err(text) => {
+                let _ = self.sender.error(text.as_bytes());
+                return self.log(&text);
+            }
+        };
+        let set = |command: &mut Command| environment::set(command, &self.client, &self.subject, &headers);
+        let mut running = match Running::start(&self.args.command, self.input.clone(), set, &self.wakeup) {
             Ok(running) => running,
             Err(error) => {
                 // The client need not know where the worker has its programs.

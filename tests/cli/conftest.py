@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,14 @@ PROGRAM = ROOT / "build/cli/bin/nats-presence"
 class Process:
     """A running nats-presence. Both outputs are collected unless `stdout` says otherwise."""
 
-    def __init__(self, url: str, *arguments: str, stdout: int = subprocess.PIPE, stdin: int | None = None) -> None:
+    def __init__(
+        self, url: str, *arguments: str, stdout: int = subprocess.PIPE, stdin: int | None = None, **more: str
+    ) -> None:
+        """`more` are variables of its environment."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("NATS_")}
         command = [str(PROGRAM), *arguments]
         self.process = subprocess.Popen(
-            command, env={**environment, "NATS_URL": url}, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE
+            command, env={**environment, "NATS_URL": url, **more}, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE
         )
         self.stderr = b""
         self._changed = threading.Condition()
@@ -135,7 +139,7 @@ def start(server: Server) -> Iterator[Start]:
     """Starts nats-presence with these arguments."""
     with ExitStack() as processes:
 
-        def start(*arguments: str, **options: int) -> Process:
+        def start(*arguments: str, **options: Any) -> Process:
             process = Process(server.url, *arguments, **options)
             processes.callback(process.kill)
             return process
@@ -147,8 +151,8 @@ def start(server: Server) -> Iterator[Start]:
 def serve(start: Start) -> Start:
     """Starts `nats-presence serve` and waits until it serves."""
 
-    def serve(*arguments: str) -> Process:
-        process = start("serve", *arguments)
+    def serve(*arguments: str, **options: Any) -> Process:
+        process = start("serve", *arguments, **options)
         process.wait_for("serving .*\n")
         return process
 

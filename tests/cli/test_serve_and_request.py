@@ -98,6 +98,54 @@ def test_worker_with_plain_nats_gets_headers(start: Start, server: Server) -> No
     assert request.end() == 0
 
 
+PRINT_HEADERS = ["--", "sh", "-c", "env | grep ^NATS_PRESENCE_HEADER_ | sort"]
+
+
+@pytest.mark.parametrize("lanes", ["true", "false"])
+def test_command_gets_headers_as_variables(serve: Start, run: Run, lanes: str) -> None:
+    serve("headers", "-o", f"lanes={lanes}", *PRINT_HEADERS)
+    headers = ["X-Model: small", "path: /tmp", "A.b$(c): $(d) 'e'", "X-Empty:", "twice: one", "twice: two"]
+    done = run("request", "headers", "--client", "me", *(word for header in headers for word in ("-H", header)))
+    assert done.stdout.decode().splitlines() == [
+        "NATS_PRESENCE_HEADER_A_B__C_=$(d) 'e'",
+        "NATS_PRESENCE_HEADER_PATH=/tmp",
+        "NATS_PRESENCE_HEADER_TWICE=one",
+        "NATS_PRESENCE_HEADER_X_EMPTY=",
+        "NATS_PRESENCE_HEADER_X_MODEL=small",
+    ]
+
+
+def test_command_does_not_get_headers_of_another_request(serve: Start, run: Run) -> None:
+    """As a `serve` would that a command of another `serve` has started."""
+    serve("headers", *PRINT_HEADERS, NATS_PRESENCE_HEADER_OLD="old", NATS_PRESENCE_HEADER_NEW="old")
+    assert run("request", "headers", "--client", "", "-H", "New: new").stdout == b"NATS_PRESENCE_HEADER_NEW=new\n"
+
+
+def test_headers_that_a_command_cannot_get_are_refused(serve: Start, run: Run, server: Server) -> None:
+    worker = serve("headers", "--", "echo", "not reached")
+    same = run("request", "headers", "-H", "X-User: me", "-H", "x_user: someone else")
+    large = run("request", "headers", "-H", "X-Large: " + "x" * (1 << 16))
+    for done, message in [
+        (same, b'headers "X-User" and "x_user" would be the same'),
+        (large, b"more than 65536 bytes"),
+    ]:
+        assert (done.returncode, done.stdout) == (REMOTE, b"")
+        assert message in done.stderr
+
+    async def ask() -> bytes:
+        connection = await nats.connect(server.url)
+        answer = await connection.request("headers", headers={"X-Colour": "\x1b[31m"}, timeout=TIMEOUT)
+        await connection.close()
+        return answer.data
+
+    assert (
+        asyncio.run(ask())
+        == b'__STREAM_ERROR__:header "X-Colour" has a control character, ' + b"which this worker does not accept"
+    )
+    worker.wait_for("control character")
+    assert b"\x1b" not in worker.stderr
+
+
 # Leaving ---------------------------------------------------------------------------------------------------------
 
 
