@@ -24,6 +24,7 @@ PARTS = {
     "A client leaves": (7,),
     "Lanes": (8, 9, 10, 13),
     "Go and Python, on lanes": (11, 12),
+    "The Go package message": (16,),
     "Dead gateways and idle streams": (14, 15),
 }
 OURS, THEIRS = 0, 1  # colours
@@ -126,6 +127,7 @@ def cells(figure: Figure) -> str:
 # The plots ------------------------------------------------------------------------------------------------------------
 
 NATS_C, NATS_GO, NATS_PY = "nats.c publish → subscribe", "nats.go publish → subscribe", "nats-py publish → subscribe"
+BY_HAND = "nats.go by hand"
 RATES = (
     ("lane, 16 B, one stream", 8, "16_messages_per_s", NATS_C),
     ("lane, 128 B", 8, "128_messages_per_s", NATS_C),
@@ -136,6 +138,8 @@ RATES = (
     ("short streams, lane, 1000 at once", 13, "streams_per_s", "nats.c, the same 3 messages"),
     ("short streams, level 0, 64 at once", 6, "streams_per_s", "nats.c, the same 3 messages"),
     ("Go, 16 B", 11, "messages_per_s", NATS_GO),
+    ("Go package message, short streams, 16 at once", 16, "16_streams_per_s", BY_HAND),
+    ("Go package message, 16 B", 16, "messages_per_s", BY_HAND),
     ("Python, 16 B, lists of 1000", 12, "threads_lists_messages_per_s", NATS_PY),
     ("Python, 16 B, one at a time", 12, "threads_each_messages_per_s", NATS_PY),
     ("asyncio, 16 B, lists of 1000", 12, "asyncio_lists_messages_per_s", NATS_PY),
