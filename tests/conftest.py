@@ -1,8 +1,13 @@
-"""Tests marked `long` run with `-m long` only."""
+"""Tests marked `long` run with `-m long` only. All suites find the modules of tests/e2e."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "e2e"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
