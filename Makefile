@@ -107,7 +107,7 @@ test: ## Run all checks and tests
 
 .PHONY: tools
 tools: ## Check that the required tools are installed
-	@for tool in $(CARGO) $(PYTHON) go cc c++ pkg-config nm readelf git; do \
+	@for tool in $(CARGO) $(PYTHON) go cc c++ pkg-config nm readelf git curl; do \
 	  command -v $$tool >/dev/null || { echo "$$tool is missing, but the tests need it"; exit 1; }; \
 	done
 
