@@ -1,10 +1,12 @@
-"""docs/operations.md and docs/faq.md name what exists: statistics, options, statuses and texts."""
+"""docs/operations.md and docs/faq.md name what exists, and a deploy as operations.md describes it loses nothing."""
 
 from __future__ import annotations
 
 import re
+import threading
+from typing import Any
 
-from harness import ROOT
+from harness import ROOT, TIMEOUT, Server
 
 PAGE = (ROOT / "docs/operations.md").read_text()
 HEADER = (ROOT / "include/nats_presence.h").read_text()
@@ -41,3 +43,42 @@ def test_options_exist() -> None:
         named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*_(?:ms|bytes|threads|file|socket|streams))\b", page))
         # Fields of presence_stats, and one of nats-server's.
         assert named - {"bytes_waiting", "pending_bytes"} <= options
+
+
+def test_a_worker_is_replaced_without_losing_streams(monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bindings/python"))
+    import nats_presence
+
+    goes_on = threading.Event()
+    served: list[str] = []
+
+    def start(server: Server, name: str) -> Any:
+        def handler(request: Any, sender: Any) -> None:
+            served.append(name)
+            sender.send(name)
+            assert request.data == b"short" or goes_on.wait(TIMEOUT)
+            sender.send("end")
+
+        worker = nats_presence.connect(server.url)
+        worker.serve("deploy", handler, queue="workers", max_streams=1000)
+        return worker
+
+    server = Server()
+    try:
+        with nats_presence.connect(server.url) as gateway:
+            options = {"timeout": TIMEOUT, "retries": 20}
+            old = start(server, "old")
+            running = gateway.stream("deploy", b"long", **options)
+            assert next(running) == b"old"
+            with start(server, "new"):
+                streams = [gateway.stream("deploy", b"short", **options) for _ in range(50)]
+                old.stop()
+                streams += [gateway.stream("deploy", b"short", **options) for _ in range(50)]
+                assert all(list(stream) in ([b"old", b"end"], [b"new", b"end"]) for stream in streams)
+                goes_on.set()
+                assert list(running) == [b"end"]
+                old.run()
+                old.close()
+                assert served.count("new") >= 50
+    finally:
+        server.kill()
