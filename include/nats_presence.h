@@ -1091,6 +1091,20 @@ void presence_config_free(struct presence_config *config);
  */
 presence_status presence_conn_stats(const struct presence_conn *conn, struct presence_stats *out);
 
+/**
+ * Writes the metrics of this process, which are those of all its connections together, as OpenMetrics text: the body
+ * of an answer to Prometheus, with the content type "application/openmetrics-text; version=1.0.0; charset=utf-8".
+ *
+ * At most `cap` bytes are written, with a NUL after the text, which is truncated if it does not fit. The last line of
+ * a complete text is "# EOF". `buf` may be NULL if `cap` is 0. No label has a client's id; a service's metrics have its
+ * subject. docs/metrics.md describes each metric.
+ *
+ * Returns the length of the text without the NUL. If it is `cap` or more the text was truncated: call again with a
+ * larger buffer, and compare again, because the text may have grown. Returns a negative presence_status for an invalid
+ * `buf`.
+ */
+PRESENCE_NODISCARD int64_t presence_metrics(char *buf, size_t cap);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif  // __cplusplus

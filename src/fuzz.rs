@@ -168,7 +168,7 @@ pub fn lane(data: &[u8]) {
             sent = sent.max(header.sequence);
         }
         for (owner, event) in events.drain(..) {
-            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
+            let is_last = !matches!(event, LaneEvent::Data { .. } | LaneEvent::Writable);
             assert!(owner < begun && !ended.contains(&owner), "{event:?} for a stream that has ended");
             assert!(!matches!(event, LaneEvent::Failed(..0, _)), "{event:?} has a negative code");
             if is_last {

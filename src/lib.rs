@@ -15,6 +15,7 @@
 //! | `nats` | everything that touches async-nats: dialling, TLS, messages in, messages out |
 //! | `presence` | who is online in this process; stops senders and streams when a client leaves |
 //! | `events` | events, the queue that callers read them from, and the wakeups of waiting threads |
+//! | `metrics` | what is counted, and the text format of OpenMetrics |
 //! | `config` | options |
 //! | `wire` | byte formats: level 0, which plain NATS peers speak, and the frames of lanes |
 //! | `process` | the tokio runtime, what a forked child may still use, randomness |
@@ -45,6 +46,7 @@ mod ffi {
 pub mod fuzz;
 mod gateway;
 mod lane;
+mod metrics;
 mod nats;
 mod presence;
 mod process;
@@ -58,7 +60,7 @@ mod wire;
 mod worker;
 
 pub use config::{Config, keys as option_keys};
-pub use connection::{Connection, Stats};
+pub use connection::{Connection, Stats, metrics};
 pub use error::{Error, Result, Status};
 pub use events::{Event, Kind, Queue};
 pub use gateway::stream::Stream;

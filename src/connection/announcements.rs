@@ -5,9 +5,9 @@
 //! it has.
 
 use crate::connection::log::Log;
-use crate::connection::stats::count;
 use crate::error::Status;
 use crate::events::{Kind, Queue};
+use crate::metrics::{Counters, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::{DurableMessage, MAX_DURABLE, OVERHEAD};
 use crate::nats::{HeaderMap, Message, Subject};
@@ -39,13 +39,11 @@ pub(crate) struct Announcements {
     log: Arc<Log>,
     /// The queues that get an OFFLINE event for each announcement of another process.
     watchers: RwLock<Vec<(Weak<Queue>, u64)>>,
-    pub(crate) offline_out: AtomicU64,
-    pub(crate) offline_in: AtomicU64,
-    pub(crate) ignored: AtomicU64,
+    counters: Arc<Counters>,
 }
 
 impl Announcements {
-    pub(crate) fn new(connection: u64, subject: &str, log: Arc<Log>) -> Announcements {
+    pub(crate) fn new(connection: u64, subject: &str, log: Arc<Log>, counters: Arc<Counters>) -> Announcements {
         Announcements {
             connection,
             subject: subject.into(),
@@ -54,9 +52,7 @@ impl Announcements {
             received: Mutex::default(),
             log,
             watchers: RwLock::default(),
-            offline_out: AtomicU64::new(0),
-            offline_in: AtomicU64::new(0),
-            ignored: AtomicU64::new(0),
+            counters,
         }
     }
 
@@ -116,7 +112,7 @@ impl MessageHandler for Announcements {
     fn message(&self, message: Message) {
         let origin = message.header(level0::ORIGIN).and_then(Origin::parse);
         match client_id::id(&message.payload) {
-            Ok("") => count(&self.ignored),
+            Ok("") => count(&self.counters.messages_ignored),
             Ok(id) => match origin {
                 Some(own) if own.process == process_token() => {
                     if !own.is_repeated {
@@ -124,7 +120,7 @@ impl MessageHandler for Announcements {
                     }
                 }
                 origin => {
-                    count(&self.offline_in);
+                    count(&self.counters.offline_in);
                     match origin.map_or(Receipt::First, |origin| self.received.lock().receive(&origin)) {
                         Receipt::First => registry::apply_offline(id, None),
                         Receipt::Missed { since } => registry::apply_offline(id, Some(since)),
@@ -134,7 +130,7 @@ impl MessageHandler for Announcements {
                 }
             },
             Err(error) => {
-                count(&self.ignored);
+                count(&self.counters.messages_ignored);
                 self.log.log(Status::Invalid, || format!("an offline announcement was ignored: {error}"));
             }
         }

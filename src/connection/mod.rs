@@ -8,13 +8,15 @@
 //! | `server_errors` | errors that nats-server sends; subscribes again what it refuses |
 //! | `announcements` | announcements that clients are offline |
 //! | `log` | events about the connection |
-//! | `stats` | counters |
+//! | `stats` | what presence_conn_stats returns |
+//! | `exposition` | what presence_metrics returns |
 //!
 //! The NATS client never reconnects by itself. What is waiting inside it belongs to level-0 streams that the loss of
 //! the connection has ended; sent later, it would look as if nothing was missing. So a lost connection and a client
 //! that died of a malformed message are the same case: the client is replaced.
 
 mod announcements;
+mod exposition;
 mod log;
 mod server_errors;
 mod stats;
@@ -22,14 +24,15 @@ mod subscriptions;
 mod supervisor;
 mod writer;
 
+pub use exposition::metrics;
 pub use stats::Stats;
-pub(crate) use stats::{Counters, count};
 
 use crate::config::{Announce, Config, ConnectOptions};
 use crate::error::{Error, Result, Status};
 use crate::events::{Queue, Wakeups};
 use crate::lane::lanes::Lanes;
 use crate::lane::liveness::PeerTimeouts;
+use crate::metrics::{Counters, ServiceCounters};
 use crate::nats::dial::{self, ServerPool};
 use crate::nats::inbound::{Inbound, MessageHandler, Subscription};
 use crate::nats::inbox::Inbox;
@@ -76,7 +79,7 @@ pub struct Connection {
     max_payload: AtomicUsize,
     /// Ends the connection's task.
     end: Notify,
-    pub(crate) counters: Counters,
+    pub(crate) counters: Arc<Counters>,
 }
 
 impl Connection {
@@ -91,7 +94,9 @@ impl Connection {
         let runtime = runtime::start(options.worker_threads)?;
         let handle_id = fork::next_handle_id();
         let wakeups: Arc<Wakeups> = Arc::default();
-        let inbox = Arc::new(Inbox::new(format!("{}.{}.", options.inbox_prefix, random::token())));
+        let counters: Arc<Counters> = Arc::default();
+        let inbox_prefix = format!("{}.{}.", options.inbox_prefix, random::token());
+        let inbox = Arc::new(Inbox::new(inbox_prefix, Arc::clone(&counters)));
         let log = Arc::new(Log::new());
         let lane_log = Arc::clone(&log);
         let peer_timeouts = PeerTimeouts {
@@ -114,21 +119,26 @@ impl Connection {
                 peer_timeouts,
                 move |text| lane_log.log(Status::PeerGone, || text),
             ),
-            inbound: Arc::default(),
+            inbound: Arc::new(Inbound::new(Arc::clone(&counters))),
             wakeups,
             inbox,
             outbox: Outbox::new(options.send_buffer),
             subscriptions: Mutex::default(),
             handlers: Mutex::default(),
             refusals: Mutex::default(),
-            announcements: Arc::new(Announcements::new(handle_id, &options.offline_subject, Arc::clone(&log))),
+            announcements: Arc::new(Announcements::new(
+                handle_id,
+                &options.offline_subject,
+                Arc::clone(&log),
+                Arc::clone(&counters),
+            )),
             announcement_subscription: OnceCell::new(),
             log,
             options,
             closed: AtomicBool::new(false),
             max_payload: AtomicUsize::new(1 << 20),
             end: Notify::new(),
-            counters: Counters::default(),
+            counters,
         });
         // Ids rise: the subjects for answers are subscribed before all others.
         let (inbox, lanes) = (Arc::clone(&connection.inbox), Arc::clone(&connection.lanes));
@@ -141,6 +151,7 @@ impl Connection {
             let _ = sender.send(connected);
         }));
         receiver.recv().unwrap_or_else(|_| Err(Status::Internal.into()))?;
+        exposition::add_connection(&connection);
         registry::add_announcer(Arc::clone(&connection) as Arc<dyn Announcer>, &connection.inbox.prefix);
         if connection.check_open().is_err() {
             // It has given up in the meantime.
@@ -221,22 +232,26 @@ impl Connection {
     #[must_use]
     pub fn stats(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let (counters, announcements) = (&self.counters, &self.announcements);
+        let (counters, lanes) = (&self.counters, self.lanes.gauges());
+        let services = counters.services();
+        let served = |counter: fn(&ServiceCounters) -> &AtomicU64| {
+            services.iter().map(|(_, service)| get(counter(service))).sum()
+        };
         Stats {
             connected: self.is_connected().into(),
             connects: get(&counters.connects),
-            streams: get(&counters.streams),
-            senders: get(&counters.senders),
-            requests: get(&counters.requests),
-            requests_busy: get(&counters.requests_busy),
-            requests_ignored: get(&counters.requests_ignored),
-            messages_out: get(&counters.messages_out) + get(&self.lanes.sent),
-            messages_in: get(&self.inbound.messages),
-            messages_ignored: get(&self.inbox.ignored) + get(&self.lanes.ignored) + get(&announcements.ignored),
-            offline_out: get(&announcements.offline_out),
-            offline_in: get(&announcements.offline_in),
-            bytes_waiting: (self.outbox.weight() + self.lanes.backlog()) as u64,
-            lanes: self.lanes.count() as u64,
+            streams: get(&counters.requested.running),
+            senders: served(|own| &own.streams.running),
+            requests: served(|own| &own.requests),
+            requests_busy: served(|own| &own.requests_busy),
+            requests_ignored: served(|own| &own.requests_ignored),
+            messages_out: get(&counters.messages_out),
+            messages_in: get(&counters.messages_in),
+            messages_ignored: get(&counters.messages_ignored),
+            offline_out: get(&counters.offline_out),
+            offline_in: get(&counters.offline_in),
+            bytes_waiting: (self.outbox.weight() + lanes.backlog) as u64,
+            lanes: lanes.workers + lanes.gateways,
             reserved: [0; 6],
         }
     }

@@ -1,7 +1,5 @@
 //! What a connection counts. `Stats` is the header's presence_stats.
 
-use crate::sync::atomic::{AtomicU64, Ordering};
-
 /// What a connection has done since presence_connect, and its present state.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,25 +35,4 @@ pub struct Stats {
     pub lanes: u64,
     /// 0.
     pub reserved: [u64; 6],
-}
-
-/// What the parts of a connection count.
-#[derive(Default)]
-pub(crate) struct Counters {
-    pub(crate) connects: AtomicU64,
-    pub(crate) streams: AtomicU64,
-    /// The windows of all streams requested here, in bytes.
-    pub(crate) windows: AtomicU64,
-    /// On level 0, the bytes that wait for the readers of streams.
-    pub(crate) unread: AtomicU64,
-    pub(crate) senders: AtomicU64,
-    pub(crate) requests: AtomicU64,
-    pub(crate) requests_busy: AtomicU64,
-    pub(crate) requests_ignored: AtomicU64,
-    pub(crate) messages_out: AtomicU64,
-}
-
-/// Adds one to a counter.
-pub(crate) fn count(counter: &AtomicU64) {
-    counter.fetch_add(1, Ordering::Relaxed);
 }

@@ -1,9 +1,10 @@
 //! The connection's task: connects, runs the writer on the client, and connects again when the client has ended.
 
 use crate::config::SUCCESSFUL_ATTEMPT;
+use crate::connection::Connection;
 use crate::connection::writer::Writer;
-use crate::connection::{Connection, count};
 use crate::error::{Result, Status};
+use crate::metrics::count;
 use crate::nats::client::Client;
 use crate::nats::outbox::DurableMessage;
 use crate::presence::registry;
@@ -128,6 +129,9 @@ impl Connection {
             self.inbound.subscribe(client, id, subscription).await;
         }
         count(&self.counters.connects);
+        if is_reconnect {
+            count(&self.counters.reconnects);
+        }
         self.lanes.set_client(Some(client.clone()));
         self.log.set_connected(&client.address());
     }

@@ -1,9 +1,10 @@
 //! Messages out: gives the items of the outbox to a NATS client, as long as it lives.
 
+use crate::connection::Connection;
 use crate::connection::announcements::Announcement;
 use crate::connection::subscriptions::notify_on_echo;
-use crate::connection::{Connection, count};
 use crate::error::Status;
+use crate::metrics::count;
 use crate::nats::HeaderMap;
 use crate::nats::client::{Client, PublishError};
 use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem, Request};
@@ -152,7 +153,7 @@ impl<'a> Writer<'a> {
                         client.publish_with(to, None, Some(headers), payload).await
                     }
                     DurableMessage::Offline(id, number) => {
-                        count(&connection.announcements.offline_out);
+                        count(&connection.counters.offline_out);
                         self.announce(id, number, false).await
                     }
                 }

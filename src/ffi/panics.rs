@@ -75,6 +75,7 @@ const STATUSES: &[Call] = functions![
     presence_conn_watch(null_mut(), null_mut(), 0),
     presence_close(null_mut(), 0),
     presence_conn_stats(null(), null_mut()),
+    presence_metrics(null_mut(), 0),
     presence_queue_new(null_mut()),
     presence_queue_fd(null()),
     presence_queue_wait(null_mut(), null_mut(), 0, 0),

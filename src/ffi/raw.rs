@@ -226,6 +226,36 @@ pub(super) fn text_start(text: &str) -> *const c_char {
     if text.is_empty() { c"".as_ptr() } else { text.as_ptr().cast() }
 }
 
+/// Writes the beginning of a text that is made only if it can be written, and a NUL after it. Returns the length of the
+/// whole text.
+///
+/// # Safety
+/// `buf` is NULL or writable for `cap` bytes.
+pub(super) unsafe fn text_out(
+    name: &str,
+    buf: *mut c_char,
+    cap: usize,
+    make: impl FnOnce() -> String,
+) -> Result<usize> {
+    if buf.is_null() && cap > 0 {
+        return Err(Error::invalid(format!("{name} is NULL, but cap is {cap}")));
+    }
+    if isize::try_from(cap).is_err() {
+        return Err(Error::invalid(format!("cap is {cap} bytes; the limit is {}", isize::MAX)));
+    }
+    let text = make();
+    if let Some(last) = cap.checked_sub(1) {
+        let length = text.len().min(last);
+        // SAFETY: not NULL, and writable for `cap` bytes, of which there is one more than `length`, by the caller's
+        // promise. A text that was made here overlaps no memory of the caller.
+        unsafe {
+            std::ptr::copy_nonoverlapping(text.as_ptr(), buf.cast(), length);
+            buf.add(length).write(0);
+        }
+    }
+    Ok(text.len())
+}
+
 /// Fails for a pointer through which a result cannot be written.
 pub(super) fn check_out<T>(out: *const T) -> Result<()> {
     if out.is_null() {

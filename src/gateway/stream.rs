@@ -1,12 +1,13 @@
 //! The gateway's side: a stream requested from a worker.
 
 use crate::config::{Config, RequestOptions};
-use crate::connection::{Connection, count};
+use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, Source, unpin};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::event::LaneEvent;
 use crate::lane::streams::{CreditToReturn, OVERHEAD};
+use crate::metrics::{StreamTimes, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
 use crate::nats::{HeaderMap, Message, header_value};
@@ -67,6 +68,7 @@ pub struct Stream {
     /// The request, until a worker accepts it on a lane.
     pending: Mutex<Option<Box<Pending>>>,
     timer: Mutex<Option<AbortHandle>>,
+    times: StreamTimes,
 }
 
 /// No worker has the request: it was refused, and is to be sent again later.
@@ -188,13 +190,13 @@ impl Connection {
             credit: CreditToReturn::new(window.into()),
             pending: Mutex::new(None),
             timer: Mutex::new(None),
+            times: StreamTimes::begin(&self.counters.requested),
         });
         register(&stream);
         let reply = self.inbox.expect(key, Arc::clone(&stream) as Arc<dyn MessageHandler>);
         if let Some(lanes) = lanes.filter(|_| offers_lane) {
             lanes.expect_accept(key, window, stream.this.clone());
         }
-        count(&self.counters.streams);
         let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
         let (left, delay) = (options.retries, options.retry_delay);
         let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
@@ -219,6 +221,7 @@ impl Connection {
         {
             return Err(error);
         }
+        stream.times.started();
         // If it was ended meanwhile, its last event is in the queue with the reason.
         if let Some(timeout) = options.timeout {
             stream.end_after(timeout);
@@ -343,7 +346,8 @@ impl Stream {
             registry::detach(&self.client, self.source.handle_id);
             self.cancel_on_lane(Status::Cancelled);
             self.connection.forget_request(self.key);
-            self.conclude(Kind::Error, Status::Cancelled, 0, "");
+            self.times.withdrawn();
+            *self.pending.lock() = None;
         }
         is_first
     }
@@ -457,7 +461,7 @@ impl Stream {
     }
 
     fn conclude(&self, kind: Kind, status: Status, error_code: i32, text: impl Into<Bytes>) {
-        self.connection.counters.streams.fetch_sub(1, Ordering::Relaxed);
+        self.times.ended(status);
         self.stop_timer();
         *self.pending.lock() = None;
         if let Some(this) = self.this.upgrade() {
@@ -555,11 +559,13 @@ impl MessageHandler for Stream {
         }
         match level0::answer(&message.payload) {
             Answer::JetStreamAck if !self.was_stored.swap(true, Ordering::Relaxed) || !self.source.is_running() => {
-                count(&self.connection.inbox.ignored);
+                count(&self.connection.counters.messages_ignored);
             }
             Answer::Data | Answer::JetStreamAck => {
-                if self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed) == UNANSWERED {
-                    return self.stop_worker();
+                match self.answer.fetch_max(ON_LEVEL_0, Ordering::Relaxed) {
+                    UNANSWERED => return self.stop_worker(),
+                    NOT_SENT | SENT => self.times.first_message(),
+                    _ => {}
                 }
                 self.data(message.payload);
             }
@@ -635,6 +641,10 @@ impl StreamObserver for Stream {
         &self.queue
     }
 
+    fn first_message(&self) {
+        self.times.first_message();
+    }
+
     fn accepted(&self, lane: &Arc<Lane>, stream: u32) -> bool {
         // Only workers know the key. So an earlier answer on level 0 does not count, as a stranger may have sent it.
         self.answer.store(ON_LANE, Ordering::Relaxed);
@@ -661,7 +671,7 @@ impl StreamObserver for Stream {
                 self.end_here(Status::PeerGone, "the worker is gone: it does not answer any longer");
             }
             // Only senders have these.
-            LaneEvent::Data(_) | LaneEvent::Cancelled(_) | LaneEvent::Writable | LaneEvent::AcceptUndelivered => {}
+            LaneEvent::Data { .. } | LaneEvent::Cancelled(_) | LaneEvent::Writable | LaneEvent::AcceptUndelivered => {}
         }
     }
 

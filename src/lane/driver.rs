@@ -9,10 +9,11 @@ use crate::lane::event::{LaneEvent, LaneEvents, Role};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::state::State;
 use crate::lane::streams::SendWindow;
+use crate::metrics::{Counters, count};
 use crate::nats::Subject;
 use crate::nats::client::{Client, PublishError};
 use crate::status_word::StatusWord;
-use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, deadline};
 use crate::wire::frame::{self, Malformed};
 use crate::wire::stream_error::StreamError;
@@ -30,6 +31,8 @@ pub(crate) trait StreamObserver: EventSource {
     fn accepted(&self, _lane: &Arc<Lane>, _stream: u32) -> bool {
         false
     }
+    /// The stream's first message came.
+    fn first_message(&self) {}
     /// Something happened to it, other than data, which goes to its queue.
     fn notify(&self, event: LaneEvent);
     /// The stream ends on this side: the connection is closed (`Closed`), or the lane has failed (`Internal`).
@@ -96,8 +99,10 @@ impl Lane {
         self.state.lock().was_heard()
     }
 
-    pub(super) fn backlog(&self) -> usize {
-        self.state.lock().backlog()
+    /// Bytes that are not sent or not acknowledged, and the smoothed round trip.
+    pub(super) fn gauges(&self) -> (usize, Option<Duration>) {
+        let state = self.state.lock();
+        (state.backlog(), state.round_trip())
     }
 
     /// Runs `change`, and wakes the task if there is something for it to do now.
@@ -134,15 +139,26 @@ impl Lane {
     }
 
     /// Sends a message if `word` is 0; else returns the status in the word. If the window or the lane is full it
-    /// returns `Full`, and the observer is notified when the sender may send.
+    /// returns `Full`, and the observer is notified when the sender may send. Calls `first_sent` if the message is the
+    /// first of its stream.
     ///
     /// The word is read with the lane locked: whoever ends the stream sets it under the same lock, so that no message
     /// follows the end.
     #[inline]
-    pub(crate) fn send(&self, word: &StatusWord, window: &SendWindow, data: &[u8]) -> Result<(), Status> {
+    pub(crate) fn send(
+        &self,
+        word: &StatusWord,
+        window: &SendWindow,
+        data: &[u8],
+        first_sent: impl FnOnce(),
+    ) -> Result<(), Status> {
         self.update(|state| {
             word.check()?;
-            state.send(window, data).inspect_err(|why| notify_if_full(state, window, *why))
+            state.send(window, data).inspect_err(|why| notify_if_full(state, window, *why))?;
+            if window.sent() == 1 {
+                first_sent();
+            }
+            Ok(())
         })
     }
 
@@ -154,15 +170,22 @@ impl Lane {
         window: &SendWindow,
         data: &[u8],
         lengths: &[usize],
+        first_sent: impl FnOnce(),
     ) -> Result<usize, Status> {
         self.update(|state| {
             word.check()?;
+            let is_first = window.sent() == 0;
             match state.send_many(window, data, lengths) {
                 (0, Err(why)) => {
                     notify_if_full(state, window, why);
                     Err(why)
                 }
-                (sent, _) => Ok(sent),
+                (sent, _) => {
+                    if is_first {
+                        first_sent();
+                    }
+                    Ok(sent)
+                }
             }
         })
     }
@@ -174,6 +197,7 @@ impl Lane {
         window: &SendWindow,
         data: &[u8],
         timeout: Option<Duration>,
+        first_sent: impl FnOnce(),
     ) -> Result<(), Status> {
         let mut until = None;
         let mut state = self.state.lock();
@@ -182,7 +206,7 @@ impl Lane {
             match state.send(window, data) {
                 Ok(()) => break,
                 Err(Status::Full) => {}
-                refused => return refused,
+                Err(refused) => return Err(refused),
             }
             let deadline = *until.get_or_insert_with(|| deadline(timeout));
             self.blocked_threads.fetch_add(1, Ordering::SeqCst);
@@ -192,6 +216,9 @@ impl Lane {
             if timed_out {
                 return Err(Status::Timeout);
             }
+        }
+        if window.sent() == 1 {
+            first_sent();
         }
         if state.must_wake() {
             drop(state);
@@ -267,7 +294,10 @@ impl Lane {
         }
         let mut batch: Option<(Arc<Queue>, LaneBatch)> = None;
         for (owner, event) in events {
-            if let LaneEvent::Data(run) = event {
+            if let LaneEvent::Data { run, is_first } = event {
+                if is_first {
+                    owner.first_message();
+                }
                 if batch.as_ref().is_none_or(|(queue, _)| !Arc::ptr_eq(queue, owner.queue()))
                     && let Some((queue, full)) =
                         batch.replace((Arc::clone(owner.queue()), LaneBatch::new(message.clone())))
@@ -324,7 +354,12 @@ impl Lane {
 
     /// The lane's task: sends what is to be sent until the lane is closed. `clients`: the present NATS client, whenever
     /// there is another.
-    pub(super) async fn run(&self, mut clients: watch::Receiver<Option<Client>>, wakeups: &Wakeups, sent: &AtomicU64) {
+    pub(super) async fn run(
+        &self,
+        mut clients: watch::Receiver<Option<Client>>,
+        wakeups: &Wakeups,
+        counters: &Counters,
+    ) {
         let mut client = clients.borrow_and_update().clone();
         if let Some(client) = &client {
             let mut state = self.state.lock();
@@ -337,11 +372,14 @@ impl Lane {
                 client = self.change_client(&mut clients);
             }
             let mut events = Vec::new();
-            let (message, deadline, is_closed) = {
+            let (message, deadline, is_closed, resent) = {
                 let mut state = self.state.lock();
                 let message = state.poll(Instant::now(), &mut events);
-                (message, state.deadline(), state.is_closed())
+                (message, state.deadline(), state.is_closed(), state.take_resent())
             };
+            if resent > 0 {
+                counters.resent.fetch_add(resent, Ordering::Relaxed);
+            }
             if !events.is_empty() || is_closed {
                 self.deliver(events, &Bytes::new(), wakeups);
             }
@@ -349,7 +387,7 @@ impl Lane {
             let next = async {
                 match (message, &client) {
                     (Some(message), Some(client)) => {
-                        sent.fetch_add(1, Ordering::Relaxed);
+                        count(&counters.messages_out);
                         if self.publish(client, message).await.is_err() {
                             self.close(wakeups);
                         }

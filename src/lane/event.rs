@@ -15,8 +15,8 @@ pub(crate) enum Role {
 /// What happened to a stream or a sender.
 #[derive(Debug)]
 pub(crate) enum LaneEvent {
-    /// Messages came, all of them in the message that was received.
-    Data(Run),
+    /// Messages came, all of them in the message that was received. `is_first`: the stream had none before.
+    Data { run: Run, is_first: bool },
     /// The worker ended the stream.
     Ended,
     /// The worker ended the stream with an error: its code, or 0, and its text.

@@ -11,6 +11,7 @@ use crate::lane::event::Role;
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::state::unknown_lane_reply;
 use crate::lane::streams::SendWindow;
+use crate::metrics::{Counters, count};
 use crate::nats::client::Client;
 use crate::nats::inbound::MessageHandler;
 use crate::nats::inbox::Inbox;
@@ -18,12 +19,13 @@ use crate::nats::{Message, Subject, detach};
 use crate::process::random;
 use crate::process::runtime;
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
 use dashmap::DashMap;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -64,8 +66,19 @@ pub(crate) struct Lanes {
     /// Offers of gateways from which no message ever came. Requests with such an offer are answered on level 0.
     unreachable: Mutex<VecDeque<String>>,
     log: Box<dyn Fn(String) + Send + Sync>,
-    pub(crate) sent: Arc<AtomicU64>,
-    pub(crate) ignored: AtomicU64,
+    counters: Arc<Counters>,
+}
+
+/// What is measured of the lanes of a connection.
+#[derive(Default)]
+pub(crate) struct LaneGauges {
+    /// The lanes of this process as a worker, and as a gateway.
+    pub(crate) workers: u64,
+    pub(crate) gateways: u64,
+    /// Bytes that are not sent or not acknowledged.
+    pub(crate) backlog: usize,
+    /// The longest smoothed round trip of them.
+    pub(crate) round_trip: Option<Duration>,
 }
 
 /// A request that offered a lane.
@@ -97,13 +110,12 @@ impl Lanes {
             max_payload: AtomicUsize::new(1 << 20),
             by_token: DashMap::new(),
             by_peer: DashMap::new(),
+            counters: Arc::clone(&inbox.counters),
             inbox,
             pending: Mutex::default(),
             forbidden: AtomicBool::new(false),
             unreachable: Mutex::default(),
             log: Box::new(log),
-            sent: Arc::default(),
-            ignored: AtomicU64::new(0),
         })
     }
 
@@ -136,14 +148,18 @@ impl Lanes {
         true
     }
 
-    /// How many lanes there are.
-    pub(crate) fn count(&self) -> usize {
-        self.by_token.len()
-    }
-
-    /// Bytes that are not sent or not acknowledged.
-    pub(crate) fn backlog(&self) -> usize {
-        self.by_token.iter().map(|lane| lane.backlog()).sum()
+    /// What is measured of them.
+    pub(crate) fn gauges(&self) -> LaneGauges {
+        self.all().iter().fold(LaneGauges::default(), |mut sum, lane| {
+            match lane.role {
+                Role::Worker => sum.workers += 1,
+                Role::Gateway => sum.gateways += 1,
+            }
+            let (backlog, round_trip) = lane.gauges();
+            sum.backlog += backlog;
+            sum.round_trip = sum.round_trip.max(round_trip);
+            sum
+        })
     }
 
     /// There is another NATS client, or none.
@@ -274,11 +290,12 @@ impl Lanes {
         let lane = Lane::new(subject, peer, role, self.limit, self.timeouts, max_payload);
         self.by_peer.insert(lane.peer_subject.to_string(), Arc::clone(&lane));
         self.by_token.insert(token.clone(), Arc::clone(&lane));
-        let (clients, wakeups, sent) = (self.clients.subscribe(), Arc::clone(&self.wakeups), Arc::clone(&self.sent));
+        let (clients, wakeups) = (self.clients.subscribe(), Arc::clone(&self.wakeups));
+        let counters = Arc::clone(&self.counters);
         let (lanes, task) = (self.this.clone(), Arc::clone(&lane));
         self.runtime.spawn(async move {
             let what = if role == Role::Worker { "a worker's lane" } else { "a gateway's lane" };
-            let result = runtime::catch_panic(what, task.run(clients, &wakeups, &sent)).await;
+            let result = runtime::catch_panic(what, task.run(clients, &wakeups, &counters)).await;
             if let Some(lanes) = lanes.upgrade() {
                 lanes.by_token.remove(&token);
                 lanes.by_peer.remove_if(task.peer_subject.as_str(), |_, other| Arc::ptr_eq(other, &task));
@@ -334,7 +351,7 @@ impl Lanes {
     }
 
     fn count_ignored(&self) {
-        self.ignored.fetch_add(1, Ordering::Relaxed);
+        count(&self.counters.messages_ignored);
     }
 }
 

@@ -64,6 +64,11 @@ impl Path {
         *self = Path::new(self.max_window);
     }
 
+    /// The smoothed round trip. None: it is not known.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        self.smoothed.map(|(smoothed, _)| smoothed)
+    }
+
     /// How many bytes may be in flight.
     pub(crate) fn window(&self) -> usize {
         self.window

@@ -32,6 +32,8 @@ pub(super) struct Retransmit {
     pub(super) bytes: usize,
     /// Bytes of messages in `unacked` that were not found missing.
     pub(super) in_flight: usize,
+    /// Messages that were sent again and not counted elsewhere yet.
+    pub(super) resent: u64,
     /// Index of the message to be sent again next.
     next: Option<usize>,
     /// The acknowledgement of the last GAP that was followed: the same one again is not another loss.
@@ -53,6 +55,7 @@ impl Retransmit {
             acked: 0,
             bytes: 0,
             in_flight: 0,
+            resent: 0,
             next: None,
             gap_followed: None,
             last_ping: 0,
@@ -84,6 +87,7 @@ impl Retransmit {
         let message = BytesMut::from(&self.unacked.get(index)?[..]);
         self.next = (index + 1 < self.unacked.len()).then_some(index + 1);
         self.in_flight += message.len();
+        self.resent += 1;
         Some((self.acked + 1 + index as u64, message))
     }
 

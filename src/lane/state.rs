@@ -35,7 +35,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The largest message that nats-server takes unless it says otherwise.
 const MAX_PAYLOAD: usize = 1 << 20;
@@ -135,6 +135,16 @@ impl<S: Clone> State<S> {
     #[inline]
     pub(crate) fn backlog(&self) -> usize {
         self.batcher.bytes + self.retransmit.bytes
+    }
+
+    /// The smoothed round trip. None: it is not known.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        self.path.round_trip()
+    }
+
+    /// Returns how many messages were sent again since the last call.
+    pub(crate) fn take_resent(&mut self) -> u64 {
+        mem::take(&mut self.retransmit.resent)
     }
 
     /// The owners of all streams.

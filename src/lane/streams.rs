@@ -7,6 +7,7 @@ use crate::wire::stream_error;
 use ahash::RandomState;
 use bytes::Bytes;
 use std::collections::{HashMap, HashSet};
+use std::mem;
 use std::sync::Arc;
 
 /// What a message counts in its stream's window in addition to its bytes.
@@ -92,6 +93,7 @@ struct RequestedStream<S> {
     window: u32,
     /// The code of the error that is to follow; 0 if there is none.
     error_code: i32,
+    has_messages: bool,
     unconsumed: u64,
 }
 
@@ -236,7 +238,8 @@ impl<S: Clone> Streams<S> {
                             reply(frame::CANCEL, stream, &[0]);
                             events.push((owner, LaneEvent::WindowExceeded));
                         } else {
-                            events.push((owner, LaneEvent::Data(run)));
+                            let is_first = !mem::replace(&mut requested.has_messages, true);
+                            events.push((owner, LaneEvent::Data { run, is_first }));
                         }
                     }
                 }
@@ -248,7 +251,8 @@ impl<S: Clone> Streams<S> {
                     self.last_id = stream;
                     match accept(key, stream) {
                         Some((owner, window)) => {
-                            let requested = RequestedStream { owner, window, error_code: 0, unconsumed: 0 };
+                            let (error_code, has_messages) = (0, false);
+                            let requested = RequestedStream { owner, window, error_code, has_messages, unconsumed: 0 };
                             self.requested.insert(stream, requested);
                         }
                         // The request was given up, or was never made.

@@ -6,9 +6,10 @@
 //! the order in which they arrive, with no task switch between the socket and the handler.
 
 use crate::error::{Error, Status};
+use crate::metrics::{Counters, count};
 use crate::nats::client::{Client, PublishError, Subscriber};
 use crate::nats::message::{Message, Subject};
-use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{OwnedMutex, OwnedMutexGuard};
 use std::collections::HashMap;
 use std::mem;
@@ -67,8 +68,7 @@ pub(crate) struct Inbound {
     woken_while_locked: AtomicBool,
     /// Notified when the client has ended: a subscription ended that was not unsubscribed.
     pub(crate) client_ended: Notify,
-    /// How many messages came in.
-    pub(crate) messages: AtomicU64,
+    counters: Arc<Counters>,
 }
 
 #[derive(Default)]
@@ -90,6 +90,10 @@ struct ActiveSubscription {
 }
 
 impl Inbound {
+    pub(crate) fn new(counters: Arc<Counters>) -> Inbound {
+        Inbound { counters, ..Inbound::default() }
+    }
+
     /// Forgets the client and all its subscriptions.
     pub(crate) fn reset(&self) {
         let previous = {
@@ -200,7 +204,7 @@ impl Inbound {
         loop {
             match subscriber.poll_next(waker) {
                 Poll::Ready(Some(message)) => {
-                    self.messages.fetch_add(1, Ordering::Relaxed);
+                    count(&self.counters.messages_in);
                     handler.message(message);
                 }
                 Poll::Ready(None) => return self.end_client(active),

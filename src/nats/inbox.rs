@@ -1,9 +1,10 @@
 //! The connection's own subject for answers, with one token below it for each answer that is expected.
 
 use crate::error::{Error, Status};
+use crate::metrics::{Counters, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::message::{Message, Subject};
-use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use std::sync::Arc;
 
@@ -20,19 +21,12 @@ pub(crate) struct Inbox {
     /// How many entries `expected` has, and the most that it had since it was last empty.
     count: AtomicUsize,
     peak: AtomicUsize,
-    /// Messages that were not expected.
-    pub(crate) ignored: AtomicU64,
+    pub(crate) counters: Arc<Counters>,
 }
 
 impl Inbox {
-    pub(crate) fn new(prefix: String) -> Inbox {
-        Inbox {
-            prefix,
-            expected: DashMap::new(),
-            count: AtomicUsize::new(0),
-            peak: AtomicUsize::new(0),
-            ignored: AtomicU64::new(0),
-        }
+    pub(crate) fn new(prefix: String, counters: Arc<Counters>) -> Inbox {
+        Inbox { prefix, expected: DashMap::new(), count: AtomicUsize::new(0), peak: AtomicUsize::new(0), counters }
     }
 
     /// Returns the subject to subscribe to for all answers.
@@ -90,9 +84,7 @@ impl MessageHandler for Inbox {
             Some(handler) => handler.message(message),
             // It is our own: see `Client::send_unsub`.
             None if key == Some(UNSERVED) => {}
-            None => {
-                self.ignored.fetch_add(1, Ordering::Relaxed);
-            }
+            None => count(&self.counters.messages_ignored),
         }
     }
 

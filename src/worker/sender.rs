@@ -6,6 +6,7 @@ use crate::events::{Event, EventSource, Kind, Queue, Single, Source};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::event::LaneEvent;
 use crate::lane::streams::SendWindow;
+use crate::metrics::{ServiceCounters, StopTimer, StreamTimes};
 use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
@@ -27,6 +28,8 @@ pub struct Sender {
     writable_queued: AtomicBool,
     /// What has happened: the bits below.
     steps: AtomicU8,
+    times: StreamTimes,
+    stop_timer: StopTimer,
     /// Messages sent on level 0.
     sent: AtomicU64,
     reply: Subject,
@@ -50,6 +53,8 @@ const ENDED: u8 = 8;
 
 /// The service of a sender.
 pub(crate) trait SenderObserver: Send + Sync {
+    /// What the service counts.
+    fn counters(&self) -> &ServiceCounters;
     /// The sender with this handle id has ended. Called once.
     fn sender_ended(&self, handle_id: u64);
     /// The sender has ended, and its REQUEST event has left the queue. Called once.
@@ -73,11 +78,15 @@ impl Sender {
         client: Arc<str>,
         headers: Headers,
     ) -> Arc<Sender> {
+        let times = StreamTimes::begin(&service.counters().streams);
+        times.started();
         Arc::new_cyclic(|this| Sender {
             source: Source::new(tag),
             is_blocked: AtomicBool::new(false),
             writable_queued: AtomicBool::new(false),
             steps: AtomicU8::new(0),
+            times,
+            stop_timer: StopTimer::default(),
             sent: AtomicU64::new(0),
             reply,
             lane: OnceCell::new(),
@@ -128,7 +137,9 @@ impl Sender {
     #[inline]
     pub fn send(&self, data: &[u8]) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.send(&self.source.word, window, data)),
+            Route::Lane(lane, window) => {
+                self.on_lane(lane.send(&self.source.word, window, data, || self.times.first_message()))
+            }
             Route::Level0(outbox) => {
                 self.on_level0(data, || outbox.send(&self.source.word, &self.reply, data, || self.register_blocked()))
             }
@@ -148,7 +159,8 @@ impl Sender {
             return Ok(0);
         }
         if let Route::Lane(lane, window) = self.route() {
-            return self.on_lane(lane.send_many(&self.source.word, window, data, lengths));
+            return self
+                .on_lane(lane.send_many(&self.source.word, window, data, lengths, || self.times.first_message()));
         }
         let mut rest = data;
         for (sent, length) in lengths.iter().enumerate() {
@@ -169,7 +181,9 @@ impl Sender {
     #[inline]
     pub fn send_wait(&self, data: &[u8], timeout: Option<Duration>) -> Result<(), Status> {
         match self.route() {
-            Route::Lane(lane, window) => self.on_lane(lane.send_wait(&self.source.word, window, data, timeout)),
+            Route::Lane(lane, window) => {
+                self.on_lane(lane.send_wait(&self.source.word, window, data, timeout, || self.times.first_message()))
+            }
             Route::Level0(outbox) => {
                 self.on_level0(data, || outbox.send_wait(&self.source.word, &self.reply, data, timeout))
             }
@@ -310,11 +324,14 @@ impl Sender {
             return Err(Status::Reserved);
         }
         send()?;
-        self.sent.fetch_add(1, Ordering::Relaxed);
+        if self.sent.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.times.first_message();
+        }
         Ok(())
     }
 
     fn finish(&self, error: Option<StreamError<'_>>) -> Result<(), Status> {
+        self.stop_timer.released(&self.times);
         self.source.word.check()?;
         // Before the reader can see the end, so that the service has capacity for the reader's next request.
         self.free_capacity_after(ENDED);
@@ -325,7 +342,7 @@ impl Sender {
                 Some(error) => self.error_message(error),
             })?,
         }
-        self.leave_service();
+        self.leave_service(if error.is_some() { Status::Remote } else { Status::Ok });
         registry::detach(&self.client, self.source.handle_id);
         Ok(())
     }
@@ -367,10 +384,13 @@ impl Sender {
         }
     }
 
-    /// Called once, when the stream has ended.
-    fn leave_service(&self) {
+    /// Called once, when the stream has ended. `status`: as the reader's end has it, unless that is stopped itself.
+    /// Returns how long it ran.
+    fn leave_service(&self, status: Status) -> Duration {
+        let duration = self.times.ended(status);
         self.service.sender_ended(self.source.handle_id);
         self.free_capacity_after(ENDED);
+        duration
     }
 
     /// The peer is gone, and may not have the ACCEPT of this stream.
@@ -405,7 +425,8 @@ impl Stoppable for Sender {
             Route::Lane(lane, window) => lane.stop(window, text),
             Route::Level0(outbox) => outbox.push(self.error_message(StreamError::new(text)).into()),
         }
-        self.leave_service();
+        let duration = self.leave_service(why);
+        self.stop_timer.stopped(&self.times, duration);
         self.queue_stopped_after(STOPPED);
     }
 
@@ -442,7 +463,7 @@ impl StreamObserver for Sender {
             }
             LaneEvent::AcceptUndelivered => self.accept_undelivered(),
             // Only streams have these.
-            LaneEvent::Data(_) | LaneEvent::Ended | LaneEvent::Failed(..) | LaneEvent::WindowExceeded => {}
+            LaneEvent::Data { .. } | LaneEvent::Ended | LaneEvent::Failed(..) | LaneEvent::WindowExceeded => {}
         }
     }
 

@@ -1,9 +1,10 @@
 //! The worker's side: a subject that is served, and its requests.
 
-use crate::connection::{Connection, count};
+use crate::connection::Connection;
 use crate::error::{Error, Result, Status};
 use crate::events::{EventSource, Kind, Queue, Single, unpin};
 use crate::lane::driver::StreamObserver;
+use crate::metrics::{ServiceCounters, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::{self, Message, Subject};
 use crate::presence::client_id;
@@ -32,6 +33,7 @@ pub struct Service {
     /// Senders on level 0, which end with the connection. (Lanes keep their own.)
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
+    counters: Arc<ServiceCounters>,
     stopped: AtomicBool,
     subscription: Mutex<SubscriptionState>,
 }
@@ -81,6 +83,7 @@ impl Connection {
             max_streams: max_streams as usize,
             running: DashMap::new(),
             running_count: AtomicUsize::new(0),
+            counters: self.counters.service(subject),
             stopped: AtomicBool::new(false),
             subject: subject.into(),
             subscription: Mutex::default(),
@@ -131,13 +134,13 @@ impl Service {
 
     fn request(self: Arc<Self>, message: Message) {
         let connection = &self.connection;
-        count(&connection.counters.requests);
+        count(&self.counters.requests);
         let Some(reply) = message
             .reply
             .as_ref()
             .filter(|reply| level0::is_valid_reply_subject(reply, &connection.options.offline_subject))
         else {
-            count(&connection.counters.requests_ignored);
+            count(&self.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
                     "a request on {} was ignored: it has no reply subject, or an answer to it is not allowed",
@@ -150,7 +153,7 @@ impl Service {
         let id = match client_id::id(id.as_bytes()) {
             Ok(id) => Arc::from(id),
             Err(error) => {
-                count(&connection.counters.requests_ignored);
+                count(&self.counters.requests_ignored);
                 self.refuse(reply, &format!("invalid {}: {error}", level0::CONNECT_ID));
                 return;
             }
@@ -159,7 +162,7 @@ impl Service {
         // stopped is refused in the same way, as another worker may have capacity.
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
-            count(&connection.counters.requests_busy);
+            count(&self.counters.requests_busy);
             self.refuse(reply, level0::BUSY);
             return;
         }
@@ -176,7 +179,6 @@ impl Service {
             headers,
         );
         self.running_count.fetch_add(1, Ordering::AcqRel);
-        count(&connection.counters.senders);
         registry::attach(&id, Arc::clone(&sender) as _);
         if let (Some(offer), Some(lanes)) = (offer, connection.lanes()) {
             let observer: Arc<dyn StreamObserver> = Arc::clone(&sender) as _;
@@ -219,9 +221,12 @@ impl Service {
 }
 
 impl SenderObserver for Service {
+    fn counters(&self) -> &ServiceCounters {
+        &self.counters
+    }
+
     fn sender_ended(&self, handle_id: u64) {
         self.running.remove(&handle_id);
-        self.connection.counters.senders.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn capacity_freed(&self) {

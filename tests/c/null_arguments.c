@@ -59,6 +59,8 @@ static void connections_refuse_null(void) {
   CHECK_STATUS(presence_listen_offline(NULL), PRESENCE_INVALID);
   CHECK_STATUS(presence_conn_stats(NULL, &stats), PRESENCE_INVALID);
   CHECK_STATUS(presence_close(NULL, 0), PRESENCE_INVALID);
+  CHECK_STATUS(presence_metrics(NULL, 1), PRESENCE_INVALID);
+  CHECK(presence_metrics(NULL, 0) > 0);
 
   OK(presence_queue_new(&queue));
   OK(presence_connect(url, NULL, &conn, NULL));

@@ -148,7 +148,8 @@ impl World {
     }
 
     fn send(&self, letters: &[&str]) -> String {
-        let send = |letter: &&&str| self.worker.send(&self.sender.source.word, &self.window, letter.as_bytes()).is_ok();
+        let send =
+            |letter: &&&str| self.worker.send(&self.sender.source.word, &self.window, letter.as_bytes(), || {}).is_ok();
         letters.iter().filter(send).copied().collect()
     }
 
@@ -193,7 +194,9 @@ fn blocked_send_returns() {
             assert_eq!(world.send(&["a"]), "a");
             let waiters: Vec<_> = (0..2)
                 .map(|_| {
-                    world.spawn(|world| world.worker.send_wait(&world.sender.source.word, &world.window, b"b", None))
+                    world.spawn(|world| {
+                        world.worker.send_wait(&world.sender.source.word, &world.window, b"b", None, || {})
+                    })
                 })
                 .collect();
             if case == 0 {
@@ -268,7 +271,7 @@ fn lane_end_races_a_stream_end() {
     search(|| {
         let world = World::apart(1 << 16);
         let sender = world.spawn(|world| {
-            let sent = world.worker.send(&world.sender.source.word, &world.window, b"a");
+            let sent = world.worker.send(&world.sender.source.word, &world.window, b"a", || {});
             let ended = world.worker.finish(&world.sender.source.word, &world.window, None);
             (sent, ended)
         });

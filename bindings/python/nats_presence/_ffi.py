@@ -134,6 +134,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "presence_conn_watch": (c_int32, [_handle, _handle, c_uint64]),
     "presence_close": (c_int32, [_handle, c_int64]),
     "presence_conn_stats": (c_int32, [_handle, POINTER(Stats)]),
+    "presence_metrics": (c_int64, [c_char_p, c_size_t]),
     "presence_request": (c_int32, [_handle, _handle, POINTER(RequestArgs), _out, _error]),
     "presence_stream_tag": (c_uint64, [_handle]),
     "presence_stream_client": (c_void_p, [_handle, POINTER(c_size_t)]),

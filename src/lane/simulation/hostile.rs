@@ -53,7 +53,7 @@ impl Victim {
                 assert!(*owner < self.begun);
                 continue;
             }
-            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
+            let is_last = !matches!(event, LaneEvent::Data { .. } | LaneEvent::Writable);
             assert!(*owner < self.begun && !self.ended.contains(owner), "{event:?} of an owner that has ended");
             if is_last {
                 self.ended.insert(*owner);
@@ -81,7 +81,7 @@ impl Victim {
         let frames = Frames::new(message.get(frame::HEADER..).unwrap_or_default()).count();
         assert!(events.len() <= 2 * (before + frames), "{} events of {frames} frames", events.len());
         let data = events.iter().map(|(_, event)| {
-            if let LaneEvent::Data(run) = event { run.bodies(message).map(<[u8]>::len).sum() } else { 0 }
+            if let LaneEvent::Data { run, .. } = event { run.bodies(message).map(<[u8]>::len).sum() } else { 0 }
         });
         assert!(data.sum::<usize>() <= message.len(), "more than came");
         assert!(self.state.backlog() <= waited + message.len(), "more is kept than came");

@@ -17,7 +17,7 @@ impl World {
                 }
                 continue;
             }
-            let is_last = !matches!(event, LaneEvent::Data(_) | LaneEvent::Writable);
+            let is_last = !matches!(event, LaneEvent::Data { .. } | LaneEvent::Writable);
             let is_done = match own.side {
                 Side::Worker => &mut self.senders[number].is_done,
                 Side::Gateway => &mut self.streams[number].is_done,
@@ -28,7 +28,7 @@ impl World {
                 self.fail("no event follows a stream's end", format!("{own} reports {event:?} of {number}"));
             }
             match event {
-                LaneEvent::Data(run) => {
+                LaneEvent::Data { run, .. } => {
                     let mut bytes = 0;
                     let mut count = 0;
                     for body in run.bodies(message) {
