@@ -7,6 +7,7 @@ its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedErro
 - A gateway's clients: client() returns a Client, whose late requests fail. For threads and asyncio.
 - With threads: connect() returns a Connection. A worker uses its serve(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
+- Metrics of this process for Prometheus: metrics(), metrics_wsgi and metrics_asgi.
 - Errors: each status has an exception, derived from PresenceError. Those after which no one reads a stream any more
   derive from StreamStoppedError. A handler raises HandlerError to send its reader an error with a text and a code.
 
@@ -14,6 +15,7 @@ Durations are in seconds, except in options whose names end with _ms.
 """
 
 from . import aio
+from ._metrics import metrics, metrics_asgi, metrics_wsgi
 from ._shared import ConnectionEvent, PresenceEvent, Request
 from .client import Client, client
 from .connection import Connection, Sender, Stream, connect
@@ -76,6 +78,9 @@ __all__ = [
     "is_client_online",
     "mark_client_offline",
     "mark_client_online",
+    "metrics",
+    "metrics_asgi",
+    "metrics_wsgi",
     "online_count",
     "session",
     "watch",
