@@ -174,7 +174,8 @@ fn request_metrics(text: &mut Text, sum: &Counters) {
     for (subject, service) in &services {
         text.value(&[("subject", subject)], get(&service.requests));
     }
-    let help = "Requests that were answered with \"server busy\" (busy), or refused or ignored as invalid (invalid).";
+    let help =
+        "Requests that got no stream: the limit of running streams was reached (busy), or the request was invalid.";
     text.metric("requests_refused", Kind::Counter, help);
     for (subject, service) in &services {
         for (status, counter) in [(Status::Busy, &service.requests_busy), (Status::Invalid, &service.requests_ignored)]
