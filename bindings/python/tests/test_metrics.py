@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import threading
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
 import pytest
-from conftest import until
+from conftest import ROOT, until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import nats_presence
@@ -27,13 +31,13 @@ class Samples:
 
     def __init__(self) -> None:
         self.text = metrics().decode()
-        self.families = list(text_string_to_metric_families(self.text))
+        self.families = list(text_string_to_metric_families(self.text))  # type: ignore[no-untyped-call]
         samples = [sample for family in self.families for sample in family.samples]
         self.values = {(s.name, frozenset(s.labels.items())): s.value for s in samples}
         assert len(self.values) == len(samples)
 
     def get(self, name: str, **labels: str) -> float:
-        return self.values[f"nats_presence_{name}", frozenset(labels.items())]
+        return float(self.values[f"nats_presence_{name}", frozenset(labels.items())])
 
 
 def serve_one(conn: nats_presence.Connection, **options: Any) -> threading.Event:
@@ -73,7 +77,8 @@ def test_streams_are_counted(url: str, lanes: bool) -> None:
             assert during.get("streams_running", **WORKER) == 1
             assert during.get("streams_running", **GATEWAY) == 1
             assert during.get("clients_online") == 1
-            assert SECRET not in during.text and "ANOTHER-ID" not in during.text
+            assert SECRET not in during.text
+            assert "ANOTHER-ID" not in during.text
             assert more("requests_refused_total", subject=ODD, status="busy") == 1
             assert more("streams_ended_total", **GATEWAY, status="busy") == 1
             nats_presence.mark_client_offline(SECRET)
@@ -89,6 +94,28 @@ def test_streams_are_counted(url: str, lanes: bool) -> None:
             assert more("first_message_seconds_count", **role) == 2
             assert Samples().get("streams_running", **role) == 0
         assert SECRET not in Samples().text
+
+
+def test_invalid_requests_are_refused(url: str) -> None:
+    server = urlsplit(url)
+    assert server.hostname
+    assert server.port
+    with nats_presence.connect(url) as worker, socket.create_connection((server.hostname, server.port)) as stranger:
+        serve_one(worker)
+        before = Samples().get("requests_refused_total", subject=ODD, status="invalid")
+        stranger.sendall(b"CONNECT {}\r\nPUB %b 0\r\n\r\n" % ODD.encode())  # no subject for an answer
+        until(lambda: Samples().get("requests_refused_total", subject=ODD, status="invalid") == before + 1)
+
+
+def test_documents_name_the_metrics() -> None:
+    names = {family.name + "_total" * (family.type == "counter") for family in Samples().families}
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/metrics.md").read_text(), flags=re.MULTILINE)
+    assert sorted(f"nats_presence_{row}" for row in rows) == sorted(names)
+    for file, most in (("alerts.yaml", 5), ("grafana.json", len(names))):
+        text = (ROOT / "docs/metrics" / file).read_text()
+        used = {re.sub("_bucket$", "", name) for name in re.findall(r"nats_presence_\w+", text)}
+        assert 4 < len(used) <= most
+        assert used <= names
 
 
 def test_many_threads_read(url: str) -> None:
@@ -119,7 +146,14 @@ def test_wsgi_answers(method: str, status: int) -> None:
     environ: dict[str, Any] = {"REQUEST_METHOD": method, "QUERY_STRING": ""}
     setup_testing_defaults(environ)
     started: list[Any] = []
-    result = validator(metrics_wsgi)(environ, lambda *args: started.append(args))
+
+    def start_response(
+        status: str, headers: list[tuple[str, str]], error: object = None, /
+    ) -> Callable[[bytes], object]:
+        started.append((status, headers))
+        return print  # The deprecated way to write a body.
+
+    result = validator(metrics_wsgi)(environ, start_response)
     body = b"".join(result)
     result.close()  # type: ignore[attr-defined]
     [(line, headers)] = started
