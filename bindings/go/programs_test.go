@@ -306,6 +306,40 @@ func TestBrowserDoesNotGetErrorTexts(t *testing.T) {
 	b.leave()
 }
 
+func TestAskAnswersBadInputClearly(t *testing.T) {
+	dir := examplePrograms(t)
+	s := startServer(t)
+	gateway := start(t, dir+"/gateway", "NATS_URL="+s.url, "SUBJECT=unserved", "LISTEN=127.0.0.1:0")
+	url := "http://" + gateway.waitForLine(t, "listening on (.*)")
+	b := browse(t, url+"/events")
+	id := b.data(t)
+	for _, c := range []struct {
+		id     string
+		size   int
+		status int
+		text   string
+	}{
+		{"", 10, 400, "X-Connect-ID"},
+		{"unknown", 10, 404, "X-Connect-ID"},
+		{strings.Repeat("x", 5000), 10, 404, "X-Connect-ID"},
+		{id, 10 << 20, 413, "larger than 1048576 bytes"},
+		{id, 10, 503, "no worker"},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), "POST", url+"/ask", bytes.NewReader(make([]byte, c.size)))
+		must(t, err)
+		req.Header.Set("X-Connect-ID", c.id)
+		response, err := http.DefaultClient.Do(req)
+		must(t, err)
+		text, err := io.ReadAll(response.Body)
+		must(t, err)
+		response.Body.Close()
+		if response.StatusCode != c.status || !strings.Contains(string(text), c.text) {
+			t.Errorf("%d bytes for %.20q: %s %s", c.size, c.id, response.Status, text)
+		}
+	}
+	b.leave()
+}
+
 // requestFor requests a stream for the browser with this id, and ignores the response.
 func requestFor(t *testing.T, url, id string) {
 	t.Helper()

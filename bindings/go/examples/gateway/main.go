@@ -4,6 +4,8 @@
 //	              client has left.
 //	POST /ask     requests a stream for the client whose id is in the header X-Connect-ID, with the body as payload.
 //	              The messages are forwarded to the client's /events. The response is sent when the stream has ended.
+//	              Status 400: the header is missing. 404: no client with this id is connected. 413: the body is larger
+//	              than 1 MiB. 502: the stream ended early. 503: no worker serves the subject, or all are busy.
 //
 // A browser may vanish without closing its connection (network or power lost). The gateway sends a comment every
 // KEEP_ALIVE, and the kernel closes a connection whose data is not acknowledged for USER_TIMEOUT, so the gateway
@@ -24,12 +26,12 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
+	"github.com/nats-presence/nats-presence/bindings/go/sse"
 )
 
 func main() {
@@ -47,7 +49,10 @@ func main() {
 	check(err)
 	userTimeout, err := time.ParseDuration(setting("USER_TIMEOUT", "20s"))
 	check(err)
-	g := &gateway{conn: conn, subject: setting("SUBJECT", "pieces"), keepAlive: keepAlive}
+	g := &gateway{
+		conn: conn, subject: setting("SUBJECT", "pieces"),
+		options: []sse.Option{sse.KeepAlive(keepAlive), sse.WriteTimeout(userTimeout)},
+	}
 	http.HandleFunc("GET /events", g.events)
 	http.HandleFunc("POST /ask", g.ask)
 	listener, err := listen(setting("LISTEN", "127.0.0.1:8080"), userTimeout)
@@ -78,86 +83,88 @@ func listen(address string, userTimeout time.Duration) (net.Listener, error) {
 	return config.Listen(context.Background(), "tcp", address)
 }
 
+// maxQuestion is the size of the largest body of /ask.
+const maxQuestion = 1 << 20
+
 type gateway struct {
-	conn      *presence.Conn
-	subject   string
-	keepAlive time.Duration
-	clients   sync.Map // by id: *client
+	conn    *presence.Conn
+	subject string
+	options []sse.Option
+	clients sync.Map // by id: *client
 }
 
 // client is a browser with an open /events.
 type client struct {
-	messages chan []byte
-	left     <-chan struct{}
+	*presence.Client
+	events *sse.Writer
 }
 
-// lineEnds replaces each line ending of server-sent events by the start of a new data line. Otherwise a message that
-// contains line endings could inject events.
-var lineEnds = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
-
 func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
+	events, err := sse.NewWriter(w, r, g.options...)
+	if err != nil {
+		log.Print(err)
+		return
+	}
+	defer events.Close()
 	id := rand.Text()
-	c := &client{messages: make(chan []byte), left: r.Context().Done()}
-	g.clients.Store(id, c)
-	defer g.clients.Delete(id)
-	check(presence.MarkClientOnline(id))
+	session, err := presence.NewClient(id)
+	check(err)
 	defer presence.MarkClientOffline(id) // stops the client's streams, here and at the workers
-
-	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("Cache-Control", "no-cache")
-	fmt.Fprintf(w, "event: id\ndata: %s\n\n", id)
-	keepAlive := time.NewTicker(g.keepAlive)
-	defer keepAlive.Stop()
-	out := http.NewResponseController(w)
-	for out.Flush() == nil {
-		select {
-		case message := <-c.messages:
-			fmt.Fprintf(w, "data: %s\n\n", lineEnds.Replace(string(message)))
-		case <-keepAlive.C:
-			fmt.Fprint(w, ": keep-alive\n\n")
-		case <-c.left:
-			return
-		}
+	defer session.Close()
+	g.clients.Store(id, &client{session, events})
+	defer g.clients.Delete(id)
+	events.Send(sse.Event{Name: "id", Data: []byte(id)})
+	select {
+	case <-events.Context().Done(): // the browser has left
+	case <-session.Context().Done(): // the client was marked offline, here or by another process
 	}
 }
 
 func (g *gateway) ask(w http.ResponseWriter, r *http.Request) {
 	id := r.Header.Get("X-Connect-ID")
+	if id == "" {
+		http.Error(w, "set the header X-Connect-ID to the id that /events sent", http.StatusBadRequest)
+		return
+	}
 	found, ok := g.clients.Load(id)
 	if !ok {
 		http.Error(w, "no client with this X-Connect-ID is connected", http.StatusNotFound)
 		return
 	}
-	question, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
-	if err != nil {
-		http.Error(w, "the body cannot be read or is larger than 1 MiB", http.StatusBadRequest)
+	question, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxQuestion))
+	if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+		text := fmt.Sprintf("the body is larger than %d bytes", tooLarge.Limit)
+		http.Error(w, text, http.StatusRequestEntityTooLarge)
 		return
+	} else if err != nil {
+		return // the requester has left
 	}
-	received, err := g.forward(r.Context(), found.(*client), id, question)
+	received, err := g.forward(r.Context(), found.(*client), question)
 	log.Printf("stream client=%s received=%d why=%v", id, received, err)
-	if err != nil { // logged only: it may contain a worker's text, which the browser must not see
+	switch { // the error is logged only: it may contain a worker's text, which the browser must not see
+	case err == nil:
+		fmt.Fprintln(w, received)
+	case errors.Is(err, presence.ErrNoResponders) || errors.Is(err, presence.ErrBusy):
+		http.Error(w, "no worker is available", http.StatusServiceUnavailable)
+	default:
 		http.Error(w, "the stream ended early", http.StatusBadGateway)
-		return
 	}
-	fmt.Fprintln(w, received)
 }
 
 // forward forwards a stream to the client. It returns the number of messages, and the reason if the stream ended early.
-func (g *gateway) forward(ctx context.Context, c *client, id string, question []byte) (received int, err error) {
-	stream, err := g.conn.Request(ctx, g.subject, question, id)
+func (g *gateway) forward(ctx context.Context, c *client, question []byte) (received int, err error) {
+	stream, err := c.Request(ctx, g.conn, g.subject, question)
 	if err != nil {
 		return 0, err
 	}
 	for message, err := range stream.Messages() {
+		if err == nil {
+			err = c.events.Send(sse.Event{Data: message})
+		}
 		if err != nil {
 			return received, err
 		}
-		select {
-		case c.messages <- message:
-			received++
-		case <-c.left:
-			return received, presence.ErrOffline
-		}
+		received++
 	}
 	return received, nil
 }
