@@ -42,6 +42,9 @@ func main() {
 	log.Fatal(http.ListenAndServe(listen, nil))
 }
 
+// lineEnds begins a new data line at each line end: a message cannot add events of its own.
+var lineEnds = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
+
 func events(w http.ResponseWriter, r *http.Request) {
 	connectID := rand.Text()
 	message.MarkClientOnline(connectID)
@@ -59,7 +62,7 @@ func events(w http.ResponseWriter, r *http.Request) {
 	for {
 		select {
 		case text := <-texts:
-			fmt.Fprintf(w, "data: %s\n\n", strings.ReplaceAll(text, "\n", "\ndata: "))
+			fmt.Fprintf(w, "data: %s\n\n", lineEnds.Replace(text))
 			w.(http.Flusher).Flush()
 		case <-r.Context().Done():
 			return
