@@ -149,7 +149,7 @@ test-install: build $(VENV_STAMP) ## Test an installation and the packages, outs
 
 .PHONY: test-go
 test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically
-	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -short -count=1 . ./sse ./presencetest
+	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -short -count=1 ./...
 	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 .
 	cd bindings/go/message && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
 	cd bindings/go/examples/websocket && $(RUN) go vet . && $(RUN) go test -race -count=1 .
