@@ -11,14 +11,15 @@ from trials.leave import FORMS, SERVERS, trial
 
 @pytest.mark.parametrize("kind", ["uvicorn", "hypercorn"])
 def test_500_leaving_browsers_stop_their_workers(url: str, kind: str) -> None:
-    cases = [("bare", "silent"), ("block", "silent"), ("sse", "silent")]
+    cases = [(form, "silent") for form in ("response", "bare", "block", "sse")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 500)}
     assert outcomes == dict.fromkeys(cases, 500)
 
 
 @pytest.mark.parametrize("kind", SERVERS)
 def test_leaving_browsers_stop_their_workers(url: str, kind: str) -> None:
-    cases = [(form, subject) for form in FORMS for subject in ("silent", "chatty")] + [("loop", "flood")]
+    cases = [(form, subject) for form in FORMS for subject in ("silent", "chatty")]
+    cases += [("response", "flood"), ("loop", "flood")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 20)}
     assert outcomes == dict.fromkeys(cases, 20)
 
@@ -29,6 +30,7 @@ def test_leaving_browsers_stop_their_workers_behind_middleware(
 ) -> None:
     """The app forwards less than the workers send: its tasks are cancelled while they do not wait for a message."""
     monkeypatch.setenv("MIDDLEWARE", "1")
-    cases = [("bare", "silent"), ("bare", "chatty"), ("sse", "chatty")]
+    cases = [("response", "silent"), ("response", "chatty"), ("response", "flood")]
+    cases += [("bare", "silent"), ("bare", "chatty"), ("sse", "chatty")]
     outcomes = {(form, worker): outcome.stopped for form, worker, outcome in trial(url, kind, cases, 50)}
     assert outcomes == dict.fromkeys(cases, 50)

@@ -16,6 +16,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from starlette.responses import Response, StreamingResponse
 
 from nats_presence import aio
+from nats_presence.asgi import SSEResponse
 
 gc.disable()
 
@@ -40,6 +41,11 @@ if os.environ.get("MIDDLEWARE"):
 def stream(subject: str, client: str) -> aio.Stream:
     conn: aio.Connection = app.state.conn
     return conn.stream(subject, client_id=client)
+
+
+@app.get("/response/{subject}/{client}")
+async def response(subject: str, client: str) -> SSEResponse:
+    return SSEResponse(stream(subject, client))
 
 
 @app.get("/bare/{subject}/{client}")

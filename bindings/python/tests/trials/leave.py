@@ -33,7 +33,7 @@ SERVERS = {
     "hypercorn": ["hypercorn", "--bind", "127.0.0.1:{port}", "--log-level", "error", "asgi_app:app"],
     "granian": ["granian", "--interface", "asgi", "--port", "{port}", "--log-level", "error", "asgi_app:app"],
 }
-FORMS = ["bare", "loop", "block", "closing", "expression", "sse-bare", "sse"]
+FORMS = ["response", "bare", "loop", "block", "closing", "expression", "sse-bare", "sse"]
 SUBJECTS = ["silent", "chatty", "flood"]
 """The worker sends one message, one every 5 ms, or so many that the server has to wait until its clients read."""
 
