@@ -87,7 +87,7 @@ async def ask(conn: aio.Connection, connected: Client, browser: asyncio.StreamWr
         print(f"{client_id}: forwarded {count}: {error}", flush=True)
         if connected.online:  # An incomplete answer must not look complete.
             with suppress(OSError):
-                await write_event(browser, "error", "the answer is incomplete")
+                await write_event(browser, "failure", "the answer is incomplete")
 
 
 async def main() -> None:
