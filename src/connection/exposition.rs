@@ -15,11 +15,12 @@ use std::sync::{Arc, Weak};
 
 /// How the streams that a worker served may have ended, and those that a gateway requested. They are written even if
 /// there are none: a counter that appears with the value 1 has not increased for Prometheus.
-const WORKER_ENDS: [Status; 8] = [
+const WORKER_ENDS: [Status; 9] = [
     Status::Ok,
     Status::Remote,
     Status::Offline,
     Status::Cancelled,
+    Status::Busy,
     Status::PeerGone,
     Status::Disconnected,
     Status::Closed,

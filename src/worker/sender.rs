@@ -342,7 +342,12 @@ impl Sender {
                 Some(error) => self.error_message(error),
             })?,
         }
-        self.leave_service(if error.is_some() { Status::Remote } else { Status::Ok });
+        self.leave_service(match error {
+            None => Status::Ok,
+            // The host has refused the request itself.
+            Some(text) if *text == *level0::BUSY.as_bytes() => Status::Busy,
+            Some(_) => Status::Remote,
+        });
         registry::detach(&self.client, self.source.handle_id);
         Ok(())
     }

@@ -196,7 +196,7 @@ static void kill_peer(pid_t process) {
 
 static void ends_are_counted_by_status(void) {
   char *before;
-  enum { FREE, OFFLINE, CANCEL, ERROR, TIMEOUT, CLOSED_BY_WORKER, CLOSED_BY_GATEWAY, ENDS };
+  enum { FREE, OFFLINE, CANCEL, ERROR, REFUSAL, TIMEOUT, CLOSED_BY_WORKER, CLOSED_BY_GATEWAY, ENDS };
   for (int end = 0; end < ENDS; end++) {
     pair both = open_pair_with("client", end == TIMEOUT ? "timeout_ms=100" : NULL);
     before = read_metrics();
@@ -207,6 +207,7 @@ static void ends_are_counted_by_status(void) {
     if (end == OFFLINE) OK(mark_client_offline("client"));
     if (end == CANCEL) OK(presence_stream_cancel(both.stream));
     if (end == ERROR) OK(presence_sender_error(both.sender, "failed", 6));
+    if (end == REFUSAL) OK(presence_sender_error(both.sender, "server busy", 11));
     if (end == CLOSED_BY_WORKER) OK(presence_close(both.worker.conn, TIMEOUT_MS));
     if (end == CLOSED_BY_GATEWAY) OK(presence_close(both.gateway.conn, TIMEOUT_MS));
     /* A worker on level 0 can be stopped only by announcing the client offline, or does not learn of it. */
@@ -215,6 +216,7 @@ static void ends_are_counted_by_status(void) {
     if (end == OFFLINE) check_ends(before, "pair", "offline", "offline");
     if (end == CANCEL) check_ends(before, "pair", cancelled, "cancelled");
     if (end == ERROR) check_ends(before, "pair", "remote", "remote");
+    if (end == REFUSAL) check_ends(before, "pair", "busy", "busy");
     if (end == TIMEOUT) check_ends(before, "pair", cancelled, "timeout");
     if (end == CLOSED_BY_WORKER) check_ends(before, "pair", "closed", "remote");
     if (end == CLOSED_BY_GATEWAY) check_ends(before, "pair", cancelled, "closed");
@@ -382,6 +384,21 @@ static void number_of_subjects_is_bounded(void) {
   free(text);
 }
 
+static void forked_child_begins_at_zero(void) {
+  pair both = open_pair("client");
+  CHECK_EQ(value_of("streams_running{role=\"gateway\",subject=\"\"}"), 1);
+  pid_t child = fork();
+  if (child == 0) {
+    CHECK_EQ(value_of("streams_running{role=\"gateway\",subject=\"\"}"), 0);
+    CHECK_EQ(value_of("clients_online"), 0);
+    char *text = read_metrics();
+    CHECK(!strstr(text, "pair"));
+    _exit(0);
+  }
+  expect_exit(child, 0);
+  close_pair(both);
+}
+
 static bool readers_end;
 
 static void *read_again_and_again(void *unused) {
@@ -425,6 +442,7 @@ int main(int argc, char **argv) {
   RUN_ON_BOTH(subjects_are_escaped_and_ids_are_absent);
   RUN_ON_BOTH(counters_outlive_their_connections);
   RUN_ON_BOTH(many_threads_read_while_streams_run);
+  RUN(forked_child_begins_at_zero);
   RUN(number_of_subjects_is_bounded);
   return 0;
 }
