@@ -171,9 +171,6 @@ func NewWriter(w http.ResponseWriter, r *http.Request, opts ...Option) (*Writer,
 	if err != nil {
 		return nil, fmt.Errorf("sse: the browser has left: %w", err)
 	}
-	// The ReadTimeout of the server would end the request's context. The flush above has read the body of the request,
-	// or the connection is closed after it.
-	s.out.SetReadDeadline(time.Time{})
 	s.ctx, s.cancel = context.WithCancelCause(context.WithoutCancel(r.Context()))
 	ended := make(chan struct{})
 	stop := context.AfterFunc(r.Context(), func() {

@@ -425,6 +425,36 @@ func TestLeavingStopsTheWorkerThatSendsNothing(t *testing.T) {
 	wantError(t, err, context.Canceled)
 }
 
+func TestStreamsOverHTTP2(t *testing.T) {
+	server := presencetest.StartServer(t)
+	worker := presencetest.StartWorker(t, server.URL, "silent", silent)
+	conn := presencetest.Connect(t, server.URL)
+	results := make(chan error, 1)
+	h := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		stream, err := conn.Request(context.Background(), "silent", nil, "me")
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		results <- sse.Serve(w, r, stream)
+	}))
+	h.EnableHTTP2 = true
+	h.StartTLS()
+	t.Cleanup(h.Close)
+	response, err := h.Client().Get(h.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if response.ProtoMajor != 2 {
+		t.Error(response.Proto)
+	}
+	s := &source{in: bufio.NewReader(response.Body)}
+	s.want(t, event{"message", "", "one"})
+	response.Body.Close()
+	wantError(t, worker.WaitStopped("me"), presence.ErrCancelled)
+	wantError(t, receive(t, results), presence.ErrCancelled)
+}
+
 // connectWithoutReading sends a request on a connection with a small buffer.
 func connectWithoutReading(t testing.TB, url string) net.Conn {
 	t.Helper()

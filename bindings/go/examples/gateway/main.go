@@ -109,8 +109,7 @@ func (g *gateway) events(w http.ResponseWriter, r *http.Request) {
 	id := rand.Text()
 	session, err := presence.NewClient(id)
 	check(err)
-	defer presence.MarkClientOffline(id) // stops the client's streams, here and at the workers
-	defer session.Close()
+	defer session.Close() // stops the client's streams, here and at the workers
 	g.clients.Store(id, &client{session, events})
 	defer g.clients.Delete(id)
 	events.Send(sse.Event{Name: "id", Data: []byte(id)})

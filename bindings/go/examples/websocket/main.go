@@ -142,8 +142,7 @@ func (g *gateway) socket(w http.ResponseWriter, r *http.Request) {
 	ctx, cancel := context.WithCancel(g.ctx)
 	s := &socket{gateway: g, client: client, conn: conn, ctx: ctx, streams: make(map[string]context.CancelFunc)}
 	defer s.running.Wait()
-	defer presence.MarkClientOffline(id) // stops the client's streams, here and at the workers
-	defer client.Close()
+	defer client.Close() // stops the client's streams, here and at the workers
 	defer s.end(cancel)
 	defer context.AfterFunc(client.Context(), cancel)()
 	g.sockets.Store(id, s)
