@@ -51,6 +51,7 @@ type Stream struct {
 	tag     uint64
 	portion int           // how much is read before credit is returned: an eighth of the window
 	ready   chan struct{} // holds a token when there may be something to read
+	trace   StreamTrace
 
 	mu     sync.Mutex
 	handle *C.presence_stream
@@ -92,7 +93,7 @@ func (c *Conn) Request(
 		return nil, err
 	}
 	defer freeConfig(config)
-	s := &Stream{conn: c, portion: defaultWindow / 8, ready: make(chan struct{}, 1)}
+	s := &Stream{conn: c, portion: defaultWindow / 8, ready: make(chan struct{}, 1), trace: o.trace}
 	if limit, err := strconv.Atoi(o.value("stream_buffer_bytes")); err == nil {
 		s.portion = min(limit, maxWindow) / 8
 	}
@@ -242,11 +243,18 @@ func (s *Stream) put(events []C.presence_event, size int) {
 		run = append(run, data...)
 	}
 	s.mu.Lock()
+	first := s.trace.FirstMessage
+	s.trace.FirstMessage = nil
 	if s.err == nil {
 		s.runs = append(s.runs, run)
+	} else {
+		first = nil
 	}
 	s.mu.Unlock()
 	signal(s.ready)
+	if first != nil {
+		first()
+	}
 }
 
 // take returns the next message, or the error that ended the stream; ok is false if there is neither yet. It returns
@@ -301,6 +309,12 @@ func (s *Stream) finish(err error, discard bool) {
 	handle, detach := s.handle, s.detach
 	s.mu.Unlock()
 	signal(s.ready)
+	if s.trace.Ended != nil {
+		if err == io.EOF {
+			err = nil
+		}
+		s.trace.Ended(err)
+	}
 	s.conn.removeStream(s)
 	if handle != nil {
 		detach()

@@ -45,6 +45,7 @@ type options struct {
 	log         func(Event)
 	credentials func(nonce []byte) (Credentials, error)
 	tls         *tls.Config
+	trace       StreamTrace
 }
 
 // pair is a named option. The functions below return it as the interface of the call that has the option.
@@ -237,6 +238,21 @@ func OnlyOnline() RequestOption { return pair{"only_online", "true"} }
 // Header adds a header that the worker reads with [Request.Header]. The names Connect-ID, Nats-… and Presence-… are
 // reserved.
 func Header(name, value string) RequestOption { return pair{"header." + name, value} }
+
+// StreamTrace has functions that are called when something happens to a stream that this process requested, whether it
+// is read or not. They must not block: other streams wait meanwhile.
+type StreamTrace struct {
+	FirstMessage func()      // the first message has arrived
+	Ended        func(error) // the stream has ended: nil after the worker's end, or the error that its reader gets
+}
+
+// Trace calls functions when something happens to the stream. It does not call them if the request fails.
+func Trace(t StreamTrace) RequestOption { return traceOption{t} }
+
+type traceOption struct{ trace StreamTrace }
+
+func (t traceOption) apply(o *options) { o.trace = t.trace }
+func (traceOption) forRequest()        {}
 
 // MaxStreams limits how many streams of the service, and how many of its handlers, run at once. A request beyond that
 // is answered with "server busy", which its requester gets as ErrBusy. Default: 0, which means 10,000.

@@ -78,6 +78,7 @@ type Sender struct {
 	end      sync.Once     // closes ended
 	detached atomic.Bool
 	returned atomic.Bool // the handler returned nil without Detach, which ended the stream
+	onFirst  atomic.Pointer[func()]
 	// How many of the two owners still need the C sender: the stream, until it has ended, and the handler, until it has
 	// returned. The last one frees it.
 	owners atomic.Int32
@@ -137,6 +138,12 @@ func (s *Sender) sendResult(status Status, size int) error {
 	if status == ErrTooLarge {
 		text := fmt.Sprintf("message of %d bytes is too large: the limit is %d", size, s.MaxMessage())
 		return &Error{Status: ErrTooLarge, Message: text}
+	}
+	if status == C.PRESENCE_OK {
+		if f := s.onFirst.Load(); f != nil && s.onFirst.CompareAndSwap(f, nil) {
+			(*f)()
+		}
+		return nil
 	}
 	err := s.statusError(status)
 	if status == ErrClosed && s.returned.Load() {
@@ -246,6 +253,10 @@ func (s *Sender) Err() error {
 	s.mu.RUnlock()
 	return s.statusError(status)
 }
+
+// OnFirstMessage makes the sender call f when it has sent its next message, once. It is for traces: call it before the
+// first message.
+func (s *Sender) OnFirstMessage(f func()) { s.onFirst.Store(&f) }
 
 // SendCount returns how many messages have been sent.
 func (s *Sender) SendCount() uint64 {
