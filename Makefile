@@ -153,6 +153,7 @@ test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, wit
 	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 .
 	cd bindings/go/message && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
 	cd bindings/go/examples/websocket && $(RUN) go vet . && $(RUN) go test -race -count=1 .
+	cd bindings/go/otel && $(RUN) go vet . && $(RUN) go test -race -count=1 .
 	@# The static library links, and works where that could matter: in processes that exit or fork, and in one example
 	@# of each call.
 	cd bindings/go && $(RUN) go vet -tags presence_static ./... && \
