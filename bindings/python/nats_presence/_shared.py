@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ctypes import byref, c_size_t, c_uint32, c_void_p, sizeof
 from typing import TYPE_CHECKING, Callable, NamedTuple, NoReturn
 
-from . import _ffi
+from . import _ffi, _tracing
 from ._arguments import Option, Payload, check_integer, encode_payload, encode_text, new_config, to_milliseconds
 from ._events import Event, EventBatch, decode_text
 from ._ffi import lib
@@ -20,6 +20,8 @@ from .errors import (
     HandlerError,
     InvalidError,
     PresenceError,
+    RemoteError,
+    StreamCancelledError,
     TooLargeError,
     check,
     check_code,
@@ -104,6 +106,7 @@ class BaseSender:
     """
 
     _handle: int | None = None
+    _span: _tracing.StreamSpan | None = None
 
     def __init__(self, handle: int, client_id: str) -> None:
         self._handle = handle
@@ -114,6 +117,8 @@ class BaseSender:
         """The client's id; "" if the request had none."""
 
     def __del__(self) -> None:
+        if self._span is not None:
+            self._span.end(error(self.status or _ffi.CLOSED, ""))
         lib.presence_sender_free(self._handle)
 
     @property
@@ -154,13 +159,19 @@ class BaseSender:
         Raises as end(), and ClosedError after an end.
         """
         raw = encode_payload(message)
-        self._check_end(lib.presence_sender_error_code(self._handle, check_code(code), raw, len(raw)))
+        ended = lib.presence_sender_error_code(self._handle, check_code(code), raw, len(raw))
+        self._check_end(ended, RemoteError(""))
 
     def detach(self) -> None:
         """Keeps the stream open after the handler returns. You then have to keep the sender, and to call end()."""
         self._detached = True
 
-    def _check_end(self, status: int) -> None:
+    def _trace(self, span: _tracing.StreamSpan) -> None:
+        self._span = span
+
+    def _check_end(self, status: int, failure: PresenceError | None = None) -> None:
+        if self._span is not None:
+            self._span.end(error(status, "") if status else failure)
         check(status, f"ending the stream of client {self.client_id!r}")
 
     def _check_sent(self, status: int, size: int) -> None:
@@ -175,6 +186,8 @@ class BaseSender:
 
     def _on_handler_failed(self, failure: BaseException, send_errors: bool) -> None:
         """Ends the stream with the exception that the handler raised, unless that is why the stream has ended."""
+        if self._span is not None:
+            self._span.end(failure)
         if isinstance(failure, PresenceError) and failure.status == self.status:
             return
         code = 0
@@ -226,6 +239,7 @@ class BaseStream:
     """The error with which the stream has ended, until it is raised."""
     _has_raised = False
     """Whether the failure was raised."""
+    _span: _tracing.StreamSpan | None = None
 
     def cancel(self) -> None:
         """Cancels the stream: its reader gets StreamCancelledError.
@@ -233,6 +247,11 @@ class BaseStream:
         The README says under "Leaving a stream" what its worker gets. It has no effect on a stream that has ended.
         """
         lib.presence_stream_cancel(self._handle)
+        self._cancel_span()
+
+    def _cancel_span(self) -> None:
+        if self._span is not None:
+            self._span.end(StreamCancelledError(""))
 
     def _to_failure(self, event: Event) -> PresenceError:
         """Converts the event that ended the stream with an error. A client that is closed cancels its streams."""
@@ -335,23 +354,30 @@ class BaseConnection:
         client_id: str,
         options: dict[str, Option],
         tag: int,
-    ) -> None:
-        """Requests a stream, and stores its handle in `stream`."""
+    ) -> _tracing.StreamSpan | None:
+        """Requests a stream, and stores its handle in `stream`. Returns the stream's span, if it is traced."""
         details = _ffi.Error()
-        raw, client = encode_payload(data), encode_id(client_id)
-        with new_config(options) as settings:
-            args = _ffi.RequestArgs(
-                size=sizeof(_ffi.RequestArgs),
-                subject=encode_text("subject", subject),
-                data=raw,
-                data_len=len(raw),
-                client=client,
-                client_len=len(client),
-                tag=tag,
-                config=settings,
-            )
-            status = lib.presence_request(self._handle, queue, byref(args), byref(stream), byref(details))
-        check_error(status, details)
+        raw, client, encoded_subject = encode_payload(data), encode_id(client_id), encode_text("subject", subject)
+        span = _tracing.start_request(subject, options)
+        try:
+            with new_config(options) as settings:
+                args = _ffi.RequestArgs(
+                    size=sizeof(_ffi.RequestArgs),
+                    subject=encoded_subject,
+                    data=raw,
+                    data_len=len(raw),
+                    client=client,
+                    client_len=len(client),
+                    tag=tag,
+                    config=settings,
+                )
+                status = lib.presence_request(self._handle, queue, byref(args), byref(stream), byref(details))
+            check_error(status, details)
+        except BaseException as failure:
+            if span is not None:
+                span.end(failure)
+            raise
+        return span
 
     def _stop_services(self) -> None:
         self._is_closed()  # Raises ForkedError.

@@ -29,7 +29,7 @@ from ctypes import c_void_p
 from functools import partial
 from typing import Callable, Union
 
-from . import _ffi
+from . import _ffi, _tracing
 from ._arguments import Option, Payload, check_seconds, encode_payload
 from ._batches import MessageBatches
 from ._events import MEMORY, Event, EventBatch, new_queue, queue_fd
@@ -120,17 +120,49 @@ class Sender(BaseSender):
             await self._state_changed.wait()
         self._check_sent(status, len(raw))
 
-    def _check_end(self, status: int) -> None:
+    def _check_end(self, status: int, failure: PresenceError | None = None) -> None:
         self._state_changed.set()
-        super()._check_end(status)
+        super()._check_end(status, failure)
 
     def _on_stopped(self, status: int) -> None:
         self._state_changed.set()
+        if self._span is not None:
+            self._span.on_stopped(status)
         if self._task is not None:
             self._task.cancel(status_text(status))
 
+    def _trace(self, span: _tracing.StreamSpan) -> None:
+        super()._trace(span)
+        self.__class__ = _TracedSender
+
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._task = None
+        if self._span is not None and not self._detached:  # The task was cancelled, or the span has ended.
+            self._span.end(error(self.status or _ffi.CLOSED, ""))
+
+
+class _TracedSender(Sender):
+    """A sender whose span waits for the first message. After that it is a Sender, whose sends cost nothing more.
+
+    Another task may change the class during a call: so no call depends on it.
+    """
+
+    async def send(self, data: Payload) -> None:
+        await Sender.send(self, data)
+        _on_first_message(self)
+
+    async def send_many(self, messages: Iterable[Payload]) -> None:
+        try:
+            await Sender.send_many(self, messages)
+        finally:
+            if self.send_count:
+                _on_first_message(self)
+
+
+def _on_first_message(sender: Sender) -> None:
+    if sender._span is not None:
+        sender._span.on_first_message()
+    sender.__class__ = Sender
 
 
 Handler = Callable[[Request, Sender], Union[Awaitable[object], AsyncIterator[Payload]]]
@@ -167,6 +199,7 @@ class Stream(BaseStream):
         self._conn._streams.pop(self._tag, None)
         if self._reader_tags is not None:
             self._reader_tags.discard(self._tag)
+        self._cancel_span()
         lib.presence_stream_free(self._handle)
 
     def __aiter__(self) -> Stream:
@@ -268,12 +301,16 @@ class Stream(BaseStream):
         """Wakes the reader, and returns where to put the messages that have arrived."""
         self._returns_credit_on_wait = True
         self._arrived.set()
+        if self._span is not None:
+            self._span.on_first_message()
         return self._messages.append
 
     def _end(self, failure: PresenceError | None) -> None:
         if not self._ended:
             self._ended, self._failure = True, failure
             self._arrived.set()
+            if self._span is not None:
+                self._span.end(failure)
 
 
 def _on_reader_done(weak: weakref.ref[Connection], tags: set[int], task: asyncio.Task[object]) -> None:
@@ -304,8 +341,8 @@ class Connection(BaseConnection):
         self._owner = OwnerLoop()
         self._on_event = on_event
         self._tags = itertools.count(1)
-        self._handlers: dict[int, tuple[Handler, bool]] = {}
-        """Handlers by the tags of their services, each with its `send_errors`."""
+        self._handlers: dict[int, tuple[str, Handler, bool]] = {}
+        """By the tags of services: the subject, the handler, and `send_errors`."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._senders: weakref.WeakValueDictionary[int, Sender] = weakref.WeakValueDictionary()
         self._streams: dict[int, weakref.ref[Stream]] = {}
@@ -349,7 +386,7 @@ class Connection(BaseConnection):
         """
         check_async_handler(subject, handler)
         event_queue, tag = self._open_queue(), next(self._tags)
-        self._handlers[tag] = handler, send_errors
+        self._handlers[tag] = subject, handler, send_errors
         try:
             serving = start_in_thread(self._serve, event_queue, subject, queue, max_streams, tag)
             try:
@@ -390,7 +427,7 @@ class Connection(BaseConnection):
         stream = Stream(self, tag)
         self._streams[tag] = weakref.ref(stream)
         stream._handle = c_void_p()
-        self._request(stream._handle, queue, subject, data, client_id, settings, tag)
+        stream._span = self._request(stream._handle, queue, subject, data, client_id, settings, tag)
         # Return credit long before the worker runs out of it, but not for every message.
         window = min(int(str(options.get("stream_buffer_bytes") or DEFAULT_WINDOW)), MAX_WINDOW)
         stream._credit_threshold = window // 16
@@ -514,18 +551,19 @@ class Connection(BaseConnection):
                 call_on_event(self._on_event, connection_event)
 
     @staticmethod
-    async def _run_handler(handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
-        try:
-            result = handler(request, sender)
-            if isinstance(result, AsyncIterator):
-                await sender._send_each(result)
-            elif isinstance(result, Awaitable):
-                check_handler_result(await result)
-            else:
-                raise TypeError(f"the handler returned a {type(result).__name__}: define it with async def")
-            sender._on_handler_returned()
-        except Exception as failure:
-            sender._on_handler_failed(failure, send_errors)
+    async def _run_handler(subject: str, handler: Handler, send_errors: bool, request: Request, sender: Sender) -> None:
+        with _tracing.serving(subject, request, sender):
+            try:
+                result = handler(request, sender)
+                if isinstance(result, AsyncIterator):
+                    await sender._send_each(result)
+                elif isinstance(result, Awaitable):
+                    check_handler_result(await result)
+                else:
+                    raise TypeError(f"the handler returned a {type(result).__name__}: define it with async def")
+                sender._on_handler_returned()
+            except Exception as failure:
+                sender._on_handler_failed(failure, send_errors)
 
     def _finish_close(self) -> None:
         """Dispatches the last events, and removes the queue from the loop."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from ctypes import c_void_p
 from typing import Any, Callable
 
-from . import _ffi
+from . import _ffi, _tracing
 from ._arguments import Option, Payload, check_integer, check_seconds, encode_payload
 from ._batches import MessageBatches
 from ._events import MEMORY, Event, EventBatch, new_queue
@@ -83,6 +83,34 @@ class Sender(BaseSender):
             if (close := getattr(messages, "close", None)) is not None:
                 close()
 
+    def _trace(self, span: _tracing.StreamSpan) -> None:
+        super()._trace(span)
+        self.__class__ = _TracedSender
+
+
+class _TracedSender(Sender):
+    """A sender whose span waits for the first message. After that it is a Sender, whose sends cost nothing more.
+
+    Another thread may change the class during a call: so no call depends on it.
+    """
+
+    def send(self, data: Payload) -> None:
+        Sender.send(self, data)
+        _on_first_message(self)
+
+    def send_many(self, messages: Iterable[Payload]) -> None:
+        try:
+            Sender.send_many(self, messages)
+        finally:
+            if self.send_count:
+                _on_first_message(self)
+
+
+def _on_first_message(sender: Sender) -> None:
+    if sender._span is not None:
+        sender._span.on_first_message()
+    sender.__class__ = Sender
+
 
 Handler = Callable[[Request, Sender], object]
 
@@ -108,9 +136,10 @@ class Stream(BaseStream, QueueReader[bytes]):
         self._conn = conn
         self._consumed: int | None = None
         self._handle = c_void_p()
-        conn._request(self._handle, self._queue or 0, subject, data, client_id, options, 0)
+        self._span = conn._request(self._handle, self._queue or 0, subject, data, client_id, options, 0)
 
     def __del__(self) -> None:
+        self._cancel_span()
         lib.presence_stream_free(self._handle)
         super().__del__()
 
@@ -126,11 +155,15 @@ class Stream(BaseStream, QueueReader[bytes]):
         messages = deque([MEMORY[data : data + size] for kind, _, data, size in fields if kind == _ffi.EVENT_DATA])
         if messages:
             self._consumed = sum(map(len, messages))
+            if self._span is not None:
+                self._span.on_first_message()
         for index in range(len(messages), len(fields)):  # No message follows the end of a stream.
             event = events[index]
             if event.kind == _ffi.EVENT_ERROR:
                 self._failure = self._to_failure(event)
             self._ended |= event.kind in (_ffi.EVENT_END, _ffi.EVENT_ERROR)
+        if self._ended and self._span is not None:
+            self._span.end(self._failure)
         return messages
 
     def next(self, timeout: float | None = None) -> bytes | None:
@@ -293,15 +326,16 @@ class Connection(BaseConnection):
             request, sender = item
             if sender.closed:  # The client left before a thread was free.
                 return
-            try:
-                result = handler(request, sender)
-                if isinstance(result, Iterator):
-                    sender._send_each(result)
-                else:
-                    check_handler_result(result)
-                sender._on_handler_returned()
-            except BaseException as failure:
-                sender._on_handler_failed(failure, send_errors)
+            with _tracing.serving(subject, request, sender):
+                try:
+                    result = handler(request, sender)
+                    if isinstance(result, Iterator):
+                        sender._send_each(result)
+                    else:
+                        check_handler_result(result)
+                    sender._on_handler_returned()
+                except BaseException as failure:
+                    sender._on_handler_failed(failure, send_errors)
 
         count = check_integer("threads", threads, 1, 10_000)
         pool = _ThreadPool(read_request, answer, count, f"nats_presence {subject}")
