@@ -19,8 +19,11 @@ BUILT := $(TARGET_DIR)$(CARGO_BUILD_TARGET:%=/%)/release
 STATIC := $(BUILT)/static/libnats_presence.a
 # A private installation of the library. Tests, demo and benches use the library from here only.
 STAGE := $(CURDIR)/build/stage
-# The command line as it is to be installed below a prefix.
-CLI := $(CURDIR)/build/cli
+# The command line as it is to be installed below a prefix. CLI_HOST is the same program for this machine, which writes
+# the manual pages and completions.
+CLI ?= $(CURDIR)/build/cli
+CLI_HOST ?= $(BUILT)/nats-presence
+CARGO_RUSTC ?= rustc
 
 .PHONY: help
 help: ## List the targets
@@ -58,15 +61,16 @@ uninstall: ## Remove what `make install` installed; give it the same variables
 # features of a shared dependency would compile it again, over the first one, and cmp would find that.
 .PHONY: cli
 cli: build ## Build the command line into build/cli, with manual pages and completions
-	$(FLAGS) $(CARGO) $(CARGO_BUILD) --release --locked --target-dir $(TARGET_DIR) --package nats-presence-cli
+	$(FLAGS) $(CARGO) $(CARGO_RUSTC) --release --locked --target-dir $(TARGET_DIR) --package nats-presence-cli \
+	  --bin nats-presence -- $(if $(findstring musl,$(CARGO_BUILD_TARGET)),-Ctarget-feature=+crt-static)
 	cmp $(BUILT)/deps/libnats_presence.so $(BUILT)/libnats_presence.so
 	rm -rf $(CLI)
-	install -D -s -m 755 $(BUILT)/nats-presence $(CLI)/bin/nats-presence
-	$(CLI)/bin/nats-presence man $(CLI)/share/man/man1
+	install -D -m 755 $(BUILT)/nats-presence $(CLI)/bin/nats-presence
+	$(CLI_HOST) man $(CLI)/share/man/man1
 	@for shell in bash:bash-completion/completions/nats-presence zsh:zsh/site-functions/_nats-presence \
 	    fish:fish/vendor_completions.d/nats-presence.fish; do \
 	  file=$(CLI)/share/$${shell#*:}; install -d $${file%/*} && \
-	  $(CLI)/bin/nats-presence completions $${shell%%:*} > $$file || exit 1; done
+	  $(CLI_HOST) completions $${shell%%:*} > $$file || exit 1; done
 
 .PHONY: stage
 stage: build ## Install into build/stage, for tests, demo and benches
@@ -144,7 +148,7 @@ test-c: stage $(VENV_STAMP) ## Test the C ABI
 	$(RUN) $(PYTHON) tests/c/run
 
 .PHONY: test-install
-test-install: build $(VENV_STAMP) ## Test an installation and the packages, outside of the source tree
+test-install: cli $(VENV_STAMP) ## Test an installation and the packages, outside of the source tree
 	$(VENV)/bin/python tests/install/run
 
 .PHONY: test-go

@@ -1,6 +1,7 @@
 """Puts the shared library into the package: the file that NATS_PRESENCE_LIBRARY names, or else one that cargo builds.
 
-The sources of the library are two folders up in a checkout, and in rust/ in an sdist.
+The sources of the library are two folders up in a checkout, and in rust/ in an sdist. The command line becomes part of
+a wheel if NATS_PRESENCE_COMMAND names the file; cargo does not build it here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from distutils.command.build_scripts import build_scripts  # that of setuptools, whose backend runs this file
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -60,6 +62,19 @@ class Build(build_py):
             target.chmod(0o755)
 
 
+class BuildScripts(build_scripts):
+    def get_source_files(self) -> list[str]:
+        return []  # The command does not belong to the sources.
+
+    def copy_scripts(self) -> None:
+        """Copies the command line as it is: it is not a text in which to replace the first line."""
+        self.mkpath(self.build_dir)
+        for script in self.scripts:
+            target = Path(self.build_dir, Path(script).name)
+            shutil.copyfile(script, target)
+            target.chmod(0o755)
+
+
 class Binary(Distribution):
     def has_ext_modules(self) -> bool:
         return True
@@ -86,4 +101,10 @@ class SourceDistribution(sdist):
                 (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, target)
 
 
-setup(distclass=Binary, cmdclass={"build_py": Build, "bdist_wheel": Wheel, "sdist": SourceDistribution})
+COMMAND = os.environ.get("NATS_PRESENCE_COMMAND")
+
+setup(
+    distclass=Binary,
+    cmdclass={"build_py": Build, "build_scripts": BuildScripts, "bdist_wheel": Wheel, "sdist": SourceDistribution},
+    scripts=[COMMAND] if COMMAND else [],
+)
