@@ -13,6 +13,15 @@ from user import C11, ROOT, VERSION, Server, expect, passed, stop
 HERE = Path(__file__).resolve().parent
 HOST = f"{platform.machine()}-linux-gnu"
 GO_MODULE = "github.com/nats-presence/nats-presence/bindings/go"
+COMMAND = "bin/nats-presence"
+COMMAND_FILES = {
+    COMMAND,
+    "share/man/man1/nats-presence.1",
+    "share/man/man1/nats-presence-serve.1",
+    "share/bash-completion/completions/nats-presence",
+    "share/fish/vendor_completions.d/nats-presence.fish",
+    "share/zsh/site-functions/_nats-presence",
+}
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```(?:c|go|python)\n(.*?)```", README, re.DOTALL)
 
@@ -33,12 +42,21 @@ def go(user, out):
     }
 
 
+def check_command(user, *program):
+    """The command line starts, without the shared library."""
+    printed = user.run(*program, "--version")
+    expect(printed == f"nats-presence {VERSION}\n", f"{program} prints {printed!r}")
+
+
 def tarball(user, out):
     (archive,) = out.glob(f"nats-presence-{VERSION}-{HOST}.tar.gz")
     user.run("tar", "-xf", archive)
     folder = user.work / archive.name.removesuffix(".tar.gz")
-    for name in ("LICENSE", "install.sh", "share/doc/nats-presence/README.md", "share/doc/nats-presence/docs/wire.md"):
-        expect((folder / name).exists(), f"the tarball lacks {name}")
+    documents = "share/doc/nats-presence"
+    others = {"LICENSE", "install.sh", f"{documents}/README.md", f"{documents}/docs/wire.md"}
+    others |= {f"{documents}/bindings/{language}/README.md" for language in ("c", "go", "python")}
+    for name in COMMAND_FILES | others:
+        expect((folder / name).is_file(), f"the tarball lacks {name}")
     prefix = user.work / "from-tarball"
     user.run(folder / "install.sh", prefix)
     for place in (folder, prefix):
@@ -48,6 +66,7 @@ def tarball(user, out):
         user.run(*C11, ROOT / "examples-c/presence.c", "-o", program, *found, f"-Wl,-rpath,{libdir}")
         printed = user.run(program)
         expect(printed.startswith(f"nats-presence {VERSION}\n"), f"presence prints\n{printed}")
+        check_command(user, place / "bin/nats-presence")
 
 
 def python_wheel(user, out):
@@ -60,6 +79,7 @@ def python_wheel(user, out):
     version, library = user.run(venv / "bin/python", "-c", code).split()
     expect(version == VERSION, f"the wheel has version {version}")
     expect(Path(library).is_relative_to(venv), f"the wheel loads {library}")
+    check_command(user, venv / "bin/nats-presence")
     return venv / "bin/python"
 
 
@@ -149,10 +169,15 @@ def readme_programs(user, worker, python, url):
     """The README's Go worker and its Python gateway, from their packages."""
     gateway = user.work / "gateway.py"
     gateway.write_text(place(PROGRAMS[3], url))
-    process = user.start(worker)
+    run_readme_programs(user, [worker], [python, gateway])
+
+
+def run_readme_programs(user, worker, gateway, **environment):
+    """Runs one of the README's workers, and its gateway."""
+    process = user.start(*worker, **environment)
     try:
         for _ in range(100):  # the first ones may come before the worker serves
-            done = user.done(python, gateway)
+            done = user.done(*gateway, **environment)
             if "NoResponders" not in done.stdout:
                 break
         expect(done.stdout.split() == ["0", "1", "2", "3"], f"the gateway prints\n{done.stdout}")
@@ -165,9 +190,9 @@ def readme_programs(user, worker, python, url):
 def use(user, out):
     """Uses the packages for this machine. Returns the folder of a Go program, and the environment of Go."""
     tarball(user, out)
-    passed("tarball: used where it was unpacked, and installed by install.sh")
+    passed("tarball: used where it was unpacked, and installed by install.sh; the command starts")
     python = python_wheel(user, out)
-    passed("wheel: a fresh virtual environment uses the library inside")
+    passed("wheel: a fresh virtual environment uses the library inside, and has the command")
     python_sdist_without_cargo(user, out)
     passed("sdist: without cargo it says what is needed")
     python_sdist_has_the_sources(user, out)
@@ -185,13 +210,13 @@ def use(user, out):
 
 
 def check(user, other):
-    """Packages the library that `make build` built, and uses the packages."""
+    """Packages what `make cli` built, and uses the packages."""
     out = user.work / "dist"
     command = [sys.executable, ROOT / "packaging/dist", out]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     expect(done.returncode == 0, f"packaging/dist exits with {done.returncode}:\n{done.stdout}")
     user.run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=out)
-    passed("packaging/dist: packages of the library that was built, with SHA-256 sums")
+    passed("packaging/dist: packages of the library and the command that were built, with SHA-256 sums")
     folder, environment = use(user, out)
     go_with_another_library(user, folder, environment, other)
     passed("Go module: links with another static library of Rust")

@@ -3,7 +3,9 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,11 +63,13 @@ class User:
         expect(done.returncode == 0, f"{' '.join(map(str, command))} exits with {done.returncode}:\n{done.stdout}")
         return done.stdout
 
-    def start(self, *command, **options):
+    def start(self, *command, stderr=None, **environment):
         """Starts a program whose output is a pipe."""
         command = [str(part) for part in command]
-        options = {"env": self.environment, "cwd": self.work, "stdout": subprocess.PIPE, "text": True, **options}
-        return subprocess.Popen(command, **options)
+        environment = {**self.environment, **environment}
+        return subprocess.Popen(
+            command, env=environment, cwd=self.work, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
 
 
 class Server:
@@ -97,3 +101,10 @@ def stop(process):
     for pipe in (process.stdout, process.stderr):
         if pipe:
             pipe.close()
+
+
+def stop_group(process):
+    """Stops a process that leads a session, and its children, which `go run` and a shell have."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
