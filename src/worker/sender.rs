@@ -345,7 +345,7 @@ impl Sender {
         self.leave_service(match error {
             None => Status::Ok,
             // The host has refused the request itself.
-            Some(text) if *text == *level0::BUSY.as_bytes() => Status::Busy,
+            Some(error) if *error.text == *level0::BUSY.as_bytes() => Status::Busy,
             Some(_) => Status::Remote,
         });
         registry::detach(&self.client, self.source.handle_id);
