@@ -39,7 +39,7 @@ func TestTraceHeadersPassUntouched(t *testing.T) {
 func TestTraceReportsFirstMessageAndEnd(t *testing.T) {
 	s := startServer(t)
 	worker, gateway := connect(t, s), connect(t, s)
-	sent := make(chan string, 10)
+	sent, seen := make(chan string, 10), make(chan struct{})
 	serve(t, worker, "traced", func(ctx context.Context, req *Request, s *Sender) error {
 		s.OnFirstMessage(func() { sent <- "first" })
 		if req.ClientID == "silent" {
@@ -50,6 +50,7 @@ func TestTraceReportsFirstMessageAndEnd(t *testing.T) {
 				return err // the client has left
 			}
 			sent <- "message"
+			receive(t, seen) // so that the next one does not arrive together with this one
 		}
 		if req.ClientID == "leaver" {
 			<-ctx.Done()
@@ -66,6 +67,7 @@ func TestTraceReportsFirstMessageAndEnd(t *testing.T) {
 	}
 	stream, first, ended := traced("traced", "reader")
 	receive(t, first)
+	close(seen)
 	must(t, receive(t, ended)) // although nothing has been read
 	for _, want := range []string{"first", "message", "message", "message"} {
 		if got := receive(t, sent); got != want {

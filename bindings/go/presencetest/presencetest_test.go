@@ -3,8 +3,11 @@ package presencetest_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
 	"os"
 	"testing"
+	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
 	"github.com/nats-presence/nats-presence/bindings/go/presencetest"
@@ -91,4 +94,36 @@ func TestMissingServerSaysWhatToDo(t *testing.T) {
 	}()
 	presencetest.StartServer(f)
 	t.Error("a server was started")
+}
+
+func (f *fatal) Fatalf(format string, args ...any) {
+	f.failed <- fmt.Sprintf(format, args...)
+	panic(f)
+}
+
+func TestWaitThatTimesOutSaysWhatHappenedInstead(t *testing.T) {
+	server := presencetest.StartServer(t)
+	f := &fatal{t, make(chan string, 1)}
+	worker := presencetest.StartWorker(f, server.URL, "count",
+		func(context.Context, *presence.Request, *presence.Sender) error { return nil })
+	stream, err := presencetest.Connect(t, server.URL).Request(t.Context(), "count", nil, "me")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Next(t.Context()); err != io.EOF {
+		t.Fatal(err)
+	}
+	worker.WaitIdle()
+	defer func(timeout time.Duration) { presencetest.Timeout = timeout }(presencetest.Timeout)
+	presencetest.Timeout = time.Millisecond
+	defer func() {
+		recover()
+		want := `timed out after 1ms; this did not become true: a stream of client "me" on "count" was stopped ` +
+			`(0 streams run; not waited for: [{me <nil>}] started, [{me <nil>}] ended)`
+		if text := <-f.failed; text != want {
+			t.Error(text)
+		}
+	}()
+	worker.WaitStopped("me")
+	t.Error("the stream was stopped")
 }
