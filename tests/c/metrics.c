@@ -21,17 +21,23 @@ static char *read_metrics(void) {
   }
 }
 
-/* The value of a sample in a text, by its name and labels. */
-static double value_in(const char *text, const char *sample) {
+/* The value of a sample in a text, by its name and labels; -1 if there is none. */
+static double find_value(const char *text, const char *sample) {
   char line[300];
   snprintf(line, sizeof line, "\nnats_presence_%s ", sample);
   const char *found = strstr(text, line);
-  if (!found) {
+  return found ? strtod(found + strlen(line), NULL) : -1;
+}
+
+/* The value of a sample, which must be there. */
+static double value_in(const char *text, const char *sample) {
+  double value = find_value(text, sample);
+  if (value < 0) {
     begin_failure(__FILE__, __LINE__);
     fprintf(stderr, "there is no %s in\n%s", sample, text);
     end_failure();
   }
-  return strtod(found + strlen(line), NULL);
+  return value;
 }
 
 static double value_of(const char *sample) {
@@ -41,8 +47,14 @@ static double value_of(const char *sample) {
   return value;
 }
 
+/* The value in an earlier text: 0 if the service of the sample had not begun. */
+static double value_before(const char *text, const char *sample) {
+  double value = find_value(text, sample);
+  return value < 0 ? 0 : value;
+}
+
 /* Checks by how much a sample has increased since `before`. */
-#define CHECK_MORE(before, sample, more) CHECK_EQ(value_of(sample) - value_in(before, sample), more)
+#define CHECK_MORE(before, sample, more) CHECK_EQ(value_of(sample) - value_before(before, sample), more)
 
 static void wait_for(const char *sample, double value) {
   for (int64_t end = now_ms() + TIMEOUT_MS; value_of(sample) != value; usleep(1000)) {
@@ -158,7 +170,7 @@ static void stop_latency_ends_when_the_worker_ends_its_sender(void) {
     CHECK_MORE(before, "stop_latency_seconds_count{subject=\"pair\"}", 1);
     CHECK_MORE(before, "stop_latency_seconds_bucket{subject=\"pair\",le=\"0.05\"}", 0);
     double sum = value_of("stop_latency_seconds_sum{subject=\"pair\"}");
-    CHECK(sum - value_in(before, "stop_latency_seconds_sum{subject=\"pair\"}") >= MS / 1000.0);
+    CHECK(sum - value_before(before, "stop_latency_seconds_sum{subject=\"pair\"}") >= MS / 1000.0);
     free(before);
   }
 }
@@ -167,9 +179,9 @@ static void stop_latency_ends_when_the_worker_ends_its_sender(void) {
 static void check_ends(const char *before, const char *subject, const char *worker, const char *gateway) {
   char sample[200];
   snprintf(sample, sizeof sample, "streams_ended_total{role=\"worker\",subject=\"%s\",status=\"%s\"}", subject, worker);
-  wait_for(sample, value_in(before, sample) + 1);
+  wait_for(sample, value_before(before, sample) + 1);
   snprintf(sample, sizeof sample, "streams_ended_total{role=\"gateway\",subject=\"\",status=\"%s\"}", gateway);
-  wait_for(sample, value_in(before, sample) + 1);
+  wait_for(sample, value_before(before, sample) + 1);
 }
 
 /* The worker in a process of its own: accepts a request and waits to be killed. */
