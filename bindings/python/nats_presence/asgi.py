@@ -135,10 +135,19 @@ class SSEResponse(Response):
 
     async def _send_comments(self, body: _Body) -> None:
         """Returns when the client accepts no data: a comment waits until what is being sent before it is sent."""
-        with suppress(_ClientGoneError, asyncio.TimeoutError):
-            while True:
-                await asyncio.sleep(min(self._keepalive, self._write_timeout))
-                await asyncio.wait_for(body.send(sse.COMMENT), self._write_timeout)
+        while True:
+            await asyncio.sleep(min(self._keepalive, self._write_timeout))
+            comment = asyncio.create_task(body.send(sse.COMMENT))
+            try:
+                # Not asyncio.wait_for(), which before Python 3.12 can lose that this task is cancelled.
+                done, _ = await asyncio.wait([comment], timeout=self._write_timeout)
+                if not done:
+                    return
+                comment.result()
+            except _ClientGoneError:
+                return
+            finally:
+                comment.cancel()
 
 
 class _ClientGoneError(Exception):

@@ -364,6 +364,21 @@ def test_an_exception_of_a_generator_reaches_the_server_but_not_the_client() -> 
     asyncio.run(main())
 
 
+def test_the_end_is_noticed_while_comments_are_sent() -> None:
+    """Some of many streams end just as a comment has been sent. asyncio.wait_for() can lose a cancellation then."""
+
+    async def generate() -> AsyncIterator[str]:
+        yield "one"
+        await asyncio.sleep(0.04)
+
+    async def main() -> None:
+        clients = [Client() for _ in range(200)]
+        await asyncio.gather(*(client.call(SSEResponse(generate(), keepalive=0.01)) for client in clients))
+        assert all(client.events == [("message", "one"), ("end", "")] for client in clients)
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
 def test_comments_are_sent_while_the_stream_is_silent() -> None:
     async def generate() -> AsyncIterator[str]:
         while client.body.count(sse.COMMENT) < 3:  # noqa: ASYNC110
