@@ -94,15 +94,17 @@ class Upstream:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.IncompleteReadError):
+            parts = self.parts
+            waits = b"[DONE]" not in b"".join(parts) and not self.breaks_off
             head = await reader.readuntil(b"\r\n\r\n")
             length = next(int(h.split(b":")[1]) for h in head.split(b"\r\n") if h.lower().startswith(b"content-length"))
             self.requests.append((head, json.loads(await reader.readexactly(length))))
             writer.write(b"HTTP/1.1 %b\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" % self.status)
-            for part in self.parts:  # Each in a packet of its own.
+            for part in parts:  # Each in a packet of its own.
                 writer.write(part)
                 await writer.drain()
                 await asyncio.sleep(0.01)
-            if b"[DONE]" not in b"".join(self.parts) and not self.breaks_off and self.status.startswith(b"200"):
+            if waits:
                 self.running += 1
                 await reader.read()
                 self.aborted += 1
