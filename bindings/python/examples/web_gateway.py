@@ -38,7 +38,7 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from nats_presence import PresenceError, aio, session
+from nats_presence import Client, PresenceError, aio
 from nats_presence.asgi import Event, SSEResponse
 from nats_presence.sse import failure_text
 
@@ -60,44 +60,46 @@ async def lifespan(app: Starlette) -> AsyncIterator[None]:
 # Server-sent events: GET /events keeps the connection of a client, POST /ask asks for it.
 
 
-class Client:
-    def __init__(self) -> None:
+class Browser:
+    """The connection of a client. A question that arrives when the client has left cannot bring it back online."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
         self.events: asyncio.Queue[Event] = asyncio.Queue(16)
         self.answer: asyncio.Task[None] | None = None
 
 
-clients: dict[str, Client] = {}
+browsers: dict[str, Browser] = {}
 
 
 async def events(request: Request) -> Response:
     async def events_of_client() -> AsyncIterator[Event]:
         client_id = uuid.uuid4().hex
-        client = clients[client_id] = Client()
-        try:
-            with session(client_id):
+        with Client(client_id) as client:
+            browser = browsers[client_id] = Browser(client)
+            try:
                 yield Event(client_id, "connected")
                 while True:
-                    yield await client.events.get()
-        finally:  # The client has left.
-            del clients[client_id]
-            if client.answer is not None:
-                client.answer.cancel()
+                    yield await browser.events.get()
+            finally:  # The client has left.
+                del browsers[client_id]
+                if browser.answer is not None:
+                    browser.answer.cancel()
 
     return SSEResponse(events_of_client(), keepalive=KEEPALIVE)
 
 
 async def ask(request: Request) -> Response:
-    client_id = request.headers.get("X-Connect-ID", "")
     subject = request.query_params.get("subject", SUBJECTS[0])
     question = await read_question(request)
-    client = clients.get(client_id)
-    if client is None:
+    browser = browsers.get(request.headers.get("X-Connect-ID", ""))
+    if browser is None:
         raise HTTPException(409, "X-Connect-ID does not name a connected client")
     if subject not in SUBJECTS:
         raise HTTPException(404, "there is no such subject")
-    if client.answer is not None and not client.answer.done():
+    if browser.answer is not None and not browser.answer.done():
         raise HTTPException(429, "the last question is still being answered")
-    client.answer = asyncio.create_task(answer(request.app.state.conn, client, client_id, subject, question))
+    browser.answer = asyncio.create_task(answer(request.app.state.conn, browser, subject, question))
     return Response(status_code=202)
 
 
@@ -114,15 +116,15 @@ async def read_question(request: Request) -> bytes:
     return question
 
 
-async def answer(conn: aio.Connection, client: Client, client_id: str, subject: str, question: bytes) -> None:
+async def answer(conn: aio.Connection, browser: Browser, subject: str, question: bytes) -> None:
     """Forwards the answer to the client's connection."""
     try:
-        async with conn.stream(subject, question, client_id=client_id, only_online=True) as stream:
+        async with browser.client.stream(conn, subject, question) as stream:
             async for message in stream:
-                await client.events.put(Event(message))
-        await client.events.put(Event("", "end"))
+                await browser.events.put(Event(message))
+        await browser.events.put(Event("", "end"))
     except PresenceError as error:  # An incomplete answer must not look complete.
-        await client.events.put(Event(failure_text(error), "failure"))
+        await browser.events.put(Event(failure_text(error), "failure"))
 
 
 # WebSocket: one connection for all streams of a client.
@@ -130,13 +132,13 @@ async def answer(conn: aio.Connection, client: Client, client_id: str, subject: 
 
 async def serve_socket(websocket: WebSocket) -> None:
     """Serves one client until it leaves. Its streams are tasks, which are then cancelled."""
-    conn, client_id = websocket.app.state.conn, uuid.uuid4().hex
+    conn: aio.Connection = websocket.app.state.conn
     streams: dict[int, asyncio.Task[None]] = {}
     await websocket.accept()
-    with session(client_id):
+    with Client(uuid.uuid4().hex) as client:
         try:
             while True:
-                await handle_command(conn, client_id, websocket, streams, await websocket.receive_text())
+                await handle_command(conn, client, websocket, streams, await websocket.receive_text())
         except WebSocketDisconnect:
             pass
         except KeyError:  # The client sent bytes.
@@ -147,7 +149,7 @@ async def serve_socket(websocket: WebSocket) -> None:
 
 
 async def handle_command(
-    conn: aio.Connection, client_id: str, websocket: WebSocket, streams: dict[int, asyncio.Task[None]], text: str
+    conn: aio.Connection, client: Client, websocket: WebSocket, streams: dict[int, asyncio.Task[None]], text: str
 ) -> None:
     try:
         command = json.loads(text)
@@ -169,16 +171,16 @@ async def handle_command(
     elif len(streams) == MAX_STREAMS:
         await send(websocket, type="error", stream=number, text=f"the limit of {MAX_STREAMS} streams is reached")
     else:
-        forwarding = forward(conn, client_id, websocket, number, subject, str(command.get("data", "")))
+        forwarding = forward(conn, client, websocket, number, subject, str(command.get("data", "")))
         streams[number] = asyncio.create_task(forwarding)
         streams[number].add_done_callback(lambda _: streams.pop(number))
 
 
 async def forward(
-    conn: aio.Connection, client_id: str, websocket: WebSocket, number: int, subject: str, question: str
+    conn: aio.Connection, client: Client, websocket: WebSocket, number: int, subject: str, question: str
 ) -> None:
     try:
-        async with conn.stream(subject, question, client_id=client_id) as stream:
+        async with client.stream(conn, subject, question) as stream:
             async for message in stream:
                 await send(websocket, type="message", stream=number, data=message.decode(errors="replace"))
         await send(websocket, type="end", stream=number)
