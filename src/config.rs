@@ -52,6 +52,7 @@ pub(crate) struct ConnectOptions {
     pub(crate) offline_subject: String,
     pub(crate) announce: Announce,
     pub(crate) lanes: bool,
+    pub(crate) discovery: bool,
     pub(crate) heartbeat: Duration,
     pub(crate) peer_grace: Duration,
     /// For a peer on another nats-server; the option sets both.
@@ -138,6 +139,7 @@ impl Config {
                 offline_subject: "client.offline".into(),
                 announce: Announce::Always,
                 lanes: true,
+                discovery: true,
                 heartbeat: Duration::from_secs(5),
                 peer_grace: Duration::from_secs(1),
                 remote_peer_grace: Duration::from_secs(3),
@@ -240,6 +242,7 @@ impl Config {
                 }
             }
             "lanes" => connect.lanes = boolean(key, value)?,
+            "discovery" => connect.discovery = boolean(key, value)?,
             "heartbeat_ms" => connect.heartbeat = millis(key, value, 10)?,
             "peer_grace_ms" => {
                 connect.peer_grace = millis(key, value, 0)?;
@@ -265,7 +268,7 @@ impl Config {
                         }
                         None => {
                             return Err(Error::invalid(format!(
-                                "option {key:?} is unknown; options: {} {} {}NAME",
+                                "unknown option {key:?}; use: {} {} {}NAME",
                                 keys::CONNECT.join(" "),
                                 keys::REQUEST.join(" "),
                                 keys::HEADER
@@ -321,7 +324,7 @@ mod tests {
     #[test]
     fn wrong_values_are_in_the_error_and_change_nothing() {
         for (key, value, text) in [
-            ("nonsense", "1", "\"nonsense\" is unknown; options: name user"),
+            ("nonsense", "1", "unknown option \"nonsense\"; use: name user"),
             ("tls_first", "yes", "option tls_first is \"yes\": it must be true or false"),
             ("connect_timeout_ms", "-1", "option connect_timeout_ms is \"-1\": it must be a whole number from 1"),
             ("connect_timeout_ms", "5s", "\"5s\""),

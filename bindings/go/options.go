@@ -61,8 +61,8 @@ func (pair) forServe()          {}
 //
 // For Connect: name, user, password, token, nkey_seed, creds_file, auth_socket, tls_required, tls_first, tls_ca_file,
 // tls_cert_file, tls_key_file, connect_timeout_ms, retry_on_initial_connect, reconnect_min_ms, reconnect_max_ms,
-// max_reconnects, ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, heartbeat_ms, peer_grace_ms,
-// send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads.
+// max_reconnects, ping_interval_ms, inbox_prefix, offline_subject, announce, lanes, discovery, heartbeat_ms,
+// peer_grace_ms, send_buffer_bytes, receive_buffer_bytes, session_grace_ms, worker_threads.
 //
 // For Request: timeout_ms, retries, retry_delay_ms, stream_buffer_bytes, only_online, header.NAME. The option
 // manual_credit is reserved for this package: a message counts against the window until it was read.
@@ -156,6 +156,10 @@ func Announce(when string) ConnectOption { return pair{"announce", when} }
 // NoLanes keeps all streams of the connection on level 0 of the wire, as with peers that do not run this library: they
 // are not batched, flow-controlled or resumed after a reconnect.
 func NoLanes() ConnectOption { return pair{"lanes", "false"} }
+
+// NoDiscovery keeps the connection from answering NATS's service protocol. Without it, a connection that serves subjects
+// is shown by `nats micro ls`, info and stats, under its [Name].
+func NoDiscovery() ConnectOption { return pair{"discovery", "false"} }
 
 // HeartbeatInterval sets how often a silent peer on a lane is probed while streams run. After three intervals without a
 // message from it, the peer is gone. Default: 5 s.

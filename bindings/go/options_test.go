@@ -45,6 +45,7 @@ var connectOptions = []optionCase[ConnectOption]{
 	{OfflineSubject("gone"), "offline_subject", "gone", []ConnectOption{OfflineSubject("a.*")}},
 	{Announce("streams"), "announce", "streams", []ConnectOption{Announce("loudly")}},
 	{NoLanes(), "lanes", "false", nil},
+	{NoDiscovery(), "discovery", "false", nil},
 	{HeartbeatInterval(500 * time.Millisecond), "heartbeat_ms", "500",
 		[]ConnectOption{HeartbeatInterval(9 * time.Millisecond)}},
 	{PeerGrace(0), "peer_grace_ms", "0", []ConnectOption{PeerGrace(-time.Nanosecond)}},

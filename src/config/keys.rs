@@ -1,7 +1,7 @@
 //! The names of options. `build.rs` writes them into the header.
 
 /// The options of `presence_connect`.
-pub const CONNECT: [&str; 28] = [
+pub const CONNECT: [&str; 29] = [
     "name",
     "user",
     "password",
@@ -24,6 +24,7 @@ pub const CONNECT: [&str; 28] = [
     "offline_subject",
     "announce",
     "lanes",
+    "discovery",
     "heartbeat_ms",
     "peer_grace_ms",
     "send_buffer_bytes",

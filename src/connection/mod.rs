@@ -7,6 +7,7 @@
 //! | `subscriptions` | the subscriptions, which are kept across connections; round trips to nats-server |
 //! | `server_errors` | errors that nats-server sends; subscribes again what it refuses |
 //! | `announcements` | announcements that clients are offline |
+//! | `discovery` | answers for `nats micro`, by NATS's service protocol |
 //! | `log` | events about the connection |
 //! | `stats` | what presence_conn_stats returns |
 //! | `exposition` | what presence_metrics returns |
@@ -16,6 +17,7 @@
 //! that died of a malformed message are the same case: the client is replaced.
 
 mod announcements;
+pub(crate) mod discovery;
 mod exposition;
 mod log;
 mod server_errors;
@@ -43,6 +45,7 @@ use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use announcements::Announcements;
 use bytes::Bytes;
+use discovery::Discovery;
 use log::Log;
 use once_cell::sync::OnceCell;
 use std::collections::{BTreeMap, HashMap};
@@ -74,6 +77,7 @@ pub struct Connection {
     announcements: Arc<Announcements>,
     /// The subscription to announcements, if there is one.
     announcement_subscription: OnceCell<u64>,
+    discovery: Arc<Discovery>,
     log: Arc<Log>,
     closed: AtomicBool,
     max_payload: AtomicUsize,
@@ -133,6 +137,7 @@ impl Connection {
                 Arc::clone(&counters),
             )),
             announcement_subscription: OnceCell::new(),
+            discovery: Arc::new(Discovery::new(this.clone(), &options.name)),
             log,
             options,
             closed: AtomicBool::new(false),

@@ -23,6 +23,9 @@ impl Connection {
 
     fn handle_server_error(&self, text: &str) {
         let refused = self.inbound.mark_refused(text);
+        if refused.is_some_and(|id| self.discovery_refused(id)) {
+            return;
+        }
         let subscribed = refused.and_then(|id| self.subscription(id)).map(|own| own.subject);
         let quoted = text.split('"').nth(1).filter(|_| text.contains("Permissions Violation"));
         let subject = subscribed.as_deref().or(quoted);
@@ -58,6 +61,9 @@ impl Connection {
         let text = format!("nats-server refuses the subscription of {}: {text}; {hint}", subscription.subject);
         let why = Error::new(status, text);
         if self.refusals.lock().insert(id, why.clone()).is_none() {
+            if status == Status::Full {
+                self.end_discovery();
+            }
             subscription.handler.subscription_refused(&why);
             let ConnectOptions { reconnect_min, reconnect_max, .. } = self.options;
             self.runtime.spawn(subscribe_again(self.this.clone(), id, reconnect_min, reconnect_max));

@@ -47,6 +47,8 @@ pub extern "C" fn presence_config_new() -> *mut presence_config {
 ///     and streams, the ends of level-0 streams, and of sessions with such streams, are announced too.
 ///   - lanes: true (default): streams use a lane if the other end runs this library; false: all streams of the
 ///     connection use level 0.
+///   - discovery: true (default): a connection that serves subjects answers NATS's service protocol ($SRV.PING, INFO and
+///     STATS), so that `nats micro ls`, `info` and `stats` show it, under the option name; false: it does not.
 ///   - heartbeat_ms: how often the peer of a lane that sends nothing is probed while streams run. It is gone after
 ///     three intervals without a message. Default 5000.
 ///   - peer_grace_ms: how long the peer of a lane may be away after nats-server has reported that it is not there (it

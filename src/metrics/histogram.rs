@@ -84,6 +84,12 @@ impl Histogram {
         }))
     }
 
+    /// Returns how many durations there are, and their sum in nanoseconds.
+    pub(crate) fn count_and_nanos(&self) -> (u64, u64) {
+        let count = self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum();
+        (count, self.sum.load(Ordering::Relaxed).saturating_mul(1000))
+    }
+
     /// Returns the sum of all durations, in seconds.
     pub(super) fn sum(&self) -> f64 {
         seconds(self.sum.load(Ordering::Relaxed))

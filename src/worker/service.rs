@@ -1,6 +1,7 @@
 //! The worker's side: a subject that is served, and its requests.
 
 use crate::connection::Connection;
+use crate::connection::discovery::Endpoint;
 use crate::error::{Error, Result, Status};
 use crate::events::{EventSource, Kind, Queue, Single, unpin};
 use crate::lane::driver::StreamObserver;
@@ -34,6 +35,7 @@ pub struct Service {
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
     counters: Arc<ServiceCounters>,
+    endpoint: Arc<Endpoint>,
     stopped: AtomicBool,
     subscription: Mutex<SubscriptionState>,
 }
@@ -72,7 +74,8 @@ impl Connection {
         // First, so that no announcement about a request's client is missed. A worker that may not subscribe to it
         // works all the same; a LOG event reports it.
         self.subscribe_offline()?;
-        let connection = self.shared()?;
+        let (connection, has_discovery) = (self.shared()?, self.has_discovery());
+        let counters = self.counters.service(subject);
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
         let service = Arc::new_cyclic(|this| Service {
             handle_id: fork::next_handle_id(),
@@ -83,7 +86,8 @@ impl Connection {
             max_streams: max_streams as usize,
             running: DashMap::new(),
             running_count: AtomicUsize::new(0),
-            counters: self.counters.service(subject),
+            endpoint: Arc::new(Endpoint::new(subject, group, Arc::clone(&counters))),
+            counters,
             stopped: AtomicBool::new(false),
             subject: subject.into(),
             subscription: Mutex::default(),
@@ -99,9 +103,17 @@ impl Connection {
             Ok(())
         });
         match accepted {
-            Ok(()) => Ok(service),
+            Ok(()) => {
+                self.add_endpoint(&service.endpoint);
+                Ok(service)
+            }
             Err(error) => {
                 service.close();
+                if error.status == Status::Full && has_discovery {
+                    // Without the subscriptions of the service protocol there may be room for it.
+                    self.end_discovery();
+                    return self.serve(queue, subject, group, max_streams, tag);
+                }
                 Err(error)
             }
         }
@@ -127,6 +139,7 @@ impl Service {
         if is_first {
             // A request that came before this call, and so is not refused, is in the queue when this returns.
             self.connection.inbound.finish_message();
+            self.connection.remove_endpoint(&self.endpoint);
             self.connection.unsubscribe(self.handle_id);
         }
         is_first

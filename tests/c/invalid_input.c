@@ -105,7 +105,7 @@ static void unknown_options_are_refused(void) {
         "name", "user", "password", "token", "nkey_seed", "creds_file", "auth_socket", "tls_required", "tls_first", "tls_ca_file",
         "tls_cert_file", "tls_key_file", "connect_timeout_ms", "retry_on_initial_connect", "reconnect_min_ms",
         "reconnect_max_ms", "max_reconnects", "ping_interval_ms", "inbox_prefix", "offline_subject", "announce",
-        "lanes", "heartbeat_ms", "peer_grace_ms", "send_buffer_bytes", "receive_buffer_bytes", "session_grace_ms", "worker_threads",
+        "lanes", "discovery", "heartbeat_ms", "peer_grace_ms", "send_buffer_bytes", "receive_buffer_bytes", "session_grace_ms", "worker_threads",
         "timeout_ms", "retries", "retry_delay_ms", "stream_buffer_bytes", "manual_credit", "header.NAME",
     };
     for (size_t k = 0; k < sizeof known / sizeof *known; k++) CHECK_CONTAINS(error.message, known[k]);
@@ -138,6 +138,7 @@ static void wrong_option_values_are_refused(void) {
       {"stream_buffer_bytes", "0", "from 1"},
       {"receive_buffer_bytes", "0", "from 1"},
       {"lanes", "1", "true or false"},
+      {"discovery", "no", "true or false"},
       {"manual_credit", "yes", "true or false"},
       {"heartbeat_ms", "9", "from 10"},
       {"peer_grace_ms", "-1", "from 0"},
