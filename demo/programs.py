@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
-import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, Protocol, TypeVar, Union
 
 DEMO = Path(__file__).resolve().parent
 ROOT = DEMO.parent
@@ -40,7 +41,7 @@ def environment() -> dict[str, str]:
         "PKG_CONFIG_PATH": str(STAGE / "lib/pkgconfig"),
         "LD_LIBRARY_PATH": str(STAGE / "lib"),
         "NATS_PRESENCE_LIBRARY": str(STAGE / "lib/libnats_presence.so.0"),
-        "PYTHONPATH": str(ROOT / "bindings/python"),
+        "PYTHONPATH": f"{ROOT / 'bindings/python'}:{DEMO}",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
@@ -90,7 +91,7 @@ class Progress:
 
 
 class Process:
-    """A process that is killed at the end of its `with` block, unless it has exited."""
+    """A process that is killed at the end of its `with` block, unless it has exited. It never outlives this process."""
 
     process: subprocess.Popen[str]
 
@@ -102,19 +103,28 @@ class Process:
         self.process.wait()
 
 
-class Server(Process):
-    """A nats-server on a free port."""
+def end_with_parent() -> None:
+    """Called in a new process: the kernel kills it when the thread that started it has ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    def __init__(self) -> None:
+
+class Server(Process):
+    """A nats-server on a port, or on a free one."""
+
+    def __init__(self, port: int = -1) -> None:
         self.process = subprocess.Popen(
-            [server_binary(), "-a", "127.0.0.1", "-p", "-1"], stderr=subprocess.PIPE, text=True
+            [server_binary(), "-a", "127.0.0.1", "-p", str(port)],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=end_with_parent,
         )
         assert self.process.stderr
         log = ""
         for line in self.process.stderr:
             log += line
-            if port := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
-                self.url = f"nats://127.0.0.1:{port[1]}"
+            if found := re.search(r"client connections on 127\.0\.0\.1:(\d+)", line):
+                self.port = int(found[1])
+                self.url = f"nats://127.0.0.1:{self.port}"
             if "Server is ready" in line:
                 # Read the rest of its log, so that writing it does not block.
                 threading.Thread(target=self.process.stderr.read, daemon=True).start()
@@ -130,24 +140,37 @@ def server_binary() -> str:
     return found
 
 
+class Events(Protocol):
+    """A queue, or whatever else takes what a program prints. It is called from threads."""
+
+    def put(self, event: tuple[Program, Event]) -> None: ...
+
+
 class Program(Process):
     """A worker or a gateway. The events that it prints are put into `events`; the last one is its exit."""
 
-    def __init__(self, name: str, command: Command, events: queue.Queue[tuple[Program, Event]]) -> None:
+    def __init__(self, name: str, command: Command, events: Events) -> None:
         self.name = name
         self.is_ready = False
         self.totals: Event | None = None
         """Its last event, with the numbers of running streams and online clients."""
         self.exit_code: int | None = None
         self.process = subprocess.Popen(
-            command, cwd=DEMO, env=environment(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command,
+            cwd=DEMO,
+            env=environment(),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=end_with_parent,
         )
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
-    def _listen(self, events: queue.Queue[tuple[Program, Event]]) -> None:
+    def _listen(self, events: Events) -> None:
         assert self.process.stdout
         for line in self.process.stdout:
-            events.put((self, json.loads(line)))
+            if line.endswith("\n"):  # Otherwise it was killed while it wrote.
+                events.put((self, json.loads(line)))
         events.put((self, {"event": "exit", "code": self.process.wait()}))
 
     def __str__(self) -> str:
