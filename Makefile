@@ -97,7 +97,7 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
 # In this order: what fails soonest comes first. The suites of SIDE_BY_SIDE wait more than they compute, so two of them run
 # at a time; make keeps the output of each together and prints it when the suite has ended.
 SUITES := tools lint test-rust test-interleavings test-c
-SIDE_BY_SIDE := test-wire test-python test-faults test-go test-cli test-install
+SIDE_BY_SIDE := test-wire test-python test-faults test-web test-go test-cli test-install
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -183,6 +183,12 @@ test-cli: cli $(VENV_STAMP) ## Test the command line, and the tutorial that uses
 test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and processes
 	$(RUN) $(VENV)/bin/pytest -q --timeout 60 tests/faults
 
+.PHONY: test-web
+test-web: stage $(VENV_STAMP) ## Test the demo's page, in a browser
+	cd demo/web && test -z "$$(gofmt -l . | tee /dev/stderr)" && $(RUN) go vet ./...
+	browser=$$($(VENV)/bin/python tools/chromium) && \
+	  $(RUN) CHROMIUM=$$browser $(VENV)/bin/pytest -q --timeout 120 tests/web
+
 # The tools that make packages. zig links for all targets, and for an old glibc.
 TOOLS := build/tools
 DIST_TARGETS ?= x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu x86_64-unknown-linux-musl aarch64-unknown-linux-musl
@@ -215,6 +221,14 @@ coverage: $(VENV_STAMP) ## Measure which lines of src the tests run
 .PHONY: demo
 demo: stage $(VENV_STAMP) ## Show how workers stop when their clients leave
 	$(RUN) $(VENV)/bin/python demo/run
+
+.PHONY: web
+web: stage $(VENV_STAMP) ## Serve a page that shows what leaving saves (GATEWAY=go, python or c; PORT, HOST)
+	@$(RUN) GATEWAY=$(GATEWAY) PORT=$(PORT) HOST=$(HOST) $(VENV)/bin/python demo/web/run
+
+GATEWAY ?= go
+PORT ?= 8090
+HOST ?= 127.0.0.1
 
 .PHONY: bench
 bench: stage $(VENV_STAMP) ## Measure performance, next to that of other libraries (needs nats.c: Debian's libnats-dev)
