@@ -180,7 +180,7 @@ class Supervisor:
         )
 
         def describe(survivors: list[Stream]) -> str:
-            whole = [s for s in survivors if s.ended and not s.ended["status"] and s.ended["received"] == s.length]
+            whole = [s for s in survivors if s.ended and not s.ended["status"]]
             left = [s for s in survivors if s.left_at]
             broken = len(survivors) - len(whole) - len(left)
             return (

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 20.0
-GATEWAYS = ("go",)
+GATEWAYS = ("go", "python")
 CHROMIUM_ARGUMENTS = [
     "--headless=new",
     "--no-sandbox",

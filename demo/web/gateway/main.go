@@ -11,7 +11,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log"
 	"net"
 	"net/http"
@@ -26,6 +25,7 @@ import (
 
 	"github.com/coder/websocket"
 	presence "github.com/nats-presence/nats-presence/bindings/go"
+	"github.com/nats-presence/nats-presence/bindings/go/sse"
 	"github.com/nats-presence/nats-presence/demo/report"
 )
 
@@ -148,29 +148,27 @@ func badID(what, value string) error {
 	return fmt.Errorf("%s is %.80q, not 1 to 32 letters, digits, - or _", what, value)
 }
 
-// follow requests a stream, lets deliver forward it, and reports its life to the supervisor. deliver returns the number
-// of messages that it forwarded, and why it stopped early.
+// follow requests a stream, lets deliver forward it, and reports its life to the supervisor. ctx ends when the browser
+// has left.
 func (g *gateway) follow(
-	ctx context.Context, q question, client string, deliver func(*presence.Stream) (int, error),
+	ctx context.Context, q question, client string, deliver func(*presence.Stream) error,
 ) error {
 	report.Event("ask", report.Fields{"stream": q.stream})
 	stream, err := g.conn.Request(ctx, q.subject, []byte(q.payload), client)
-	received := 0
 	if err == nil {
 		defer stream.Close()
 		left := func() { report.Event("left", report.Fields{"stream": q.stream}) }
 		stop := context.AfterFunc(ctx, left)
-		received, err = deliver(stream)
-		if stop() && errors.Is(err, errLeft) {
-			left()
+		err = deliver(stream)
+		if stop() && (errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, errLeft)) {
+			left() // the browser's connection is there, but the browser does not read
 		}
 	}
-	report.Event("ended", report.Fields{"stream": q.stream, "received": received, "status": status(err)})
+	var status presence.Status // the same number in all languages; 0: no error
+	errors.As(err, &status)
+	report.Event("ended", report.Fields{"stream": q.stream, "status": status})
 	return err
 }
-
-// errLeft means that the browser cannot be written to.
-var errLeft = errors.New("the browser has left")
 
 func (g *gateway) sse(w http.ResponseWriter, r *http.Request) {
 	client := r.URL.Query().Get("client")
@@ -183,47 +181,13 @@ func (g *gateway) sse(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), code)
 		return
 	}
-	w.Header().Set("Content-Type", "text/event-stream")
-	w.Header().Set("Cache-Control", "no-store")
-	w.Header().Set("X-Accel-Buffering", "no")
-	out := http.NewResponseController(w)
-	write := func(kind, data string) error {
-		if kind != "" {
-			fmt.Fprintf(w, "event: %s\n", kind)
-		}
-		fmt.Fprintf(w, "data: %s\n\n", lineEnds.Replace(data))
-		return out.Flush()
-	}
-	out.Flush()
-	err = g.follow(r.Context(), q, client, func(stream *presence.Stream) (received int, err error) {
-		for {
-			message, err := stream.NextTimeout(keepAlive)
-			switch {
-			case errors.Is(err, presence.ErrTimeout):
-				fmt.Fprint(w, ": keep-alive\n\n")
-				err = out.Flush()
-			case err == io.EOF:
-				return received, nil
-			case err != nil:
-				return received, err
-			default:
-				received++
-				err = write("", string(message))
-			}
-			if err != nil {
-				return received, errLeft
-			}
-		}
+	err = g.follow(r.Context(), q, client, func(stream *presence.Stream) error {
+		return sse.Serve(w, r, stream, sse.KeepAlive(keepAlive), sse.WriteTimeout(userTimeout))
 	})
-	if err != nil {
-		write("failure", err.Error())
-	} else {
-		write("end", "")
+	if err != nil && w.Header().Get("Content-Type") == "" {
+		http.Error(w, err.Error(), http.StatusBadGateway) // the request could not be sent
 	}
 }
-
-// lineEnds begins a new data line at each line end of a message, which could forge events otherwise.
-var lineEnds = strings.NewReplacer("\r\n", "\ndata: ", "\r", "\ndata: ", "\n", "\ndata: ")
 
 // ws serves a WebSocket. The browser sends "ask QUESTION" and "leave STREAM"; it gets "message STREAM TEXT",
 // "end STREAM" and "failure STREAM TEXT".
@@ -304,39 +268,33 @@ func (s *session) handle(message string) bool {
 }
 
 func (s *session) ask(values url.Values) {
-	name := values.Get("stream")
 	q, err := parse(values, s.client)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err == nil && s.streams[name] != nil {
-		err = fmt.Errorf("stream %s runs already", name)
-	}
-	if err == nil && len(s.streams) == maxStreams {
-		err = fmt.Errorf("%d streams run already, which is the limit", maxStreams)
+	name := values.Get("stream")
+	ctx, cancel := context.WithCancel(s.ctx)
+	if err == nil {
+		err = s.add(name, cancel)
+	} else if !idPattern.MatchString(name) {
+		name = "-"
 	}
 	if err != nil {
+		cancel()
 		s.write("failure", name, err.Error())
 		return
 	}
-	ctx, cancel := context.WithCancel(s.ctx)
-	s.streams[name] = cancel
 	go func() {
-		err := s.follow(ctx, q, s.client, func(stream *presence.Stream) (received int, err error) {
+		err := s.follow(ctx, q, s.client, func(stream *presence.Stream) error {
 			for message, err := range stream.Messages() {
 				if err != nil {
-					return received, err
+					return err
 				}
 				if s.write("message", name, string(message)) != nil {
-					return received, errLeft
+					return errLeft
 				}
-				received++
 			}
-			return received, nil
+			return nil
 		})
+		s.remove(name)
 		cancel()
-		s.mu.Lock()
-		delete(s.streams, name)
-		s.mu.Unlock()
 		if err != nil {
 			s.write("failure", name, err.Error())
 		} else {
@@ -345,17 +303,33 @@ func (s *session) ask(values url.Values) {
 	}()
 }
 
-func (s *session) write(kind, stream, text string) error {
-	return s.socket.Write(s.ctx, websocket.MessageText, []byte(kind+" "+stream+" "+text))
+// errLeft means that the browser cannot be written to.
+var errLeft = errors.New("the browser has left")
+
+func (s *session) add(name string, cancel context.CancelFunc) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.streams[name] != nil {
+		return fmt.Errorf("stream %s runs already", name)
+	}
+	if len(s.streams) == maxStreams {
+		return fmt.Errorf("%d streams run already, which is the limit", maxStreams)
+	}
+	s.streams[name] = cancel
+	return nil
 }
 
-// status returns the status of an error, which is the same number in all languages; 0 for nil.
-func status(err error) presence.Status {
-	var failed *presence.Error
-	if errors.As(err, &failed) {
-		return failed.Status
-	}
-	return 0
+func (s *session) remove(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.streams, name)
+}
+
+// write blocks while the browser does not read, for at most userTimeout.
+func (s *session) write(kind, stream, text string) error {
+	ctx, cancel := context.WithTimeout(s.ctx, userTimeout)
+	defer cancel()
+	return s.socket.Write(ctx, websocket.MessageText, []byte(kind+" "+stream+" "+text))
 }
 
 func check(err error) {

@@ -55,7 +55,11 @@ func serve(ctx context.Context, url string) {
 	for _, subject := range []string{"presence.any", "presence.go"} {
 		service, err := conn.Listen(ctx, subject, "workers")
 		check(err)
-		services.Go(func() { service.Serve(answer) })
+		services.Add(1)
+		go func() {
+			defer services.Done()
+			service.Serve(answer)
+		}()
 	}
 	report.Event("ready", report.Fields{})
 	services.Wait()
