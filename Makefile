@@ -186,8 +186,9 @@ test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and proc
 .PHONY: test-web
 test-web: stage $(VENV_STAMP) ## Test the demo's page, in a browser
 	cd demo/web && test -z "$$(gofmt -l . | tee /dev/stderr)" && $(RUN) go vet ./...
-	browser=$$($(VENV)/bin/python tools/chromium) && \
-	  $(RUN) CHROMIUM=$$browser $(VENV)/bin/pytest -q --timeout 120 tests/web
+	browser=$$($(VENV)/bin/python tools/webtools) && \
+	  printf '%s\n' go python c | $(RUN) CHROMIUM=$$browser xargs -P 3 -I {} \
+	  env GATEWAYS={} $(VENV)/bin/pytest -q --timeout 120 -p no:cacheprovider tests/web
 
 # The tools that make packages. zig links for all targets, and for an old glibc.
 TOOLS := build/tools

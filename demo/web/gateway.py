@@ -259,6 +259,7 @@ async def main(url: str, address: str, origin: str) -> None:
         config = uvicorn.Config(
             Gateway(conn, origin).app(),
             log_level="critical",
+            http="h11",
             ws="wsproto",
             ws_max_size=MAX_MESSAGE,
             ws_ping_interval=KEEPALIVE,

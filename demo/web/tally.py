@@ -85,8 +85,6 @@ class Tally:
         self.counts = {(mode, language): Counts() for mode in MODES for language in LANGUAGES}
         self.stops: dict[str, list[int]] = {mode: [0] * (len(BUCKETS_MS) + 1) for mode in MODES}
         self.log: deque[tuple[int, str]] = deque(maxlen=60)
-        self.version = 0
-        """Changes whenever something has changed."""
         self.frozen_at = 0
         """When the gateway was frozen; 0 if it is not."""
         self._entries = 0
@@ -96,7 +94,6 @@ class Tally:
 
     def add_log(self, text: str) -> None:
         self._entries += 1
-        self.version += 1
         self.log.append((self._entries, text))
 
     def reset(self, mode: str) -> bool:
@@ -106,26 +103,25 @@ class Tally:
         for language in LANGUAGES:
             self.counts[mode, language] = Counts()
         self.stops[mode] = [0] * (len(BUCKETS_MS) + 1)
-        self.version += 1
         return True
 
     # Events of the programs.
 
     def handle_worker(self, mode: str, language: str, event: Event) -> None:
         counts, kind = self.counts[mode, language], event["event"]
-        self.version += 1
+        counts.running = event.get("running", counts.running)
         if kind == "work":
             self._handle_work(mode, language, event)
         elif kind == "begin":
-            stream = self._stream(event["stream"])
+            if (stream := self._stream(event["stream"])).language:  # The name was used before.
+                del self.streams[stream.name]
+                stream = self._stream(stream.name)
             stream.mode, stream.language, stream.length = mode, language, event["length"]
             counts.streams += 1
-            counts.running += 1
         elif kind == "done":
             stream = self._stream(event["stream"])
             if stream.is_running:
                 stream.done = event
-                counts.running -= 1
                 self._settle(stream)
 
     def _handle_work(self, mode: str, language: str, event: Event) -> None:
@@ -142,7 +138,6 @@ class Tally:
         self._last[mode, language] = event["cpu_us"], event["sent"]
 
     def handle_gateway(self, event: Event) -> None:
-        self.version += 1
         if "stream" not in event:
             return
         stream = self._stream(event["stream"])
@@ -159,7 +154,6 @@ class Tally:
             if (stream.mode, stream.language) == (mode, language) and stream.is_running:
                 stream.done = {"at": at, "killed": True}
         self.counts[mode, language].running = 0
-        self.version += 1
 
     # What happens to streams.
 

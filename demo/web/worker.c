@@ -51,8 +51,9 @@ static void report_work(void) {
   getrusage(RUSAGE_SELF, &usage);
   int64_t cpu_us = (usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * INT64_C(1000000) + usage.ru_utime.tv_usec +
                    usage.ru_stime.tv_usec;
-  printf("{\"event\": \"work\", \"at\": %" PRId64 ", \"cpu_us\": %" PRId64 ", \"sent\": %" PRIu64 ", \"made\": {",
-         now_ns(), cpu_us, sent);
+  printf("{\"event\": \"work\", \"at\": %" PRId64 ", \"cpu_us\": %" PRId64 ", \"sent\": %" PRIu64
+         ", \"running\": %d, \"made\": {",
+         now_ns(), cpu_us, sent, running);
   const char *separator = "";
   for (struct stream *s = streams; s < streams + MAX_STREAMS; s++) {
     if (!s->is_running || !s->unreported) continue;
@@ -68,11 +69,11 @@ static void report_work(void) {
 static void finish(struct stream *s, int32_t status) {
   int64_t at = now_ns();
   report_work();
-  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"made\": %d, \"status\": %d}\n", at, s->name,
-         s->made, status);
+  running--;
+  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"status\": %d, \"running\": %d}\n", at, s->name,
+         status, running);
   presence_sender_free(s->sender);
   *s = (struct stream){0};
-  running--;
 }
 
 static void refuse(presence_sender *sender, const char *reply, const char *text) {
@@ -107,8 +108,8 @@ static void begin(presence_sender *sender, const char *reply, const char *data, 
   running++;
   model_begin(&s->context, s->name, prompt);
   if (sender) presence_sender_set_tag(sender, (uint64_t)(s - streams) + 1);
-  printf("{\"event\": \"begin\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"length\": %d}\n", now_ns(), s->name,
-         s->length);
+  printf("{\"event\": \"begin\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"length\": %d, \"running\": %d}\n", now_ns(),
+         s->name, s->length, running);
 }
 
 static void begin_plain(const char *reply, const char *data, size_t length) { begin(NULL, reply, data, length); }

@@ -51,6 +51,7 @@ class Worker:
         self.book = text.split()
         self.made: dict[str, list[int]] = defaultdict(list)
         self.sent = 0
+        self.running = 0
 
     def word(self, question: Question, number: int) -> str:
         self.made[question.name].append(time.monotonic_ns())
@@ -58,13 +59,24 @@ class Worker:
 
     def report_work(self) -> None:
         usage = resource.getrusage(resource.RUSAGE_SELF)
-        report("work", cpu_us=int((usage.ru_utime + usage.ru_stime) * 1e6), sent=self.sent, made=self.made)
+        report(
+            "work",
+            cpu_us=int((usage.ru_utime + usage.ru_stime) * 1e6),
+            sent=self.sent,
+            running=self.running,
+            made=self.made,
+        )
         self.made.clear()
 
-    def report_done(self, question: Question, made: int, status: int) -> None:
+    def report_begin(self, question: Question) -> None:
+        self.running += 1
+        report("begin", stream=question.name, length=question.length, running=self.running)
+
+    def report_done(self, question: Question, status: int) -> None:
         at = time.monotonic_ns()
         self.report_work()
-        report("done", stream=question.name, made=made, status=status, at=at)
+        self.running -= 1
+        report("done", stream=question.name, status=status, running=self.running, at=at)
 
     async def report_regularly(self) -> None:
         while True:
@@ -79,20 +91,18 @@ class Worker:
         except ValueError as error:
             sender.error(str(error))
             return
-        report("begin", stream=question.name, length=question.length)
-        made = 0
+        self.report_begin(question)
         try:
             for number in range(question.length):
                 word = self.word(question, number)
-                made += 1
                 await sender.send(word)
                 self.sent += 1
                 await asyncio.sleep(question.pause)
             sender.end()
         except (asyncio.CancelledError, StreamStoppedError):
-            self.report_done(question, made, sender.status)
+            self.report_done(question, sender.status)
             raise
-        self.report_done(question, made, 0)
+        self.report_done(question, 0)
 
     async def serve(self, url: str) -> None:
         async with aio.connect(url, name="Python worker", heartbeat_ms=HEARTBEAT_MS) as conn:
@@ -108,13 +118,13 @@ class Worker:
 
         async def answer(question: Question, reply: str) -> None:
             """Answers a request as one would with NATS alone."""
-            report("begin", stream=question.name, length=question.length)
+            self.report_begin(question)
             for number in range(question.length):
                 await conn.publish(reply, self.word(question, number).encode())
                 self.sent += 1
                 await asyncio.sleep(question.pause)
             await conn.publish(reply, b"__STREAM_END__")
-            self.report_done(question, question.length, 0)
+            self.report_done(question, 0)
 
         tasks = set()
 

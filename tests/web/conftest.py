@@ -20,7 +20,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 20.0
-GATEWAYS = ("go", "python")
+GATEWAYS = os.environ.get("GATEWAYS", "go,python,c").split(",")
+"""Those to test. What concerns the page alone is tested with the one in Go."""
 CHROMIUM_ARGUMENTS = [
     "--headless=new",
     "--no-sandbox",
@@ -77,7 +78,7 @@ class Demo:
         deadline = time.monotonic() + TIMEOUT
         while not (result := condition()):
             if time.monotonic() > deadline:
-                pytest.fail(f"not after {TIMEOUT:.0f} s: {what}; {json.dumps(self.state(), indent=1)}")
+                pytest.fail(f"not after {TIMEOUT:.0f} s: {what}; {self.state()['workers']}")
             time.sleep(0.05)
         return result
 
@@ -100,11 +101,37 @@ class Demo:
             self.process.kill()
 
 
-@pytest.fixture(scope="session", params=GATEWAYS)
-def demo(request: pytest.FixtureRequest) -> Iterator[Demo]:
-    demo = Demo(request.param)
-    yield demo
-    demo.end()
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for_all = [item for item in items if "gateway" in getattr(getattr(item, "callspec", None), "params", {})]
+    if "go" not in GATEWAYS:
+        config.hook.pytest_deselected(items=[item for item in items if item not in for_all])
+        items[:] = for_all
+
+
+@pytest.fixture(scope="session")
+def demos() -> Iterator[Callable[[str], Demo]]:
+    """Returns the demo with a gateway, which is started when it is first needed."""
+    running: dict[str, Demo] = {}
+
+    def get(gateway: str) -> Demo:
+        if gateway not in running:
+            running[gateway] = Demo(gateway)
+        return running[gateway]
+
+    yield get
+    for demo in running.values():
+        demo.end()
+
+
+@pytest.fixture
+def gateway(request: pytest.FixtureRequest) -> str:
+    """The gateway's language; tests that concern all gateways are marked so."""
+    return getattr(request, "param", "go")
+
+
+@pytest.fixture
+def demo(demos: Callable[[str], Demo], gateway: str) -> Demo:
+    return demos(gateway)
 
 
 @pytest.fixture(scope="session")
@@ -118,7 +145,6 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(demo: Demo, browser: Browser) -> Iterator[Page]:
     """The demo's page; it must print nothing in the console, and leave nothing running."""
-    demo.wait("no streams run", lambda: demo.total("running") == demo.total("running", "plain") == 0)
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(TIMEOUT * 1000)
     problems: list[str] = []

@@ -6,10 +6,11 @@ import re
 import time
 
 import pytest
-from conftest import TIMEOUT, Demo, open_page
+from conftest import GATEWAYS, TIMEOUT, Demo, open_page
 from playwright.sync_api import Page, expect
 
 MODES = ("presence", "plain")
+with_each_gateway = pytest.mark.parametrize("gateway", GATEWAYS, indirect=True)
 QUICK = "?pause=25"
 """Streams of 3 s instead of 10."""
 
@@ -31,8 +32,8 @@ def wait_for_words(page: Page, count: int = 3, words: int = 3) -> None:
     )
 
 
-@pytest.mark.parametrize("transport", ["sse", "ws"])
-@pytest.mark.parametrize("mode", MODES)
+@with_each_gateway
+@pytest.mark.parametrize(("transport", "mode"), [("sse", "presence"), ("ws", "presence"), ("ws", "plain")])
 def test_streams_arrive_complete(page: Page, demo: Demo, transport: str, mode: str) -> None:
     open_page(page, demo, QUICK)
     sent = demo.total("sent", mode)
@@ -43,8 +44,8 @@ def test_streams_arrive_complete(page: Page, demo: Demo, transport: str, mode: s
     demo.wait("all messages are counted", lambda: demo.total("sent", mode) == sent + 360)
 
 
-@pytest.mark.parametrize("worker", ["c", "go", "python"])
-@pytest.mark.parametrize("transport", ["sse", "ws"])
+@with_each_gateway
+@pytest.mark.parametrize(("transport", "worker"), [("sse", "c"), ("ws", "go"), ("sse", "python")])
 def test_leaving_one_stream_stops_its_worker_only(page: Page, demo: Demo, transport: str, worker: str) -> None:
     saved = demo.total("not_computed")
     ask(page, 3, transport, worker=worker)
@@ -58,6 +59,7 @@ def test_leaving_one_stream_stops_its_worker_only(page: Page, demo: Demo, transp
     demo.wait("all streams have stopped", lambda: demo.total("running") == 0)
 
 
+@with_each_gateway
 @pytest.mark.parametrize("transport", ["sse", "ws"])
 def test_closing_a_tab_stops_its_workers(page: Page, demo: Demo, transport: str) -> None:
     page.check(f"input[value={transport}]")
@@ -75,6 +77,7 @@ def test_closing_a_tab_stops_its_workers(page: Page, demo: Demo, transport: str)
         assert demo.total("not_computed") > saved + 150
 
 
+@with_each_gateway
 def test_killing_the_gateway_stops_its_workers(page: Page, demo: Demo) -> None:
     ask(page, 3)
     ask(page, 3, "ws")
@@ -90,6 +93,7 @@ def test_killing_the_gateway_stops_its_workers(page: Page, demo: Demo) -> None:
     wait_for_words(page, 1)
 
 
+@with_each_gateway
 def test_freezing_the_gateway_stops_its_workers(page: Page, demo: Demo) -> None:
     ask(page, 3)
     wait_for_words(page)
@@ -117,8 +121,10 @@ def test_a_killed_worker_is_noticed_and_started_again(page: Page, demo: Demo) ->
     wait_for_words(page, 1)
 
 
+@with_each_gateway
 @pytest.mark.parametrize("mode", MODES)
 def test_streams_outlive_a_restart_of_nats_server_only_with_presence(page: Page, demo: Demo, mode: str) -> None:
+    demo.wait("no other streams run", lambda: demo.total("running", "plain") == 0)
     open_page(page, demo, QUICK)
     ask(page, 3, "ws", mode)
     wait_for_words(page)
@@ -180,13 +186,13 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_nothing(page: Page, scheme: str, width: int) -> None:
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_axe_finds_nothing(page: Page, demo: Demo, scheme: str, width: int) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     page.set_viewport_size({"width": width, "height": 900})
+    open_page(page, demo, QUICK)
     ask(page, 3, mode="plain", transport="ws")
     ask(page, 3)
     wait_for_words(page, 6)

@@ -88,7 +88,7 @@ func answer(ctx context.Context, request *presence.Request, sender *presence.Sen
 		}
 	}
 	err = sender.End()
-	r.done(made, status(err))
+	r.done(status(err))
 	return err
 }
 
@@ -120,7 +120,7 @@ func answerPlain(conn *nats.Conn, m *nats.Msg) {
 		time.Sleep(r.pause)
 	}
 	conn.Publish(m.Reply, []byte("__STREAM_END__"))
-	r.done(r.length, 0)
+	r.done(0)
 }
 
 type request struct {
@@ -149,13 +149,13 @@ func parse(data []byte) (r request, err error) {
 func (r request) word(n int) string { return book[(r.start+n)%len(book)] }
 
 func (r request) begin() {
-	report.Event("begin", report.Fields{"stream": r.name, "length": r.length})
+	work.count(1, "begin", report.Fields{"stream": r.name, "length": r.length})
 }
 
-func (r request) done(made int, status presence.Status) {
+func (r request) done(status presence.Status) {
 	at := report.Now()
 	work.report()
-	report.Event("done", report.Fields{"stream": r.name, "made": made, "status": status, "at": at})
+	work.count(-1, "done", report.Fields{"stream": r.name, "status": status, "at": at})
 }
 
 // workLog collects when words were made, for a report every reportInterval.
@@ -163,6 +163,7 @@ type workLog struct {
 	mu      sync.Mutex
 	times   map[string][]int64
 	nSent   int
+	running int // streams
 	changed bool
 }
 
@@ -181,13 +182,23 @@ func (w *workLog) sent() {
 	w.nSent++
 }
 
+// count counts a stream that begins or ends. The events are in the order of their counts.
+func (w *workLog) count(change int, event string, fields report.Fields) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running += change
+	fields["running"] = w.running
+	report.Event(event, fields)
+}
+
 func (w *workLog) report() {
 	var usage syscall.Rusage
 	check(syscall.Getrusage(syscall.RUSAGE_SELF, &usage))
 	cpu := time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	report.Event("work", report.Fields{"cpu_us": cpu.Microseconds(), "sent": w.nSent, "made": w.times})
+	report.Event("work", report.Fields{"cpu_us": cpu.Microseconds(), "sent": w.nSent, "made": w.times,
+		"running": w.running})
 	w.times, w.changed = map[string][]int64{}, false
 }
 
