@@ -4,7 +4,7 @@
 const client = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
 let address = "";
-let last = 0;
+const counts = {};
 let socket = null;
 
 export function setAddress(value) {
@@ -16,7 +16,8 @@ export function setAddress(value) {
  * then `onEnd(error)` once, with null if the stream is complete. Returns its name and a function that leaves it.
  */
 export function ask(transport, question, onWord, onEnd, prefix = "") {
-  const name = `${prefix}${++last}`;
+  counts[prefix] = (counts[prefix] ?? 0) + 1;
+  const name = prefix + counts[prefix];
   const query = new URLSearchParams({ ...question, stream: name });
   let open = true;
   const end = (error) => {

@@ -23,6 +23,7 @@ form.onsubmit = (event) => {
   event.preventDefault();
   const chosen = settings();
   for (let n = 0; n < Number(chosen.count); n++) show(chosen);
+  $("streams-title").scrollIntoView({ block: "nearest" }); // on a phone they are far below
 };
 for (const radio of form.elements.mode) radio.onchange = () => select(settings().mode);
 select(settings().mode); // a reload keeps the choice
