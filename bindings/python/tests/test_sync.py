@@ -787,8 +787,13 @@ def interrupted(server: Server) -> Iterator[Interrupted]:
     def interrupt(*_: object) -> None:
         raise Interrupt
 
+    def is_stopped() -> bool:
+        tasks = Path(f"/proc/{server.process.pid}/task").glob("*/stat")
+        return all(task.read_text().rsplit(")", 1)[1].split()[0] == "T" for task in tasks)
+
     def call(function: Callable[[], object]) -> None:
         server.process.send_signal(signal.SIGSTOP)
+        until(is_stopped)  # On a busy machine a part of its threads still runs when the signal was sent.
         later = [
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)),
             threading.Timer(0.4, server.process.send_signal, (signal.SIGCONT,)),
