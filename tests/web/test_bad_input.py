@@ -185,7 +185,7 @@ def test_half_of_2000_event_sources_leave(demo: Demo) -> None:
         demo.wait("no streams run", lambda: demo.total("running") == 0)
         demo.wait("the connections are closed", lambda: open_files(demo) <= files + 5)
         sizes.append(memory(demo))
-    assert sizes[1] < sizes[0] + 20 * MIB
+    assert sizes[1] < 1.5 * sizes[0], "what a browser that has left used is used again"
 
 
 async def read_all(gateway: str, count: int) -> list[int]:
