@@ -118,7 +118,8 @@ static void watch(struct browser *b, uint32_t events) {
 }
 
 static void add_output(struct browser *b, const void *data, size_t length) {
-  if (b->out_length + length > b->out_size) {
+  if (!length) return;
+  if (b->out_written && b->out_length + length > b->out_size) {
     memmove(b->out, b->out + b->out_written, b->out_length -= b->out_written);
     b->out_written = 0;
   }
@@ -409,7 +410,8 @@ static enum MHD_Result serve_events(struct MHD_Connection *connection) {
   /* libmicrohttpd does not watch a connection that is suspended, as it is whenever it waits for a word. */
   watch(b, EPOLLRDHUP | EPOLLET);
   add_output(b, ":\n\n", 3);
-  struct MHD_Response *response = MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 8192, read_output, b, free_events);
+  struct MHD_Response *response =
+    MHD_create_response_from_callback(MHD_SIZE_UNKNOWN, 8192, read_output, b, free_events);
   MHD_add_response_header(response, "Content-Type", "text/event-stream");
   MHD_add_response_header(response, "Cache-Control", "no-store, no-transform");
   MHD_add_response_header(response, "Access-Control-Allow-Origin", origin);
@@ -543,7 +545,7 @@ static void begin_socket(void *cls, struct MHD_Connection *connection, void *con
     leave(b);
     return;
   }
-  memcpy(websocket_space(&b->reader), extra, extra_size);
+  if (extra_size) memcpy(websocket_space(&b->reader), extra, extra_size);
   websocket_received(&b->reader, extra_size);
   handle_messages(b);
 }

@@ -50,7 +50,7 @@ void plain_connect(const char *url, const char *const *to_subscribe, int count, 
 
 int plain_fd(void) { return fd; }
 
-/* Handles the line of `length` bytes, and the payload behind it. Returns the bytes of both, or 0 if some are missing. */
+/* Handles the line of `length` bytes and the payload behind it. Returns the bytes of both, or 0 if some are missing. */
 static size_t handle_line(size_t length, void (*handle)(const char *, const char *, size_t)) {
   char line[1024], reply[512];
   size_t headers = 0, size, after = length + 2;

@@ -70,8 +70,8 @@ static void finish(struct stream *s, int32_t status) {
   int64_t at = now_ns();
   report_work();
   running--;
-  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"status\": %d, \"running\": %d}\n", at, s->name,
-         status, running);
+  printf("{\"event\": \"done\", \"at\": %" PRId64 ", \"stream\": \"%s\", \"status\": %d, \"running\": %d}\n", at,
+         s->name, status, running);
   presence_sender_free(s->sender);
   *s = (struct stream){0};
 }

@@ -1,7 +1,7 @@
 // Streams from the gateway, over server-sent events or a WebSocket.
 
 /** How the gateway knows this tab. */
-const client = [...crypto.getRandomValues(new Uint8Array(12))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+const client = Array.from(crypto.getRandomValues(new Uint32Array(3)), (part) => part.toString(36)).join("-");
 
 let address = "";
 const counts = {};

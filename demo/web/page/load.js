@@ -86,8 +86,8 @@ function showResults() {
   if (!presence || !plain) return;
   $("verdict").textContent =
     `For the same reading, plain NATS computed ${formatCount(plain.computed - presence.computed)} messages more ` +
-    `and used ${formatSeconds(plain.cpu - presence.cpu)} more CPU time (${(plain.cpu / presence.cpu).toFixed(1)} times ` +
-    `as much).`;
+    `and used ${formatSeconds(plain.cpu - presence.cpu)} more CPU time ` +
+    `(${(plain.cpu / presence.cpu).toFixed(1)} times as much).`;
 }
 
 function say(text) {
