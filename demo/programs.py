@@ -117,6 +117,7 @@ class Server(Process):
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=end_with_parent,
+            start_new_session=True,  # Ctrl-C is for this process.
         )
         assert self.process.stderr
         log = ""
@@ -163,6 +164,7 @@ class Program(Process):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             preexec_fn=end_with_parent,
+            start_new_session=True,  # Ctrl-C is for this process.
         )
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 

@@ -19,6 +19,9 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "demo"))
+from programs import end_with_parent  # noqa: E402
+
 TIMEOUT = 20.0
 GATEWAYS = os.environ.get("GATEWAYS", "go,python,c").split(",")
 """Those to test. What concerns the page alone is tested with the one in Go."""
@@ -44,6 +47,8 @@ class Demo:
             env={**os.environ, "GATEWAY": gateway, "PORT": "0", "HOST": "127.0.0.1"},
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
         )
         assert self.process.stdout
         output = ""
@@ -93,10 +98,11 @@ class Demo:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def end(self, how: signal.Signals = signal.SIGINT) -> None:
-        self.process.send_signal(how)
+    def end(self) -> None:
+        """Does what Ctrl-C does."""
+        os.killpg(self.process.pid, signal.SIGINT)
         try:
-            self.process.wait(TIMEOUT)
+            assert self.process.wait(TIMEOUT) == 0
         finally:
             self.process.kill()
 

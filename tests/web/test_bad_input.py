@@ -176,6 +176,22 @@ def test_a_browser_that_never_reads_blocks_its_own_worker(demo: Demo, path: str)
     demo.wait("the workers have stopped", lambda: demo.total("running") == 0)
 
 
+@pytest.mark.parametrize("path", ["/sse", "/ws"])
+def test_a_browser_that_leaves_between_two_messages_stops_its_worker_before_the_next(demo: Demo, path: str) -> None:
+    computed = demo.total("computed")
+    changes = {"length": "100", "pause": "1000"}
+    with contextlib.ExitStack() as stack:
+        if path == "/sse":
+            browser = stack.enter_context(connect(demo.gateway))
+            target = url(demo, **changes).removeprefix(demo.gateway)
+            browser.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        else:
+            stack.enter_context(WebSocket(demo)).ask("1", **changes)
+        demo.wait("the first message", lambda: demo.total("computed") > computed)
+    demo.wait("the worker has stopped", lambda: demo.total("running") == 0)
+    assert demo.total("computed") == computed + 1
+
+
 def test_half_of_2000_event_sources_leave(demo: Demo) -> None:
     files, sizes = open_files(demo), []
     for _ in range(2):
