@@ -90,6 +90,7 @@ const STATUSES: &[Call] = functions![
     presence_sender_send_many(null_mut(), null(), null(), 0),
     presence_sender_send_wait(null_mut(), null(), 0, 0),
     presence_sender_error(null_mut(), null(), 0),
+    presence_sender_error_code(null_mut(), 0, null(), 0),
     presence_sender_end(null_mut()),
     presence_sender_header(null(), null(), null_mut(), null_mut()),
     presence_sender_header_at(null(), 0, null_mut(), null_mut(), null_mut(), null_mut()),
