@@ -163,7 +163,7 @@ def test_closed_standard_error_is_no_panic(server: Server) -> None:
         (["request", "work", "-H", "nonsense"], "must be NAME:VALUE"),
         (["request", "work", "-H", "Connect-ID: me"], "is reserved"),
         (["request", "work", "--client", "a\nb"], "control character"),
-        (["request", "work", "-o", "nonsense=1"], 'option "nonsense" is unknown'),
+        (["request", "work", "-o", "nonsense=1"], 'unknown option "nonsense"'),
         (["request", "work", "-o", "lanes=maybe"], 'option lanes is "maybe": it must be true or false'),
         (["request", "work", "--nkey", "/no/such/file"], "/no/such/file: No such file"),
         (["request", "work", "--nkey", "/dev/null"], "no line begins with S"),
