@@ -39,7 +39,7 @@ pub(crate) struct Discovery {
 pub(crate) struct Endpoint {
     subject: Box<str>,
     group: Box<str>,
-    counters: Arc<ServiceCounters>,
+    pub(crate) counters: Arc<ServiceCounters>,
 }
 
 impl Endpoint {

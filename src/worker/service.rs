@@ -34,7 +34,6 @@ pub struct Service {
     /// Senders on level 0, which end with the connection. (Lanes keep their own.)
     running: DashMap<u64, Arc<Sender>>,
     running_count: AtomicUsize,
-    counters: Arc<ServiceCounters>,
     endpoint: Arc<Endpoint>,
     stopped: AtomicBool,
     subscription: Mutex<SubscriptionState>,
@@ -75,7 +74,6 @@ impl Connection {
         // works all the same; a LOG event reports it.
         self.subscribe_offline()?;
         let (connection, has_discovery) = (self.shared()?, self.has_discovery());
-        let counters = self.counters.service(subject);
         let max_streams = if max_streams == 0 { DEFAULT_MAX_STREAMS } else { max_streams };
         let service = Arc::new_cyclic(|this| Service {
             handle_id: fork::next_handle_id(),
@@ -86,8 +84,7 @@ impl Connection {
             max_streams: max_streams as usize,
             running: DashMap::new(),
             running_count: AtomicUsize::new(0),
-            endpoint: Arc::new(Endpoint::new(subject, group, Arc::clone(&counters))),
-            counters,
+            endpoint: Arc::new(Endpoint::new(subject, group, self.counters.service(subject))),
             stopped: AtomicBool::new(false),
             subject: subject.into(),
             subscription: Mutex::default(),
@@ -147,13 +144,13 @@ impl Service {
 
     fn request(self: Arc<Self>, message: Message) {
         let connection = &self.connection;
-        count(&self.counters.requests);
+        count(&self.endpoint.counters.requests);
         let Some(reply) = message
             .reply
             .as_ref()
             .filter(|reply| level0::is_valid_reply_subject(reply, &connection.options.offline_subject))
         else {
-            count(&self.counters.requests_ignored);
+            count(&self.endpoint.counters.requests_ignored);
             connection.log(Status::Invalid, || {
                 format!(
                     "a request on {} was ignored: it has no reply subject, or an answer to it is not allowed",
@@ -166,7 +163,7 @@ impl Service {
         let id = match client_id::id(id.as_bytes()) {
             Ok(id) => Arc::from(id),
             Err(error) => {
-                count(&self.counters.requests_ignored);
+                count(&self.endpoint.counters.requests_ignored);
                 self.refuse(reply, &format!("invalid {}: {error}", level0::CONNECT_ID));
                 return;
             }
@@ -175,7 +172,7 @@ impl Service {
         // stopped is refused in the same way, as another worker may have capacity.
         let is_over = self.stopped.load(Ordering::Acquire) || connection.check_open().is_err();
         if is_over || self.running_count.load(Ordering::Acquire) >= self.max_streams {
-            count(&self.counters.requests_busy);
+            count(&self.endpoint.counters.requests_busy);
             self.refuse(reply, level0::BUSY);
             return;
         }
@@ -235,7 +232,7 @@ impl Service {
 
 impl SenderObserver for Service {
     fn counters(&self) -> &ServiceCounters {
-        &self.counters
+        &self.endpoint.counters
     }
 
     fn sender_ended(&self, handle_id: u64) {

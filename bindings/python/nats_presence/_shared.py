@@ -169,6 +169,12 @@ class BaseSender:
     def _trace(self, span: _tracing.StreamSpan) -> None:
         self._span = span
 
+    def _on_first_message(self, untraced: type[BaseSender]) -> None:
+        """Records the first message. The sender is then of the class `untraced`, whose sends cost nothing more."""
+        if self._span is not None:
+            self._span.on_first_message()
+        self.__class__ = untraced
+
     def _check_end(self, status: int, failure: PresenceError | None = None) -> None:
         if self._span is not None:
             self._span.end(error(status, "") if status else failure)

@@ -149,20 +149,14 @@ class _TracedSender(Sender):
 
     async def send(self, data: Payload) -> None:
         await Sender.send(self, data)
-        _on_first_message(self)
+        self._on_first_message(Sender)
 
     async def send_many(self, messages: Iterable[Payload]) -> None:
         try:
             await Sender.send_many(self, messages)
         finally:
             if self.send_count:
-                _on_first_message(self)
-
-
-def _on_first_message(sender: Sender) -> None:
-    if sender._span is not None:
-        sender._span.on_first_message()
-    sender.__class__ = Sender
+                self._on_first_message(Sender)
 
 
 Handler = Callable[[Request, Sender], Union[Awaitable[object], AsyncIterator[Payload]]]

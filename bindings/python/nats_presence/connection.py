@@ -96,20 +96,14 @@ class _TracedSender(Sender):
 
     def send(self, data: Payload) -> None:
         Sender.send(self, data)
-        _on_first_message(self)
+        self._on_first_message(Sender)
 
     def send_many(self, messages: Iterable[Payload]) -> None:
         try:
             Sender.send_many(self, messages)
         finally:
             if self.send_count:
-                _on_first_message(self)
-
-
-def _on_first_message(sender: Sender) -> None:
-    if sender._span is not None:
-        sender._span.on_first_message()
-    sender.__class__ = Sender
+                self._on_first_message(Sender)
 
 
 Handler = Callable[[Request, Sender], object]
