@@ -20,7 +20,7 @@ func Metrics() []byte {
 		if length < int64(len(text)) {
 			return text[:max(length, 0)] // negative only after a defect of the library
 		}
-		// With space for what is added meanwhile.
+		// The text may have grown by the next call.
 		text = make([]byte, length+length/4)
 	}
 }

@@ -30,7 +30,7 @@
 enum {
   KEEP_ALIVE_MS = 10000,
   USER_TIMEOUT_MS = 20000,   /* a connection whose data is not acknowledged, or not read, for so long is closed */
-  SOCKET_BUFFER = 32 << 10,  /* what waits in the kernel for a browser that does not read was computed already */
+  SOCKET_BUFFER = 32 << 10,  /* its messages are computed even if the browser does not read them */
   MAX_WAITING = 16 << 10,    /* if more waits here for a browser, its workers get no more credit */
   MAX_STREAMS = 100,         /* for each WebSocket */
   MAX_CONNECTIONS = 10000,
@@ -54,7 +54,7 @@ struct browser {
   int fd;
   struct stream *streams;
   int stream_count;
-  char *out; /* what waits to be written */
+  char *out; /* bytes to be written */
   size_t out_length, out_size, out_written;
   bool has_left; /* its connection is closed, or to be closed */
   int64_t written_at;
@@ -145,7 +145,7 @@ static void output_written(struct browser *b, size_t length) {
   }
 }
 
-/* Writes what waits for a WebSocket. */
+/* Writes the pending output of a WebSocket. */
 static void flush_socket(struct browser *b) {
   while (waiting(b)) {
     ssize_t sent = send(b->fd, b->out + b->out_written, waiting(b), MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -640,7 +640,7 @@ static void free_ended(void) {
 }
 
 static void run(int queue_fd) {
-  static char is_mhd, is_queue, is_input; /* their addresses tell descriptors apart */
+  static char is_mhd, is_queue, is_input; /* their addresses identify descriptors */
   const struct {
     int fd;
     void *what;

@@ -34,7 +34,7 @@ KEEPALIVE = 10
 USER_TIMEOUT = 20
 """Seconds after which a connection is closed whose data is not acknowledged, or not read."""
 SOCKET_BUFFER = 32 << 10
-"""How much waits in the kernel for a browser that does not read. What is there was computed already."""
+"""The size of the kernel's send buffer. Its messages are computed even if the browser does not read them."""
 MAX_MESSAGE = 4096
 MAX_STREAMS = 100
 """For each WebSocket."""

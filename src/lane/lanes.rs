@@ -69,7 +69,7 @@ pub(crate) struct Lanes {
     counters: Arc<Counters>,
 }
 
-/// What is measured of the lanes of a connection.
+/// Figures about the lanes of a connection.
 #[derive(Default)]
 pub(crate) struct LaneGauges {
     /// The lanes of this process as a worker, and as a gateway.
@@ -148,7 +148,7 @@ impl Lanes {
         true
     }
 
-    /// What is measured of them.
+    /// Returns figures about the lanes, for metrics.
     pub(crate) fn gauges(&self) -> LaneGauges {
         self.all().iter().fold(LaneGauges::default(), |mut sum, lane| {
             match lane.role {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How many served subjects a process tells apart in its metrics. Each has about 60 time series.
+/// How many subjects have metrics of their own in a process. Each has about 60 time series.
 const MAX_SUBJECTS: usize = 100;
 /// Stands for all further ones. It has a space, which no subject has.
 const OTHER_SUBJECTS: &str = "other subjects";

@@ -27,7 +27,7 @@ def metrics() -> bytes:
             check(length, "metrics")
         if length < size:
             return buffer.raw[:length]
-        size = length + length // 4  # With space for what is added meanwhile.
+        size = length + length // 4  # The text may have grown by the next call.
 
 
 def _answer(method: str) -> tuple[int, str, bytes]:

@@ -35,7 +35,7 @@ const (
 	keepAlive = 10 * time.Second
 	// A connection whose data is not acknowledged, or not read, for so long is closed.
 	userTimeout = 20 * time.Second
-	// How much waits in the kernel for a browser that does not read. What is there was computed already.
+	// The size of the kernel's send buffer. Its messages are computed even if the browser does not read them.
 	socketBuffer = 32 << 10
 	maxMessage   = 4096
 	// For each WebSocket.
