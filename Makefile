@@ -97,7 +97,7 @@ RUN := PKG_CONFIG_PATH=$(STAGE)/lib/pkgconfig LD_LIBRARY_PATH=$(STAGE)/lib \
 # In this order: what fails soonest comes first. The suites of SIDE_BY_SIDE wait more than they compute, so two of them run
 # at a time; make keeps the output of each together and prints it when the suite has ended.
 SUITES := tools lint test-rust test-interleavings test-c
-SIDE_BY_SIDE := test-wire test-python test-faults test-web test-go test-cli test-install
+SIDE_BY_SIDE := test-web test-wire test-go test-python test-faults test-cli test-install
 
 .PHONY: test
 test: ## Run all checks and tests
@@ -187,8 +187,7 @@ test-faults: stage $(VENV_STAMP) ## Test with failing servers, networks and proc
 test-web: stage $(VENV_STAMP) ## Test the demo's page, in a browser
 	cd demo/web && test -z "$$(gofmt -l . | tee /dev/stderr)" && $(RUN) go vet ./...
 	browser=$$($(VENV)/bin/python tools/webtools) && \
-	  printf '%s\n' go python c | $(RUN) CHROMIUM=$$browser xargs -P 3 -I {} \
-	  env GATEWAYS={} $(VENV)/bin/pytest -q --timeout 120 -p no:cacheprovider tests/web
+	  $(RUN) CHROMIUM=$$browser $(VENV)/bin/pytest -q --timeout 120 tests/web
 
 # The tools that make packages. zig links for all targets, and for an old glibc.
 TOOLS := build/tools

@@ -47,7 +47,9 @@ $("tab").onclick = () => {
     return;
   }
   const { transport, mode, worker, prompt } = settings();
-  tab = window.open(`tab.html?${new URLSearchParams({ transport, mode, worker, prompt })}`, "_blank");
+  const question = new URLSearchParams(location.search); // with this page's length and pause
+  for (const [name, value] of Object.entries({ transport, mode, worker, prompt })) question.set(name, value);
+  tab = window.open(`tab.html?${question}`, "_blank");
 };
 setInterval(() => {
   const text = tab && !tab.closed ? "Close the tab" : "Open a tab";

@@ -2,7 +2,7 @@
 
 import { ask } from "./gateway.js";
 
-// The tests' streams are shorter.
+// The tests' streams are shorter or longer.
 const parameters = new URLSearchParams(location.search);
 const LENGTH = Number(parameters.get("length") ?? 120);
 const PAUSE_MS = Number(parameters.get("pause") ?? 80);
