@@ -30,6 +30,7 @@ class Terminal:
         environment |= variables
         self.process, self.descriptor = pty.fork()
         if self.process == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Background processes of a script inherit that it is ignored.
             os.chdir(folder)
             os.execvpe("bash", ["bash", "--norc", "--noprofile", "--noediting"], environment)
         self.shown = ""
