@@ -53,14 +53,15 @@ type Stream struct {
 	ready   chan struct{} // holds a token when there may be something to read
 	trace   StreamTrace
 
-	mu     sync.Mutex
-	handle *C.presence_stream
-	run    []byte   // the run being read: messages, each preceded by its length
-	runs   [][]byte // the runs after it
-	bytes  int      // message bytes that were read since credit was last returned
-	weight int      // the same, with messageOverhead for each message
-	err    error    // why no more messages arrive; io.EOF after the worker's end
-	detach func() bool
+	mu      sync.Mutex
+	tracing bool // trace.FirstMessage is being called; put calls trace.Ended after it, if the stream has ended meanwhile
+	handle  *C.presence_stream
+	run     []byte   // the run being read: messages, each preceded by its length
+	runs    [][]byte // the runs after it
+	bytes   int      // message bytes that were read since credit was last returned
+	weight  int      // the same, with messageOverhead for each message
+	err     error    // why no more messages arrive; io.EOF after the worker's end
+	detach  func() bool
 }
 
 // Request requests a stream for a client: data is sent to one of the workers that serve the subject. It does not wait
@@ -243,18 +244,36 @@ func (s *Stream) put(events []C.presence_event, size int) {
 		run = append(run, data...)
 	}
 	s.mu.Lock()
-	first := s.trace.FirstMessage
-	s.trace.FirstMessage = nil
-	if s.err == nil {
-		s.runs = append(s.runs, run)
-	} else {
-		first = nil
+	if s.err != nil {
+		s.mu.Unlock()
+		return
 	}
+	s.runs = append(s.runs, run)
+	first := s.trace.FirstMessage
+	s.trace.FirstMessage, s.tracing = nil, first != nil
 	s.mu.Unlock()
 	signal(s.ready)
-	if first != nil {
-		first()
+	if first == nil {
+		return
 	}
+	first()
+	s.mu.Lock()
+	s.tracing = false
+	err := s.err
+	s.mu.Unlock()
+	if err != nil {
+		s.traceEnd(err)
+	}
+}
+
+func (s *Stream) traceEnd(err error) {
+	if s.trace.Ended == nil {
+		return
+	}
+	if err == io.EOF {
+		err = nil
+	}
+	s.trace.Ended(err)
 }
 
 // take returns the next message, or the error that ended the stream; ok is false if there is neither yet. It returns
@@ -306,14 +325,11 @@ func (s *Stream) finish(err error, discard bool) {
 		return
 	}
 	s.err = err
-	handle, detach := s.handle, s.detach
+	handle, detach, tracing := s.handle, s.detach, s.tracing
 	s.mu.Unlock()
 	signal(s.ready)
-	if s.trace.Ended != nil {
-		if err == io.EOF {
-			err = nil
-		}
-		s.trace.Ended(err)
+	if !tracing {
+		s.traceEnd(err)
 	}
 	s.conn.removeStream(s)
 	if handle != nil {

@@ -246,8 +246,9 @@ func Header(name, value string) RequestOption { return pair{"header." + name, va
 // StreamTrace has functions that are called when something happens to a stream that this process requested, whether it
 // is read or not. They must not block: other streams wait meanwhile.
 type StreamTrace struct {
-	FirstMessage func()      // the first message has arrived
-	Ended        func(error) // the stream has ended: nil after the worker's end, or the error that its reader gets
+	FirstMessage func() // the first message has arrived
+	// The stream has ended: nil after the worker's end, or the error that its reader gets. It is the last call.
+	Ended func(error)
 }
 
 // Trace calls functions when something happens to the stream. It does not call them if the request fails.

@@ -98,3 +98,31 @@ func TestTraceReportsFirstMessageAndEnd(t *testing.T) {
 	_, err := gateway.Request(t.Context(), "wrong subject", nil, "", failed)
 	wantError(t, err, ErrInvalid, "subject")
 }
+
+// A reader that has the first message and closes its stream at once does not overtake the report of that message.
+func TestTraceReportsTheEndAfterTheFirstMessage(t *testing.T) {
+	s := startServer(t)
+	serve(t, connect(t, s), "traced", func(ctx context.Context, req *Request, s *Sender) error {
+		s.Send([]byte("x"))
+		<-ctx.Done()
+		return nil
+	})
+	order, read := make(chan string, 2), make(chan struct{})
+	stream := request(t, connect(t, s), "traced", "me", Trace(StreamTrace{
+		FirstMessage: func() {
+			<-read
+			order <- "first message"
+		},
+		Ended: func(error) { order <- "ended" },
+	}))
+	if _, err := stream.Next(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	stream.Close()
+	close(read)
+	for _, want := range []string{"first message", "ended"} {
+		if got := receive(t, order); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+	}
+}

@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	presence "github.com/nats-presence/nats-presence/bindings/go"
 	"go.opentelemetry.io/otel"
@@ -97,7 +98,7 @@ func (t *Tracer) request(
 	all = append(all, presence.Trace(presence.StreamTrace{
 		FirstMessage: func() { span.AddEvent("first message") },
 		Ended: func(err error) {
-			addStopped(span, statusOf(err))
+			addStopped(span, statusOf(err), time.Now())
 			end(span, err)
 		},
 	}))
@@ -121,25 +122,26 @@ func (t *Tracer) Handler(subject string, handler presence.Handler) presence.Hand
 		s.OnFirstMessage(func() { span.AddEvent("first message") })
 		// The span needs the ends of both, in any order: why the stream was stopped, and what the handler returned.
 		var stopped, failure error
+		var at time.Time
 		var ended atomic.Int32
 		endOne := func() {
 			if ended.Add(1) < 2 {
 				return
 			}
+			addStopped(span, statusOf(stopped), at) // not before: the handler may still add the first message
 			if stopped != nil {
 				failure = stopped // what the handler returned only follows from that
 			}
 			end(span, failure)
 		}
 		context.AfterFunc(ctx, func() {
-			stopped = context.Cause(ctx)
+			stopped, at = context.Cause(ctx), time.Now()
 			if statusOf(stopped) == 0 { // the stream has ended, or its service
 				stopped = nil
 				if err := s.Err(); errors.Is(err, presence.ErrCancelled) {
 					stopped = err
 				}
 			}
-			addStopped(span, statusOf(stopped))
 			endOne()
 		})
 		defer endOne()
@@ -160,10 +162,10 @@ func (t *Tracer) start(ctx context.Context, subject string, kind trace.SpanKind)
 }
 
 // addStopped adds the event of a stream that was stopped, if it was.
-func addStopped(span trace.Span, status presence.Status) {
+func addStopped(span trace.Span, status presence.Status, at time.Time) {
 	switch status {
 	case presence.ErrOffline, presence.ErrCancelled, presence.ErrPeerGone, presence.ErrClosed, presence.ErrDisconnected:
-		span.AddEvent("stopped", trace.WithAttributes(attribute.String("reason", status.Error())))
+		span.AddEvent("stopped", trace.WithTimestamp(at), trace.WithAttributes(attribute.String("reason", status.Error())))
 	}
 }
 

@@ -8,6 +8,7 @@ gave that header passes it on untouched, and has no CLIENT span.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -45,7 +46,9 @@ class StreamSpan:
 
     def __init__(self, span: Span) -> None:
         self._open = [span]
-        self._has_message = self._is_stopped = False
+        self._has_message = False
+        self._stopped: tuple[int, int] | None = None
+        """Why, and when in nanoseconds."""
 
     def on_first_message(self) -> None:
         """A second call has no effect."""
@@ -56,12 +59,12 @@ class StreamSpan:
             span.add_event("first message")
 
     def on_stopped(self, status: int) -> None:
-        """Adds the reason why the stream was stopped. A second call has no effect."""
-        if self._is_stopped:
-            return
-        self._is_stopped = True
-        for span in self._open:
-            span.add_event("stopped", {"reason": status_text(status)})
+        """Notes the reason why the stream was stopped. A second call has no effect.
+
+        The event is added at the end: a stop may be reported before the first message, which another thread has sent.
+        """
+        if self._stopped is None:
+            self._stopped = status, time.time_ns()
 
     def end(self, failure: BaseException | None = None) -> None:
         """Ends the span. A client that leaves is no error."""
@@ -69,9 +72,11 @@ class StreamSpan:
             span = self._open.pop()  # Atomic.
         except IndexError:
             return
-        if isinstance(failure, StreamStoppedError) and not self._is_stopped:
-            self._is_stopped = True
-            span.add_event("stopped", {"reason": status_text(failure.status)})
+        if isinstance(failure, StreamStoppedError):
+            self.on_stopped(failure.status)
+        if self._stopped:
+            status, at = self._stopped
+            span.add_event("stopped", {"reason": status_text(status)}, at)
         if failure is None or isinstance(failure, PresenceError):
             span.set_attribute("rpc.response.status_code", _status_name(failure))
         if failure is not None and not isinstance(failure, (OfflineError, StreamCancelledError)):
