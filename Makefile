@@ -152,17 +152,18 @@ test-install: cli $(VENV_STAMP) ## Test an installation and the packages, outsid
 	$(VENV)/bin/python tests/install/run
 
 .PHONY: test-go
-test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector, with cgocheck2, linked statically
-	cd bindings/go && $(RUN) go vet ./... && $(RUN) go test -race -short -count=1 ./...
-	cd bindings/go && $(RUN) GOEXPERIMENT=cgocheck2 go test -count=1 .
-	cd bindings/go/message && $(RUN) go vet ./... && $(RUN) go test -race -count=1 ./...
-	cd bindings/go/examples/websocket && $(RUN) go vet . && $(RUN) go test -race -count=1 .
-	cd bindings/go/otel && $(RUN) go vet . && $(RUN) go test -race -count=1 .
+test-go: stage $(VENV_STAMP) ## Test the Go binding: with the race detector and cgocheck2, and linked statically
+	@# One compilation of the standard library serves all modules.
+	for module in $(GO_MODULES); do \
+	  (cd bindings/go/$$module && $(RUN) go vet ./... && \
+	    $(RUN) GOEXPERIMENT=cgocheck2 go test -race -count=1 ./...) || exit 1; \
+	done
 	@# The static library links, and works where that could matter: in processes that exit or fork, and in one example
 	@# of each call.
 	cd bindings/go && $(RUN) go vet -tags presence_static ./... && \
 	  $(RUN) go test -tags presence_static -short -run '$(STATIC_TESTS)' -count=1 .
 
+GO_MODULES := . message examples/websocket otel
 # The tests of processes and of connect, streams and panics, and the examples.
 STATIC_TESTS := Process|Fork|Connect|StreamsDeliver|Panic|Example
 
