@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from conftest import GATEWAYS, TIMEOUT, Demo, open_page
+from conftest import GATEWAYS, LONG, TIMEOUT, Demo, open_page
 from playwright.sync_api import Page, expect
 
 MODES = ("presence", "plain")
@@ -189,8 +189,6 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_axe_finds_nothing(page: Page, demo: Demo, scheme: str, width: int) -> None:
-    from axe_playwright_python.sync_playwright import Axe
-
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
     page.set_viewport_size({"width": width, "height": 900})
     ask(page, 3, mode="plain", transport="ws")
@@ -198,6 +196,15 @@ def test_axe_finds_nothing(page: Page, demo: Demo, scheme: str, width: int) -> N
     wait_for_words(page, 6)
     page.get_by_role("button", name="Leave stream 4").click()
     page.locator("#log li").first.wait_for()
+    check_with_axe(page)
+    page.goto(f"{demo.url}/tab.html{LONG}&transport=sse&mode=presence&worker=any&prompt=light")
+    wait_for_words(page)
+    check_with_axe(page)
+
+
+def check_with_axe(page: Page) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
     results = Axe().run(page)
     serious = [v for v in results.response["violations"] if v["impact"] in ("serious", "critical")]
     assert not serious, results.generate_report()
