@@ -46,7 +46,7 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-@pytest.mark.parametrize(("delay", "count"), [(0.3, 2000), (1.25, 800)])
+@pytest.mark.parametrize(("delay", "count"), [(0.3, 2000), pytest.param(1.25, 800, marks=pytest.mark.long)])
 def test_long_round_trip_causes_no_retransmission(server: Server, stack: ExitStack, delay: float, count: int) -> None:
     bulk = Bulk(server, Link(server.port, delay), 1, stack)
     assert bulk.carry(count, 1000) < 1.1
