@@ -1061,9 +1061,10 @@ PRESENCE_NODISCARD struct presence_config *presence_config_new(void);
  *   - retries, retry_delay_ms: how often, and after what delay, the request is sent again while no worker serves the
  *     subject or the worker is busy, and no message has come. Defaults 0 and 100.
  *   - stream_buffer_bytes: how many bytes of the stream may wait in the queue, plus 64 for each message. On a lane it
- *     is the stream's window: the worker is slowed down, and a stream carries at most so much per round trip. Default
- *     262144, at most 4194304. Each slow reader keeps up to so much in memory. On level 0 nothing slows the worker
- *     down, and the stream ends with PRESENCE_FULL. Default 67108864.
+ *     is the stream's window, at most 4194304: the worker is slowed down, and a stream carries at most so much per
+ *     round trip. Each slow reader keeps up to so much in memory. Without this option the window is 262144 at first,
+ *     and grows up to 4194304 while the reader is fast. On level 0 nothing slows the worker down, and the stream ends
+ *     with PRESENCE_FULL. Default 67108864.
  *   - manual_credit: true: a message counts towards stream_buffer_bytes until presence_stream_consumed reports it;
  *     false (default): until it has left the queue.
  *   - only_online: true: a request for a client that is offline in this process fails with PRESENCE_OFFLINE. Use it

@@ -141,6 +141,7 @@ pub fn lane(data: &[u8]) {
                     state.finish(window, errors[usize::from(choices.below(3))]);
                 }
             }
+            10 if choices.below(4) == 0 => state.set_window(choices.below(8).into(), u32::from(choices.byte()) << 14),
             10 => state.return_credit(choices.below(8).into(), u64::from(choices.byte()) << choices.below(56)),
             11 => state.cancel(choices.below(8).into(), choices.byte()),
             12 => now += ms(u64::from(choices.byte()) * 8),

@@ -232,7 +232,7 @@ func RetryDelay(d time.Duration) RequestOption { return milliseconds("retry_dela
 
 // StreamBuffer sets how many bytes of the stream may be unread; each message counts 64 bytes in addition. On a lane
 // this is the window, at most 4 MiB, and the worker's sends block when it is full. On level 0 the stream then ends with
-// ErrFull. Default: 256 KiB on a lane, 64 MiB on level 0.
+// ErrFull. Default: on a lane 256 KiB, which grows up to 4 MiB while the reader is fast; on level 0 64 MiB.
 func StreamBuffer(bytes int) RequestOption { return integer("stream_buffer_bytes", bytes) }
 
 // OnlyOnline makes [Conn.Request] fail with ErrOffline if the client is not online in this process. Use it for clients

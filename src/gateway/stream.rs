@@ -6,7 +6,8 @@ use crate::error::{Error, Result, Status};
 use crate::events::{Event, EventSource, Kind, Queue, Single, Source, unpin};
 use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::event::LaneEvent;
-use crate::lane::streams::{CreditToReturn, OVERHEAD};
+use crate::lane::read_window::{MAX_WINDOW, ReadWindow};
+use crate::lane::streams::OVERHEAD;
 use crate::metrics::{StreamTimes, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::outbox::Request;
@@ -15,7 +16,7 @@ use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::random;
 use crate::sync::Mutex;
-use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Answer, Use};
 use crate::wire::stream_error;
 use bytes::Bytes;
@@ -24,9 +25,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::task::AbortHandle;
 
-/// The largest window: how far a worker on a lane may be ahead of the reader, in bytes.
-const MAX_WINDOW: u32 = 4 << 20;
-/// The window unless `stream_buffer_bytes` is set.
+/// The window at first, unless `stream_buffer_bytes` is set: how far a worker on a lane may be ahead of the reader, in
+/// bytes.
 const WINDOW: u32 = 256 << 10;
 /// The window once the windows of the connection's streams add up to `receive_buffer_bytes`.
 const SMALL_WINDOW: u32 = 8 << 10;
@@ -56,15 +56,14 @@ pub struct Stream {
     /// On level 0: what was received and is still unread (with manual credit: not consumed), and its limit, in bytes.
     unread: AtomicU64,
     limit: u64,
-    /// How far a worker on a lane may be ahead, in bytes. 0 once it does not count for the connection any longer.
-    window: AtomicU32,
+    /// How far a worker on a lane may be ahead. It counts for the connection until it is released.
+    window: ReadWindow,
     /// With manual credit: what was delivered to the reader and is not consumed yet.
     unconsumed: Option<Box<Mutex<Unconsumed>>>,
     /// The request's number in the inbox, which is random, and known only to the workers that got the request.
     key: u64,
     /// The lane that it runs on, and its number there.
     lane: OnceCell<(Arc<Lane>, u32)>,
-    credit: CreditToReturn,
     /// The request, until a worker accepts it on a lane.
     pending: Mutex<Option<Box<Pending>>>,
     timer: Mutex<Option<AbortHandle>>,
@@ -183,11 +182,10 @@ impl Connection {
             was_stored: AtomicBool::new(false),
             unread: AtomicU64::new(0),
             limit: options.stream_buffer.map_or(LEVEL_0_LIMIT, |limit| limit as u64),
-            window: AtomicU32::new(window),
+            window: ReadWindow::new(window, options.stream_buffer.is_none()),
             unconsumed: options.manual_credit.then(Box::default),
             key,
             lane: OnceCell::new(),
-            credit: CreditToReturn::new(window.into()),
             pending: Mutex::new(None),
             timer: Mutex::new(None),
             times: StreamTimes::begin(&self.counters.requested),
@@ -318,8 +316,9 @@ impl Stream {
     fn return_credit(&self, credit: u64) {
         match self.lane.get() {
             Some((lane, stream)) => {
-                if let Some(due) = self.credit.consume(credit) {
-                    lane.return_credit(*stream, due);
+                if let Some(due) = self.window.consume(credit) {
+                    let growth = self.window.growth(due, || self.times.age(), || lane.round_trip());
+                    lane.return_credit(*stream, due, growth.and_then(|growth| self.grow_window(growth)));
                 }
             }
             None => {
@@ -455,8 +454,20 @@ impl Stream {
         }
     }
 
+    /// Enlarges the window if `receive_buffer_bytes` allows it. Returns the new size.
+    fn grow_window(&self, by: u32) -> Option<u32> {
+        let windows = &self.connection.counters.windows;
+        let before = windows.fetch_add(by.into(), Ordering::Relaxed);
+        let is_allowed = before + u64::from(by) <= self.connection.options.receive_buffer;
+        let grown = is_allowed.then(|| self.window.grow(by)).flatten();
+        if grown.is_none() {
+            windows.fetch_sub(by.into(), Ordering::Relaxed);
+        }
+        grown
+    }
+
     fn release_window(&self) {
-        let window = self.window.swap(0, Ordering::Relaxed);
+        let window = self.window.release();
         self.connection.counters.windows.fetch_sub(window.into(), Ordering::Relaxed);
     }
 

@@ -1,11 +1,10 @@
 //! What has come from the peer, and when it is acknowledged.
 
-use crate::lane::batcher::MAX_BATCH;
 use crate::lane::timer::{Timer, TimerTable};
 use std::time::{Duration, Instant};
 
 /// An acknowledgement is sent after so many bytes, or so much later when no message is sent that could carry it.
-pub(super) const ACK_AFTER: usize = 2 * MAX_BATCH;
+pub(super) const ACK_AFTER: usize = 128 << 10;
 const ACK_DELAY: Duration = Duration::from_millis(25);
 /// In a pause the last acknowledgement is repeated after `ACK_DELAY`, and then after twice as long each time, up to
 /// this.

@@ -5,9 +5,9 @@ use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
 /// The largest message with several frames, in bytes.
-pub(super) const MAX_BATCH: usize = 64 << 10;
+pub(super) const MAX_BATCH: usize = 32 << 10;
 /// How many empty buffers are kept.
-const MAX_SPARES: usize = 64;
+const MAX_SPARES: usize = 256;
 
 #[derive(Default)]
 pub(super) struct Batcher {

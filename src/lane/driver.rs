@@ -39,6 +39,9 @@ pub(crate) trait StreamObserver: EventSource {
     fn closed_here(&self, why: Status);
 }
 
+/// How many bytes of full batches are given to the NATS client before it is flushed.
+const MAX_UNWRITTEN: usize = 64 << 10;
+
 type Owner = Arc<dyn StreamObserver>;
 
 /// The stream that a worker accepted, and its window; None if nobody wants it.
@@ -259,9 +262,20 @@ impl Lane {
 
     // The gateway's calls ---------------------------------------------------------------------------------------------
 
-    /// Lets a stream's worker send so much more.
-    pub(crate) fn return_credit(&self, stream: u32, weight: u64) {
-        self.update(|state| state.return_credit(stream, weight));
+    /// Lets a stream's worker send so much more, and enlarges the window if there is a new size.
+    pub(crate) fn return_credit(&self, stream: u32, weight: u64, window: Option<u32>) {
+        self.update(|state| {
+            // First, so that a worker that the credit wakes has the larger window already.
+            if let Some(size) = window {
+                state.set_window(stream, size);
+            }
+            state.return_credit(stream, weight);
+        });
+    }
+
+    /// The smoothed round trip. None: it is not known.
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        self.state.lock().round_trip()
     }
 
     /// Ends a stream from this side.
@@ -361,6 +375,7 @@ impl Lane {
         counters: &Counters,
     ) {
         let mut client = clients.borrow_and_update().clone();
+        let mut unwritten = 0;
         if let Some(client) = &client {
             let mut state = self.state.lock();
             state.set_max_payload(client.max_payload());
@@ -372,10 +387,10 @@ impl Lane {
                 client = self.change_client(&mut clients);
             }
             let mut events = Vec::new();
-            let (message, deadline, is_closed, resent) = {
+            let (message, has_full_batch, deadline, is_closed, resent) = {
                 let mut state = self.state.lock();
                 let message = state.poll(Instant::now(), &mut events);
-                (message, state.deadline(), state.is_closed(), state.take_resent())
+                (message, state.has_full_batch(), state.deadline(), state.is_closed(), state.take_resent())
             };
             if resent > 0 {
                 counters.resent.fetch_add(resent, Ordering::Relaxed);
@@ -388,8 +403,14 @@ impl Lane {
                 match (message, &client) {
                     (Some(message), Some(client)) => {
                         count(&counters.messages_out);
+                        unwritten += message.len();
                         if self.publish(client, message).await.is_err() {
                             self.close(wakeups);
+                        }
+                        if !has_full_batch || unwritten >= MAX_UNWRITTEN {
+                            // The next batch gathers until these were written.
+                            let _ = client.flush().await;
+                            unwritten = 0;
                         }
                     }
                     // There is no connection any longer: the state keeps it.
@@ -439,11 +460,7 @@ impl Lane {
     /// Fails if the message can never be sent. A message that is lost with the connection is sent again later.
     async fn publish(&self, client: &Client, message: Bytes) -> Result<(), ()> {
         match client.publish_with(self.peer_subject.clone(), Some(self.subject.clone()), None, message).await {
-            Ok(()) => {
-                // The next batch gathers until this one was written.
-                let _ = client.flush().await;
-                Ok(())
-            }
+            Ok(()) => Ok(()),
             // The client is dead; its supervisor replaces it.
             Err(PublishError::Closed) => std::future::pending().await,
             Err(PublishError::Rejected(_)) => Err(()),

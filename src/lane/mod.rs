@@ -7,6 +7,7 @@
 //! | `driver` | a lane at work: its state under a lock, and the task that sends |
 //! | `state` | one end of a lane as a state machine; the parts of it: |
 //! | `event` | what the state reports about streams |
+//! | `read_window` | when a reader returns credit, and when its stream's window grows |
 //! | `streams`, `batcher`, `retransmit` | streams and their windows; frames that gather; messages until acknowledged |
 //! | `acks`, `path` | what came; the round trip and the congestion window |
 //! | `liveness`, `timer` | whether the peer is there; the table of timers |
@@ -18,6 +19,7 @@ pub(crate) mod event;
 pub(crate) mod lanes;
 pub(crate) mod liveness;
 mod path;
+pub(crate) mod read_window;
 mod retransmit;
 #[cfg(test)]
 mod simulation;

@@ -3,8 +3,8 @@
 //! What its driver feeds it, in any order:
 //! - **messages** that came: `receive`, and `no_responders` where nats-server answered 503;
 //! - **the connection**: `connected` once, then `disconnected` and `reconnected` in turn; `set_max_payload`;
-//! - **commands**: of the worker `open`, `send`, `notify_when_writable`, `finish`; of the gateway `return_credit`,
-//!   `cancel`; of both `request_ack`, `close`. The two ends differ only in their [`Role`].
+//! - **commands**: of the worker `open`, `send`, `notify_when_writable`, `finish`; of the gateway `set_window`,
+//!   `return_credit`, `cancel`; of both `request_ack`, `close`. The two ends differ only in their [`Role`].
 //!
 //! What it returns:
 //! - **messages** to send: `poll`. After anything was fed, and when the deadline has passed, `poll` is called until it
@@ -232,6 +232,13 @@ impl<S: Clone> State<S> {
 
     // The gateway's commands ------------------------------------------------------------------------------------------
 
+    /// Enlarges a stream's window, in bytes.
+    pub(crate) fn set_window(&mut self, stream: u32, size: u32) {
+        if self.streams.set_window(stream, size) {
+            self.append(frame::WINDOW, stream, &u64::from(size).to_le_bytes());
+        }
+    }
+
     /// A stream's reader has consumed so much: the worker may send as much more.
     pub(crate) fn return_credit(&mut self, stream: u32, weight: u64) {
         if let Some(weight) = self.streams.consumed(stream, weight) {
@@ -368,6 +375,11 @@ impl<S: Clone> State<S> {
         }
         self.driver = DriverState::Sleeping(self.deadline());
         None
+    }
+
+    /// Whether the next message is a full batch, so that nothing is gained by waiting for more frames.
+    pub(crate) fn has_full_batch(&self) -> bool {
+        self.batcher.batches.len() > 1 && self.is_sendable()
     }
 
     /// When to poll again even if nothing happens.

@@ -1,7 +1,7 @@
 //! The streams of a lane's end, and how far each sender may be ahead of its reader.
 
 use crate::lane::event::{LaneEvent, LaneEvents, Role};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::wire::frame::{self, Frame, Frames, Malformed, Run};
 use crate::wire::stream_error;
 use ahash::RandomState;
@@ -17,7 +17,7 @@ pub(crate) const OVERHEAD: u64 = 64;
 #[derive(Debug)]
 pub(crate) struct SendWindow {
     pub(super) stream: u32,
-    size: u32,
+    size: AtomicU32,
     outstanding: AtomicU64,
     sent: AtomicU64,
 }
@@ -35,7 +35,7 @@ impl SendWindow {
 
     #[inline]
     pub(super) fn fits(&self, weight: u64) -> bool {
-        fits_window(self.outstanding(), self.size.into(), weight)
+        fits_window(self.outstanding(), self.size.load(Ordering::Relaxed).into(), weight)
     }
 
     /// Counts a message that is sent.
@@ -43,6 +43,10 @@ impl SendWindow {
     pub(super) fn take(&self, weight: u64) {
         self.outstanding.store(self.outstanding() + weight, Ordering::Relaxed);
         self.sent.store(self.sent() + 1, Ordering::Relaxed);
+    }
+
+    fn set_size(&self, size: u32) {
+        self.size.store(size, Ordering::Relaxed);
     }
 
     fn give_back(&self, weight: u64) {
@@ -55,28 +59,6 @@ impl SendWindow {
 #[inline]
 pub(super) fn fits_window(outstanding: u64, window: u64, weight: u64) -> bool {
     outstanding <= window / 2 || outstanding + weight <= window
-}
-
-/// What a reader has consumed and not returned credit for yet. It returns credit for more than a quarter of the window.
-#[derive(Debug)]
-pub(crate) struct CreditToReturn {
-    window: u64,
-    consumed: AtomicU64,
-}
-
-impl CreditToReturn {
-    pub(crate) fn new(window: u64) -> CreditToReturn {
-        CreditToReturn { window, consumed: AtomicU64::new(0) }
-    }
-
-    /// Adds what was consumed, and returns the credit to return now.
-    pub(crate) fn consume(&self, weight: u64) -> Option<u64> {
-        let weight = weight.min(1 << 40);
-        let consumed = self.consumed.fetch_add(weight, Ordering::Relaxed) + weight;
-        // At most a half may be without credit: then the sender may send whatever it has. With a quarter it gets the
-        // credit before its window is used up, which is a third faster with the default window.
-        (consumed > self.window / 4).then(|| self.consumed.swap(0, Ordering::Relaxed))
-    }
 }
 
 /// A stream that is served at this end.
@@ -154,7 +136,8 @@ impl<S: Clone> Streams<S> {
 
     /// Adds a stream whose ACCEPT is in the message with this number.
     pub(super) fn serve(&mut self, stream: u32, size: u32, owner: S, accepted_in: u64) -> Arc<SendWindow> {
-        let window = Arc::new(SendWindow { stream, size, outstanding: AtomicU64::new(0), sent: AtomicU64::new(0) });
+        let (size, outstanding, sent) = (AtomicU32::new(size), AtomicU64::new(0), AtomicU64::new(0));
+        let window = Arc::new(SendWindow { stream, size, outstanding, sent });
         self.served.insert(stream, ServedStream { owner, window: Arc::clone(&window), accepted_in });
         window
     }
@@ -196,6 +179,13 @@ impl<S: Clone> Streams<S> {
         let weight = weight.min(requested.unconsumed);
         requested.unconsumed -= weight;
         Some(weight).filter(|weight| *weight > 0)
+    }
+
+    /// Lets the worker of a stream be this far ahead of its reader. Returns false if the stream has ended.
+    pub(super) fn set_window(&mut self, stream: u32, size: u32) -> bool {
+        let Some(requested) = self.requested.get_mut(&stream) else { return false };
+        requested.window = size;
+        true
     }
 
     /// Removes a requested stream. Returns false if it has ended before.
@@ -279,10 +269,15 @@ impl<S: Clone> Streams<S> {
                         events.push((served.owner, LaneEvent::Cancelled(reason)));
                     }
                 }
-                (frame::CREDIT, Role::Worker) => {
-                    let weight = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
+                (frame::CREDIT | frame::WINDOW, Role::Worker) => {
+                    let number = body.first_chunk().map(|number| u64::from_le_bytes(*number));
+                    let number = number.ok_or(Malformed)?;
                     if let Some(served) = self.served.get(&stream) {
-                        served.window.give_back(weight);
+                        match u32::try_from(number) {
+                            Ok(size) if kind == frame::WINDOW => served.window.set_size(size),
+                            Err(_) if kind == frame::WINDOW => return Err(Malformed),
+                            _ => served.window.give_back(number),
+                        }
                         if is_lane_writable && self.blocked_senders.remove(&stream) {
                             events.push((served.owner.clone(), LaneEvent::Writable));
                         }

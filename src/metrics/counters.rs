@@ -146,6 +146,11 @@ impl StreamTimes {
         StreamTimes { counters: Arc::clone(counters), begun: Instant::now() }
     }
 
+    /// How long it has run.
+    pub(crate) fn age(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
     /// The stream is not taken back any more.
     pub(crate) fn started(&self) {
         count(&self.counters.started);

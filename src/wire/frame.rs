@@ -108,6 +108,9 @@ impl Header {
     }
 }
 
+/// The gateway has enlarged the stream's window to so many bytes: eight bytes, little-endian.
+pub(crate) const WINDOW: u8 = 8;
+
 /// One frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Frame<'a> {

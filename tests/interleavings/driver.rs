@@ -204,7 +204,7 @@ fn blocked_send_returns() {
                 let mut all = String::new();
                 while all.len() < 3 {
                     world.stream.queue.wait(1, None, |event| all += str::from_utf8(event.data).unwrap()).unwrap();
-                    world.gateway.return_credit(1, 65);
+                    world.gateway.return_credit(1, 65, None);
                 }
                 assert_eq!(all, "abb");
             } else {
@@ -228,7 +228,7 @@ fn refused_sender_is_notified() {
         assert_eq!(world.send(&["a"]), "a");
         let reader = world.spawn(|world| {
             world.stream.queue.wait(1, None, |_| ()).unwrap();
-            world.gateway.return_credit(1, 65);
+            world.gateway.return_credit(1, 65, None);
         });
         let mut notified = 0;
         while world.send(&["b"]).is_empty() {

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 VERSION = 1
 PING, PONG, GAP, RESET, NEW = 1, 2, 4, 8, 16
-ACCEPT, DATA, END, ERROR, CANCEL, CREDIT, CODE = range(1, 8)
+ACCEPT, DATA, END, ERROR, CANCEL, CREDIT, CODE, WINDOW = range(1, 9)
 HEADER = 30
 OVERHEAD = 64
 """What each message counts in its stream's window, in addition to its bytes."""
@@ -72,7 +72,7 @@ def decode(payload: bytes) -> LaneMessage:
         kind = payload[at]
         stream, at = decode_number(payload, at + 1)
         length, at = decode_number(payload, at)
-        if not ACCEPT <= kind <= CODE or stream == 0 or at + length > len(payload):
+        if not ACCEPT <= kind <= WINDOW or stream == 0 or at + length > len(payload):
             raise ValueError(f"kind {kind}, stream {stream}, {length} bytes of {len(payload) - at}")
         frames.append(Frame(kind, stream, payload[at : at + length]))
         at += length
@@ -93,7 +93,7 @@ def decode_number(payload: bytes, at: int) -> tuple[int, int]:
 
 
 def u64(number: int) -> bytes:
-    """The body of ACCEPT and CREDIT."""
+    """The body of ACCEPT, CREDIT and WINDOW."""
     return struct.pack("<Q", number)
 
 
@@ -128,3 +128,7 @@ def cancel(stream: int, reason: int) -> Frame:
 
 def credit(stream: int, weight: int) -> Frame:
     return Frame(CREDIT, stream, u64(weight))
+
+
+def enlarged(stream: int, window: int) -> Frame:
+    return Frame(WINDOW, stream, u64(window))

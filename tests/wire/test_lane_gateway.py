@@ -19,6 +19,7 @@ from lane_codec import (
     PING,
     PONG,
     RESET,
+    WINDOW,
     Frame,
     LaneMessage,
     accept,
@@ -30,6 +31,7 @@ from lane_codec import (
     encode,
     encode_frame,
     end,
+    enlarged,
     error,
     from_u64,
 )
@@ -412,6 +414,38 @@ def test_credit_is_sent_after_a_quarter_of_the_window(gateway: Shell, worker: Wo
     assert not lane.frames
 
 
+def test_window_grows_for_a_fast_reader(gateway: Shell, worker: WorkerByHand) -> None:
+    lane = begin(gateway, worker, 1)
+    # Each time half of the window, which the reader takes at once. On a busy machine some of that is slow.
+    for _ in range(1000):
+        lane.send(*(data(1, b"x" * 960) for _ in range(128)))
+        for _ in range(128):
+            gateway.wait(event="DATA")
+        lane.ask()
+        frames = list(lane.frames)
+        lane.frames.clear()
+        assert all(frame.kind in (CREDIT, WINDOW) for frame in frames)
+        grown = [frame for frame in frames if frame.kind == WINDOW]
+        if grown:
+            break
+    assert grown == [enlarged(1, 1 << 19)]
+    # From now on the worker may be so far ahead.
+    lane.send(*(data(1, b"x" * 960) for _ in range(400)))
+    lane.send(end(1))
+    gateway.wait(event="END", tag=1)
+
+
+def test_window_that_was_set_does_not_grow(gateway: Shell, worker: WorkerByHand) -> None:
+    gateway.do("option stream_buffer_bytes 1000")
+    lane = begin(gateway, worker, 1)
+    for _ in range(100):
+        lane.send(*(data(1, b"x" * 36) for _ in range(7)))
+        for _ in range(7):
+            gateway.wait(event="DATA")
+    lane.ask()
+    assert {frame.kind for frame in lane.frames} == {CREDIT}
+
+
 def test_manual_credit_follows_consumed(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option stream_buffer_bytes 1000")
     gateway.do("option manual_credit true")
@@ -572,7 +606,7 @@ def test_lost_first_message_of_a_lane_is_requested(gateway: Shell, worker: Worke
 
 def test_unknown_frame_kinds_are_skipped(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
-    lane.send(Frame(8, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
+    lane.send(Frame(9, 1, b"x" * 300), Frame(0, 1), data(1, b"x"), Frame(255, 2**32 - 1, b"y"), data(1, b"z"))
     assert [gateway.wait(event="DATA")["data"] for _ in range(2)] == ["x", "z"]
     assert_goes_on(gateway, lane, 1)
     assert ignored(gateway) == 0

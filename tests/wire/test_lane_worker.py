@@ -29,6 +29,7 @@ from lane_codec import (
     decode,
     encode,
     end,
+    enlarged,
     error,
 )
 from lane_peer import OWN, GatewayByHand, LaneEnd, no_responders, take_accept
@@ -269,6 +270,19 @@ def test_excess_credit_opens_the_whole_window(
     assert worker.ask(f"fill {other} 36")["text"] == "10"
 
 
+def test_enlarged_window_admits_more(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
+    n, stream = begin(worker, gateway, lane, "alice", 1000)
+    assert worker.ask(f"fill {n} 36")["text"] == "10"
+    lane.send(enlarged(stream, 2000))
+    lane.ask()
+    assert worker.wait(event="WRITABLE")["n"] == n
+    assert worker.ask(f"fill {n} 36")["text"] == "10"
+    # All of the larger window can be returned.
+    lane.send(credit(stream, 2000))
+    lane.ask()
+    assert worker.ask(f"fill {n} 36")["text"] == "20"
+
+
 def test_blocked_stream_does_not_delay_others(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     slow, _ = begin(worker, gateway, lane, "slow", 1000)
     quick, stream = begin(worker, gateway, lane, "quick")
@@ -457,7 +471,7 @@ def test_worker_without_lanes_answers_on_level_0(connect: Connect, gateway: Gate
 def test_unknown_frame_kinds_are_skipped(worker: Shell, gateway: GatewayByHand, lane: LaneEnd) -> None:
     n, stream = begin(worker, gateway, lane, "alice")
     lane.send(
-        Frame(8, stream, b"x" * 300),
+        Frame(9, stream, b"x" * 300),
         Frame(0, stream),
         code(stream, 42),
         Frame(255, 2**32 - 1, b"y"),
@@ -495,6 +509,8 @@ MALFORMED = {
     "stream number above 32 bits": b"\x05\x80\x80\x80\x80\x10\x01\x04",
     "number of six bytes": b"\x05\x80\x80\x80\x80\x80\x00\x01\x04",
     "credit too short": b"\x06\x01\x07" + b"\x00" * 7,
+    "window too short": b"\x08\x01\x07" + b"\x00" * 7,
+    "window too large": b"\x08\x01\x08" + b"\x00" * 4 + b"\x01" + b"\x00" * 3,
     "credit empty": b"\x06\x01\x00",
     "after a good frame": b"\x06\x01\x08" + b"\x00" * 8 + b"\x05",
 }

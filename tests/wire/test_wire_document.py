@@ -57,7 +57,7 @@ def test_server_hash_example() -> None:
 def test_tables_match_the_codec() -> None:
     kinds = re.findall(r"^\| (\d+) \| ([A-Z]+) \| (?:worker|gateway) \|", DOCUMENT, re.MULTILINE)
     flags = re.findall(r"^\| ([A-Z]+) \| (\d+) \|", DOCUMENT, re.MULTILINE)
-    assert len(kinds) == 7
+    assert len(kinds) == 8
     assert len(flags) == 5
     for name, number in [(name, number) for number, name in kinds] + flags:
         assert getattr(lane_codec, name) == int(number), name

@@ -89,6 +89,8 @@ pub(super) enum Reader {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Spec {
     pub(super) window: u32,
+    /// The gateway enlarges the window for a fast reader.
+    pub(super) window_grows: bool,
     /// The size of its messages, or their largest size.
     pub(super) size: usize,
     pub(super) is_varied: bool,
@@ -276,6 +278,7 @@ fn spec(random: &mut Random) -> Spec {
     let is_large = random.chance(2);
     Spec {
         window: random.pick(&[1, 64, 130, 200, 1000, 10_000, 4 << 20]),
+        window_grows: random.chance(50),
         size: if is_large {
             random.pick(&[20_000, 70_000, 150_000])
         } else {

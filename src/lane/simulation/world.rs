@@ -15,8 +15,9 @@ use crate::error::Status;
 use crate::lane::event::{LaneEvent, LaneEvents};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::path;
+use crate::lane::read_window::{MAX_WINDOW, ReadWindow};
 use crate::lane::state::{State, unknown_lane_reply};
-use crate::lane::streams::{CreditToReturn, OVERHEAD, SendWindow};
+use crate::lane::streams::{OVERHEAD, SendWindow};
 use crate::wire::frame::{self, Header};
 use crate::wire::level0;
 use crate::wire::stream_error::StreamError;
@@ -65,6 +66,7 @@ pub(super) struct Seen {
     pub(super) gone: u64,
     pub(super) lanes_gone: u64,
     pub(super) refused: u64,
+    pub(super) grown_windows: u64,
     pub(super) sent_again: u64,
     pub(super) no_responders: u64,
 }
@@ -80,6 +82,7 @@ impl AddAssign for Seen {
         self.gone += other.gone;
         self.lanes_gone += other.lanes_gone;
         self.refused += other.refused;
+        self.grown_windows += other.grown_windows;
         self.sent_again += other.sent_again;
         self.no_responders += other.no_responders;
     }
@@ -255,7 +258,9 @@ struct Stream {
     unread: VecDeque<u64>,
     reader: Reader,
     will_read: bool,
-    credit: CreditToReturn,
+    window: ReadWindow,
+    /// The window that the gateway has announced.
+    window_size: u32,
     cancelled: Option<u8>,
     is_done: bool,
     is_closed: bool,
@@ -568,6 +573,7 @@ fn described(message: &Bytes) -> String {
             frame::CANCEL => "CANCEL",
             frame::CREDIT => "CREDIT",
             frame::CODE => "CODE",
+            frame::WINDOW => "WINDOW",
             _ => "other",
         };
         format!("{kind} {} ({})", frame.stream, frame.body.len())

@@ -210,10 +210,18 @@ impl World {
         let part = if stream.spec.in_parts { weight / 3 } else { 0 };
         let Some((lane, stream_number, _)) = stream.on else { return };
         for weight in [part, weight - part] {
-            if let Some(weight) = self.streams[number].credit.consume(weight)
-                && !self.streams[number].is_closed
+            let stream = &mut self.streams[number];
+            if let Some(weight) = stream.window.consume(weight)
+                && !stream.is_closed
                 && let Some(index) = self.find(lane)
             {
+                let stream = &mut self.streams[number];
+                let growth = stream.window.growth(weight, || Duration::from_micros(now), || None);
+                if let Some(size) = growth.and_then(|growth| stream.window.grow(growth)) {
+                    stream.window_size = size;
+                    self.seen.grown_windows += 1;
+                    self.lanes[index].state.set_window(stream_number, size);
+                }
                 self.lanes[index].state.return_credit(stream_number, weight);
                 self.changed(index);
                 self.check_memory(index);

@@ -164,7 +164,7 @@ impl World {
         }
         self.buffer = expected;
         let stream = &mut self.streams[number];
-        let (weight, window) = (body.len() as u64 + OVERHEAD, u64::from(stream.spec.window));
+        let (weight, window) = (body.len() as u64 + OVERHEAD, u64::from(stream.window_size));
         let unread = stream.unread.iter().sum::<u64>();
         stream.got += 1;
         stream.unread.push_back(weight);
@@ -211,12 +211,14 @@ impl World {
     /// The backlog is limited, except for control frames, and these are limited by the number of streams.
     pub(super) fn check_backlog(&mut self, index: usize, backlog: usize) {
         const CONTROL: usize = frame::MAX_FRAME_HEADER + 8;
+        // A window doubles from one byte to the largest at most.
+        const GROWTHS: usize = MAX_WINDOW.ilog2() as usize;
         let lane = &self.lanes[index];
         let (data, streams) = match lane.own.side {
             Side::Worker => (self.setup.limit.max(self.setup.max_payload), lane.opened as usize),
             Side::Gateway => (0, self.senders.iter().filter(|sender| sender.lane == lane.peer).count()),
         };
-        let most = data + CONTROL + streams * (5 * CONTROL + ERROR_TEXT.len());
+        let most = data + CONTROL + streams * ((5 + GROWTHS) * CONTROL + ERROR_TEXT.len());
         if backlog > most {
             let text = format!("{}: {backlog} bytes of backlog; the limit is {most}", lane.own);
             self.fail("the backlog is bounded", text);
