@@ -7,7 +7,7 @@ use crate::lane::event::{LaneEvent, Role};
 use crate::lane::liveness::PeerTimeouts;
 use crate::lane::state::State;
 use crate::nats::dial;
-use crate::nats::{HeaderMap, Message, header_value};
+use crate::nats::{HeaderMap, Message};
 use crate::presence::client_id;
 use crate::wire::frame::{self, Frame, Frames, Header, Run};
 use crate::wire::level0::{self, Answer, Use};
@@ -203,7 +203,7 @@ pub fn level0(data: &[u8]) {
     if level0::check_header(name, value).is_ok() {
         assert!(!name.contains([':', '\r', '\n', ' ']) && !value.contains(['\r', '\n', '\0']));
         let mut headers = HeaderMap::new();
-        headers.append(name, header_value(value).unwrap_or_else(|error| unreachable!("{error}")));
+        headers.append(name, value);
         assert_eq!(Message::from_headers(headers).header(name), Some(value));
         assert!(!name.eq_ignore_ascii_case(level0::CONNECT_ID));
     }
@@ -213,7 +213,7 @@ pub fn level0(data: &[u8]) {
 pub fn ids(data: &[u8]) {
     if let Ok(id) = client_id::id(data) {
         assert!(id.as_bytes() == data && data.len() <= MAX_ID && !id.chars().any(char::is_control));
-        assert!(header_value(id).is_ok());
+        assert!(!id.contains(['\r', '\n']));
     }
 }
 

@@ -7,7 +7,7 @@ use crate::error::Status;
 use crate::metrics::count;
 use crate::nats::HeaderMap;
 use crate::nats::client::{Client, PublishError};
-use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem, Request};
+use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem};
 use crate::process::random;
 use crate::sync::atomic::Ordering;
 use crate::wire::level0;
@@ -100,10 +100,11 @@ impl<'a> Writer<'a> {
     async fn write(&mut self, mut batch: OutgoingBatch) -> bool {
         let connection = self.connection;
         let mut weight = 0;
-        connection.counters.messages_out.fetch_add(batch.items.len() as u64, Ordering::Relaxed);
+        // Before the first item is given to the client: all of them are unconfirmed if it ends on the way.
+        mem::take(&mut batch.durable).into_iter().for_each(|message| self.keep_until_confirmed(message));
         while let Some(item) = batch.items.pop_front() {
             weight += item.weight();
-            let mut is_alive = match self.write_item(item, &mut batch).await {
+            let mut is_alive = match self.write_item(item).await {
                 Ok(()) => true,
                 Err(PublishError::Closed) => false,
                 // Its size was checked, but another server may have a lower max_payload.
@@ -133,15 +134,15 @@ impl<'a> Writer<'a> {
         self.pending_echo = self.pending_echo.map(|count| count.saturating_sub(dropped));
     }
 
-    async fn write_item(&mut self, item: OutgoingItem, batch: &mut OutgoingBatch) -> Result<(), PublishError> {
+    async fn write_item(&mut self, item: OutgoingItem) -> Result<(), PublishError> {
         let (client, connection) = (self.client, self.connection);
         match item {
-            OutgoingItem::Message(to, length) => client.publish(to, batch.bytes.split_to(length).freeze()).await,
-            OutgoingItem::Request(request) => {
-                let Request { subject, reply, headers, payload, size: _ } = *request;
-                client.publish_with(subject, Some(reply), headers, payload).await
+            OutgoingItem::Messages(messages, _) => {
+                connection.counters.messages_out.fetch_add(messages.count as u64, Ordering::Relaxed);
+                client.publish_encoded(messages, &connection.inbox.unserved()).await
             }
             OutgoingItem::DurableMessage(mut message) => {
+                count(&connection.counters.messages_out);
                 connection.announcements.number(&mut message);
                 self.keep_until_confirmed(message.clone());
                 match message {
@@ -158,7 +159,10 @@ impl<'a> Writer<'a> {
                     }
                 }
             }
-            OutgoingItem::Echo(to) => client.publish(to, Bytes::new()).await,
+            OutgoingItem::Echo(to) => {
+                count(&connection.counters.messages_out);
+                client.publish(to, Bytes::new()).await
+            }
             OutgoingItem::Subscribe(id) => {
                 if let Some(subscription) = connection.subscription(id) {
                     connection.inbound.subscribe(client, id, subscription).await;

@@ -9,9 +9,9 @@ use crate::lane::event::LaneEvent;
 use crate::lane::read_window::{MAX_WINDOW, ReadWindow};
 use crate::lane::streams::OVERHEAD;
 use crate::metrics::{StreamTimes, count};
+use crate::nats::Message;
+use crate::nats::encoded::{self, EncodedMessages};
 use crate::nats::inbound::MessageHandler;
-use crate::nats::outbox::Request;
-use crate::nats::{HeaderMap, Message, header_value};
 use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::process::random;
@@ -112,7 +112,8 @@ struct Pending {
 }
 
 struct Retry {
-    request: Request,
+    /// As nats-server reads it.
+    request: Bytes,
     left: u32,
     delay: Duration,
 }
@@ -150,17 +151,14 @@ impl Connection {
         level0::check_subject("subject", subject, Use::Publish)?;
         let client = client_id::id(client)?;
         let options = config.for_request()?;
-        let mut headers = headers(client, options)?;
+        check_client(client)?;
         let (key, window) = (random::random_u64(), self.window(options.stream_buffer));
         let lanes = self.lanes();
         let offer = lanes.and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
-        if let Some(offer) = offer {
-            headers.insert(level0::LANE, offer);
-        }
-        let headers = Some(headers).filter(|headers| !headers.is_empty());
+        let headers = headers(client, offer.as_deref(), options);
         self.check_connected()?;
-        let size = data.len() + headers.as_ref().map_or(0, wire_len);
+        let size = data.len() + headers.len();
         if size > self.max_payload() {
             let text = format!(
                 "the request is {size} bytes, headers included; the limit of nats-server (max_payload) is {}",
@@ -195,7 +193,9 @@ impl Connection {
         if let Some(lanes) = lanes.filter(|_| offers_lane) {
             lanes.expect_accept(key, window, stream.this.clone());
         }
-        let request = Request { subject: subject.into(), reply, headers, payload: Bytes::copy_from_slice(data), size };
+        let mut request = EncodedMessages::default();
+        request.push(subject, &reply, headers.as_bytes(), data);
+        let request = request.bytes.freeze();
         let (left, delay) = (options.retries, options.retry_delay);
         let retry = (left > 0).then(|| Box::new(Retry { request: request.clone(), left, delay }));
         *stream.pending.lock() = Some(Box::new(Pending { subject: subject.into(), retry }));
@@ -213,7 +213,7 @@ impl Connection {
             registry::detach(client, stream.source.handle_id);
         }
         // After `expect`, as a connection that was lost before it has not ended this stream.
-        let sent = self.check_connected().and_then(|()| Ok(self.outbox.request(&stream.source.word, request)?));
+        let sent = self.check_connected().and_then(|()| Ok(self.outbox.request(&stream.source.word, &request)?));
         if let Err(error) = sent
             && stream.withdraw()
         {
@@ -246,30 +246,32 @@ fn error_status(text: &[u8]) -> Status {
     }
 }
 
-/// The request's headers: the client's id, and the caller's own.
-fn headers(client: &str, options: &RequestOptions) -> Result<HeaderMap> {
-    let mut headers = HeaderMap::new();
-    for (name, value) in &options.headers {
-        headers.append(&**name, header_value(value)?);
+/// Fails if a request's header would change the client's id.
+fn check_client(client: &str) -> Result<()> {
+    if client.trim() != client {
+        return Err(Error::invalid(format!(
+            "client id {client:?} begins or ends with white space, which a request's header would lose"
+        )));
     }
-    if !client.is_empty() {
-        if client.trim() != client {
-            return Err(Error::invalid(format!(
-                "client id {client:?} begins or ends with white space, which a request's header would lose"
-            )));
-        }
-        headers.insert(level0::CONNECT_ID, header_value(client)?);
-    }
-    Ok(headers)
+    Ok(())
 }
 
-/// How many bytes headers add to a payload, as nats-server counts them.
-fn wire_len(headers: &HeaderMap) -> usize {
-    let lines = headers.iter().flat_map(|(name, values)| {
-        let name: &str = name.as_ref();
-        values.iter().map(move |value| name.len() + value.as_str().len() + ": \r\n".len())
-    });
-    "NATS/1.0\r\n\r\n".len() + lines.sum::<usize>()
+/// The request's headers as nats-server reads them: the client's id, the offer of a lane, and the caller's own. Empty if
+/// there are none.
+fn headers(client: &str, offer: Option<&str>, options: &RequestOptions) -> String {
+    let mut block = String::new();
+    let own = options.headers.iter().map(|(name, value)| (&**name, &**value));
+    let client = Some((level0::CONNECT_ID, client)).filter(|(_, client)| !client.is_empty());
+    for (name, value) in own.chain(client).chain(offer.map(|offer| (level0::LANE, offer))) {
+        if block.is_empty() {
+            block.push_str(encoded::VERSION);
+        }
+        encoded::push_header(&mut block, name, value);
+    }
+    if !block.is_empty() {
+        block.push_str("\r\n");
+    }
+    block
 }
 
 impl Stream {
@@ -542,7 +544,7 @@ impl Stream {
             tokio::time::sleep(delay).await;
             if let Some(this) = this.upgrade() {
                 let _ = this.answer.compare_exchange(NOT_SENT, SENT, Ordering::Relaxed, Ordering::Relaxed);
-                if this.connection.outbox.request(&this.source.word, request) == Err(Status::Full) {
+                if this.connection.outbox.request(&this.source.word, &request) == Err(Status::Full) {
                     let _ = this.answer.compare_exchange(SENT, NOT_SENT, Ordering::Relaxed, Ordering::Relaxed);
                     this.end_here(Status::Full, "cannot send the request again: the send buffer is full");
                 }

@@ -10,6 +10,9 @@
 //! - `unsub_in_a_subject`: `unsubscribe` drops messages that come after it, and `drain` those that come after the next
 //!   wakeup of the task; neither waits for the server. So [`Client::send_unsub`] writes UNSUB as a part of a subject,
 //!   which subject validation would refuse. Waits for a `drain` that ends with the PONG: nats.rs#1325, nats.rs#1504.
+//! - `encoded_messages`: to give the client one message costs it more than nats-server needs to handle it (a channel, a
+//!   semaphore, reference counts, formatting). So [`Client::publish_encoded`] gives it many messages as the payload of
+//!   one, whose first line ends in UNSUB of a subscription that does not exist. Waits for a `publish` of many messages.
 //! - `counted_sids`: async-nats numbers subscriptions from 1 and does not show the number, which UNSUB and some errors
 //!   need. So [`Client::try_subscribe`] counts, too. Waits for a getter.
 //! - `refusals_are_read`: `subscribe` succeeds where nats-server refuses, and the error is a text. So `inbound` parses
@@ -29,6 +32,7 @@
 
 use crate::config::ConnectOptions;
 use crate::error::{Error, Result, Status};
+use crate::nats::encoded::{EncodedMessage, EncodedMessages};
 use crate::nats::message::{HeaderMap, Message, Subject};
 use crate::nats::{auth, tls};
 use crate::process::runtime;
@@ -51,6 +55,9 @@ use tokio::time::timeout;
 
 /// How many commands async-nats buffers: messages to publish, subscriptions, flushes.
 const COMMAND_CAPACITY: usize = 2048;
+
+/// The number of a subscription that no client has.
+const NO_SID: &str = "none";
 
 /// Called with the text of each error that nats-server sends.
 pub(crate) type OnServerError = Arc<dyn Fn(String) + Send + Sync>;
@@ -149,6 +156,34 @@ impl Client {
         Ok(self.inner.publish_message(OutboundMessage { subject, reply, headers, payload }).await?)
     }
 
+    /// Publishes messages that are encoded already. `unserved`: a subject of our own that nobody subscribes to.
+    ///
+    /// A single message is published as what it is. If there are several, the client takes them for the payload of one
+    /// message: its subject ends an empty message, and begins UNSUB, which has the size of the payload as its maximum.
+    pub(crate) async fn publish_encoded(
+        &self,
+        mut messages: EncodedMessages,
+        unserved: &str,
+    ) -> Result<(), PublishError> {
+        if messages.count > 1 && messages.bytes.len() <= self.max_payload() {
+            let begin = format!("{unserved} 0\r\n\r\nUNSUB {NO_SID}");
+            return self.publish(begin.into(), messages.bytes.freeze()).await;
+        }
+        let mut result = Ok(());
+        while let Some(EncodedMessage { line, payload }) = messages.take_first() {
+            let subject = match line.strip_prefix("PUB ") {
+                Some(subjects) => subjects.into(),
+                None => format!("{unserved} 0\r\n\r\n{line}"),
+            };
+            match self.publish(subject.into(), payload).await {
+                Ok(()) => {}
+                Err(PublishError::Closed) => return Err(PublishError::Closed),
+                Err(rejected) => result = Err(rejected),
+            }
+        }
+        result
+    }
+
     /// Publishes if the client's buffer has a place now; else drops the message.
     pub(crate) fn try_publish(&self, subject: Subject, reply: Subject, payload: Bytes) {
         let _ = unconstrained(self.inner.publish_with_reply(subject, reply, payload)).now_or_never();
@@ -174,8 +209,8 @@ impl Client {
     /// Sends UNSUB to the server, while the client goes on to deliver what the server has sent before it processes
     /// that.
     ///
-    /// To the client this is an empty message to `unserved`, a subject of our own whose messages are ignored: its
-    /// subject ends that message, adds UNSUB, and begins another.
+    /// To the client this is an empty message to `unserved`, a subject of our own that nobody subscribes to: its subject
+    /// ends that message, adds UNSUB, and begins another.
     pub(crate) async fn send_unsub(&self, sid: u64, unserved: &str) -> Result<(), PublishError> {
         self.publish(format!("{unserved} 0\r\n\r\nUNSUB {sid}\r\nPUB {unserved}").into(), Bytes::new()).await
     }

@@ -8,8 +8,6 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use std::sync::Arc;
 
-/// The key of `unserved`.
-const UNSERVED: u64 = 0;
 /// The table is shrunk when it becomes empty after it had more entries than this.
 const LARGE_TABLE: usize = 1024;
 
@@ -17,7 +15,7 @@ const LARGE_TABLE: usize = 1024;
 pub(crate) struct Inbox {
     /// What its subjects begin with, dot included.
     pub(crate) prefix: String,
-    expected: DashMap<u64, Arc<dyn MessageHandler>>,
+    expected: DashMap<u64, Arc<dyn MessageHandler>, ahash::RandomState>,
     /// How many entries `expected` has, and the most that it had since it was last empty.
     count: AtomicUsize,
     peak: AtomicUsize,
@@ -26,7 +24,7 @@ pub(crate) struct Inbox {
 
 impl Inbox {
     pub(crate) fn new(prefix: String, counters: Arc<Counters>) -> Inbox {
-        Inbox { prefix, expected: DashMap::new(), count: AtomicUsize::new(0), peak: AtomicUsize::new(0), counters }
+        Inbox { prefix, expected: DashMap::default(), count: AtomicUsize::new(0), peak: AtomicUsize::new(0), counters }
     }
 
     /// Returns the subject to subscribe to for all answers.
@@ -34,9 +32,9 @@ impl Inbox {
         format!("{}*", self.prefix).into()
     }
 
-    /// Returns a subject at which no answer is expected.
+    /// Returns a subject to which nobody subscribes. It is not covered by `wildcard`, but by the same permission.
     pub(crate) fn unserved(&self) -> String {
-        format!("{}{UNSERVED:x}", self.prefix)
+        format!("{}0.0", self.prefix)
     }
 
     /// Gives messages to the subject that this returns to `handler`. The key must be random, so that a peer that has
@@ -82,8 +80,6 @@ impl MessageHandler for Inbox {
         let key = token.and_then(|token| u64::from_str_radix(token, 16).ok());
         match key.and_then(|key| self.expected(key)) {
             Some(handler) => handler.message(message),
-            // It is our own: see `Client::send_unsub`.
-            None if key == Some(UNSERVED) => {}
             None => count(&self.counters.messages_ignored),
         }
     }

@@ -2,12 +2,13 @@
 //! all.
 
 use crate::error::Status;
-use crate::nats::message::{HeaderMap, Subject};
+use crate::nats::encoded::{self, EncodedMessages};
+use crate::nats::message::Subject;
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, deadline};
 use crate::wire::level0;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use std::collections::VecDeque;
 use std::mem;
 use std::sync::Arc;
@@ -25,11 +26,10 @@ pub(crate) const LOST: &str = "the worker lost its connection to nats-server";
 
 /// Something to do at the NATS client.
 pub(crate) enum OutgoingItem {
-    /// Publish a message of a stream. Its payload, of this length, is in the bytes of the batch, in order.
-    Message(Subject, usize),
+    /// Publish messages, which have this weight.
+    Messages(EncodedMessages, usize),
     /// Publish a message that must survive the loss of the connection.
     DurableMessage(DurableMessage),
-    Request(Box<Request>),
     /// Make the subscription with this id; end it at the server; end it at the client.
     Subscribe(u64),
     SendUnsub(u64),
@@ -103,16 +103,6 @@ impl DurableMessages {
     }
 }
 
-#[derive(Clone)]
-pub(crate) struct Request {
-    pub(crate) subject: Subject,
-    pub(crate) reply: Subject,
-    pub(crate) headers: Option<HeaderMap>,
-    pub(crate) payload: Bytes,
-    /// Bytes of headers and payload.
-    pub(crate) size: usize,
-}
-
 impl OutgoingItem {
     pub(crate) fn into_durable(self) -> Option<DurableMessage> {
         match self {
@@ -129,9 +119,8 @@ impl OutgoingItem {
 
     pub(crate) fn weight(&self) -> usize {
         match self {
-            OutgoingItem::Message(_, length) => OVERHEAD + length,
+            OutgoingItem::Messages(_, weight) => *weight,
             OutgoingItem::DurableMessage(message) => message.weight(),
-            OutgoingItem::Request(request) => OVERHEAD + request.size,
             _ => OVERHEAD,
         }
     }
@@ -157,6 +146,8 @@ pub(crate) struct Outbox {
 #[derive(Default)]
 struct Pending {
     batch: OutgoingBatch,
+    /// How large the last encoded messages were that no further one fitted to.
+    last_size: usize,
     /// The connection's task has been notified since it last found the batch empty.
     is_task_notified: bool,
     blocked: Vec<Arc<dyn BlockedSender>>,
@@ -166,7 +157,8 @@ struct Pending {
 #[derive(Default)]
 pub(crate) struct OutgoingBatch {
     pub(crate) items: VecDeque<OutgoingItem>,
-    pub(crate) bytes: BytesMut,
+    /// The durable messages that are among the encoded ones.
+    pub(crate) durable: Vec<DurableMessage>,
     /// The weight of the announcements among the items.
     announcements: usize,
 }
@@ -220,9 +212,26 @@ impl Outbox {
     fn append(&self, pending: &mut Pending, word: &StatusWord, to: &Subject, data: &[u8]) -> Result<(), Status> {
         word.check()?;
         self.check_limit(data.len())?;
-        pending.batch.bytes.extend_from_slice(data);
-        self.put(pending, OutgoingItem::Message(to.clone(), data.len()));
+        self.encode(pending, OVERHEAD + data.len(), to.len() + data.len(), |messages| messages.push(to, "", b"", data));
         Ok(())
+    }
+
+    /// Has `push` append messages of this weight, with about so many bytes, to the encoded ones.
+    #[inline]
+    fn encode(&self, pending: &mut Pending, weight: usize, size: usize, push: impl FnOnce(&mut EncodedMessages)) {
+        if let Some(OutgoingItem::Messages(messages, total)) = pending.batch.items.back_mut() {
+            if messages.has_room(size) {
+                push(messages);
+                *total += weight;
+                return self.added(pending, weight);
+            }
+            pending.last_size = messages.bytes.len();
+        }
+        // As large as the last one, so that a busy connection does not copy and an idle one wastes no memory.
+        let mut messages = EncodedMessages::with_capacity(pending.last_size);
+        push(&mut messages);
+        pending.batch.items.push_back(OutgoingItem::Messages(messages, weight));
+        self.added(pending, weight);
     }
 
     /// An empty outbox takes one message of any size.
@@ -265,9 +274,26 @@ impl Outbox {
         if !word.try_stop(Status::Closed) {
             return word.check();
         }
-        self.put(&mut pending, last().into());
+        let last = last();
+        match &last {
+            DurableMessage::End(to) => self.encode_last(&mut pending, &last, to, b"", level0::END),
+            DurableMessage::Error { to, code: 0, payload } => self.encode_last(&mut pending, &last, to, b"", payload),
+            DurableMessage::Error { to, code, payload } => {
+                let mut headers = encoded::VERSION.to_owned();
+                encoded::push_header(&mut headers, level0::ERROR_CODE, &code.to_string());
+                headers.push_str("\r\n");
+                self.encode_last(&mut pending, &last, to, headers.as_bytes(), payload);
+            }
+            DurableMessage::Offline(..) => {}
+        }
+        pending.batch.durable.push(last);
         self.wake_blocked_threads();
         Ok(())
+    }
+
+    fn encode_last(&self, pending: &mut Pending, last: &DurableMessage, to: &str, headers: &[u8], payload: &[u8]) {
+        let size = to.len() + headers.len() + payload.len();
+        self.encode(pending, last.weight(), size, |messages| messages.push(to, "", headers, payload));
     }
 
     /// Appends an item that is not a message of a stream, whether it fits or not: the number of each kind is bounded
@@ -295,18 +321,24 @@ impl Outbox {
         }
     }
 
-    /// Appends a request if `word` is 0 and the request fits.
-    pub(crate) fn request(&self, word: &StatusWord, request: Request) -> Result<(), Status> {
+    /// Appends an encoded request if `word` is 0 and the request fits.
+    pub(crate) fn request(&self, word: &StatusWord, request: &Bytes) -> Result<(), Status> {
         let mut pending = self.pending.lock();
         word.check()?;
-        self.check_limit(request.size)?;
-        self.put(&mut pending, OutgoingItem::Request(Box::new(request)));
+        self.check_limit(request.len())?;
+        self.encode(&mut pending, OVERHEAD + request.len(), request.len(), |messages| messages.append(request));
         Ok(())
     }
 
     fn put(&self, pending: &mut Pending, item: OutgoingItem) {
-        self.weight.fetch_add(item.weight(), Ordering::Relaxed);
+        let weight = item.weight();
         pending.batch.items.push_back(item);
+        self.added(pending, weight);
+    }
+
+    #[inline]
+    fn added(&self, pending: &mut Pending, weight: usize) {
+        self.weight.fetch_add(weight, Ordering::Relaxed);
         if !mem::replace(&mut pending.is_task_notified, true) {
             self.not_empty.notify_one();
         }
@@ -331,7 +363,7 @@ impl Outbox {
     pub(crate) fn connection_lost(&self, unconfirmed: impl IntoIterator<Item = DurableMessage>) {
         let mut pending = self.pending.lock();
         let batch = mem::take(&mut pending.batch);
-        let durable = batch.items.into_iter().filter_map(OutgoingItem::into_durable);
+        let durable = batch.items.into_iter().filter_map(OutgoingItem::into_durable).chain(batch.durable);
         let mut kept = DurableMessages::default();
         for message in unconfirmed.into_iter().chain(durable) {
             kept.push(message.after_loss());
@@ -399,17 +431,15 @@ mod tests {
         assert_eq!(outbox.send(&word, &to, b"x", no_sender), Err(Status::Closed));
         assert_eq!(outbox.send_wait(&word, &to, b"x", None), Err(Status::Closed));
         assert_eq!(outbox.finish(&word, || DurableMessage::End(to.clone())), Err(Status::Closed));
+        let other = StatusWord::default();
+        let error = DurableMessage::Error { to: to.clone(), code: 7, payload: "text".into() };
+        outbox.finish(&other, || error).unwrap();
         let batch = take(&outbox).unwrap();
-        assert_eq!(&batch.bytes[..], b"one");
-        let items: Vec<_> = batch.items.iter().collect();
-        assert!(matches!(
-            items[..],
-            [
-                OutgoingItem::Message(_, 3),
-                OutgoingItem::Message(_, 0),
-                OutgoingItem::DurableMessage(DurableMessage::End(_))
-            ]
-        ));
+        let Some(OutgoingItem::Messages(messages, _)) = batch.items.front() else { panic!("not encoded") };
+        let expected = "PUB to 3\r\none\r\nPUB to 0\r\n\r\nPUB to 14\r\n__STREAM_END__\r\n\
+                        HPUB to 31 35\r\nNATS/1.0\r\nPresence-Error: 7\r\n\r\ntext";
+        assert_eq!((&messages.bytes[..], messages.count, batch.items.len()), (expected.as_bytes(), 4, 1));
+        assert!(matches!(&batch.durable[..], [DurableMessage::End(_), DurableMessage::Error { code: 7, .. }]));
         let weight = batch.items.iter().map(OutgoingItem::weight).sum();
         assert_eq!(outbox.weight(), weight);
         outbox.release(weight);
@@ -465,7 +495,7 @@ mod tests {
         let offline = |id: &'static str| DurableMessage::Offline(id.into(), 0);
         outbox.send(&word, &to, b"lost", no_sender).unwrap();
         outbox.push(OutgoingItem::DurableMessage(offline("second")));
-        outbox.push(OutgoingItem::DurableMessage(DurableMessage::End("waited".into())));
+        outbox.finish(&word, || DurableMessage::End("waited".into())).unwrap();
         outbox.push(OutgoingItem::Echo(to.clone()));
         outbox.connection_lost([offline("first"), DurableMessage::End("unconfirmed".into())]);
         let batch = take(&outbox).unwrap();
@@ -482,7 +512,7 @@ mod tests {
             })
             .collect();
         assert_eq!(shown, ["first", "unconfirmed", "second", "waited"]);
-        assert!(batch.bytes.is_empty());
+        assert!(batch.durable.is_empty());
         outbox.connection_lost((0..300_000).map(|_| offline("0123456789")));
         assert!(outbox.weight() <= MAX_DURABLE);
     }

@@ -18,17 +18,26 @@ pub(crate) fn search(test: impl Fn() + Send + Sync + Clone + 'static) {
 fn written(outbox: &Outbox) -> String {
     use futures_util::FutureExt;
     let mut all = String::new();
-    while let Some(mut batch) = outbox.take().now_or_never() {
+    while let Some(batch) = outbox.take().now_or_never() {
         let weight = batch.items.iter().map(OutgoingItem::weight).sum();
         for item in batch.items {
             match item {
-                OutgoingItem::Message(_, length) => all += str::from_utf8(&batch.bytes.split_to(length)).unwrap(),
+                OutgoingItem::Messages(mut messages, _) => {
+                    while let Some(message) = messages.take_first() {
+                        let body = str::from_utf8(&message.payload).unwrap();
+                        all += if message.payload == level0::END { "E" } else { body };
+                    }
+                }
                 _ => all += "E",
             }
         }
         outbox.release(weight);
     }
     all
+}
+
+fn count(item: &OutgoingItem) -> usize {
+    if let OutgoingItem::Messages(messages, _) = item { messages.count } else { 1 }
 }
 
 fn send_some(outbox: &Outbox, word: &StatusWord, letters: &[&str]) -> String {
@@ -174,7 +183,7 @@ fn task_takes_everything() {
                 let mut all = 0;
                 while all < 4 {
                     let batch = outbox.take().await;
-                    all += batch.items.len();
+                    all += batch.items.iter().map(count).sum::<usize>();
                     outbox.release(batch.items.iter().map(OutgoingItem::weight).sum());
                 }
             })

@@ -146,7 +146,7 @@ def assert_nothing_follows(worker: Shell, raw: RawPeer, answers: Subscription) -
 
 def test_received_end_stays_the_end(connect: Connect, worker: Shell, raw: RawPeer, proxy: Proxy) -> None:
     gateway = connect()
-    observed = raw.subscribe("_INBOX.>")
+    observed = raw.subscribe("_INBOX.*.*")
     gateway.do("request 1 llm.generate alice x")
     n = worker.wait(event="REQUEST")["n"]
     # The end passes, but nothing after it: the worker cannot know that.

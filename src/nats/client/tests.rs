@@ -155,6 +155,52 @@ fn unsub_in_a_subject_is_needed() {
 }
 
 #[test]
+fn encoded_messages_works() {
+    let (runtime, client, mut server) = own();
+    let messages = |count| {
+        let mut messages = EncodedMessages::default();
+        for _ in 0..count {
+            messages.push("a", "reply", b"NATS/1.0\r\nN: v\r\n\r\n", b"x");
+            messages.push("b", "", b"", &[0xff, 0x80]);
+        }
+        messages
+    };
+    let mut expect = |lines: &[&[u8]]| {
+        for expected in lines {
+            let mut line = b"PING\r\n".to_vec();
+            while line == b"PING\r\n" {
+                line.clear();
+                server.input.read_until(b'\n', &mut line).unwrap();
+            }
+            assert_eq!(line.strip_suffix(b"\r\n"), Some(*expected), "{line:?}");
+        }
+    };
+    let with_headers = &[&b"HPUB a reply 18 19"[..], b"NATS/1.0", b"N: v", b"", b"x"];
+    let without = &[&b"PUB b 2"[..], &[0xff, 0x80]];
+    let encoded = messages(1).bytes.len() + messages(1).bytes.len() + 2;
+
+    runtime.block_on(client.publish_encoded(messages(2), "unserved")).unwrap();
+    expect(&[b"PUB unserved 0", b"", format!("UNSUB none {encoded}").as_bytes()]);
+    for _ in 0..2 {
+        expect(with_headers);
+        expect(without);
+    }
+
+    // One message alone, and messages that are too large together.
+    let mut rest = messages(1);
+    rest.take_first().unwrap();
+    runtime.block_on(client.publish_encoded(rest, "unserved")).unwrap();
+    expect(without);
+    let mut large = messages(1);
+    large.push("c", "", b"", &vec![b'y'; 1 << 20]);
+    runtime.block_on(client.publish_encoded(large, "unserved")).unwrap();
+    expect(&[b"PUB unserved 0", b""]);
+    expect(with_headers);
+    expect(without);
+    expect(&[b"PUB c 1048576"]);
+}
+
+#[test]
 fn counted_sids_works() {
     let (runtime, client, mut server) = own();
     let subscribe = |subject: &'static str, group| {

@@ -1,0 +1,139 @@
+//! Messages in the protocol of nats-server, one behind the other: what a send appends is what the socket carries.
+
+use bytes::{BufMut, Bytes, BytesMut};
+
+/// How large several messages together may be.
+const MAX: usize = 32 << 10;
+
+/// The first line of each headers block.
+pub(crate) const VERSION: &str = "NATS/1.0\r\n";
+
+/// Encoded messages, without the line break after the last one.
+#[derive(Default)]
+pub(crate) struct EncodedMessages {
+    pub(crate) bytes: BytesMut,
+    pub(crate) count: usize,
+}
+
+/// A message that was taken out of [`EncodedMessages`].
+pub(crate) struct EncodedMessage {
+    /// Its first line up to the size, which comes last: a verb, subjects, and with headers their size.
+    pub(crate) line: String,
+    /// Headers and payload.
+    pub(crate) payload: Bytes,
+}
+
+impl EncodedMessages {
+    /// `capacity`: how many bytes are expected.
+    pub(crate) fn with_capacity(capacity: usize) -> EncodedMessages {
+        EncodedMessages { bytes: BytesMut::with_capacity(capacity.min(MAX)), count: 0 }
+    }
+
+    /// Whether a message of this size may follow.
+    #[inline]
+    pub(crate) fn has_room(&self, size: usize) -> bool {
+        self.bytes.len() + size <= MAX
+    }
+
+    /// Adds a message. `headers` is a whole block with the empty line at its end, or empty.
+    #[inline]
+    pub(crate) fn push(&mut self, subject: &str, reply: &str, headers: &[u8], payload: &[u8]) {
+        if self.count > 0 {
+            self.bytes.put_slice(b"\r\n");
+        }
+        self.count += 1;
+        let to = &mut self.bytes;
+        to.reserve(subject.len() + reply.len() + headers.len() + payload.len() + size_of("HPUB    \r\n\r\n"));
+        to.put_slice(if headers.is_empty() { b"PUB " } else { b"HPUB " });
+        to.put_slice(subject.as_bytes());
+        to.put_u8(b' ');
+        if !reply.is_empty() {
+            to.put_slice(reply.as_bytes());
+            to.put_u8(b' ');
+        }
+        let mut number = itoa::Buffer::new();
+        if !headers.is_empty() {
+            to.put_slice(number.format(headers.len()).as_bytes());
+            to.put_u8(b' ');
+        }
+        to.put_slice(number.format(headers.len() + payload.len()).as_bytes());
+        to.put_slice(b"\r\n");
+        to.put_slice(headers);
+        to.put_slice(payload);
+    }
+
+    /// Adds messages that were encoded before.
+    pub(crate) fn append(&mut self, messages: &Bytes) {
+        if self.count > 0 {
+            self.bytes.put_slice(b"\r\n");
+        }
+        self.count += 1;
+        self.bytes.put_slice(messages);
+    }
+
+    /// Takes the first message.
+    pub(crate) fn take_first(&mut self) -> Option<EncodedMessage> {
+        let end = self.bytes.windows(2).position(|pair| pair == b"\r\n")?;
+        let line = self.bytes.split_to(end);
+        let (line, size) = std::str::from_utf8(&line).ok()?.rsplit_once(' ')?;
+        let line_break = self.bytes.split_to(2);
+        let payload = self.bytes.split_to(size.parse::<usize>().ok()?.min(self.bytes.len())).freeze();
+        let _ = self.bytes.split_to(line_break.len().min(self.bytes.len()));
+        self.count -= 1;
+        Some(EncodedMessage { line: line.to_owned(), payload })
+    }
+}
+
+/// How much a first line with these characters and two sizes takes at most.
+const fn size_of(characters: &str) -> usize {
+    characters.len() + 2 * usize::MAX.ilog10() as usize + 2
+}
+
+/// Adds a header to a headers block, which begins with [`VERSION`].
+pub(crate) fn push_header(block: &mut String, name: &str, value: &str) {
+    block.push_str(name);
+    block.push_str(": ");
+    block.push_str(value);
+    block.push_str("\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encoded() -> EncodedMessages {
+        let mut messages = EncodedMessages::default();
+        messages.push("a", "", b"", b"x\r\ny");
+        messages.push("b", "r", b"NATS/1.0\r\nN: v\r\n\r\n", b"");
+        messages.push("c", "", b"", b"");
+        messages
+    }
+
+    #[test]
+    fn messages_are_encoded_as_nats_server_reads_them() {
+        let messages = encoded();
+        let expected = "PUB a 4\r\nx\r\ny\r\nHPUB b r 18 18\r\nNATS/1.0\r\nN: v\r\n\r\n\r\nPUB c 0\r\n";
+        assert_eq!((&messages.bytes[..], messages.count), (expected.as_bytes(), 3));
+        let mut again = EncodedMessages::default();
+        again.append(&Bytes::from_static(b"PUB a 4\r\nx\r\ny"));
+        again.append(&Bytes::from_static(b"PUB c 0\r\n"));
+        assert_eq!(&again.bytes[..], b"PUB a 4\r\nx\r\ny\r\nPUB c 0\r\n");
+    }
+
+    #[test]
+    fn messages_are_taken_in_order() {
+        let mut messages = encoded();
+        let taken: Vec<_> = std::iter::from_fn(|| messages.take_first()).map(|one| (one.line, one.payload)).collect();
+        let expected = [("PUB a", &b"x\r\ny"[..]), ("HPUB b r 18", b"NATS/1.0\r\nN: v\r\n\r\n"), ("PUB c", b"")];
+        assert!(taken.iter().map(|(line, payload)| (&line[..], &payload[..])).eq(expected), "{taken:?}");
+        assert_eq!((messages.count, messages.bytes.len()), (0, 0));
+    }
+
+    #[test]
+    fn several_messages_have_a_limit() {
+        let mut messages = EncodedMessages::with_capacity(1 << 30);
+        assert!(messages.bytes.capacity() <= 2 * MAX && messages.has_room(MAX) && !messages.has_room(MAX + 1));
+        messages.push("a", "", b"", &[0; 1000]);
+        assert!(messages.has_room(MAX - 1100) && !messages.has_room(MAX - 1000));
+    }
+}
