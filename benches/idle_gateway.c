@@ -7,39 +7,18 @@
 
 enum { BATCH = 64, REST_MS = 1000 };
 
-static presence_conn *conn;
-static presence_queue *queue;
-
-/* Requests a stream for a client of its own. Waits while the send buffer is full. */
-static presence_stream *request(size_t i)
-{
-    char id[32];
-    snprintf(id, sizeof id, "client-%09zu", i);
-    presence_stream *stream;
-    presence_error error = {0};
-    int64_t limit = now_ns() + 30000000000;
-    int32_t status;
-    while ((status = start_stream(conn, queue, "bench.idle", id, i, &stream, &error))
-           == PRESENCE_FULL) {
-        must(now_ns() < limit, "presence_request", error.message);
-        usleep(1000);
-    }
-    must(status == PRESENCE_OK, "presence_request", error.message);
-    return stream;
-}
-
 int main(int argc, char **argv)
 {
     size_t count = number(argc, argv, 2);
     presence_stream **streams = allocate(count, sizeof *streams);
     memset(streams, 0xff, count * sizeof *streams); /* so that the array is resident before the measurement */
     presence_event events[BATCH];
-    conn = connect_to(argument(argc, argv, 1), "");
-    queue = new_queue();
+    presence_conn *conn = connect_to(argument(argc, argv, 1), "");
+    presence_queue *queue = new_queue();
 
     int64_t before = resident_bytes(), start = now_ns();
     for (size_t i = 0; i < count; i++)
-        streams[i] = request(i);
+        streams[i] = request_stream(conn, queue, "bench.idle", i);
     must(presence_queue_wait(queue, events, 1, 60000) == 1, "presence_queue_wait", "no event arrived");
     double open_ms = (double)(now_ns() - start) / 1e6;
     must(events[0].kind == PRESENCE_EVENT_DATA && events[0].stream == streams[count - 1], "event", "no message");

@@ -42,6 +42,24 @@ static inline presence_status start_stream(presence_conn *conn, presence_queue *
     return presence_request(conn, queue, &args, stream, error);
 }
 
+/* Requests a stream for a client of its own: `i` is in the client's id, and the stream's tag. Waits while the send
+ * buffer is full. */
+static inline presence_stream *request_stream(presence_conn *conn, presence_queue *queue, const char *subject, size_t i)
+{
+    char id[32];
+    snprintf(id, sizeof id, "client-%09zu", i);
+    presence_stream *stream;
+    presence_error error = {0};
+    int64_t limit = now_ns() + 30000000000;
+    int32_t status;
+    while ((status = start_stream(conn, queue, subject, id, i, &stream, &error)) == PRESENCE_FULL) {
+        must(now_ns() < limit, "presence_request", error.message);
+        usleep(1000);
+    }
+    must(status == PRESENCE_OK, "presence_request", error.message);
+    return stream;
+}
+
 /* Serves a subject, up to `max_streams` streams at a time (0: the default). */
 static inline void serve(presence_conn *conn, presence_queue *queue, const char *subject, size_t max_streams)
 {
