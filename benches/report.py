@@ -101,7 +101,18 @@ def machine(report: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|"
     yield f"| CPU | {about['cpu']}, {about['cores']} cores for all processes of a measurement, including nats-server |"
     yield f"| memory, kernel | {about['memory']}, Linux {about['kernel']} |"
-    names = ("nats-presence", "nats-server", "nats.c", "nats.go", "nats-py", "rustc", "Go", "Python", "C compiler")
+    names = (
+        "nats-presence",
+        "nats-server",
+        "nats.c",
+        "async-nats",
+        "nats.go",
+        "nats-py",
+        "rustc",
+        "Go",
+        "Python",
+        "C compiler",
+    )
     yield f"| versions | {' · '.join(f'{name} {about[name]}' for name in names)} |"
     yield f"| load at the start | {about['load_at_start']} |"
 
@@ -148,6 +159,7 @@ RATES = (
 CPU = (
     ("lane, 16 B", 8, "16_cpu_ns_per_send", "nats.c publish"),
     ("level 0, 16 B", 5, "16_cpu_ns_per_send", "nats.c publish"),
+    ("level 0, 16 B", 5, "16_cpu_ns_per_send", "async-nats publish"),
     ("level 0, 128 B", 5, "128_cpu_ns_per_send", "nats.c publish"),
     ("Go, lane, 16 B", 11, "cpu_ns_per_send", "nats.go publish"),
     ("Python, lane, lists of 1000", 12, "threads_lists_cpu_ns_per_send", "nats-py publish"),
