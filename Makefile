@@ -121,7 +121,7 @@ C_SOURCES := $(filter-out benches/nats_%,$(wildcard benches/*.c)) $(wildcard tes
 .PHONY: lint
 lint: fetch $(VENV_STAMP) ## Check formatting, lints, types, and that the header is up to date
 	$(CARGO) fmt --all --check
-	rustfmt --check --edition 2024 tests/interleavings/*.rs
+	rustfmt --check --edition 2024 tests/interleavings/*.rs benches/asyncnats/*.rs
 	$(FLAGS) $(CARGO) clippy --release --locked --all-targets -- -D warnings
 	$(FLAGS) $(CARGO) clippy --release --locked --all-targets --package nats-presence-cli -- -D warnings
 	$(FLAGS) RUSTDOCFLAGS="-D warnings" $(CARGO) doc --release --no-deps --locked
