@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Makes plots as SVG for the documents: panels of lines over time, and horizontal bars.
 
 The plots have a background, so that they can also be read on a dark page.
@@ -45,6 +46,17 @@ class Row:
     label: str
     bars: Sequence[Bar]
     target: float | None = None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Lines over sizes, which are drawn at equal distances, as multiples of their first values; and their limit."""
+
+    title: str
+    lines: Sequence[Line]
+    limit: float
+    unit: str
+    tell: Callable[[float], str]
 
 
 @dataclass
@@ -163,6 +175,48 @@ def bars(
         canvas.height += 9
     canvas.line(origin, top - 4, origin, canvas.height - 4, FAINT)
     canvas.height += 8
+    return canvas.finish(title)
+
+
+def growths(title: str, panels: Sequence[Growth], *, note: str) -> str:
+    """Draws panels, two beside each other. Red lines are limits."""
+    canvas = _Canvas(26)
+    canvas.text(20, canvas.height, title, weight=600)
+    canvas.height += 18
+    canvas.text(20, canvas.height, note, colour=FAINT)
+    wide, high, between = 370.0, 120.0, 435.0
+    for begin in range(0, len(panels), 2):
+        beside = panels[begin : begin + 2]
+        top = canvas.height + 44 + 17 * max(len(panel.lines) for panel in beside)
+        for column, panel in enumerate(beside):
+            left, height = 50 + between * column, canvas.height + 26
+            canvas.text(left, height, panel.title, weight=600)
+            shown = [[value / line.points[0][1] for _, value in line.points] for line in panel.lines]
+            step = nice_step(max(panel.limit, *(value for values in shown for value in values)) * 1.05, 4)
+            most = step * math.ceil(max(panel.limit, *(value for values in shown for value in values)) * 1.05 / step)
+            for tick in range(round(most / step) + 1):
+                y = top + high * (1 - tick * step / most)
+                canvas.line(left, y, left + wide, y)
+                canvas.text(left - 8, y + 4, f"{tick * step:g} ×", anchor="end", colour=FAINT)
+            y = top + high * (1 - panel.limit / most)
+            canvas.line(left, y, left + wide, y, TARGET, 1.4)
+            each = wide / len(panel.lines[0].points)
+            for number, (line, values) in enumerate(zip(panel.lines, shown, strict=True)):
+                colour = COLOURS[number % len(COLOURS)]
+                height += 17
+                canvas.box(left, height - 9, 10, 10, colour)
+                told = " → ".join(panel.tell(value) for _, value in line.points)
+                canvas.text(left + 15, height, f"{line.name}: {told} {panel.unit}", colour=FAINT)
+                points = [
+                    (left + each * (at + 0.5), top + high * (1 - value / most)) for at, value in enumerate(values)
+                ]
+                canvas.curve(points, colour)
+                for x, y in points:
+                    canvas.box(x - 2.5, y - 2.5, 5, 5, colour)
+            for at, (size, _) in enumerate(panel.lines[0].points):
+                canvas.text(left + each * (at + 0.5), top + high + 16, f"{size:,.0f}", anchor="middle", colour=FAINT)
+        canvas.height = top + high + 20
+    canvas.height += 12
     return canvas.finish(title)
 
 

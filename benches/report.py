@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from plot import Bar, Row, bars
+from plot import Bar, Growth, Line, Row, bars, growths
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "build" / "bench.json"
@@ -27,11 +27,17 @@ PARTS = {
     "The Go package message": (16,),
     "Dead gateways and idle streams": (14, 15),
     "The yardstick: what nats-server carries": (17,),
+    "How cost grows": (18, 19, 20, 21),
 }
 NOTES = {
     "The yardstick: what nats-server carries": (
         "Here the column *ours* has nats.c with nats-server. The peer has no server: one process writes the same bytes "
         "to another one over TCP. The difference is the share of nats-server, and of the second connection."
+    ),
+    "How cost grows": (
+        "Here the column *ours* has a growing number of streams, lanes, clients or threads, and *peer* the smallest "
+        "number. All numbers have equally many messages or calls. So while a ratio keeps to its target, the whole cost "
+        "grows no faster than linearly. The targets are generous: they leave room for smaller batches and for caches."
     ),
 }
 OURS, THEIRS = 0, 1  # colours
@@ -61,8 +67,12 @@ def bound(figure: Figure, target: dict[str, Any]) -> str:
 
 
 def document(report: dict[str, Any]) -> Iterator[str]:
-    targets = [target for figure in report["figures"] for target in figure["targets"]]
-    reached = sum(target["reached"] for target in targets)
+    grows = {row for row, *_ in GROWTH}
+    targets = [
+        (figure["row"] in grows, target["reached"]) for figure in report["figures"] for target in figure["targets"]
+    ]
+    reached = [is_reached for is_growth, is_reached in targets if not is_growth]
+    kept = [is_reached for is_growth, is_reached in targets if is_growth]
     yield "# Performance"
     yield ""
     yield "<!-- Written by benches/run from build/bench.json: do not edit. -->"
@@ -71,7 +81,10 @@ def document(report: dict[str, Any]) -> Iterator[str]:
         "Each figure is compared with that of another library (the peer), measured on the same machine in the same "
         f"minutes, ours and the peer's alternating, with {report['runs']} runs of each."
     )
-    yield f"**{reached} of {len(targets)} targets are reached**; the others are marked."
+    yield (
+        f"**{sum(reached)} of {len(reached)} targets are reached**; the others are marked. "
+        f"[How cost grows](#how-cost-grows) has {len(kept)} more, of which {sum(kept)} are reached."
+    )
     yield ""
     yield from machine(report)
     yield ""
@@ -79,6 +92,7 @@ def document(report: dict[str, Any]) -> Iterator[str]:
         ("rates", "Messages and streams per second, as a multiple of the peer's"),
         ("cpu", "CPU time of the sending process per message, as a multiple of the peer's"),
         ("latency", "One-way latency, ours and nats.c's"),
+        ("growth", "CPU time of a message or call over the number of streams, lanes, clients and threads"),
     ):
         yield f"![{alt}](bench-{name}.svg)"
         yield ""
@@ -188,6 +202,14 @@ LATENCIES = (
     ("offline mark → status word, p99", 7, "word_p99_us", "nats.c → word, polled"),
 )
 
+# A row, the number that grows, and its figures: what a line is called, and how the keys of its values end.
+GROWTH = (
+    (18, "streams at once, on one lane", {"CPU time per send": "_cpu_ns_per_send"}),
+    (19, "lanes, with 100 streams", {"CPU time per send": "_cpu_ns_per_send"}),
+    (20, "clients", {"mark online": "_online_ns", "mark offline": "_offline_ns", "is online": "_check_ns"}),
+    (21, "sender threads, each with a stream", {"CPU time per send": "_cpu_ns_per_send"}),
+)
+
 Choice = tuple[str, int, str, str]
 Find = Callable[[Choice], Figure]
 
@@ -215,7 +237,24 @@ def pair(choice: Choice, figure: Figure) -> Row:
     return Row(choice[0], both)
 
 
-def plots(find: Find) -> dict[str, str]:
+def growth(figures: list[Figure], row: int, title: str, endings: dict[str, str]) -> Growth:
+    """The sizes are in the figures' keys (10_cpu_ns_per_send) and in the name of their peer (1 stream)."""
+    lines, limits = [], set()
+    for name, ending in endings.items():
+        chosen = [figure for figure in figures if figure["row"] == row and figure["key"].endswith(ending)]
+        limits |= {target["limit"] for figure in chosen for target in figure["targets"]}
+        first = chosen[0]["peer"]
+        points = [(number_in(first["name"]), first["median"])]
+        points += [(number_in(figure["key"].split("_")[0]), figure["ours"]["median"]) for figure in chosen]
+        lines.append(Line(name, points))
+    return Growth(title, lines, max(limits), "ns", short)
+
+
+def number_in(text: str) -> float:
+    return float(text.split()[0].replace(",", ""))
+
+
+def plots(find: Find, figures: list[Figure]) -> dict[str, str]:
     return {
         "rates": bars(
             "Per second, as a multiple of the peer's: more is better",
@@ -234,12 +273,17 @@ def plots(find: Find) -> dict[str, str]:
             [pair(choice, find(choice)) for choice in LATENCIES],
             names=["ours", "nats.c"],
         ),
+        "growth": growths(
+            "CPU time of a message or a call, as a multiple of that at the smallest number: flat is linear",
+            [growth(figures, *panel) for panel in GROWTH],
+            note="red line: target; the number of messages or calls is the same everywhere",
+        ),
     }
 
 
 def write(report: dict[str, Any]) -> None:
     DOCS.joinpath("bench.md").write_text("\n".join(document(report)) + "\n")
-    for name, plot in plots(finder(report)).items():
+    for name, plot in plots(finder(report), report["figures"]).items():
         DOCS.joinpath(f"bench-{name}.svg").write_text(plot)
 
 
