@@ -5,12 +5,11 @@ use crate::connection::announcements::Announcement;
 use crate::connection::subscriptions::notify_on_echo;
 use crate::error::Status;
 use crate::metrics::count;
-use crate::nats::HeaderMap;
 use crate::nats::client::{Client, PublishError};
+use crate::nats::encoded::EncodedMessages;
 use crate::nats::outbox::{DurableMessage, DurableMessages, OutgoingBatch, OutgoingItem};
 use crate::process::random;
 use crate::sync::atomic::Ordering;
-use crate::wire::level0;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::mem;
@@ -145,19 +144,13 @@ impl<'a> Writer<'a> {
                 count(&connection.counters.messages_out);
                 connection.announcements.number(&mut message);
                 self.keep_until_confirmed(message.clone());
-                match message {
-                    DurableMessage::End(to) => client.publish(to, Bytes::from_static(level0::END)).await,
-                    DurableMessage::Error { to, code: 0, payload } => client.publish(to, payload).await,
-                    DurableMessage::Error { to, code, payload } => {
-                        let mut headers = HeaderMap::new();
-                        headers.insert(level0::ERROR_CODE, code.to_string());
-                        client.publish_with(to, None, Some(headers), payload).await
-                    }
-                    DurableMessage::Offline(id, number) => {
-                        count(&connection.counters.offline_out);
-                        self.announce(id, number, false).await
-                    }
+                if let DurableMessage::Offline(id, number) = message {
+                    count(&connection.counters.offline_out);
+                    return self.announce(id, number, false).await;
                 }
+                let mut end = EncodedMessages::default();
+                message.encode(&mut end);
+                client.publish_encoded(end, &connection.inbox.unserved()).await
             }
             OutgoingItem::Echo(to) => {
                 count(&connection.counters.messages_out);

@@ -14,7 +14,6 @@ use crate::nats::encoded::{self, EncodedMessages};
 use crate::nats::inbound::MessageHandler;
 use crate::presence::client_id;
 use crate::presence::registry::{self, Notice, Stoppable};
-use crate::process::random;
 use crate::sync::Mutex;
 use crate::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::wire::level0::{self, Answer, Use};
@@ -152,7 +151,7 @@ impl Connection {
         let client = client_id::id(client)?;
         let options = config.for_request()?;
         check_client(client)?;
-        let (key, window) = (random::random_u64(), self.window(options.stream_buffer));
+        let (key, window) = (self.inbox.keys.next(), self.window(options.stream_buffer));
         let lanes = self.lanes();
         let offer = lanes.and_then(|lanes| lanes.offer(key, window));
         let offers_lane = offer.is_some();
@@ -259,7 +258,8 @@ fn check_client(client: &str) -> Result<()> {
 /// The request's headers as nats-server reads them: the client's id, the offer of a lane, and the caller's own. Empty if
 /// there are none.
 fn headers(client: &str, offer: Option<&str>, options: &RequestOptions) -> String {
-    let mut block = String::new();
+    // For a lane's offer and a client's id, without growing.
+    let mut block = String::with_capacity(256);
     let own = options.headers.iter().map(|(name, value)| (&**name, &**value));
     let client = Some((level0::CONNECT_ID, client)).filter(|(_, client)| !client.is_empty());
     for (name, value) in own.chain(client).chain(offer.map(|offer| (level0::LANE, offer))) {

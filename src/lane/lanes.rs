@@ -55,9 +55,9 @@ pub(crate) struct Lanes {
     max_payload: AtomicUsize,
     /// Lanes by the last token of this end's subject. At the worker's end the token is random; at the gateway's end it
     /// is the offer followed by a number.
-    by_token: DashMap<String, Arc<Lane>>,
+    by_token: DashMap<String, Arc<Lane>, ahash::RandomState>,
     /// The same lanes by the peer's subject.
-    by_peer: DashMap<String, Arc<Lane>>,
+    by_peer: DashMap<String, Arc<Lane>, ahash::RandomState>,
     inbox: Arc<Inbox>,
     /// Requests that offered a lane and were not accepted on one yet, by their keys.
     pending: Mutex<HashMap<u64, Pending, ahash::RandomState>>,
@@ -108,8 +108,8 @@ impl Lanes {
             timeouts,
             clients: watch::channel(None).0,
             max_payload: AtomicUsize::new(1 << 20),
-            by_token: DashMap::new(),
-            by_peer: DashMap::new(),
+            by_token: DashMap::default(),
+            by_peer: DashMap::default(),
             counters: Arc::clone(&inbox.counters),
             inbox,
             pending: Mutex::default(),
@@ -356,7 +356,7 @@ impl Lanes {
 }
 
 /// Does not keep the entry locked: what is done with the lane may change the map.
-fn find(lanes: &DashMap<String, Arc<Lane>>, key: &str) -> Option<Arc<Lane>> {
+fn find(lanes: &DashMap<String, Arc<Lane>, ahash::RandomState>, key: &str) -> Option<Arc<Lane>> {
     lanes.get(key).map(|lane| Arc::clone(&lane))
 }
 

@@ -1,6 +1,6 @@
 //! The reader's side of a stream's window: when to return credit to the worker, and when the window grows.
 
-use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 /// The largest window, in bytes.
@@ -19,10 +19,10 @@ pub(crate) struct ReadWindow {
     credit_after: u32,
     may_grow: bool,
     /// What the reader has taken and no credit was returned for.
-    consumed: AtomicU64,
-    /// Credit that was returned since `began_us`, the age of the stream then, in microseconds.
-    measured: AtomicU64,
-    began_us: AtomicU64,
+    consumed: AtomicU32,
+    /// Credit that was returned since `began_ms`, the age of the stream then, in milliseconds.
+    measured: AtomicU32,
+    began_ms: AtomicU32,
 }
 
 impl ReadWindow {
@@ -34,17 +34,18 @@ impl ReadWindow {
             // grow with the window, for a worker of an earlier version does not know that the window has grown.
             credit_after: size / 4,
             may_grow,
-            consumed: AtomicU64::new(0),
-            measured: AtomicU64::new(0),
-            began_us: AtomicU64::new(0),
+            consumed: AtomicU32::new(0),
+            measured: AtomicU32::new(0),
+            began_ms: AtomicU32::new(0),
         }
     }
 
     /// Adds what the reader has taken, and returns the credit to return now.
     pub(crate) fn consume(&self, weight: u64) -> Option<u64> {
-        let weight = weight.min(1 << 40);
-        let consumed = self.consumed.fetch_add(weight, Ordering::Relaxed) + weight;
-        (consumed > self.credit_after.into()).then(|| self.consumed.swap(0, Ordering::Relaxed))
+        // No more than this is ever unread, so that the sum cannot overflow.
+        let weight = weight.min(1 << 30) as u32;
+        let consumed = self.consumed.fetch_add(weight, Ordering::Relaxed).saturating_add(weight);
+        (consumed > self.credit_after).then(|| self.consumed.swap(0, Ordering::Relaxed).into())
     }
 
     /// Called with the credit that is returned and the age of the stream. Returns by how much the window should grow, if
@@ -59,13 +60,14 @@ impl ReadWindow {
         if !self.may_grow || size >= MAX_WINDOW {
             return None;
         }
-        let measured = self.measured.fetch_add(credit, Ordering::Relaxed) + credit;
-        if measured < size.into() {
+        let credit = u32::try_from(credit).unwrap_or(u32::MAX);
+        if self.measured.fetch_add(credit, Ordering::Relaxed).saturating_add(credit) < size {
             return None;
         }
         self.measured.store(0, Ordering::Relaxed);
-        let age_us = u64::try_from(age().as_micros()).unwrap_or(u64::MAX);
-        let took = Duration::from_micros(age_us.saturating_sub(self.began_us.swap(age_us, Ordering::Relaxed)));
+        let age_ms = age().as_millis() as u32;
+        let took = age_ms.wrapping_sub(self.began_ms.swap(age_ms, Ordering::Relaxed));
+        let took = Duration::from_millis(took.into());
         let is_fast = took < FAST || round_trip().is_some_and(|trip| took < 2 * trip);
         is_fast.then(|| size.min(MAX_WINDOW - size))
     }

@@ -76,7 +76,7 @@ struct RequestedStream<S> {
     /// The code of the error that is to follow; 0 if there is none.
     error_code: i32,
     has_messages: bool,
-    unconsumed: u64,
+    unconsumed: u32,
 }
 
 pub(super) struct Streams<S> {
@@ -176,8 +176,8 @@ impl<S: Clone> Streams<S> {
     pub(super) fn consumed(&mut self, stream: u32, weight: u64) -> Option<u64> {
         let requested = self.requested.get_mut(&stream)?;
         // Never more than came, whatever the reader says: what is on its way counts already.
-        let weight = weight.min(requested.unconsumed);
-        requested.unconsumed -= weight;
+        let weight = weight.min(requested.unconsumed.into());
+        requested.unconsumed -= weight as u32;
         Some(weight).filter(|weight| *weight > 0)
     }
 
@@ -214,14 +214,15 @@ impl<S: Clone> Streams<S> {
                 (frame::DATA, Role::Gateway) => {
                     let requested = self.requested.get_mut(&stream);
                     let (mut unconsumed, window) =
-                        requested.as_ref().map_or((0, u64::MAX), |own| (own.unconsumed, own.window.into()));
+                        requested.as_ref().map_or((0, u64::MAX), |own| (own.unconsumed.into(), own.window.into()));
                     let mut exceeds_window = false;
                     let run = read_run(body, stream, &mut frames, start, message.len(), |weight| {
                         exceeds_window |= !fits_window(unconsumed, window, weight);
                         unconsumed += weight;
                     });
                     if let Some(requested) = requested {
-                        requested.unconsumed = unconsumed;
+                        // At most the window and one message, unless the stream ends now.
+                        requested.unconsumed = u32::try_from(unconsumed).unwrap_or(u32::MAX);
                         let owner = requested.owner.clone();
                         if exceeds_window {
                             self.requested.remove(&stream);

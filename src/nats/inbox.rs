@@ -4,6 +4,7 @@ use crate::error::{Error, Status};
 use crate::metrics::{Counters, count};
 use crate::nats::inbound::MessageHandler;
 use crate::nats::message::{Message, Subject};
+use crate::process::random::RandomPool;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use std::sync::Arc;
@@ -20,11 +21,14 @@ pub(crate) struct Inbox {
     count: AtomicUsize,
     peak: AtomicUsize,
     pub(crate) counters: Arc<Counters>,
+    /// For the keys of requests.
+    pub(crate) keys: RandomPool,
 }
 
 impl Inbox {
     pub(crate) fn new(prefix: String, counters: Arc<Counters>) -> Inbox {
-        Inbox { prefix, expected: DashMap::default(), count: AtomicUsize::new(0), peak: AtomicUsize::new(0), counters }
+        let (count, peak) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Inbox { prefix, expected: DashMap::default(), count, peak, counters, keys: RandomPool::default() }
     }
 
     /// Returns the subject to subscribe to for all answers.

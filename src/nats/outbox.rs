@@ -7,7 +7,7 @@ use crate::nats::message::Subject;
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, deadline};
-use crate::wire::level0;
+use crate::wire::level0::{self, MAX_SUBJECT};
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::mem;
@@ -44,9 +44,9 @@ pub(crate) enum OutgoingItem {
 #[derive(Clone)]
 pub(crate) enum DurableMessage {
     /// The stream with this reply subject ended.
-    End(Subject),
+    End(Box<str>),
     /// The stream with this reply subject ended with an error: the payload, and the code, or 0.
-    Error { to: Subject, code: i32, payload: Bytes },
+    Error { to: Box<str>, code: i32, payload: Bytes },
     /// A client is offline: its id, and the number of the announcement, 0 until it is first sent.
     Offline(Bytes, u64),
 }
@@ -64,6 +64,21 @@ impl DurableMessage {
                 DurableMessage::End(_) => 0,
                 DurableMessage::Error { payload, .. } | DurableMessage::Offline(payload, _) => payload.len(),
             }
+    }
+
+    /// Adds the end of a stream to encoded messages. An announcement is sent by the connection, which knows its headers.
+    pub(crate) fn encode(&self, messages: &mut EncodedMessages) {
+        match self {
+            DurableMessage::End(to) => messages.push(to, "", b"", level0::END),
+            DurableMessage::Error { to, code: 0, payload } => messages.push(to, "", b"", payload),
+            DurableMessage::Error { to, code, payload } => {
+                let mut headers = encoded::VERSION.to_owned();
+                encoded::push_header(&mut headers, level0::ERROR_CODE, &code.to_string());
+                headers.push_str("\r\n");
+                messages.push(to, "", headers.as_bytes(), payload);
+            }
+            DurableMessage::Offline(..) => {}
+        }
     }
 
     /// Turns an end into an error: messages of the stream that were sent before it may be lost.
@@ -188,7 +203,7 @@ impl Outbox {
     pub(crate) fn send(
         &self,
         word: &StatusWord,
-        to: &Subject,
+        to: &str,
         data: &[u8],
         blocked: impl FnOnce() -> Option<Arc<dyn BlockedSender>>,
     ) -> Result<(), Status> {
@@ -209,7 +224,7 @@ impl Outbox {
         sent
     }
 
-    fn append(&self, pending: &mut Pending, word: &StatusWord, to: &Subject, data: &[u8]) -> Result<(), Status> {
+    fn append(&self, pending: &mut Pending, word: &StatusWord, to: &str, data: &[u8]) -> Result<(), Status> {
         word.check()?;
         self.check_limit(data.len())?;
         self.encode(pending, OVERHEAD + data.len(), to.len() + data.len(), |messages| messages.push(to, "", b"", data));
@@ -244,7 +259,7 @@ impl Outbox {
     pub(crate) fn send_wait(
         &self,
         word: &StatusWord,
-        to: &Subject,
+        to: &str,
         data: &[u8],
         timeout: Option<Duration>,
     ) -> Result<(), Status> {
@@ -275,25 +290,10 @@ impl Outbox {
             return word.check();
         }
         let last = last();
-        match &last {
-            DurableMessage::End(to) => self.encode_last(&mut pending, &last, to, b"", level0::END),
-            DurableMessage::Error { to, code: 0, payload } => self.encode_last(&mut pending, &last, to, b"", payload),
-            DurableMessage::Error { to, code, payload } => {
-                let mut headers = encoded::VERSION.to_owned();
-                encoded::push_header(&mut headers, level0::ERROR_CODE, &code.to_string());
-                headers.push_str("\r\n");
-                self.encode_last(&mut pending, &last, to, headers.as_bytes(), payload);
-            }
-            DurableMessage::Offline(..) => {}
-        }
+        self.encode(&mut pending, last.weight(), last.weight() + MAX_SUBJECT, |messages| last.encode(messages));
         pending.batch.durable.push(last);
         self.wake_blocked_threads();
         Ok(())
-    }
-
-    fn encode_last(&self, pending: &mut Pending, last: &DurableMessage, to: &str, headers: &[u8], payload: &[u8]) {
-        let size = to.len() + headers.len() + payload.len();
-        self.encode(pending, last.weight(), size, |messages| messages.push(to, "", headers, payload));
     }
 
     /// Appends an item that is not a message of a stream, whether it fits or not: the number of each kind is bounded
@@ -423,16 +423,16 @@ mod tests {
 
     #[test]
     fn messages_come_out_in_order_and_none_follows_the_end() {
-        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), "to");
         assert!(take(&outbox).is_none());
-        outbox.send(&word, &to, b"one", no_sender).unwrap();
-        outbox.send(&word, &to, b"", no_sender).unwrap();
-        outbox.finish(&word, || DurableMessage::End(to.clone())).unwrap();
-        assert_eq!(outbox.send(&word, &to, b"x", no_sender), Err(Status::Closed));
-        assert_eq!(outbox.send_wait(&word, &to, b"x", None), Err(Status::Closed));
-        assert_eq!(outbox.finish(&word, || DurableMessage::End(to.clone())), Err(Status::Closed));
+        outbox.send(&word, to, b"one", no_sender).unwrap();
+        outbox.send(&word, to, b"", no_sender).unwrap();
+        outbox.finish(&word, || DurableMessage::End(to.into())).unwrap();
+        assert_eq!(outbox.send(&word, to, b"x", no_sender), Err(Status::Closed));
+        assert_eq!(outbox.send_wait(&word, to, b"x", None), Err(Status::Closed));
+        assert_eq!(outbox.finish(&word, || DurableMessage::End(to.into())), Err(Status::Closed));
         let other = StatusWord::default();
-        let error = DurableMessage::Error { to: to.clone(), code: 7, payload: "text".into() };
+        let error = DurableMessage::Error { to: to.into(), code: 7, payload: "text".into() };
         outbox.finish(&other, || error).unwrap();
         let batch = take(&outbox).unwrap();
         let Some(OutgoingItem::Messages(messages, _)) = batch.items.front() else { panic!("not encoded") };
@@ -448,55 +448,55 @@ mod tests {
 
     #[test]
     fn full_outbox_refuses_and_notifies_once_when_writable() {
-        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
-        outbox.send(&word, &to, &[0; 500], no_sender).unwrap();
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), "to");
+        outbox.send(&word, to, &[0; 500], no_sender).unwrap();
         let probe = Arc::new(Probe(AtomicBool::new(false)));
         let sender = || Some(Arc::clone(&probe) as Arc<dyn BlockedSender>);
-        assert_eq!(outbox.send(&word, &to, b"x", sender), Err(Status::Full));
-        outbox.push(OutgoingItem::DurableMessage(DurableMessage::End(to.clone())));
+        assert_eq!(outbox.send(&word, to, b"x", sender), Err(Status::Full));
+        outbox.push(OutgoingItem::DurableMessage(DurableMessage::End(to.into())));
         let soon = Some(Duration::from_millis(1));
-        assert_eq!(outbox.send_wait(&word, &to, b"x", soon), Err(Status::Timeout));
+        assert_eq!(outbox.send_wait(&word, to, b"x", soon), Err(Status::Timeout));
         let weight = outbox.weight();
         outbox.release(weight - 80);
         assert!(!probe.0.load(Ordering::Relaxed), "not yet half empty");
         outbox.release(80);
         assert!(probe.0.load(Ordering::Relaxed));
-        outbox.send(&word, &to, b"x", sender).unwrap();
+        outbox.send(&word, to, b"x", sender).unwrap();
         outbox.release(65);
         assert_eq!(outbox.blocked.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn blocked_thread_returns_when_writable_and_when_the_stream_ends() {
-        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
-        outbox.send(&word, &to, &[0; 500], no_sender).unwrap();
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), "to");
+        outbox.send(&word, to, &[0; 500], no_sender).unwrap();
         thread::scope(|scope| {
-            let waiter = scope.spawn(|| outbox.send_wait(&word, &to, b"x", None));
+            let waiter = scope.spawn(|| outbox.send_wait(&word, to, b"x", None));
             while outbox.blocked.load(Ordering::Relaxed) == 0 {
                 thread::yield_now();
             }
             outbox.release(564);
             assert_eq!(waiter.join().unwrap(), Ok(()));
 
-            outbox.send(&word, &to, &[0; 20], no_sender).unwrap_err();
-            let waiter = scope.spawn(|| outbox.send_wait(&word, &to, &[0; 100], None));
+            outbox.send(&word, to, &[0; 20], no_sender).unwrap_err();
+            let waiter = scope.spawn(|| outbox.send_wait(&word, to, &[0; 100], None));
             while outbox.blocked.load(Ordering::Relaxed) == 0 {
                 thread::yield_now();
             }
             assert!(word.try_stop(Status::Offline));
-            outbox.push(OutgoingItem::DurableMessage(DurableMessage::End(to.clone())));
+            outbox.push(OutgoingItem::DurableMessage(DurableMessage::End(to.into())));
             assert_eq!(waiter.join().unwrap(), Err(Status::Offline));
         });
     }
 
     #[test]
     fn loss_keeps_durable_messages_in_order_and_turns_ends_into_errors() {
-        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(100), StatusWord::default(), "to");
         let offline = |id: &'static str| DurableMessage::Offline(id.into(), 0);
-        outbox.send(&word, &to, b"lost", no_sender).unwrap();
+        outbox.send(&word, to, b"lost", no_sender).unwrap();
         outbox.push(OutgoingItem::DurableMessage(offline("second")));
         outbox.finish(&word, || DurableMessage::End("waited".into())).unwrap();
-        outbox.push(OutgoingItem::Echo(to.clone()));
+        outbox.push(OutgoingItem::Echo(to.into()));
         outbox.connection_lost([offline("first"), DurableMessage::End("unconfirmed".into())]);
         let batch = take(&outbox).unwrap();
         let shown: Vec<_> = batch
@@ -519,9 +519,9 @@ mod tests {
 
     #[test]
     fn oldest_announcements_are_dropped_beyond_the_limit() {
-        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), Subject::from("to"));
+        let (outbox, word, to) = (Outbox::new(1 << 20), StatusWord::default(), "to");
         let offline = |id: String| OutgoingItem::DurableMessage(DurableMessage::Offline(id.into(), 0));
-        outbox.send(&word, &to, b"before", no_sender).unwrap();
+        outbox.send(&word, to, b"before", no_sender).unwrap();
         for round in 0..2 {
             for i in 0..300_000 {
                 outbox.push(offline(format!("{i:010}")));

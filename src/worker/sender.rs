@@ -7,7 +7,6 @@ use crate::lane::driver::{Lane, StreamObserver};
 use crate::lane::event::LaneEvent;
 use crate::lane::streams::SendWindow;
 use crate::metrics::{ServiceCounters, StopTimer, StreamTimes};
-use crate::nats::Subject;
 use crate::nats::outbox::{BlockedSender, DurableMessage, LOST, Outbox};
 use crate::presence::registry::{self, Notice, Stoppable};
 use crate::status_word::StatusWord;
@@ -32,7 +31,7 @@ pub struct Sender {
     stop_timer: StopTimer,
     /// Messages sent on level 0.
     sent: AtomicU64,
-    reply: Subject,
+    reply: Box<str>,
     /// The lane that the requester offered, and the stream's share of it.
     lane: OnceCell<(Arc<Lane>, Arc<SendWindow>)>,
     client: Arc<str>,
@@ -74,7 +73,7 @@ impl Sender {
         connection: Arc<Connection>,
         queue: Arc<Queue>,
         tag: u64,
-        reply: Subject,
+        reply: Box<str>,
         client: Arc<str>,
         headers: Headers,
     ) -> Arc<Sender> {
@@ -267,7 +266,7 @@ impl Sender {
     /// The request's reply subject, which the messages of a stream on level 0 are sent to.
     #[must_use]
     pub fn reply(&self) -> &str {
-        self.reply.as_str()
+        &self.reply
     }
 
     /// Drops the events that are still queued for it. A stream that has not ended ends with an error.
@@ -289,7 +288,7 @@ impl Sender {
 
     /// Whether it sends to this subject, on level 0.
     pub(crate) fn sends_to(&self, subject: &str) -> bool {
-        self.reply.as_str() == subject
+        *self.reply == *subject
     }
 
     /// Ends the stream because nats-server refuses its messages.

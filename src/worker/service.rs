@@ -7,7 +7,7 @@ use crate::events::{EventSource, Kind, Queue, Single, unpin};
 use crate::lane::driver::StreamObserver;
 use crate::metrics::{ServiceCounters, count};
 use crate::nats::inbound::MessageHandler;
-use crate::nats::{self, Message, Subject};
+use crate::nats::{Message, Subject};
 use crate::presence::client_id;
 use crate::presence::registry;
 use crate::process::fork;
@@ -32,7 +32,7 @@ pub struct Service {
     subject: Box<str>,
     max_streams: usize,
     /// Senders on level 0, which end with the connection. (Lanes keep their own.)
-    running: DashMap<u64, Arc<Sender>>,
+    running: DashMap<u64, Arc<Sender>, ahash::RandomState>,
     running_count: AtomicUsize,
     endpoint: Arc<Endpoint>,
     stopped: AtomicBool,
@@ -82,7 +82,7 @@ impl Connection {
             queue: Arc::clone(queue),
             tag,
             max_streams: max_streams as usize,
-            running: DashMap::new(),
+            running: DashMap::default(),
             running_count: AtomicUsize::new(0),
             endpoint: Arc::new(Endpoint::new(subject, group, self.counters.service(subject))),
             stopped: AtomicBool::new(false),
@@ -184,7 +184,7 @@ impl Service {
             Arc::clone(connection),
             Arc::clone(&self.queue),
             self.tag,
-            nats::detach(reply),
+            reply.as_str().into(),
             Arc::clone(&id),
             headers,
         );

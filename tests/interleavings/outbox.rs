@@ -41,10 +41,9 @@ fn count(item: &OutgoingItem) -> usize {
 }
 
 fn send_some(outbox: &Outbox, word: &StatusWord, letters: &[&str]) -> String {
-    let to = Subject::from("to");
     let mut sent = String::new();
     for letter in letters {
-        if outbox.send(word, &to, letter.as_bytes(), || None).is_ok() {
+        if outbox.send(word, "to", letter.as_bytes(), || None).is_ok() {
             sent += letter;
         }
     }
@@ -112,7 +111,7 @@ fn blocked_send_returns() {
             let waiters: Vec<_> = (0..if case == 2 { 1 } else { 2 })
                 .map(|_| {
                     let (outbox, word) = (Arc::clone(&outbox), Arc::clone(&word));
-                    thread::spawn(move || outbox.send_wait(&word, &"to".into(), b"b", None))
+                    thread::spawn(move || outbox.send_wait(&word, "to", b"b", None))
                 })
                 .collect();
             match case {
