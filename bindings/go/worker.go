@@ -153,13 +153,14 @@ func (s *Sender) sendResult(status Status, size int) error {
 }
 
 func (s *Sender) send(data []byte) Status {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	if status := s.state(); status != C.PRESENCE_OK {
-		return status
+	s.mu.RLock() // Unlocked without defer, which would cost as much as the lock.
+	status := s.state()
+	if status == C.PRESENCE_OK {
+		handle, text := C.uintptr_t(uintptr(unsafe.Pointer(s.handle))), (*C.uint8_t)(unsafe.SliceData(data))
+		status = Status(C.sender_send(handle, text, C.size_t(len(data))))
 	}
-	handle, text := C.uintptr_t(uintptr(unsafe.Pointer(s.handle))), (*C.uint8_t)(unsafe.SliceData(data))
-	return Status(C.sender_send(handle, text, C.size_t(len(data))))
+	s.mu.RUnlock()
+	return status
 }
 
 // state returns why the sender may not send, 0 while it may. The caller holds the mutex.
