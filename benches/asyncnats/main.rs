@@ -1,31 +1,61 @@
-//! What a publish costs in async-nats alone, which the library uses on level 0: the floor of a send's CPU time there.
+//! What a publish costs in async-nats alone, which the library uses, and how long its way to the socket is.
 //!
 //! The runtime and the options are the library's: one thread, 2048 commands, subjects that are not checked.
 //!
-//! asyncnats URL MESSAGES SIZE SUBJECT
+//! asyncnats publish URL MESSAGES SIZE SUBJECT
+//! asyncnats paced URL MESSAGES PAUSE_US SUBJECT
 
 use bytes::Bytes;
 use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use nix::sys::time::{TimeSpec, TimeValLike};
+use nix::time::{ClockId, ClockNanosleepFlags, clock_gettime, clock_nanosleep};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [url, messages, size, subject] = arguments.as_slice() else {
-        return Err("the arguments are URL MESSAGES SIZE SUBJECT: see benches/run".into());
+    let [what, url, messages, number, subject] = arguments.as_slice() else {
+        return Err("the arguments are WHAT URL MESSAGES NUMBER SUBJECT: see benches/run".into());
     };
-    let (messages, size) = (messages.parse::<u32>()?, size.parse::<usize>()?);
+    let (messages, number) = (messages.parse::<u32>()?, number.parse::<u32>()?);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
-    let publishing = publish(url.clone(), messages, size, subject.as_str().into());
-    // On the runtime's thread, as in the library: from another thread a publish costs more.
-    runtime.block_on(runtime.spawn(publishing))?
+    let (url, subject) = (url.clone(), async_nats::Subject::from(subject.as_str()));
+    if what == "paced" {
+        // From another thread, as a host's send.
+        return runtime.block_on(paced(url, messages, TimeSpec::microseconds(number.into()), subject));
+    }
+    // On the runtime's thread: from another one a publish costs more.
+    runtime.block_on(runtime.spawn(publish(url, messages, number as usize, subject)))?
+}
+
+fn options() -> async_nats::ConnectOptions {
+    async_nats::ConnectOptions::new().client_capacity(2048).skip_subject_validation(true)
+}
+
+/// Publishes a message after each pause, and prints the times.
+async fn paced(url: String, messages: u32, pause: TimeSpec, subject: async_nats::Subject) -> Result<(), Failure> {
+    let client = options().connect(url).await?;
+    client.flush().await?;
+    let mut times = Vec::new();
+    let mut next = now()? + TimeSpec::milliseconds(100);
+    for number in 0..messages {
+        clock_nanosleep(ClockId::CLOCK_MONOTONIC, ClockNanosleepFlags::TIMER_ABSTIME, &next)?;
+        times.push(now()?.num_nanoseconds().to_string());
+        client.publish(subject.clone(), format!("client-{number:06}").into()).await?;
+        next = next + pause;
+    }
+    client.flush().await?;
+    println!("{{\"times_ns\": [{}]}}", times.join(", "));
+    Ok(())
+}
+
+fn now() -> nix::Result<TimeSpec> {
+    clock_gettime(ClockId::CLOCK_MONOTONIC)
 }
 
 /// Measures the CPU time of the process per message, until nats-server has everything.
 async fn publish(url: String, messages: u32, size: usize, subject: async_nats::Subject) -> Result<(), Failure> {
-    let options = async_nats::ConnectOptions::new().client_capacity(2048).skip_subject_validation(true);
-    let client = options.connect(url).await?;
+    let client = options().connect(url).await?;
     client.flush().await?;
     let message = Bytes::from(vec![0; size]);
 
