@@ -456,11 +456,12 @@ impl Stream {
         }
     }
 
-    /// Enlarges the window if `receive_buffer_bytes` allows it. Returns the new size.
+    /// Enlarges the window while all windows add up to half of `receive_buffer_bytes`: the other half is for further
+    /// streams. Returns the new size.
     fn grow_window(&self, by: u32) -> Option<u32> {
         let windows = &self.connection.counters.windows;
         let before = windows.fetch_add(by.into(), Ordering::Relaxed);
-        let is_allowed = before + u64::from(by) <= self.connection.options.receive_buffer;
+        let is_allowed = before + u64::from(by) <= self.connection.options.receive_buffer / 2;
         let grown = is_allowed.then(|| self.window.grow(by)).flatten();
         if grown.is_none() {
             windows.fetch_sub(by.into(), Ordering::Relaxed);

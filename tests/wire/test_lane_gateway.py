@@ -435,6 +435,17 @@ def test_window_grows_for_a_fast_reader(gateway: Shell, worker: WorkerByHand) ->
     gateway.wait(event="END", tag=1)
 
 
+def test_windows_grow_up_to_half_of_the_receive_buffer(connect: Connect, worker: WorkerByHand) -> None:
+    gateway = connect("", "receive_buffer_bytes=1000000")
+    lane = begin(gateway, worker, 1)
+    for _ in range(20):
+        lane.send(*(data(1, b"x" * 960) for _ in range(128)))
+        for _ in range(128):
+            gateway.wait(event="DATA")
+    lane.ask()
+    assert {frame.kind for frame in lane.frames} == {CREDIT}
+
+
 def test_window_that_was_set_does_not_grow(gateway: Shell, worker: WorkerByHand) -> None:
     gateway.do("option stream_buffer_bytes 1000")
     lane = begin(gateway, worker, 1)
