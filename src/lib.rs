@@ -65,7 +65,7 @@ pub use error::{Error, Result, Status};
 pub use events::{Event, Kind, Queue};
 pub use gateway::stream::Stream;
 pub use presence::client_id::MAX_ID;
-pub use presence::registry::{Session, is_online, mark_offline, mark_online, online_count, watch};
+pub use presence::registry::{Session, is_online, mark_many, mark_offline, mark_online, online_count, watch};
 pub use status_word::StatusWord;
 pub use worker::sender::Sender;
 pub use worker::service::Service;

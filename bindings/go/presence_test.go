@@ -3,6 +3,7 @@ package presence
 import (
 	"context"
 	"errors"
+	"fmt"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -78,6 +79,31 @@ var invalidIDs = map[string]string{
 	"control":   "a\nb",
 	"C1":        "a\u0085b",
 	"NUL":       "a\x00b",
+}
+
+func TestManyClientsAreMarkedInOneCall(t *testing.T) {
+	before := OnlineCount()
+	ids := []string{"", "many-Ünï", strings.Repeat("x", 1024), "many-Ünï"}
+	for i := range 1000 {
+		ids = append(ids, fmt.Sprintf("many-%d", i))
+	}
+	must(t, MarkClientsOnline(ids))
+	must(t, MarkClientsOnline(nil))
+	if OnlineCount() != before+1002 {
+		t.Fatalf("count %d, want %d", OnlineCount(), before+1002)
+	}
+	for _, mark := range []func([]string) error{MarkClientsOnline, MarkClientsOffline} {
+		wantError(t, mark([]string{"many-new", "many-1", "many\n", "many-2"}), ErrInvalid, "id 2: ")
+		checkOnline(t, "many-new", false)
+		checkOnline(t, "many-1", true)
+	}
+	must(t, MarkClientsOffline(ids[1:]))
+	for _, id := range ids[1:] {
+		checkOnline(t, id, false)
+	}
+	if OnlineCount() != before {
+		t.Fatalf("count %d, want %d", OnlineCount(), before)
+	}
 }
 
 func TestInvalidIDsAreRefused(t *testing.T) {

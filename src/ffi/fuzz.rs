@@ -113,6 +113,7 @@ impl World {
                 }
                 1 => {
                     assert_eq!(presence_mark_online(text, length), ok);
+                    assert_eq!(presence_mark_many(true, text, &raw const length, 1, null_mut()), ok);
                     self.enter(id).marked = true;
                 }
                 2 => {
@@ -172,6 +173,7 @@ impl World {
                 12 => {
                     assert_eq!(presence_mark_online(null(), 3), invalid);
                     assert_eq!(presence_mark_offline(c"\n".as_ptr(), 1), invalid);
+                    assert_eq!(presence_mark_many(false, null(), &1, 1, null_mut()), invalid);
                     assert_eq!(presence_session_open(text, length, null_mut()), invalid);
                     assert_eq!(presence_queue_new(null_mut()), invalid);
                     assert!(!is_client_online(null()));

@@ -65,6 +65,7 @@ const STATUSES: &[Call] = functions![
     mark_client_offline(null()),
     presence_mark_online(null(), 0),
     presence_mark_offline(null(), 0),
+    presence_mark_many(false, null(), null(), 0, null_mut()),
     presence_session_open(null(), 0, null_mut()),
     presence_session_close(null_mut()),
     presence_config_set(null_mut(), null(), null()),

@@ -7,18 +7,24 @@
 
 use crate::sync::{Mutex, MutexGuard};
 use compact_str::CompactString;
-use std::mem;
+use std::hash::{BuildHasher, Hasher};
+use std::{hint, mem};
 
 /// With so many, a shard that grows is small enough to be copied within the processor's cache.
 const SHARDS: usize = 512;
 
+/// The number of ids that are sorted by their shards at a time.
+const BATCH: usize = 16_384;
+
 pub(crate) struct IdMap<V> {
-    shards: Box<[Mutex<Shard<V>>]>,
+    shards: Box<[LockedShard<V>]>,
     hasher: ahash::RandomState,
 }
 
 /// On a cache line of its own, so that threads that use neighbouring shards do not slow each other down.
 #[repr(align(64))]
+struct LockedShard<V>(Mutex<Shard<V>>);
+
 struct Shard<V> {
     /// Their number is 0 or a power of two.
     slots: Vec<Slot<V>>,
@@ -31,14 +37,14 @@ struct Slot<V>(Option<(CompactString, V)>);
 
 impl<V> Default for IdMap<V> {
     fn default() -> IdMap<V> {
-        let shards = (0..SHARDS).map(|_| Mutex::new(Shard { slots: Vec::new(), used: 0 })).collect();
+        let shards = (0..SHARDS).map(|_| LockedShard(Mutex::new(Shard { slots: Vec::new(), used: 0 }))).collect();
         IdMap { shards, hasher: ahash::RandomState::new() }
     }
 }
 
 impl<V> IdMap<V> {
     pub(crate) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.lock().used).sum()
+        self.shards.iter().map(|shard| shard.0.lock().used).sum()
     }
 
     pub(crate) fn contains(&self, id: &str) -> bool {
@@ -49,19 +55,55 @@ impl<V> IdMap<V> {
     /// Locks the id's entry, and with it the id's shard: the thread must not use the map until it drops the entry.
     pub(crate) fn lock<'a>(&'a self, id: &'a str) -> Entry<'a, V> {
         let hash = self.hash(id);
-        let shard = self.shard(hash).lock();
-        let place = shard.find(id, hash);
-        Entry { map: self, shard, id, hash, place }
+        Entry::new(self, self.shard(hash).lock(), id, hash)
+    }
+
+    /// Locks the entry of each id in turn, and calls `visit` with it. Locks each shard once for many ids, and calls
+    /// `unlocked` whenever it has unlocked one. The same id comes as often and in the same order as in `ids`; otherwise
+    /// the order is the shards'.
+    pub(crate) fn lock_each(&self, ids: &[&str], mut visit: impl FnMut(&mut Entry<'_, V>), mut unlocked: impl FnMut()) {
+        for ids in ids.chunks(BATCH) {
+            let hashes: Vec<_> = ids.iter().map(|id| self.hash(id)).collect();
+            // Sorts the indexes of the ids by shard, by counting.
+            let mut starts = [0; SHARDS];
+            hashes.iter().for_each(|hash| starts[shard_index(*hash)] += 1);
+            let mut sum = 0;
+            starts.iter_mut().for_each(|start| sum += mem::replace(start, sum));
+            let mut order = vec![0; ids.len()];
+            for (index, hash) in hashes.iter().enumerate() {
+                let start = &mut starts[shard_index(*hash)];
+                order[*start] = index;
+                *start += 1;
+            }
+            for indexes in order.chunk_by(|a, b| shard_index(hashes[*a]) == shard_index(hashes[*b])) {
+                let mut shard = self.shard(hashes[indexes[0]]).lock();
+                // Reads the slots of all of them first, so that the cache misses overlap.
+                hint::black_box(indexes.iter().map(|index| shard.touch(hashes[*index])).sum::<usize>());
+                for index in indexes {
+                    let mut entry = Entry::new(self, shard, ids[*index], hashes[*index]);
+                    visit(&mut entry);
+                    shard = entry.shard;
+                }
+                drop(shard);
+                unlocked();
+            }
+        }
     }
 
     fn hash(&self, id: &str) -> u64 {
-        self.hasher.hash_one(id.as_bytes())
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(id.as_bytes());
+        hasher.finish()
     }
 
-    /// Chosen by the upper bits; the lower ones choose the slot.
     fn shard(&self, hash: u64) -> &Mutex<Shard<V>> {
-        &self.shards[(hash >> 32) as usize % SHARDS]
+        &self.shards[shard_index(hash)].0
     }
+}
+
+/// The upper bits of a hash choose the shard; the lower ones choose the slot.
+fn shard_index(hash: u64) -> usize {
+    (hash >> 32) as usize % SHARDS
 }
 
 /// The locked entry of an id, with or without a value.
@@ -75,6 +117,11 @@ pub(crate) struct Entry<'a, V> {
 }
 
 impl<'a, V> Entry<'a, V> {
+    fn new(map: &'a IdMap<V>, shard: MutexGuard<'a, Shard<V>>, id: &'a str, hash: u64) -> Entry<'a, V> {
+        let place = shard.find(id, hash);
+        Entry { map, shard, id, hash, place }
+    }
+
     pub(crate) fn id(&self) -> &'a str {
         self.id
     }
@@ -97,9 +144,10 @@ impl<'a, V> Entry<'a, V> {
         value
     }
 
-    /// Removes the value, and unlocks the entry.
-    pub(crate) fn remove(mut self) -> Option<V> {
-        self.shard.remove(self.place.ok()?, |id| self.map.hash(id))
+    pub(crate) fn remove(&mut self) -> Option<V> {
+        let value = self.shard.remove(self.place.ok()?, |id| self.map.hash(id));
+        self.place = self.shard.find(self.id, self.hash);
+        value
     }
 }
 
@@ -152,12 +200,25 @@ impl<V> Shard<V> {
     }
 
     fn resize(&mut self, slots: usize, hash_of: impl Fn(&str) -> u64) {
+        // Reads every slot once before it moves any, so that the cache misses overlap.
+        hint::black_box(self.slots.iter().filter(|slot| slot.0.is_some()).count());
         let before = mem::replace(&mut self.slots, (0..slots).map(|_| Slot(None)).collect());
         for entry in before.into_iter().filter_map(|slot| slot.0) {
-            if let Err(free) = self.find(&entry.0, hash_of(&entry.0)) {
-                self.slots[free].0 = Some(entry);
+            let mut at = self.home(hash_of(&entry.0));
+            while self.slots[at].0.is_some() {
+                at = self.next(at);
             }
+            self.slots[at].0 = Some(entry);
         }
+    }
+
+    /// Reads the cache line of the slot that the hash chooses, and the next one.
+    fn touch(&self, hash: u64) -> usize {
+        if self.slots.is_empty() {
+            return 0;
+        }
+        let at = self.home(hash);
+        [at, self.next(self.next(at))].iter().filter(|at| self.slots[**at].0.is_some()).count()
     }
 
     fn home(&self, hash: u64) -> usize {

@@ -85,6 +85,56 @@ static void invalid_ids_are_refused(void) {
   check_bad("a\xc2\x85", 3); /* a control character beyond ASCII */
 }
 
+static void many_ids_are_marked_in_one_call(void) {
+  enum { COUNT = 40000 }; /* more than are sorted at a time */
+  static char ids[COUNT * 5];
+  static size_t lens[COUNT];
+  for (int i = 0; i < COUNT; i++) {
+    char id[6];
+    snprintf(id, sizeof id, "%05d", i);
+    memcpy(ids + i * 5, id, 5);
+    lens[i] = 5;
+  }
+  presence_error error;
+  error.status = 1;
+  OK(presence_mark_many(true, ids, lens, COUNT, &error));
+  OK(presence_mark_many(true, ids, lens, COUNT / 2, NULL));
+  CHECK_EQ(presence_online_count(), COUNT);
+  for (int i = 0; i < COUNT; i++) CHECK(presence_is_online(ids + i * 5, 5));
+  OK(presence_mark_many(false, ids + 5, lens + 1, COUNT - 1, &error));
+  CHECK_EQ(presence_online_count(), 1);
+  check_online("00000", true);
+  CHECK_EQ(error.status, 1);
+
+  /* The empty id has no effect. The same id twice is the same client. */
+  size_t mixed[] = {0, 3, 0, 3, 1024, 0};
+  char data[1030] = "abcabc";
+  memset(data + 6, 'x', 1024);
+  OK(presence_mark_many(true, data, mixed, 6, NULL));
+  CHECK_EQ(presence_online_count(), 3);
+  check_online("abc", true);
+  OK(presence_mark_many(false, data, mixed, 6, NULL));
+  OK(presence_mark_many(true, NULL, NULL, 0, NULL));
+  OK(presence_mark_many(true, NULL, mixed, 1, NULL));
+  CHECK_EQ(presence_online_count(), 1);
+
+  /* One that is invalid is named, and nothing changes. */
+  size_t three[] = {5, 1, 2}, long_one[] = {1, 1025};
+  char much[1026];
+  memset(much, 'x', sizeof much);
+  for (int online = 0; online < 2; online++) {
+    CHECK_STATUS(presence_mark_many(online, "00000ab\n", three, 3, &error), PRESENCE_INVALID);
+    CHECK_EQ(error.status, PRESENCE_INVALID);
+    CHECK(strncmp(error.message, "id 2: client id has the control character", 40) == 0);
+    CHECK_STATUS(presence_mark_many(online, much, long_one, 2, &error), PRESENCE_INVALID);
+    CHECK(strcmp(error.message, "id 1: client id is 1025 bytes; the limit is 1024") == 0);
+    CHECK_STATUS(presence_mark_many(online, "\xc3\xbc", long_one, 1, NULL), PRESENCE_INVALID); /* half a character */
+  }
+  CHECK_EQ(presence_online_count(), 1);
+  check_online("00000", true);
+  OK(mark_client_offline("00000"));
+}
+
 static void last_session_ends_presence(void) {
   presence_session *first, *second, *late;
   OK(presence_session_open("s", 1, &first));
@@ -138,7 +188,9 @@ static void watchers_receive_presence_changes(void) {
   presence_session_close(session);
   OK(presence_session_open("v", 1, &session));
   presence_session_close(session);
-  OK(mark_client_offline("before"));
+  size_t lens[] = {6, 1, 6};
+  OK(presence_mark_many(true, "before", lens, 1, NULL));
+  OK(presence_mark_many(false, "beforexbefore", lens, 3, NULL));
   CHECK_STATUS(mark_client_online("\n"), PRESENCE_INVALID);
   for (int i = 0; i < 2; i++) {
     presence_queue *watcher = i == 0 ? queue : other;
@@ -247,6 +299,7 @@ int main(int argc, char **argv) {
   RUN(empty_id_is_always_online);
   RUN(valid_ids_are_accepted);
   RUN(invalid_ids_are_refused);
+  RUN(many_ids_are_marked_in_one_call);
   RUN(last_session_ends_presence);
   RUN(watchers_receive_presence_changes);
   RUN(unread_presence_events_are_bounded);

@@ -67,6 +67,7 @@ static void lengths_beyond_memory_are_refused(void) {
     CHECK_STATUS(presence_sender_error_code(both.sender, 1, "x", length), PRESENCE_INVALID);
     CHECK_STATUS(presence_mark_online("x", length), PRESENCE_INVALID);
     CHECK_STATUS(presence_mark_offline("x", length), PRESENCE_INVALID);
+    CHECK_STATUS(presence_mark_many(true, "x", &length, 1, &error), PRESENCE_INVALID);
     CHECK(!presence_is_online("x", length));
     CHECK_STATUS(presence_session_open("x", length, &session), PRESENCE_INVALID);
     CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", "x", length, "c", 1, NULL, 2, &stream, &error),
@@ -101,6 +102,7 @@ static void role_four_gib_are_refused_without_a_copy(void) {
   CHECK_STATUS(presence_sender_send_many(both.sender, much, &length, 1), PRESENCE_TOO_LARGE);
   CHECK_STATUS(presence_mark_online(much, length), PRESENCE_INVALID);
   CHECK_STATUS(presence_mark_offline(much, length), PRESENCE_INVALID);
+  CHECK_STATUS(presence_mark_many(false, much, &length, 1, NULL), PRESENCE_INVALID);
   CHECK(!presence_is_online(much, length));
   CHECK_STATUS(presence_session_open(much, length, &session), PRESENCE_INVALID);
   CHECK_STATUS(start_request(both.gateway.conn, both.gateway.queue, "pair", much, length, "d", 1, NULL, 2, &stream, &error),
@@ -165,6 +167,7 @@ static void misaligned_pointers_are_refused(void) {
     CHECK_STATUS(presence_sender_header_at(both.sender, 0, &name, &length, &name, (size_t *)odd), PRESENCE_INVALID);
     CHECK(!presence_sender_reply(both.sender, (size_t *)odd));
     CHECK_STATUS(presence_sender_send_many(both.sender, "1234567", (size_t *)odd, 1), PRESENCE_INVALID);
+    CHECK_STATUS(presence_mark_many(true, "1234567", (size_t *)odd, 1, NULL), PRESENCE_INVALID);
     if (offset % 4) {
       CHECK_STATUS(presence_connect("", NULL, NULL, (presence_error *)odd), PRESENCE_INVALID);
       CHECK_STATUS(presence_connect("http://x", NULL, (presence_conn **)&name, (presence_error *)odd), PRESENCE_INVALID);

@@ -18,6 +18,16 @@ static void marks_refuse_null(void) {
   CHECK_STATUS(presence_mark_online(NULL, 3), PRESENCE_INVALID);
   CHECK_STATUS(presence_mark_offline(NULL, 3), PRESENCE_INVALID);
   CHECK(!presence_is_online(NULL, 3));
+  size_t lengths[] = {0, 0, SIZE_MAX / 2, SIZE_MAX / 2, SIZE_MAX};
+  for (int online = 0; online < 2; online++) {
+    check_error(presence_mark_many(online, "x", NULL, 1, &error), "lens is NULL");
+    CHECK_STATUS(presence_mark_many(online, NULL, lengths + 2, 1, NULL), PRESENCE_INVALID);
+    for (size_t i = 0; i < 5; i++) CHECK_STATUS(presence_mark_many(online, "x", lengths + i, 5 - i, NULL), PRESENCE_INVALID);
+    CHECK_STATUS(presence_mark_many(online, "x", lengths, SIZE_MAX, NULL), PRESENCE_INVALID);
+    OK(presence_mark_many(online, NULL, NULL, 0, NULL));
+    OK(presence_mark_many(online, NULL, lengths, 2, NULL));
+  }
+  CHECK_EQ(presence_online_count(), 0);
   /* NULL with length 0 is the empty id. */
   OK(presence_mark_online(NULL, 0));
   OK(presence_mark_offline(NULL, 0));

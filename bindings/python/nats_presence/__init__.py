@@ -4,6 +4,7 @@ A *worker* serves requests for streams. A *gateway* requests streams on behalf o
 its gateway, the worker's *sender* refuses to send: it raises `StreamStoppedError`.
 
 - Presence in this process: mark_client_online, mark_client_offline, is_client_online, online_count, session, watch.
+  mark_clients_online and mark_clients_offline mark many clients at once.
 - A gateway's clients: client() returns a Client, whose late requests fail. For threads and asyncio.
 - With threads: connect() returns a Connection. A worker uses its serve(), a gateway its stream().
 - With asyncio: the same in nats_presence.aio.
@@ -39,7 +40,16 @@ from .errors import (
     StreamStoppedError,
     TooLargeError,
 )
-from .presence import Session, is_client_online, mark_client_offline, mark_client_online, online_count, session
+from .presence import (
+    Session,
+    is_client_online,
+    mark_client_offline,
+    mark_client_online,
+    mark_clients_offline,
+    mark_clients_online,
+    online_count,
+    session,
+)
 from .watch import Watch, watch
 
 __version__ = "0.1.0"
@@ -78,6 +88,8 @@ __all__ = [
     "is_client_online",
     "mark_client_offline",
     "mark_client_online",
+    "mark_clients_offline",
+    "mark_clients_online",
     "metrics",
     "metrics_asgi",
     "metrics_wsgi",

@@ -146,6 +146,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "is_client_online": (c_bool, [c_char_p]),
     "presence_mark_online": (c_int32, [c_char_p, c_size_t]),
     "presence_mark_offline": (c_int32, [c_char_p, c_size_t]),
+    "presence_mark_many": (c_int32, [c_bool, c_char_p, POINTER(c_size_t), c_size_t, POINTER(Error)]),
     "presence_is_online": (c_bool, [c_char_p, c_size_t]),
     "presence_online_count": (c_uint64, []),
     "presence_session_open": (c_int32, [c_char_p, c_size_t, _out]),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from ctypes import byref, c_void_p
+from collections.abc import Iterable
+from ctypes import byref, c_size_t, c_void_p
 from typing import TypeVar
 
-from ._ffi import INVALID, lib
-from .errors import InvalidError, check
+from ._ffi import INVALID, Error, lib
+from .errors import InvalidError, check, check_error
 
 _RULE = "a client id must be a str of 1 to 1024 bytes of UTF-8 without control characters"
 
@@ -44,6 +45,33 @@ def mark_client_offline(client_id: str) -> None:
     """
     raw = encode_id(client_id)
     _check(lib.presence_mark_offline(raw, len(raw)), client_id)
+
+
+def mark_clients_online(client_ids: Iterable[str]) -> None:
+    """Marks many clients online, each as mark_client_online does, in less time for each.
+
+    The order in which different clients are marked is not defined. Raises InvalidError if an id is invalid. The message
+    says which one, counted from 0, and no client was marked.
+    """
+    _mark_many(True, client_ids)
+
+
+def mark_clients_offline(client_ids: Iterable[str]) -> None:
+    """Marks many clients offline, each as mark_client_offline does, in less time for each.
+
+    The order in which different clients are marked is not defined. Raises InvalidError if an id is invalid. The message
+    says which one, counted from 0, and no client was marked.
+    """
+    _mark_many(False, client_ids)
+
+
+def _mark_many(online: bool, client_ids: Iterable[str]) -> None:
+    if isinstance(client_ids, str):
+        raise InvalidError(f"client_ids is the str {client_ids!r:.80}: pass a list of client ids")
+    raw = [encode_id(client_id) for client_id in client_ids]
+    lengths = (c_size_t * len(raw))(*map(len, raw))
+    details = Error()
+    check_error(lib.presence_mark_many(online, b"".join(raw), lengths, len(raw), byref(details)), details)
 
 
 def is_client_online(client_id: str) -> bool:

@@ -9,7 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 import nats_presence
-from nats_presence import InvalidError, is_client_online, mark_client_offline, mark_client_online, online_count, session
+from nats_presence import (
+    InvalidError,
+    is_client_online,
+    mark_client_offline,
+    mark_client_online,
+    mark_clients_offline,
+    mark_clients_online,
+    online_count,
+    session,
+)
 
 BAD_IDS = [None, 7, b"id", "x" * 1025, "é" * 513, "a\ud800", "a\nb", "a\x85", "\0", "a\0b"]
 
@@ -39,6 +48,31 @@ def test_the_empty_id_is_always_online() -> None:
     with session(""):
         assert online_count() == 0
     assert is_client_online("")
+
+
+def test_many_clients_are_marked_in_one_call() -> None:
+    clients = [*(f"client {number}" for number in range(1000)), "", "Ünï", "x" * 1024, "Ünï"]
+    mark_clients_online(iter(clients))
+    assert online_count() == 1002
+    assert all(map(is_client_online, clients))
+    mark_clients_online([])
+    mark_clients_offline(clients[1:])
+    assert is_client_online(clients[0])
+    mark_clients_offline(clients[:1])
+    with pytest.raises(InvalidError, match="pass a list"):
+        mark_clients_online("abc")
+
+
+def test_an_invalid_id_among_many_is_named_and_no_client_is_marked() -> None:
+    mark_client_online("b")
+    for function in (mark_clients_online, mark_clients_offline):
+        with pytest.raises(InvalidError, match=r"^id 2: .*control character"):
+            function(["a", "b", "c\n", "d"])
+        with pytest.raises(InvalidError, match="client id"):
+            function(["a", "b", "\ud800"])
+        assert not is_client_online("a")
+        assert is_client_online("b")
+    mark_client_offline("b")
 
 
 @pytest.mark.parametrize("client", BAD_IDS)

@@ -166,11 +166,19 @@ impl World {
         let id = self.ids[client].clone();
         match step {
             0 => {
-                mark_online(id.as_bytes()).unwrap();
+                if self.below(2) == 0 {
+                    mark_online(id.as_bytes()).unwrap();
+                } else {
+                    mark_many(true, [id.as_bytes(), b"", id.as_bytes()]).unwrap();
+                }
                 self.enter(client).marked = true;
             }
             1 => {
-                mark_offline(id.as_bytes()).unwrap();
+                if self.below(2) == 0 {
+                    mark_offline(id.as_bytes()).unwrap();
+                } else {
+                    mark_many(false, [&b""[..], id.as_bytes()]).unwrap();
+                }
                 self.announce(client);
                 self.leave(client);
             }
