@@ -12,6 +12,10 @@ use std::sync;
 use std::time::{Duration, Instant};
 use sync::{PoisonError, TryLockError};
 
+#[cfg(shuttle)]
+pub(crate) use shuttle::thread_local;
+#[cfg(not(shuttle))]
+pub(crate) use std::thread_local;
 pub(crate) use sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard, atomic};
 
 use atomic::{AtomicUsize, Ordering};

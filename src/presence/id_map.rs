@@ -5,6 +5,7 @@
 //! slot that its hash chooses, or in one of the next (linear probing; a removal moves the followers up, so there are no
 //! tombstones).
 
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, MutexGuard};
 use compact_str::CompactString;
 use std::hash::{BuildHasher, Hasher};
@@ -23,7 +24,11 @@ pub(crate) struct IdMap<V> {
 
 /// On a cache line of its own, so that threads that use neighbouring shards do not slow each other down.
 #[repr(align(64))]
-struct LockedShard<V>(Mutex<Shard<V>>);
+struct LockedShard<V> {
+    shard: Mutex<Shard<V>>,
+    /// Incremented with the shard locked when an id gets a value or loses it.
+    version: AtomicU64,
+}
 
 struct Shard<V> {
     /// Their number is 0 or a power of two.
@@ -37,25 +42,32 @@ struct Slot<V>(Option<(CompactString, V)>);
 
 impl<V> Default for IdMap<V> {
     fn default() -> IdMap<V> {
-        let shards = (0..SHARDS).map(|_| LockedShard(Mutex::new(Shard { slots: Vec::new(), used: 0 }))).collect();
+        let shards = (0..SHARDS).map(|_| LockedShard {
+            shard: Mutex::new(Shard { slots: Vec::new(), used: 0 }),
+            version: AtomicU64::new(0),
+        });
+        let shards = shards.collect();
         IdMap { shards, hasher: ahash::RandomState::new() }
     }
 }
 
 impl<V> IdMap<V> {
     pub(crate) fn len(&self) -> usize {
-        self.shards.iter().map(|shard| shard.0.lock().used).sum()
+        self.shards.iter().map(|shard| shard.shard.lock().used).sum()
     }
 
-    pub(crate) fn contains(&self, id: &str) -> bool {
+    /// Other bytes than UTF-8 never have a value.
+    pub(crate) fn look_up(&self, id: &[u8]) -> Lookup<'_> {
         let hash = self.hash(id);
-        self.shard(hash).lock().find(id, hash).is_ok()
+        let LockedShard { shard, version } = self.shard(hash);
+        let shard = shard.lock();
+        Lookup { has_value: shard.find(id, hash).is_ok(), hash, version, at: version.load(Ordering::Relaxed) }
     }
 
     /// Locks the id's entry, and with it the id's shard: the thread must not use the map until it drops the entry.
     pub(crate) fn lock<'a>(&'a self, id: &'a str) -> Entry<'a, V> {
-        let hash = self.hash(id);
-        Entry::new(self, self.shard(hash).lock(), id, hash)
+        let hash = self.hash(id.as_bytes());
+        Entry::new(self, self.shard(hash).shard.lock(), id, hash)
     }
 
     /// Locks the entry of each id in turn, and calls `visit` with it. Locks each shard once for many ids, and calls
@@ -63,7 +75,7 @@ impl<V> IdMap<V> {
     /// the order is the shards'.
     pub(crate) fn lock_each(&self, ids: &[&str], mut visit: impl FnMut(&mut Entry<'_, V>), mut unlocked: impl FnMut()) {
         for ids in ids.chunks(BATCH) {
-            let hashes: Vec<_> = ids.iter().map(|id| self.hash(id)).collect();
+            let hashes: Vec<_> = ids.iter().map(|id| self.hash(id.as_bytes())).collect();
             // Sorts the indexes of the ids by shard, by counting.
             let mut starts = [0; SHARDS];
             hashes.iter().for_each(|hash| starts[shard_index(*hash)] += 1);
@@ -76,7 +88,7 @@ impl<V> IdMap<V> {
                 *start += 1;
             }
             for indexes in order.chunk_by(|a, b| shard_index(hashes[*a]) == shard_index(hashes[*b])) {
-                let mut shard = self.shard(hashes[indexes[0]]).lock();
+                let mut shard = self.shard(hashes[indexes[0]]).shard.lock();
                 // Reads the slots of all of them first, so that the cache misses overlap.
                 hint::black_box(indexes.iter().map(|index| shard.touch(hashes[*index])).sum::<usize>());
                 for index in indexes {
@@ -90,14 +102,14 @@ impl<V> IdMap<V> {
         }
     }
 
-    fn hash(&self, id: &str) -> u64 {
+    fn hash(&self, id: &[u8]) -> u64 {
         let mut hasher = self.hasher.build_hasher();
-        hasher.write(id.as_bytes());
+        hasher.write(id);
         hasher.finish()
     }
 
-    fn shard(&self, hash: u64) -> &Mutex<Shard<V>> {
-        &self.shards[shard_index(hash)].0
+    fn shard(&self, hash: u64) -> &LockedShard<V> {
+        &self.shards[shard_index(hash)]
     }
 }
 
@@ -118,7 +130,7 @@ pub(crate) struct Entry<'a, V> {
 
 impl<'a, V> Entry<'a, V> {
     fn new(map: &'a IdMap<V>, shard: MutexGuard<'a, Shard<V>>, id: &'a str, hash: u64) -> Entry<'a, V> {
-        let place = shard.find(id, hash);
+        let place = shard.find(id.as_bytes(), hash);
         Entry { map, shard, id, hash, place }
     }
 
@@ -137,23 +149,50 @@ impl<'a, V> Entry<'a, V> {
     pub(crate) fn get_or_insert_with(&mut self, make: impl FnOnce() -> V) -> &mut V {
         let at = match self.place {
             Ok(at) => at,
-            Err(free) => self.shard.reserve(free, self.id, self.hash, |id| self.map.hash(id)),
+            Err(free) => {
+                self.change_version();
+                self.shard.reserve(free, self.id, self.hash, |id| self.map.hash(id.as_bytes()))
+            }
         };
         self.place = Ok(at);
         let (_, value) = self.shard.slots[at].0.get_or_insert_with(|| (self.id.into(), make()));
         value
     }
 
+    /// Called with the shard locked: a lookup that begins after it is unlocked reads the new version. A store is enough,
+    /// because nobody else writes it meanwhile.
+    fn change_version(&self) {
+        let version = &self.map.shard(self.hash).version;
+        version.store(version.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+
+    /// Removes the value. Must not be followed by an insertion.
     pub(crate) fn remove(&mut self) -> Option<V> {
-        let value = self.shard.remove(self.place.ok()?, |id| self.map.hash(id));
-        self.place = self.shard.find(self.id, self.hash);
-        value
+        // What moves up may be anywhere: an insertion panics.
+        let at = mem::replace(&mut self.place, Err(usize::MAX)).ok()?;
+        self.change_version();
+        self.shard.remove(at, |id| self.map.hash(id.as_bytes()))
+    }
+}
+
+/// Whether an id had a value when its shard was locked.
+pub(crate) struct Lookup<'a> {
+    pub(crate) has_value: bool,
+    pub(crate) hash: u64,
+    version: &'a AtomicU64,
+    at: u64,
+}
+
+impl Lookup<'_> {
+    /// Returns true only if no id of the shard has got a value or lost it since.
+    pub(crate) fn is_current(&self) -> bool {
+        self.version.load(Ordering::Acquire) == self.at
     }
 }
 
 impl<V> Shard<V> {
     /// The slot that holds the id, or else the one that would.
-    fn find(&self, id: &str, hash: u64) -> Result<usize, usize> {
+    fn find(&self, id: &[u8], hash: u64) -> Result<usize, usize> {
         if self.slots.is_empty() {
             return Err(0);
         }
@@ -161,7 +200,7 @@ impl<V> Shard<V> {
         loop {
             match &self.slots[at].0 {
                 None => return Err(at),
-                Some((other, _)) if other == id => return Ok(at),
+                Some((other, _)) if other.as_bytes() == id => return Ok(at),
                 Some(_) => at = self.next(at),
             }
         }
@@ -176,7 +215,7 @@ impl<V> Shard<V> {
             return free;
         }
         self.resize((self.slots.len() * 2).max(4), hash_of);
-        let (Ok(place) | Err(place)) = self.find(id, hash);
+        let (Ok(place) | Err(place)) = self.find(id.as_bytes(), hash);
         place
     }
 
@@ -266,7 +305,7 @@ mod tests {
                 2 => assert_eq!(map.lock(&id).remove(), model.remove(&id)),
                 _ => {
                     assert_eq!(map.lock(&id).get_mut().copied(), model.get(&id).copied());
-                    assert_eq!(map.contains(&id), model.contains_key(&id));
+                    assert_eq!(map.look_up(id.as_bytes()).has_value, model.contains_key(&id));
                 }
             }
         }
@@ -280,7 +319,7 @@ mod tests {
     #[test]
     fn an_emptied_map_gives_its_memory_back() {
         let map = IdMap::<()>::default();
-        let slots = |map: &IdMap<()>| map.shards.iter().map(|shard| shard.lock().slots.len()).sum::<usize>();
+        let slots = |map: &IdMap<()>| map.shards.iter().map(|shard| shard.shard.lock().slots.len()).sum::<usize>();
         for number in 0..100_000 {
             map.lock(&number.to_string()).get_or_insert_with(|| ());
         }
@@ -298,13 +337,13 @@ mod tests {
             map.lock(&number.to_string()).get_or_insert_with(|| ());
         }
         // 195 on average.
-        assert!(map.shards.iter().all(|shard| (50..400).contains(&shard.lock().used)));
+        assert!(map.shards.iter().all(|shard| (50..400).contains(&shard.shard.lock().used)));
     }
 
     /// Inserts a number whose hash is the number itself.
     fn insert(shard: &mut Shard<()>, number: u64) {
         let id = number.to_string();
-        let free = shard.find(&id, number).unwrap_err();
+        let free = shard.find(id.as_bytes(), number).unwrap_err();
         let at = shard.reserve(free, &id, number, |id| id.parse().unwrap());
         shard.slots[at].0 = Some((id.into(), ()));
     }
@@ -326,7 +365,7 @@ mod tests {
         (0..200_u64).for_each(|number| insert(&mut shard, number));
         let slots: Vec<_> = (0..200_u64)
             .map(|number| {
-                let at = shard.find(&number.to_string(), number).unwrap();
+                let at = shard.find(number.to_string().as_bytes(), number).unwrap();
                 shard.remove(at, hash_of);
                 (shard.used, shard.slots.len())
             })

@@ -11,16 +11,17 @@
 use crate::error::{Error, Result, Status};
 use crate::events::{EventSource, Kind, Queue};
 use crate::presence::client_id;
-use crate::presence::id_map::{Entry, IdMap};
+use crate::presence::id_map::{Entry, IdMap, Lookup};
 use crate::process::fork::{self, PerProcess};
 use crate::process::runtime;
-use crate::sync::RwLock;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::{RwLock, thread_local};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+use std::{mem, ptr};
 
 /// A sender or a stream of a client.
 pub(crate) trait Stoppable: EventSource {
@@ -253,7 +254,50 @@ pub(crate) fn owner_of(reply: &str) -> Option<u64> {
 /// Whether a client is online. The empty id is; an unknown or invalid one is not.
 #[must_use]
 pub fn is_online(id: &[u8]) -> bool {
-    id.is_empty() || std::str::from_utf8(id).is_ok_and(|id| registry().clients.contains(id))
+    id.is_empty() || LAST_LOOKUP.with(|last| last.borrow_mut().is_online(registry(), id))
+}
+
+/// A thread's last lookup. If it was the second one of the same client in a row, its answer is kept for further ones:
+/// they take no lock as long as no client of the same shard comes or goes. (A loop over many clients keeps nothing.)
+struct LastLookup {
+    hash: u64,
+    /// The id of `answer` is the first `len` bytes.
+    id: [u8; 64],
+    len: usize,
+    answer: Option<Answer>,
+}
+
+struct Answer {
+    /// A forked child has another one than its parent.
+    registry: &'static Registry,
+    lookup: Lookup<'static>,
+}
+
+thread_local! {
+    static LAST_LOOKUP: RefCell<LastLookup> =
+        const { RefCell::new(LastLookup { hash: 0, id: [0; 64], len: 0, answer: None }) };
+}
+
+impl LastLookup {
+    fn is_online(&mut self, registry: &'static Registry, id: &[u8]) -> bool {
+        if let Some(Answer { registry: answered, lookup }) = &self.answer
+            && ptr::eq(*answered, registry)
+            && self.id[..self.len] == *id
+            && lookup.is_current()
+        {
+            return lookup.has_value;
+        }
+        let lookup = registry.clients.look_up(id);
+        let is_online = lookup.has_value;
+        let is_repeated = mem::replace(&mut self.hash, lookup.hash) == lookup.hash;
+        self.answer = None;
+        if let (true, Some(space)) = (is_repeated, self.id.get_mut(..id.len())) {
+            space.copy_from_slice(id);
+            self.len = id.len();
+            self.answer = Some(Answer { registry, lookup });
+        }
+        is_online
+    }
 }
 
 /// How many clients are online.
@@ -676,6 +720,22 @@ mod tests {
             assert!(!online("marks"));
         }
         assert!(mark_online(b"a\n").is_err() && mark_offline(b"a\n").is_err() && Session::open(b"a\n").is_err());
+    }
+
+    #[test]
+    fn repeated_lookups_follow_the_marks() {
+        let ids: Vec<_> = [1, 2, 63, 64, 65, 1024].map(|len| "é".repeat(len / 2) + &"l"[..len % 2]).into();
+        for id in &ids {
+            for is_online in [true, false, true] {
+                mark_many(is_online, [id.as_bytes()]).unwrap();
+                assert!((0..3).all(|_| online(id) == is_online), "{id}");
+                let other = format!("{id}é");
+                assert!(!online(&other) && online(id) == is_online, "{id}");
+            }
+        }
+        assert!(ids.iter().chain(&ids).all(|id| online(id)));
+        mark_many(false, ids.iter().map(String::as_bytes)).unwrap();
+        assert!(!ids.iter().chain(&ids).any(|id| online(id)));
     }
 
     #[test]

@@ -70,6 +70,7 @@ static void role_fork_after_marks_and_sessions(void) {
   OK(presence_session_open("tabs", 4, &session));
   OK(presence_queue_new(&queue));
   OK(presence_watch(queue, 0));
+  for (int i = 0; i < 2; i++) CHECK(is_client_online("marked")); /* remembered by the thread, but not in the child */
   pid_t child = fork();
   if (child == 0) {
     begin_child("fork_after_marks, child");

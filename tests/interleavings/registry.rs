@@ -44,6 +44,30 @@ impl Stoppable for Probe {
     }
 }
 
+/// A lookup that begins after a mark returned gives the new answer, though its thread remembers the old one.
+#[test]
+fn lookup_after_a_mark_gives_the_new_answer() {
+    for to in [false, true] {
+        search(move || {
+            mark_many(!to, [&b"a"[..]]).unwrap();
+            let is_marked = Arc::new(AtomicBool::new(false));
+            let reader = thread::spawn({
+                let is_marked = Arc::clone(&is_marked);
+                move || {
+                    for _ in 0..4 {
+                        let is_marked = is_marked.load(Ordering::Acquire);
+                        assert!(is_online(b"a") == to || !is_marked);
+                    }
+                }
+            });
+            mark_many(to, [&b"a"[..]]).unwrap();
+            is_marked.store(true, Ordering::Release);
+            assert_eq!(is_online(b"a"), to);
+            reader.join().unwrap();
+        });
+    }
+}
+
 /// Streams attached before a mark began are stopped when it returns; two marks stop each once; nothing is left.
 #[test]
 fn mark_stops_every_attached_stream() {
