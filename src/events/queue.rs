@@ -23,6 +23,9 @@ const MAX_DEFERRED: usize = 64;
 /// The same where the events come in lane messages, with many events each.
 const MAX_DEFERRED_IN_BATCHES: usize = 8192;
 
+/// With a wakeup less than this ago, the next one is deferred.
+const BUSY: Duration = Duration::from_micros(200);
+
 enum Entry {
     Single(Single),
     LaneBatch(LaneBatch),
@@ -103,6 +106,8 @@ struct Inner {
     closed: bool,
     /// A thread waits and was not notified yet.
     has_waiter: bool,
+    /// When the waiting thread was last woken.
+    woken_at: Option<Instant>,
     /// A caller of `push_deferred` is going to call `flush`.
     flush_pending: bool,
     /// Created on the first call of `fd`: a queue without it needs no system calls.
@@ -118,6 +123,18 @@ impl Inner {
     /// Whether a thread has to be woken for a new event.
     fn is_awaited(&self) -> bool {
         self.has_waiter || self.fd.as_ref().is_some_and(|fd| !fd.readable)
+    }
+
+    /// Whether the waiting thread was woken just before.
+    #[cfg(not(shuttle))]
+    fn is_busy(&self) -> bool {
+        self.woken_at.is_some_and(|at| at.elapsed() < BUSY)
+    }
+
+    /// Any time may have passed.
+    #[cfg(shuttle)]
+    fn is_busy(&self) -> bool {
+        shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng())
     }
 
     /// Puts back what follows a request and is about a sender: until the next wait, the caller may give the request's
@@ -310,8 +327,8 @@ impl Queue {
         !inner.closed
     }
 
-    /// Adds the event that `make` returns, without waking the waiting thread, as a wakeup for each event would cost
-    /// more than the event. `make` is called with the queue locked, so that what it reads agrees with the event's
+    /// Adds the event that `make` returns, without waking the waiting thread if it was woken just before, as a wakeup for
+    /// each event would cost more than the event. `make` is called with the queue locked, so that what it reads agrees with the event's
     /// position.
     ///
     /// Returns None if the queue is closed, and true if the caller must call `flush` after its last event.
@@ -345,7 +362,14 @@ impl Queue {
         inner.count += entry.count();
         inner.entries.push_back(entry);
         if inner.count < max_deferred {
-            return inner.is_awaited() && !mem::replace(&mut inner.flush_pending, true);
+            if !inner.is_awaited() || inner.flush_pending {
+                return false;
+            }
+            // On a busy queue one wakeup is for many events. On a quiet one it would come later for nothing.
+            inner.flush_pending = inner.is_busy();
+            if inner.flush_pending {
+                return true;
+            }
         }
         self.wake_waiter(inner);
         false
@@ -367,6 +391,9 @@ impl Queue {
     }
 
     fn wake_waiter(&self, inner: &mut Inner) {
+        if inner.is_awaited() {
+            inner.woken_at = Some(Instant::now());
+        }
         inner.update_fd();
         if mem::take(&mut inner.has_waiter) {
             self.arrived.notify_one();
@@ -466,6 +493,11 @@ pub(crate) mod tests {
         inner.fd.as_ref().unwrap().readable
     }
 
+    /// Makes the queue believe that the waiting thread was woken just now, for a long time.
+    pub(crate) fn keep_busy(queue: &Queue) {
+        queue.inner.lock().woken_at = Some(Instant::now() + Duration::from_secs(3600));
+    }
+
     #[test]
     fn events_come_in_order_and_at_most_max_at_once() {
         let queue = Queue::new();
@@ -543,12 +575,17 @@ pub(crate) mod tests {
         assert_eq!(queue.push_deferred(event), Some(false), "nobody waits");
         taken(&queue, 8);
         queue.fd().unwrap();
+        assert_eq!(queue.push_deferred(event), Some(false));
+        assert!(is_readable(&queue), "a quiet queue wakes at once");
+        taken(&queue, 8);
+        keep_busy(&queue);
         assert_eq!(queue.push_deferred(event), Some(true));
         assert_eq!(queue.push_deferred(event), Some(false), "a flush is pending already");
         assert!(!is_readable(&queue));
         queue.flush();
         assert!(is_readable(&queue));
         taken(&queue, 8);
+        keep_busy(&queue);
         assert_eq!(queue.push_deferred(event), Some(true));
         for _ in 1..MAX_DEFERRED {
             queue.push_deferred(event);

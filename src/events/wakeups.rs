@@ -74,13 +74,14 @@ mod tests {
     use super::*;
     use crate::error::Status;
     use crate::events::Kind;
-    use crate::events::queue::tests::is_readable;
+    use crate::events::queue::tests::{is_readable, keep_busy};
     use std::time::Duration;
 
     #[test]
     fn after_the_task_has_ended_a_push_wakes_at_once() {
         let (wakeups, queue) = (Wakeups::default(), Queue::new());
         queue.fd().unwrap();
+        keep_busy(&queue);
         let push = || wakeups.push(&queue, || Some(Single::new(Kind::Data, Status::Ok, 0, "")));
         assert!(push() && !is_readable(&queue), "later");
         wakeups.end();

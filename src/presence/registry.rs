@@ -16,6 +16,7 @@ use crate::process::fork::{self, PerProcess};
 use crate::process::runtime;
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{RwLock, thread_local};
+use smallvec::SmallVec;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -84,6 +85,9 @@ enum Presence {
     Active(Box<ClientEntry>),
 }
 
+/// One for nearly all clients, which needs no memory of its own.
+type Running = SmallVec<[Arc<dyn Stoppable>; 1]>;
+
 /// A client from its first session or stream until it goes offline. A client that comes back gets a new one.
 struct ClientEntry {
     entry_id: u64,
@@ -91,14 +95,20 @@ struct ClientEntry {
     sessions: u32,
     /// The session whose close began the grace period that runs now.
     grace: Option<NonZeroU64>,
-    /// Its running streams and senders by handle id: one for nearly all clients.
-    running: Vec<(u64, Arc<dyn Stoppable>)>,
+    /// Its running streams and senders.
+    running: Running,
 }
 
 impl Presence {
     fn new(is_marked: bool) -> Presence {
         let entry_id = fork::next_handle_id();
-        Presence::Active(Box::new(ClientEntry { entry_id, is_marked, sessions: 0, grace: None, running: Vec::new() }))
+        Presence::Active(Box::new(ClientEntry {
+            entry_id,
+            is_marked,
+            sessions: 0,
+            grace: None,
+            running: Running::new(),
+        }))
     }
 
     /// The client's sessions and streams, for one more of them.
@@ -127,12 +137,12 @@ impl Presence {
                 client.is_marked
                     || client.sessions > 0
                     || client.grace.is_some()
-                    || client.running.iter().any(|(_, stream)| stream.requested_on().is_some())
+                    || client.running.iter().any(|stream| stream.requested_on().is_some())
             }
         }
     }
 
-    fn running(&self) -> &[(u64, Arc<dyn Stoppable>)] {
+    fn running(&self) -> &[Arc<dyn Stoppable>] {
         match self {
             Presence::Marked => &[],
             Presence::Active(client) => &client.running,
@@ -143,15 +153,22 @@ impl Presence {
 impl ClientEntry {
     /// Removes a stream or sender. Returns false if the client does not have it.
     fn remove(&mut self, handle_id: u64) -> bool {
-        let found = self.running.iter().position(|(other, _)| *other == handle_id);
+        let found = self.running.iter().position(|stream| stream.source().handle_id == handle_id);
         found.map(|at| self.running.remove(at)).is_some()
     }
 
     /// Removes the streams and senders for which `is_meant` returns true, and stops and returns those that had not
     /// ended.
     fn stop(&mut self, is_meant: impl Fn(&dyn Stoppable) -> bool) -> Vec<Arc<dyn Stoppable>> {
-        let meant = self.running.extract_if(.., |(_, stream)| is_meant(&**stream)).map(|(_, stream)| stream);
-        meant.filter(|stream| stream.source().word.try_stop(Status::Offline)).collect()
+        let mut stopped = Vec::new();
+        self.running.retain(|stream| {
+            let is_meant = is_meant(&**stream);
+            if is_meant && stream.source().word.try_stop(Status::Offline) {
+                stopped.push(Arc::clone(stream));
+            }
+            !is_meant
+        });
+        stopped
     }
 }
 
@@ -323,7 +340,7 @@ pub(crate) fn add_watcher(watchers: &mut Vec<(Weak<Queue>, u64)>, queue: &Arc<Qu
 pub(crate) fn attach(id: &str, stream: Arc<dyn Stoppable>) {
     if !id.is_empty() {
         let registry = registry();
-        registry.enter(&mut registry.clients.lock(id)).running.push((stream.source().handle_id, stream));
+        registry.enter(&mut registry.clients.lock(id)).running.push(stream);
     }
 }
 
@@ -334,7 +351,7 @@ pub(crate) fn attach_if_online(id: &str, stream: Arc<dyn Stoppable>) -> bool {
     }
     let mut entry = registry().clients.lock(id);
     let Some(presence) = entry.get_mut() else { return false };
-    presence.activate().running.push((stream.source().handle_id, stream));
+    presence.activate().running.push(stream);
     true
 }
 
@@ -447,7 +464,7 @@ impl Registry {
         entry: &mut Entry<'_, Presence>,
         announce: impl FnOnce(Option<&Presence>),
     ) -> Vec<Arc<dyn Stoppable>> {
-        let running = entry.get().map_or(&[][..], Presence::running).iter().map(|(_, stream)| stream);
+        let running = entry.get().map_or(&[][..], Presence::running).iter();
         let stopped = running.filter(|stream| stream.source().word.try_stop(Status::Offline)).cloned().collect();
         announce(entry.get());
         self.remove(entry);
@@ -478,8 +495,8 @@ impl Registry {
         let mut is_announced = false;
         for announcer in self.announcers.read().iter() {
             let here = Some(announcer.number());
-            let mut own = client.running.iter().filter(|(_, stream)| stream.requested_on() == here);
-            let is_needed = own.any(|(_, stream)| stream.notice() == Notice::Announcement);
+            let mut own = client.running.iter().filter(|stream| stream.requested_on() == here);
+            let is_needed = own.any(|stream| stream.notice() == Notice::Announcement);
             is_announced |= is_needed && announcer.announce(id, true);
         }
         let is_own = |stream: &dyn Stoppable| stream.requested_on().is_some() || stream.answers_to().is_some();
@@ -501,8 +518,8 @@ impl Registry {
             let here = Some(announcer.number());
             // A worker that has not answered may be on level 0. An offline mark concerns all workers, so it is
             // announced.
-            let mut own = running.iter().filter(|(_, stream)| stream.requested_on() == here);
-            announcer.announce(id, own.any(|(_, stream)| stream.notice() != Notice::Direct));
+            let mut own = running.iter().filter(|stream| stream.requested_on() == here);
+            announcer.announce(id, own.any(|stream| stream.notice() != Notice::Direct));
         }
     }
 
