@@ -5,7 +5,7 @@ use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
 /// The largest message with several frames, in bytes.
-pub(super) const MAX_BATCH: usize = 32 << 10;
+pub(super) const MAX_BATCH: usize = 16 << 10;
 /// How many empty buffers are kept.
 const MAX_SPARES: usize = 256;
 

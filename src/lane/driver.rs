@@ -40,7 +40,7 @@ pub(crate) trait StreamObserver: EventSource {
 }
 
 /// How many bytes of full batches are given to the NATS client before it is flushed.
-const MAX_UNWRITTEN: usize = 64 << 10;
+const MAX_UNWRITTEN: usize = 128 << 10;
 
 type Owner = Arc<dyn StreamObserver>;
 

@@ -76,7 +76,7 @@ struct Active {
     /// Counts the clients. Wakers of an earlier client do nothing.
     generation: u64,
     has_client_ended: bool,
-    subscriptions: HashMap<u64, ActiveSubscription>,
+    subscriptions: HashMap<u64, ActiveSubscription, ahash::RandomState>,
 }
 
 struct ActiveSubscription {

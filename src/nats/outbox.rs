@@ -51,6 +51,11 @@ pub(crate) enum DurableMessage {
     Offline(Bytes, u64),
 }
 
+/// How much a subject counts in addition to the overhead of its message: a peer may choose a long one.
+fn excess(subject: &str) -> usize {
+    subject.len().saturating_sub(OVERHEAD)
+}
+
 impl From<DurableMessage> for OutgoingItem {
     fn from(message: DurableMessage) -> OutgoingItem {
         OutgoingItem::DurableMessage(message)
@@ -61,8 +66,9 @@ impl DurableMessage {
     fn weight(&self) -> usize {
         OVERHEAD
             + match self {
-                DurableMessage::End(_) => 0,
-                DurableMessage::Error { payload, .. } | DurableMessage::Offline(payload, _) => payload.len(),
+                DurableMessage::End(to) => excess(to),
+                DurableMessage::Error { to, payload, .. } => excess(to) + payload.len(),
+                DurableMessage::Offline(payload, _) => payload.len(),
             }
     }
 
@@ -226,8 +232,9 @@ impl Outbox {
 
     fn append(&self, pending: &mut Pending, word: &StatusWord, to: &str, data: &[u8]) -> Result<(), Status> {
         word.check()?;
-        self.check_limit(data.len())?;
-        self.encode(pending, OVERHEAD + data.len(), to.len() + data.len(), |messages| messages.push(to, "", b"", data));
+        let length = data.len() + excess(to);
+        self.check_limit(length)?;
+        self.encode(pending, OVERHEAD + length, to.len() + data.len(), |messages| messages.push(to, "", b"", data));
         Ok(())
     }
 
@@ -444,6 +451,13 @@ mod tests {
         assert_eq!(outbox.weight(), weight);
         outbox.release(weight);
         assert_eq!(outbox.weight(), 0);
+    }
+
+    #[test]
+    fn a_long_subject_counts_for_the_limit() {
+        let (outbox, word, to) = (Outbox::new(10_000), StatusWord::default(), "s".repeat(2000));
+        let accepted = (0..100).take_while(|_| outbox.send(&word, &to, b"x", no_sender).is_ok()).count();
+        assert_eq!((accepted, outbox.weight()), (4, 4 * 2001));
     }
 
     #[test]
