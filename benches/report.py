@@ -15,7 +15,7 @@ from plot import Bar, Growth, Line, Row, bars, growths
 ROOT = Path(__file__).resolve().parent.parent
 REPORT = ROOT / "build" / "bench.json"
 DOCS = ROOT / "docs"
-TRIED = ROOT / "benches" / "tried.md"
+APPENDIX = ROOT / "benches" / "notes.md"
 
 Figure = dict[str, Any]
 
@@ -111,7 +111,7 @@ def document(report: dict[str, Any]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|---|"
         yield from (cells(figure) for figure in report["figures"] if figure["row"] in rows)
     yield ""
-    yield TRIED.read_text().rstrip()
+    yield APPENDIX.read_text().rstrip()
     yield ""
     yield "## How to repeat the measurement"
     yield "```sh"
