@@ -271,13 +271,15 @@ impl<S: Clone> Streams<S> {
                     }
                 }
                 (frame::CREDIT | frame::WINDOW, Role::Worker) => {
-                    let number = body.first_chunk().map(|number| u64::from_le_bytes(*number));
-                    let number = number.ok_or(Malformed)?;
+                    let number = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
+                    let size = u32::try_from(number).ok().filter(|_| kind == frame::WINDOW);
+                    if kind == frame::WINDOW && size.is_none() {
+                        return Err(Malformed);
+                    }
                     if let Some(served) = self.served.get(&stream) {
-                        match u32::try_from(number) {
-                            Ok(size) if kind == frame::WINDOW => served.window.set_size(size),
-                            Err(_) if kind == frame::WINDOW => return Err(Malformed),
-                            _ => served.window.give_back(number),
+                        match size {
+                            Some(size) => served.window.set_size(size),
+                            None => served.window.give_back(number),
                         }
                         if is_lane_writable && self.blocked_senders.remove(&stream) {
                             events.push((served.owner.clone(), LaneEvent::Writable));
