@@ -162,7 +162,7 @@ fn refused_sender_is_notified() {
             move || written(&outbox)
         });
         let told = Arc::new(Told(RealMutex::new(0)));
-        let sent = outbox.send(&word, &"to".into(), b"b", || Some(Arc::clone(&told) as Arc<dyn BlockedSender>));
+        let sent = outbox.send(&word, "to", b"b", || Some(Arc::clone(&told) as Arc<dyn BlockedSender>));
         hand_over.join().unwrap();
         let count = *told.0.lock().unwrap();
         assert_eq!(count, u32::from(sent == Err(Status::Full)));
