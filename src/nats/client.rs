@@ -56,6 +56,9 @@ use tokio::time::timeout;
 /// How many commands async-nats buffers: messages to publish, subscriptions, flushes.
 const COMMAND_CAPACITY: usize = 2048;
 
+/// So many encoded messages are published together.
+const MANY: usize = 8;
+
 /// The number of a subscription that no client has.
 const NO_SID: &str = "none";
 
@@ -156,26 +159,25 @@ impl Client {
         Ok(self.inner.publish_message(OutboundMessage { subject, reply, headers, payload }).await?)
     }
 
-    /// Publishes messages that are encoded already. `unserved`: a subject of our own that nobody subscribes to.
+    /// Publishes messages that are encoded already. `unserved`: a subject of our own whose messages are ignored.
     ///
-    /// A single message is published as what it is. If there are several, the client takes them for the payload of one
-    /// message: its subject ends an empty message, and begins UNSUB, which has the size of the payload as its maximum.
+    /// A few messages are published one by one. If there are many, the client takes them for the payload of one message:
+    /// its subject ends an empty message, and begins UNSUB, which has the size of the payload as its maximum. The empty
+    /// message comes back, which costs about as much as to give the client a few messages.
     pub(crate) async fn publish_encoded(
         &self,
         mut messages: EncodedMessages,
         unserved: &str,
     ) -> Result<(), PublishError> {
-        if messages.count > 1 && messages.bytes.len() <= self.max_payload() {
+        if messages.count >= MANY && messages.bytes.len() <= self.max_payload() {
             let begin = format!("{unserved} 0\r\n\r\nUNSUB {NO_SID}");
             return self.publish(begin.into(), messages.bytes.freeze()).await;
         }
         let mut result = Ok(());
-        while let Some(EncodedMessage { line, payload }) = messages.take_first() {
-            let subject = match line.strip_prefix("PUB ") {
-                Some(subjects) => subjects.into(),
-                None => format!("{unserved} 0\r\n\r\n{line}"),
-            };
-            match self.publish(subject.into(), payload).await {
+        while let Some(EncodedMessage { subject, reply, headers, payload }) = messages.take_first() {
+            let headers = (!headers.is_empty()).then(|| header_map(&headers));
+            let reply = (!reply.is_empty()).then(|| reply.into());
+            match self.publish_with(subject.into(), reply, headers, payload).await {
                 Ok(()) => {}
                 Err(PublishError::Closed) => return Err(PublishError::Closed),
                 Err(rejected) => result = Err(rejected),
@@ -209,8 +211,8 @@ impl Client {
     /// Sends UNSUB to the server, while the client goes on to deliver what the server has sent before it processes
     /// that.
     ///
-    /// To the client this is an empty message to `unserved`, a subject of our own that nobody subscribes to: its subject
-    /// ends that message, adds UNSUB, and begins another.
+    /// To the client this is an empty message to `unserved`, a subject of our own whose messages are ignored: its
+    /// subject ends that message, adds UNSUB, and begins another.
     pub(crate) async fn send_unsub(&self, sid: u64, unserved: &str) -> Result<(), PublishError> {
         self.publish(format!("{unserved} 0\r\n\r\nUNSUB {sid}\r\nPUB {unserved}").into(), Bytes::new()).await
     }
@@ -238,6 +240,15 @@ impl Subscriber {
         let next = pin!(unconstrained(self.inner.next())).poll(&mut Context::from_waker(waker));
         next.map(|message| message.map(Message::from))
     }
+}
+
+/// Reads a headers block of our own.
+fn header_map(block: &str) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for (name, value) in block.lines().skip(1).filter_map(|line| line.split_once(": ")) {
+        headers.append(name, value);
+    }
+    headers
 }
 
 async fn connect_options(

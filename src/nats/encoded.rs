@@ -1,6 +1,6 @@
 //! Messages in the protocol of nats-server, one behind the other: what a send appends is what the socket carries.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 /// How large several messages together may be.
 const MAX: usize = 32 << 10;
@@ -17,9 +17,11 @@ pub(crate) struct EncodedMessages {
 
 /// A message that was taken out of [`EncodedMessages`].
 pub(crate) struct EncodedMessage {
-    /// Its first line up to the size, which comes last: a verb, subjects, and with headers their size.
-    pub(crate) line: String,
-    /// Headers and payload.
+    pub(crate) subject: String,
+    /// Empty: none.
+    pub(crate) reply: String,
+    /// A whole block, or empty.
+    pub(crate) headers: String,
     pub(crate) payload: Bytes,
 }
 
@@ -75,12 +77,22 @@ impl EncodedMessages {
     pub(crate) fn take_first(&mut self) -> Option<EncodedMessage> {
         let end = self.bytes.windows(2).position(|pair| pair == b"\r\n")?;
         let line = self.bytes.split_to(end);
-        let (line, size) = std::str::from_utf8(&line).ok()?.rsplit_once(' ')?;
-        let line_break = self.bytes.split_to(2);
-        let payload = self.bytes.split_to(size.parse::<usize>().ok()?.min(self.bytes.len())).freeze();
-        let _ = self.bytes.split_to(line_break.len().min(self.bytes.len()));
+        self.bytes.advance(2);
+        let words: Vec<&str> = std::str::from_utf8(&line).ok()?.split(' ').collect();
+        let (subject, reply, headers, size) = match words[..] {
+            ["PUB", subject, size] => (subject, "", "0", size),
+            ["PUB", subject, reply, size] => (subject, reply, "0", size),
+            ["HPUB", subject, headers, size] => (subject, "", headers, size),
+            ["HPUB", subject, reply, headers, size] => (subject, reply, headers, size),
+            _ => return None,
+        };
+        let (headers, size) = (headers.parse::<usize>().ok()?, size.parse::<usize>().ok()?);
+        let mut payload = self.bytes.split_to(size.min(self.bytes.len()));
+        let headers = payload.split_to(headers.min(payload.len()));
+        self.bytes.advance(self.bytes.len().min(2));
         self.count -= 1;
-        Some(EncodedMessage { line: line.to_owned(), payload })
+        let headers = String::from_utf8_lossy(&headers).into_owned();
+        Some(EncodedMessage { subject: subject.into(), reply: reply.into(), headers, payload: payload.freeze() })
     }
 }
 
@@ -123,9 +135,15 @@ mod tests {
     #[test]
     fn messages_are_taken_in_order() {
         let mut messages = encoded();
-        let taken: Vec<_> = std::iter::from_fn(|| messages.take_first()).map(|one| (one.line, one.payload)).collect();
-        let expected = [("PUB a", &b"x\r\ny"[..]), ("HPUB b r 18", b"NATS/1.0\r\nN: v\r\n\r\n"), ("PUB c", b"")];
-        assert!(taken.iter().map(|(line, payload)| (&line[..], &payload[..])).eq(expected), "{taken:?}");
+        let mut taken = std::iter::from_fn(|| messages.take_first());
+        for (subject, reply, headers, payload) in
+            [("a", "", "", &b"x\r\ny"[..]), ("b", "r", "NATS/1.0\r\nN: v\r\n\r\n", b""), ("c", "", "", b"")]
+        {
+            let one = taken.next().unwrap();
+            let read = (&one.subject[..], &one.reply[..], &one.headers[..], &one.payload[..]);
+            assert_eq!(read, (subject, reply, headers, payload));
+        }
+        assert!(taken.next().is_none());
         assert_eq!((messages.count, messages.bytes.len()), (0, 0));
     }
 

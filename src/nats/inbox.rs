@@ -9,6 +9,8 @@ use crate::sync::atomic::{AtomicUsize, Ordering};
 use dashmap::DashMap;
 use std::sync::Arc;
 
+/// The key of `unserved`.
+const UNSERVED: u64 = 0;
 /// The table is shrunk when it becomes empty after it had more entries than this.
 const LARGE_TABLE: usize = 1024;
 
@@ -36,9 +38,9 @@ impl Inbox {
         format!("{}*", self.prefix).into()
     }
 
-    /// Returns a subject to which nobody subscribes. It is not covered by `wildcard`, but by the same permission.
+    /// Returns a subject at which no answer is expected.
     pub(crate) fn unserved(&self) -> String {
-        format!("{}0.0", self.prefix)
+        format!("{}{UNSERVED:x}", self.prefix)
     }
 
     /// Gives messages to the subject that this returns to `handler`. The key must be random, so that a peer that has
@@ -84,6 +86,8 @@ impl MessageHandler for Inbox {
         let key = token.and_then(|token| u64::from_str_radix(token, 16).ok());
         match key.and_then(|key| self.expected(key)) {
             Some(handler) => handler.message(message),
+            // It is our own: see `Client::send_unsub` and `Client::publish_encoded`.
+            None if key == Some(UNSERVED) => {}
             None => count(&self.counters.messages_ignored),
         }
     }
