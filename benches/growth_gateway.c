@@ -29,8 +29,7 @@ int main(int argc, char **argv)
     int64_t first = 0, last = 0;
     size_t timed = 0, received = 0, with_first = 0;
     for (size_t ended = 0; ended < streams;) {
-        int64_t count = presence_queue_wait(queue, events, 1024, 10000);
-        must(count > 0, "presence_queue_wait", "no event arrived");
+        int64_t count = wait_for_events(queue, events, 1024, 10000);
         int64_t now = now_ns();
         for (int64_t i = 0; i < count; i++) {
             const presence_event *event = &events[i];

@@ -30,8 +30,7 @@ int main(int argc, char **argv)
     for (size_t i = 0; i < count; i++)
         must(presence_stream_cancel(streams[i]) == PRESENCE_OK, "presence_stream_cancel", "failed");
     for (size_t ended = 0; ended < count;) {
-        int64_t got = presence_queue_wait(queue, events, BATCH, 10000);
-        must(got > 0, "presence_queue_wait", "no event arrived");
+        int64_t got = wait_for_events(queue, events, BATCH, 10000);
         for (int64_t i = 0; i < got; i++, ended++) {
             must(events[i].kind == PRESENCE_EVENT_ERROR && events[i].status == PRESENCE_CANCELLED, "stream",
                  "expected CANCELLED");

@@ -15,8 +15,7 @@ static void take_events(int32_t kind, size_t count, presence_sender **senders)
 {
     presence_event events[BATCH];
     for (size_t taken = 0; taken < count;) {
-        int64_t got = presence_queue_wait(queue, events, BATCH, 30000);
-        must(got > 0, "presence_queue_wait", "no event arrived");
+        int64_t got = wait_for_events(queue, events, BATCH, 30000);
         for (int64_t i = 0; i < got; i++) {
             must(events[i].kind == kind, "event", presence_status_text(events[i].status));
             if (kind == PRESENCE_EVENT_REQUEST)

@@ -76,6 +76,14 @@ static inline presence_stats stats_of(presence_conn *conn)
     return stats;
 }
 
+/* Waits until there are events, and takes up to `max` of them. Returns their number. */
+static inline int64_t wait_for_events(presence_queue *queue, presence_event *events, size_t max, int64_t timeout_ms)
+{
+    int64_t count = presence_queue_wait(queue, events, max, timeout_ms);
+    must(count > 0, "presence_queue_wait", "no event arrived");
+    return count;
+}
+
 /* Exits unless the running streams are on a lane, or on level 0, as the options demand. */
 static inline void must_be_on_level(presence_conn *conn, const char *options)
 {

@@ -36,8 +36,7 @@ int main(int argc, char **argv)
     while (requested < at_once)
         request();
     while (ended < streams) {
-        int64_t count = presence_queue_wait(queue, events, 1024, 10000);
-        must(count > 0, "presence_queue_wait", "no event arrived");
+        int64_t count = wait_for_events(queue, events, 1024, 10000);
         int64_t now = now_ns();
         for (int64_t i = 0; i < count; i++) {
             const presence_event *event = &events[i];

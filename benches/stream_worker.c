@@ -17,8 +17,7 @@ static size_t take_requests(size_t at_once)
     size_t taken = 0;
     presence_event events[BATCH];
     while (taken < at_once) {
-        int64_t count = presence_queue_wait(queue, events, BATCH, 60000);
-        must(count > 0, "presence_queue_wait", "no request arrived");
+        int64_t count = wait_for_events(queue, events, BATCH, 60000);
         for (int64_t i = 0; i < count; i++) {
             must(events[i].kind == PRESENCE_EVENT_REQUEST, "presence_queue_wait", "expected a request");
             senders[taken++] = events[i].sender;

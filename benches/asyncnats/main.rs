@@ -64,7 +64,8 @@ async fn publish(url: String, messages: u32, size: usize, subject: async_nats::S
         client.publish(subject.clone(), message.clone()).await?;
     }
     client.flush().await?;
-    // A flush only writes. nats-server answers a request to nobody when it has everything before it.
+    // A flush only writes. nats-server handles messages in order, so when it answers that this request has no responders
+    // it has all messages before it.
     match client.request("bench.nobody", Bytes::new()).await {
         Err(error) if error.kind() == async_nats::RequestErrorKind::NoResponders => {}
         answer => return Err(format!("nats-server did not answer as expected: {answer:?}").into()),

@@ -138,7 +138,7 @@ impl<'a> Writer<'a> {
         match item {
             OutgoingItem::Messages(messages, _) => {
                 connection.counters.messages_out.fetch_add(messages.count as u64, Ordering::Relaxed);
-                client.publish_encoded(messages, &connection.inbox.unserved()).await
+                client.publish_encoded(messages, connection.inbox.unserved()).await
             }
             OutgoingItem::DurableMessage(mut message) => {
                 count(&connection.counters.messages_out);
@@ -150,7 +150,7 @@ impl<'a> Writer<'a> {
                 }
                 let mut end = EncodedMessages::default();
                 message.encode(&mut end);
-                client.publish_encoded(end, &connection.inbox.unserved()).await
+                client.publish_encoded(end, connection.inbox.unserved()).await
             }
             OutgoingItem::Echo(to) => {
                 count(&connection.counters.messages_out);
@@ -162,9 +162,7 @@ impl<'a> Writer<'a> {
                 }
                 Ok(())
             }
-            OutgoingItem::SendUnsub(id) => {
-                connection.inbound.send_unsub(client, id, &connection.inbox.unserved()).await
-            }
+            OutgoingItem::SendUnsub(id) => connection.inbound.send_unsub(client, id, connection.inbox.unserved()).await,
             OutgoingItem::Unsubscribe(id) => {
                 connection.inbound.unsubscribe(id);
                 Ok(())

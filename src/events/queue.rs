@@ -328,8 +328,8 @@ impl Queue {
     }
 
     /// Adds the event that `make` returns, without waking the waiting thread if it was woken just before, as a wakeup for
-    /// each event would cost more than the event. `make` is called with the queue locked, so that what it reads agrees with the event's
-    /// position.
+    /// each event would cost more than the event. `make` is called with the queue locked, so that what it reads agrees
+    /// with the event's position.
     ///
     /// Returns None if the queue is closed, and true if the caller must call `flush` after its last event.
     pub(crate) fn push_deferred(&self, make: impl FnOnce() -> Option<Single>) -> Option<bool> {

@@ -188,21 +188,36 @@ pub(super) unsafe fn lengths<'a>(lens: *const usize, count: usize) -> Result<&'a
     Ok(unsafe { std::slice::from_raw_parts(lens, count) })
 }
 
-/// `count` slices of bytes, which are one after the other in `data`.
+/// The bytes of `count` slices, which are one after the other in `data`, and their lengths.
 ///
 /// # Safety
 /// `lens` is readable for `count` elements, and `data` for as many bytes as their sum.
+pub(super) unsafe fn concatenated<'a>(
+    name: &str,
+    data: *const c_void,
+    lens: *const usize,
+    count: usize,
+) -> Result<(&'a [u8], &'a [usize])> {
+    // SAFETY: the caller's promise is lengths'.
+    let lengths = unsafe { lengths(lens, count) }?;
+    let sum = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
+    // SAFETY: the caller's promise is bytes'. A sum that is too large is refused.
+    let data = unsafe { bytes(name, data, sum.unwrap_or(usize::MAX)) }?;
+    Ok((data, lengths))
+}
+
+/// As `concatenated`, one slice after the other.
+///
+/// # Safety
+/// As for `concatenated`.
 pub(super) unsafe fn slices<'a>(
     name: &str,
     data: *const c_void,
     lens: *const usize,
     count: usize,
 ) -> Result<impl Iterator<Item = &'a [u8]>> {
-    // SAFETY: the caller's promise is lengths'.
-    let lengths = unsafe { lengths(lens, count) }?;
-    let sum = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
-    // SAFETY: the caller's promise is bytes'. A sum that is too large is refused.
-    let mut rest = unsafe { bytes(name, data, sum.unwrap_or(usize::MAX)) }?;
+    // SAFETY: the caller's promise is concatenated's.
+    let (mut rest, lengths) = unsafe { concatenated(name, data, lens, count) }?;
     Ok(lengths.iter().map(move |length| {
         let (next, others) = rest.split_at(*length);
         rest = others;

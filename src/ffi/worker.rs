@@ -3,7 +3,9 @@
 use super::boundary::{guard, guard_error, guard_or, guard_value, limit};
 use super::codes::presence_status;
 use super::handles::{borrow, create, release};
-use super::raw::{bytes, c_text, check_aligned, check_out, free_sender, lengths, sender_ref, text_start, write_out};
+use super::raw::{
+    bytes, c_text, check_aligned, check_out, concatenated, free_sender, sender_ref, text_start, write_out,
+};
 use super::types::{presence_conn, presence_error, presence_queue, presence_sender, presence_service};
 use crate::error::{Error, Status};
 use crate::worker::service::Service;
@@ -116,11 +118,10 @@ pub unsafe extern "C" fn presence_sender_send_many(
     count: usize,
 ) -> i64 {
     let sent = guard_value(|| -> Result<usize, Status> {
-        // SAFETY: the caller's promises are those of sender_ref, lengths and bytes.
+        // SAFETY: the caller's promises are those of sender_ref and concatenated.
         unsafe {
-            let (sender, lengths) = (sender_ref(sender)?, lengths(lens, count)?);
-            let sum = lengths.iter().try_fold(0, |sum: usize, length| sum.checked_add(*length));
-            let data = bytes("data", data, sum.unwrap_or(usize::MAX))?;
+            let sender = sender_ref(sender)?;
+            let (data, lengths) = concatenated("data", data, lens, count)?;
             sender.send_many(data, lengths)
         }
     });

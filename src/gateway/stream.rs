@@ -258,20 +258,9 @@ fn check_client(client: &str) -> Result<()> {
 /// The request's headers as nats-server reads them: the client's id, the offer of a lane, and the caller's own. Empty if
 /// there are none.
 fn headers(client: &str, offer: Option<&str>, options: &RequestOptions) -> String {
-    // For a lane's offer and a client's id, without growing.
-    let mut block = String::with_capacity(256);
     let own = options.headers.iter().map(|(name, value)| (&**name, &**value));
     let client = Some((level0::CONNECT_ID, client)).filter(|(_, client)| !client.is_empty());
-    for (name, value) in own.chain(client).chain(offer.map(|offer| (level0::LANE, offer))) {
-        if block.is_empty() {
-            block.push_str(encoded::VERSION);
-        }
-        encoded::push_header(&mut block, name, value);
-    }
-    if !block.is_empty() {
-        block.push_str("\r\n");
-    }
-    block
+    encoded::headers_block(own.chain(client).chain(offer.map(|offer| (level0::LANE, offer))))
 }
 
 impl Stream {

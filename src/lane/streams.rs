@@ -169,6 +169,21 @@ impl<S: Clone> Streams<S> {
         });
     }
 
+    /// Lets a sender send more, which `change` enters into its window.
+    fn send_more(
+        &mut self,
+        stream: u32,
+        is_lane_writable: bool,
+        events: &mut LaneEvents<S>,
+        change: impl FnOnce(&SendWindow),
+    ) {
+        let Some(served) = self.served.get(&stream) else { return };
+        change(&served.window);
+        if is_lane_writable && self.blocked_senders.remove(&stream) {
+            events.push((served.owner.clone(), LaneEvent::Writable));
+        }
+    }
+
     // Requested streams
     // ------------------------------------------------------------------------------------------------
 
@@ -238,7 +253,7 @@ impl<S: Clone> Streams<S> {
                     if stream <= self.last_id {
                         return Err(Malformed);
                     }
-                    let key = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
+                    let key = number(body)?;
                     self.last_id = stream;
                     match accept(key, stream) {
                         Some((owner, window)) => {
@@ -270,21 +285,13 @@ impl<S: Clone> Streams<S> {
                         events.push((served.owner, LaneEvent::Cancelled(reason)));
                     }
                 }
-                (frame::CREDIT | frame::WINDOW, Role::Worker) => {
-                    let number = u64::from_le_bytes(*body.first_chunk().ok_or(Malformed)?);
-                    let size = u32::try_from(number).ok().filter(|_| kind == frame::WINDOW);
-                    if kind == frame::WINDOW && size.is_none() {
-                        return Err(Malformed);
-                    }
-                    if let Some(served) = self.served.get(&stream) {
-                        match size {
-                            Some(size) => served.window.set_size(size),
-                            None => served.window.give_back(number),
-                        }
-                        if is_lane_writable && self.blocked_senders.remove(&stream) {
-                            events.push((served.owner.clone(), LaneEvent::Writable));
-                        }
-                    }
+                (frame::CREDIT, Role::Worker) => {
+                    let weight = number(body)?;
+                    self.send_more(stream, is_lane_writable, events, |window| window.give_back(weight));
+                }
+                (frame::WINDOW, Role::Worker) => {
+                    let size = u32::try_from(number(body)?).map_err(|_| Malformed)?;
+                    self.send_more(stream, is_lane_writable, events, |window| window.set_size(size));
                 }
                 // A later version may send this, or the stream has ended.
                 _ => {}
@@ -293,6 +300,11 @@ impl<S: Clone> Streams<S> {
         }
         Ok(())
     }
+}
+
+/// Reads the number that begins a body.
+fn number(body: &[u8]) -> Result<u64, Malformed> {
+    body.first_chunk().map(|number| u64::from_le_bytes(*number)).ok_or(Malformed)
 }
 
 /// Reads the DATA frames of the same stream that follow one with this body, and gives the weight of each to `count`.

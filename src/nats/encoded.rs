@@ -5,8 +5,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 /// How large several messages together may be.
 const MAX: usize = 32 << 10;
 
-/// The first line of each headers block.
-pub(crate) const VERSION: &str = "NATS/1.0\r\n";
+/// What a first line has besides subjects: a verb, spaces, two sizes and two line breaks.
+const LINE: usize = "HPUB    \r\n\r\n".len() + 2 * 20;
 
 /// Encoded messages, without the line break after the last one.
 #[derive(Default)]
@@ -40,12 +40,9 @@ impl EncodedMessages {
     /// Adds a message. `headers` is a whole block with the empty line at its end, or empty.
     #[inline]
     pub(crate) fn push(&mut self, subject: &str, reply: &str, headers: &[u8], payload: &[u8]) {
-        if self.count > 0 {
-            self.bytes.put_slice(b"\r\n");
-        }
-        self.count += 1;
+        self.begin_message();
         let to = &mut self.bytes;
-        to.reserve(subject.len() + reply.len() + headers.len() + payload.len() + size_of("HPUB    \r\n\r\n"));
+        to.reserve(LINE + subject.len() + reply.len() + headers.len() + payload.len());
         to.put_slice(if headers.is_empty() { b"PUB " } else { b"HPUB " });
         to.put_slice(subject.as_bytes());
         to.put_u8(b' ');
@@ -64,13 +61,18 @@ impl EncodedMessages {
         to.put_slice(payload);
     }
 
-    /// Adds messages that were encoded before.
-    pub(crate) fn append(&mut self, messages: &Bytes) {
+    /// Adds a message that was encoded before.
+    pub(crate) fn append(&mut self, message: &Bytes) {
+        self.begin_message();
+        self.bytes.put_slice(message);
+    }
+
+    #[inline]
+    fn begin_message(&mut self) {
         if self.count > 0 {
             self.bytes.put_slice(b"\r\n");
         }
         self.count += 1;
-        self.bytes.put_slice(messages);
     }
 
     /// Takes the first message.
@@ -96,17 +98,20 @@ impl EncodedMessages {
     }
 }
 
-/// How much a first line with these characters and two sizes takes at most.
-const fn size_of(characters: &str) -> usize {
-    characters.len() + 2 * usize::MAX.ilog10() as usize + 2
-}
-
-/// Adds a header to a headers block, which begins with [`VERSION`].
-pub(crate) fn push_header(block: &mut String, name: &str, value: &str) {
-    block.push_str(name);
-    block.push_str(": ");
-    block.push_str(value);
+/// Encodes headers as a block with the empty line at its end. Without headers it is empty.
+pub(crate) fn headers_block<'a>(headers: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    let mut headers = headers.into_iter().peekable();
+    if headers.peek().is_none() {
+        return String::new();
+    }
+    // Enough for a lane's offer and a client's id.
+    let mut block = String::with_capacity(256);
+    block.push_str("NATS/1.0\r\n");
+    for (name, value) in headers {
+        block.extend([name, ": ", value, "\r\n"]);
+    }
     block.push_str("\r\n");
+    block
 }
 
 #[cfg(test)]
@@ -130,6 +135,12 @@ mod tests {
         again.append(&Bytes::from_static(b"PUB a 4\r\nx\r\ny"));
         again.append(&Bytes::from_static(b"PUB c 0\r\n"));
         assert_eq!(&again.bytes[..], b"PUB a 4\r\nx\r\ny\r\nPUB c 0\r\n");
+    }
+
+    #[test]
+    fn headers_end_with_an_empty_line() {
+        assert_eq!(headers_block([("A", "1"), ("B", "2 3")]), "NATS/1.0\r\nA: 1\r\nB: 2 3\r\n\r\n");
+        assert_eq!(headers_block([]), "");
     }
 
     #[test]

@@ -18,6 +18,7 @@ const LARGE_TABLE: usize = 1024;
 pub(crate) struct Inbox {
     /// What its subjects begin with, dot included.
     pub(crate) prefix: String,
+    unserved: String,
     expected: DashMap<u64, Arc<dyn MessageHandler>, ahash::RandomState>,
     /// How many entries `expected` has, and the most that it had since it was last empty.
     count: AtomicUsize,
@@ -30,7 +31,8 @@ pub(crate) struct Inbox {
 impl Inbox {
     pub(crate) fn new(prefix: String, counters: Arc<Counters>) -> Inbox {
         let (count, peak) = (AtomicUsize::new(0), AtomicUsize::new(0));
-        Inbox { prefix, expected: DashMap::default(), count, peak, counters, keys: RandomPool::default() }
+        let unserved = format!("{prefix}{UNSERVED:x}");
+        Inbox { prefix, unserved, expected: DashMap::default(), count, peak, counters, keys: RandomPool::default() }
     }
 
     /// Returns the subject to subscribe to for all answers.
@@ -39,8 +41,8 @@ impl Inbox {
     }
 
     /// Returns a subject at which no answer is expected.
-    pub(crate) fn unserved(&self) -> String {
-        format!("{}{UNSERVED:x}", self.prefix)
+    pub(crate) fn unserved(&self) -> &str {
+        &self.unserved
     }
 
     /// Gives messages to the subject that this returns to `handler`. The key must be random, so that a peer that has

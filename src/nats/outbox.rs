@@ -7,7 +7,7 @@ use crate::nats::message::Subject;
 use crate::status_word::StatusWord;
 use crate::sync::atomic::{AtomicUsize, Ordering};
 use crate::sync::{Condvar, Mutex, deadline};
-use crate::wire::level0::{self, MAX_SUBJECT};
+use crate::wire::level0;
 use bytes::Bytes;
 use std::collections::VecDeque;
 use std::mem;
@@ -76,11 +76,9 @@ impl DurableMessage {
     pub(crate) fn encode(&self, messages: &mut EncodedMessages) {
         match self {
             DurableMessage::End(to) => messages.push(to, "", b"", level0::END),
-            DurableMessage::Error { to, code: 0, payload } => messages.push(to, "", b"", payload),
             DurableMessage::Error { to, code, payload } => {
-                let mut headers = encoded::VERSION.to_owned();
-                encoded::push_header(&mut headers, level0::ERROR_CODE, &code.to_string());
-                headers.push_str("\r\n");
+                let code = (*code != 0).then(|| code.to_string());
+                let headers = encoded::headers_block(code.as_deref().map(|code| (level0::ERROR_CODE, code)));
                 messages.push(to, "", headers.as_bytes(), payload);
             }
             DurableMessage::Offline(..) => {}
@@ -167,7 +165,7 @@ pub(crate) struct Outbox {
 #[derive(Default)]
 struct Pending {
     batch: OutgoingBatch,
-    /// How large the last encoded messages were that no further one fitted to.
+    /// How large the last encoded messages were.
     last_size: usize,
     /// The connection's task has been notified since it last found the batch empty.
     is_task_notified: bool,
@@ -234,15 +232,15 @@ impl Outbox {
         word.check()?;
         let length = data.len() + excess(to);
         self.check_limit(length)?;
-        self.encode(pending, OVERHEAD + length, to.len() + data.len(), |messages| messages.push(to, "", b"", data));
+        self.encode(pending, OVERHEAD + length, |messages| messages.push(to, "", b"", data));
         Ok(())
     }
 
-    /// Has `push` append messages of this weight, with about so many bytes, to the encoded ones.
+    /// Has `push` append a message of this weight, which is about its size, to the encoded ones.
     #[inline]
-    fn encode(&self, pending: &mut Pending, weight: usize, size: usize, push: impl FnOnce(&mut EncodedMessages)) {
+    fn encode(&self, pending: &mut Pending, weight: usize, push: impl FnOnce(&mut EncodedMessages)) {
         if let Some(OutgoingItem::Messages(messages, total)) = pending.batch.items.back_mut() {
-            if messages.has_room(size) {
+            if messages.has_room(weight) {
                 push(messages);
                 *total += weight;
                 return self.added(pending, weight);
@@ -297,7 +295,7 @@ impl Outbox {
             return word.check();
         }
         let last = last();
-        self.encode(&mut pending, last.weight(), last.weight() + MAX_SUBJECT, |messages| last.encode(messages));
+        self.encode(&mut pending, last.weight(), |messages| last.encode(messages));
         pending.batch.durable.push(last);
         self.wake_blocked_threads();
         Ok(())
@@ -333,7 +331,7 @@ impl Outbox {
         let mut pending = self.pending.lock();
         word.check()?;
         self.check_limit(request.len())?;
-        self.encode(&mut pending, OVERHEAD + request.len(), request.len(), |messages| messages.append(request));
+        self.encode(&mut pending, OVERHEAD + request.len(), |messages| messages.append(request));
         Ok(())
     }
 
@@ -357,6 +355,9 @@ impl Outbox {
             {
                 let mut pending = self.pending.lock();
                 if !pending.batch.items.is_empty() {
+                    if let Some(OutgoingItem::Messages(messages, _)) = pending.batch.items.back() {
+                        pending.last_size = messages.bytes.len();
+                    }
                     return mem::take(&mut pending.batch);
                 }
                 pending.is_task_notified = false;

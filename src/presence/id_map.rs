@@ -160,7 +160,7 @@ impl<'a, V> Entry<'a, V> {
     }
 
     /// Called with the shard locked: a lookup that begins after it is unlocked reads the new version. A store is enough,
-    /// because nobody else writes it meanwhile.
+    /// because only the thread that has locked the shard writes it.
     fn change_version(&self) {
         let version = &self.map.shard(self.hash).version;
         version.store(version.load(Ordering::Relaxed) + 1, Ordering::Release);

@@ -434,8 +434,8 @@ impl Registry {
         }
     }
 
-    /// Also announces a client that is unknown here, as other processes may know it. Returns what was stopped: notify
-    /// it when the entry is unlocked.
+    /// Also announces a client that is unknown here, as other processes may know it. Returns the streams and senders that
+    /// it stopped; the caller notifies them once the entry is unlocked.
     fn mark_offline(&self, entry: &mut Entry<'_, Presence>) -> Vec<Arc<dyn Stoppable>> {
         let id = entry.id();
         self.take_offline(entry, |presence| self.announce(id, presence))
@@ -457,8 +457,8 @@ impl Registry {
     }
 
     /// Stops all that runs for a client, calls `announce`, and ends its presence. The entry stays locked, so that no
-    /// mark or request that follows can overtake the announcement. Returns what was stopped: notify it when the entry
-    /// is unlocked.
+    /// mark or request that follows can overtake the announcement. Returns the streams and senders that it stopped; the
+    /// caller notifies them once the entry is unlocked.
     fn take_offline(
         &self,
         entry: &mut Entry<'_, Presence>,

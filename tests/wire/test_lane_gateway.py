@@ -414,13 +414,18 @@ def test_credit_is_sent_after_a_quarter_of_the_window(gateway: Shell, worker: Wo
     assert not lane.frames
 
 
+def read_at_once(gateway: Shell, lane: LaneEnd, count: int, size: int) -> None:
+    """Sends messages together, and waits until the reader has taken all of them."""
+    lane.send(*(data(1, b"x" * size) for _ in range(count)))
+    for _ in range(count):
+        gateway.wait(event="DATA")
+
+
 def test_window_grows_for_a_fast_reader(gateway: Shell, worker: WorkerByHand) -> None:
     lane = begin(gateway, worker, 1)
     # Each time half of the window, which the reader takes at once. On a busy machine some of that is slow.
     for _ in range(1000):
-        lane.send(*(data(1, b"x" * 960) for _ in range(128)))
-        for _ in range(128):
-            gateway.wait(event="DATA")
+        read_at_once(gateway, lane, 128, 960)
         lane.ask()
         frames = list(lane.frames)
         lane.frames.clear()
@@ -439,9 +444,7 @@ def test_windows_grow_up_to_half_of_the_receive_buffer(connect: Connect, worker:
     gateway = connect("", "receive_buffer_bytes=1000000")
     lane = begin(gateway, worker, 1)
     for _ in range(20):
-        lane.send(*(data(1, b"x" * 960) for _ in range(128)))
-        for _ in range(128):
-            gateway.wait(event="DATA")
+        read_at_once(gateway, lane, 128, 960)
     lane.ask()
     assert {frame.kind for frame in lane.frames} == {CREDIT}
 
@@ -450,9 +453,7 @@ def test_window_that_was_set_does_not_grow(gateway: Shell, worker: WorkerByHand)
     gateway.do("option stream_buffer_bytes 1000")
     lane = begin(gateway, worker, 1)
     for _ in range(100):
-        lane.send(*(data(1, b"x" * 36) for _ in range(7)))
-        for _ in range(7):
-            gateway.wait(event="DATA")
+        read_at_once(gateway, lane, 7, 36)
     lane.ask()
     assert {frame.kind for frame in lane.frames} == {CREDIT}
 
