@@ -43,6 +43,7 @@ use async_nats::rustls::ClientConfig;
 use async_nats::{ConnectErrorKind, Event, PublishErrorKind, ServerAddr};
 use bytes::Bytes;
 use futures_util::{FutureExt, StreamExt};
+use once_cell::sync::Lazy;
 use std::io;
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -161,9 +162,9 @@ impl Client {
 
     /// Publishes messages that are encoded already. `unserved`: a subject of our own whose messages are ignored.
     ///
-    /// A few messages are published one by one. If there are many, the client takes them for the payload of one message:
-    /// its subject ends an empty message, and begins UNSUB, which has the size of the payload as its maximum. The empty
-    /// message comes back, which costs about as much as to give the client a few messages.
+    /// A few messages are published one by one. If there are many, the client takes them for the payload of one
+    /// message: its subject ends an empty message, and begins UNSUB, which has the size of the payload as its maximum.
+    /// The empty message comes back, which costs about as much as to give the client a few messages.
     pub(crate) async fn publish_encoded(
         &self,
         mut messages: EncodedMessages,
@@ -242,9 +243,12 @@ impl Subscriber {
     }
 }
 
-/// Reads a headers block of our own.
+/// Reads a headers block of our own. Equal blocks give headers in the same order, so that a retried request looks the
+/// same.
 fn header_map(block: &str) -> HeaderMap {
-    let mut headers = HeaderMap::new();
+    // A clone has the same hash function, which decides the order; a new one would have another.
+    static EMPTY: Lazy<HeaderMap> = Lazy::new(HeaderMap::new);
+    let mut headers = EMPTY.clone();
     for (name, value) in block.lines().skip(1).filter_map(|line| line.split_once(": ")) {
         headers.append(name, value);
     }

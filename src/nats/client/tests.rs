@@ -201,6 +201,16 @@ fn encoded_messages_works() {
 }
 
 #[test]
+fn equal_headers_come_in_the_same_order() {
+    let block = "NATS/1.0\r\nA: 1\r\nB: 2\r\nC: 3\r\nD: 4\r\nB: 5\r\n\r\n";
+    let order = || -> Vec<_> {
+        header_map(block).iter().map(|(name, values)| (name.to_string(), format!("{values:?}"))).collect()
+    };
+    let first = order();
+    assert!(first.len() == 4 && (0..100).all(|_| order() == first));
+}
+
+#[test]
 fn counted_sids_works() {
     let (runtime, client, mut server) = own();
     let subscribe = |subject: &'static str, group| {
